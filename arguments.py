@@ -1,0 +1,256 @@
+"""Command lines and YAML files to one checked configuration.
+
+``--base a.yaml b.yaml`` are merged in this order; a flag wins over the files. Every key of `args`
+is a field of `SamplingArgs` or `TrainingArgs`, and every field is a flag of its command, so the
+two dataclasses below are the reference for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from sgm.errors import UserError, nearest_name
+
+SECTIONS = ("args", "model", "data", "deepspeed")
+
+# Keys of `args` that published files carry and nothing here needs, with the reason.
+IGNORED_ARGS = {
+    "force_inference": "weights with real gaps are always an error, expected absences never are",
+    "force_train": "as force_inference",
+    "only_log_video_latents": "validation logs the loss, not videos",
+}
+
+
+def _option(default: Any, help_text: str) -> Any:
+    factory = (lambda: list(default)) if isinstance(default, list) else dataclasses.MISSING
+    plain = dataclasses.MISSING if isinstance(default, list) else default
+    return field(default=plain, default_factory=factory, metadata={"help": help_text})
+
+
+@dataclass
+class CommonArgs:
+    """What sampling and training both read."""
+
+    mode: Literal["inference", "finetune", "pretrain"] = _option(
+        "inference", "what the file is for; a training run starts from `load` in 'finetune'"
+    )
+    load: str | None = _option(None, "folder of the transformer's weights in SAT layout, or a file")
+    seed: int = _option(42, "seed of all random numbers")
+    fp16: bool = _option(False, "run in float16")
+    bf16: bool = _option(False, "run in bfloat16")
+    device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto: a GPU where there is one")
+    model_parallel_size: int = _option(1, "kept for old files; only 1 is supported")
+
+
+@dataclass
+class SamplingArgs(CommonArgs):
+    """Arguments of sample_video.py."""
+
+    batch_size: int = _option(1, "videos for each prompt")
+    input_type: Literal["txt", "cli"] = _option("txt", "prompts from input_file, or typed")
+    input_file: str = _option("configs/test.txt", "prompts, UTF-8, one on a line")
+    negative_prompt: str = _option("", "what the videos should not show; empty: unconditional")
+    latent_channels: int = _option(16, "channels of the latents, as the model was built")
+    sampling_num_frames: int = _option(13, "latent frames: n gives 4·(n − 1) + 1 video frames")
+    sampling_image_size: list[int] = _option([480, 720], "height and width of the video in pixels")
+    sampling_fps: int = _option(8, "frames per second of the mp4")
+    output_dir: str = _option("outputs", "folder for the videos")
+
+
+@dataclass
+class TrainingArgs(CommonArgs):
+    """Arguments of train_video.py."""
+
+    experiment_name: str = _option("finetune", "the run's folder is this and the time of start")
+    train_data: list[str] = _option([], "folders (or files) of training data")
+    valid_data: list[str] = _option([], "folders (or files) of validation data")
+    split: str = _option("1,0,0", "kept for old files; train_data and valid_data decide")
+    train_iters: int = _option(1000, "optimizer steps")
+    eval_iters: int = _option(1, "batches in a validation")
+    eval_interval: int = _option(100, "steps between validations")
+    eval_batch_size: int = _option(1, "samples in a validation batch")
+    save: str = _option("ckpts", "folder for the runs' folders")
+    save_interval: int = _option(100, "steps between checkpoints")
+    log_interval: int = _option(20, "steps between lines of the log")
+    num_workers: int = _option(8, "worker processes that load data")
+    checkpoint_activations: bool = _option(False, "recompute activations to save memory")
+    no_load_rng: bool = _option(True, "kept for old files; a run starts from `seed`")
+    local_rank: int = _option(0, "set by launchers; the environment's LOCAL_RANK is what counts")
+
+
+@dataclass
+class Config:
+    """A checked command line: the arguments and the sections of the YAML files as plain dicts."""
+
+    args: Any
+    model: dict[str, Any]
+    data: dict[str, Any]
+    deepspeed: dict[str, Any]
+    files: list[str]
+    allow_target: list[str]
+
+
+def _value_type(annotation: Any) -> tuple[type, tuple[Any, ...], bool]:
+    """Element type, allowed choices and whether it is a list, of a field's annotation."""
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return str, typing.get_args(annotation), False
+    if origin is list:
+        return typing.get_args(annotation)[0], (), True
+    if origin in (typing.Union, types.UnionType):  # str | None
+        return typing.get_args(annotation)[0], (), False
+    return annotation, (), False
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that knows no abbreviations and names the nearest flag for a mistyped one."""
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        namespace, rest = self.parse_known_args(args)
+        if rest:
+            flags = [flag for flag in self._option_string_actions if "_" not in flag]
+            name = rest[0].split("=")[0]
+            hint = f"; {nearest_name(name, flags)}" if name.startswith("-") else ""
+            self.error(f"unknown argument {rest[0]!r}{hint}")
+        return namespace
+
+
+def build_parser(args_class: type[CommonArgs], description: str) -> argparse.ArgumentParser:
+    """The parser of a command whose `args` are `args_class`; both - and _ spell a flag."""
+    parser = _Parser(description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--base", nargs="+", required=True, metavar="YAML", help="configurations, merged in order"
+    )
+    parser.add_argument(
+        "--allow-target",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="let the configuration name classes under this dotted prefix (trusted files only)",
+    )
+    hints = typing.get_type_hints(args_class)
+    for option in dataclasses.fields(args_class):
+        kind, choices, is_list = _value_type(hints[option.name])
+        flags = [f"--{option.name.replace('_', '-')}"]
+        if "_" in option.name:
+            flags.append(f"--{option.name}")
+        settings: dict[str, Any] = {"default": None, "help": option.metadata["help"]}
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings |= {"type": kind, "choices": choices or None}
+            settings |= {"nargs": "+"} if is_list else {}
+        parser.add_argument(*flags, **settings)
+    for name, reason in IGNORED_ARGS.items():
+        flags = [f"--{name.replace('_', '-')}", f"--{name}"]
+        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, help=f"unused: {reason}")
+    return parser
+
+
+def _read_yaml(files: Sequence[str]) -> dict[str, Any]:
+    """The merged YAML files as a plain dict with the four sections.
+
+    Raises:
+        UserError: a file is absent, not UTF-8, not YAML or has an unknown section.
+    """
+    merged = OmegaConf.create({})
+    for name in files:
+        if not Path(name).is_file():
+            raise UserError(f"configuration {name}: no such file; check the path after --base")
+        try:
+            loaded = OmegaConf.load(name)
+            merged = OmegaConf.merge(merged, loaded)
+            for key in loaded:
+                if key not in SECTIONS:
+                    raise UserError(
+                        f"configuration {name}: unknown section {str(key)!r}; "
+                        f"{nearest_name(str(key), SECTIONS)}"
+                    )
+        except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, TypeError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"configuration {name} is not valid YAML: {reason}") from None
+    try:
+        sections = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration {files[-1]}: {str(error).splitlines()[0]}") from None
+    for name in SECTIONS:
+        if not isinstance(sections.get(name) or {}, dict):
+            raise UserError(f"configuration {files[-1]}: {name} must hold keys, not a value")
+    return {name: sections.get(name) or {} for name in SECTIONS}
+
+
+def _checked_value(name: str, value: Any, annotation: Any) -> Any:
+    """`value` of the key `name` of `args` as its field's type.
+
+    Raises:
+        UserError: it is of another type or not among the choices.
+    """
+    kind, choices, is_list = _value_type(annotation)
+    if value is None and types.NoneType in typing.get_args(annotation):
+        return None
+    values = value if is_list and isinstance(value, list) else [value]
+    # bool is an int in Python, but true is no number here; a whole number is a fine float.
+    accepted = (int, float) if kind is float else (kind,)
+    for one in values:
+        wrong_type = not isinstance(one, accepted) or (isinstance(one, bool) and kind is not bool)
+        if wrong_type or (choices and one not in choices):
+            expected = (
+                " or ".join(map(repr, choices))
+                or {str: "a text", int: "a whole number", bool: "true or false", float: "a number"}[
+                    kind
+                ]
+            )
+            raise UserError(f"args.{name}: {one!r} is not {expected}; change it in the YAML file")
+    return values if is_list else value
+
+
+def parse_config(
+    args_class: type[CommonArgs], description: str, argv: Sequence[str] | None = None
+) -> Config:
+    """Parse a command line and the files it names.
+
+    Exits with code 2 for a wrong command line, as argparse does.
+
+    Raises:
+        UserError: a file is wrong: see `_read_yaml` and `_checked_value`; or a key is unknown.
+    """
+    flags = vars(build_parser(args_class, description).parse_args(argv))
+    sections = _read_yaml(flags["base"])
+    given = {name: value for name, value in flags.items() if value is not None}
+    hints = typing.get_type_hints(args_class)
+    known = set(typing.get_type_hints(SamplingArgs)) | set(typing.get_type_hints(TrainingArgs))
+    values = {}
+    for name, value in sections["args"].items():
+        if name not in known | set(IGNORED_ARGS):
+            hint = nearest_name(str(name), known)
+            raise UserError(f"unknown key {str(name)!r} in args of {flags['base'][-1]}; {hint}")
+        if name in hints:
+            values[name] = _checked_value(name, value, hints[name])
+    # A precision asked for on the command line replaces the file's.
+    if given.get("fp16") or given.get("bf16"):
+        values |= {"fp16": False, "bf16": False}
+    values |= {name: value for name, value in given.items() if name in hints}
+    args = args_class(**values)
+    if args.fp16 and args.bf16:
+        raise UserError("fp16 and bf16 are both set; keep one of them")
+    if args.model_parallel_size != 1:
+        raise UserError("model_parallel_size must be 1: splitting one model is not supported")
+    return Config(
+        args=args,
+        model=sections["model"],
+        data=sections["data"],
+        deepspeed=sections["deepspeed"],
+        files=list(flags["base"]),
+        allow_target=flags["allow_target"],
+    )

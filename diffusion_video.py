@@ -1,0 +1,191 @@
+"""The engine that a configuration's `model` section describes: all parts of CogVideoX, wired."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from sgm.checkpoint import load_transformer
+from sgm.errors import UserError
+from sgm.util import instantiate_from_config
+
+Config = Mapping[str, Any]
+
+
+class NetworkWrapper(nn.Module):
+    """Calls the transformer in its own precision, with float32 on both sides.
+
+    Its one attribute gives the weights the prefix ``model.diffusion_model.`` of SAT checkpoints.
+    """
+
+    def __init__(self, diffusion_model: nn.Module) -> None:
+        super().__init__()
+        self.diffusion_model = diffusion_model
+
+    def forward(self, x: Tensor, timesteps: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """x (b, t, c, h, w), timesteps (b,) in 0…999, cond as from the conditioner → like x."""
+        dtype = self.diffusion_model.dtype
+        output = self.diffusion_model(
+            x.to(dtype), timesteps=timesteps, context=cond["crossattn"].to(dtype)
+        )
+        return output.float()
+
+
+class SATVideoDiffusionEngine(nn.Module):
+    """Text to video, and its training loss.
+
+    Args:
+        network_config … loss_fn_config: nodes of the parts, see README.
+        scale_factor: latents are multiplied by it after encoding, divided by it before decoding.
+        not_trainable_prefixes: names of weights that begin so are not trained; ``all`` leaves
+            only the LoRA matrices.
+        lora_config: node of the LoRA mixin; older files have it in the network's `modules`.
+        input_key: the batch's entry that holds the video (or its latents).
+        latent_input: batches hold unscaled latents; the autoencoder is then not built.
+        load: weights of the transformer in SAT format; None starts from random ones.
+        dtype, device: of all parts.
+    """
+
+    # Of older files: nothing here runs under autocast, and logging is the trainer's business.
+    IGNORED_PARAMS = frozenset({"disable_first_stage_autocast", "log_keys"})
+
+    def __init__(
+        self,
+        *,
+        network_config: Config,
+        denoiser_config: Config,
+        conditioner_config: Config,
+        first_stage_config: Config,
+        sampler_config: Config | None = None,
+        loss_fn_config: Config | None = None,
+        scale_factor: float = 1.0,
+        not_trainable_prefixes: Sequence[str] = (),
+        lora_config: Config | None = None,
+        input_key: str = "mp4",
+        latent_input: bool = False,
+        load: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__()
+        self.scale_factor = scale_factor
+        self.not_trainable_prefixes = tuple(not_trainable_prefixes)
+        self.input_key = input_key
+        self.latent_input = latent_input
+        network = _build_network(network_config, lora_config, load, dtype=dtype, device=device)
+        self.model = NetworkWrapper(network)
+        self.denoiser = instantiate_from_config(denoiser_config)
+        self.sampler = instantiate_from_config(sampler_config) if sampler_config else None
+        self.loss_fn = instantiate_from_config(loss_fn_config) if loss_fn_config else None
+        self.first_stage_model = None
+        if not latent_input:
+            self.first_stage_model = instantiate_from_config(first_stage_config)
+            self.first_stage_model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.conditioner = instantiate_from_config(conditioner_config, dtype=dtype, device=device)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Apply `not_trainable_prefixes` to the transformer's weights."""
+        for name, weight in self.model.diffusion_model.named_parameters():
+            is_lora = ".matrix_A." in name or ".matrix_B." in name
+            if "all" in self.not_trainable_prefixes:
+                weight.requires_grad_(is_lora)
+            elif name.startswith(self.not_trainable_prefixes):
+                weight.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> SATVideoDiffusionEngine:
+        """Switch to training; the autoencoder, which is never trained here, stays as it is."""
+        super().train(mode)
+        if self.first_stage_model is not None:
+            self.first_stage_model.eval()
+        return self
+
+    @torch.no_grad()
+    def encode_first_stage(self, video: Tensor) -> Tensor:
+        """Video (b, t, 3, h, w) in [-1, 1] → scaled latents (b, t', c, h/8, w/8), float32."""
+        pixels = rearrange(video, "b t c h w -> b c t h w")
+        weight = next(self.first_stage_model.parameters())
+        latents = self.first_stage_model.encode(pixels.to(weight)).float()
+        return rearrange(latents, "b c t h w -> b t c h w") * self.scale_factor
+
+    @torch.no_grad()
+    def decode_first_stage(self, latents: Tensor) -> Iterator[Tensor]:
+        """Scaled latents (b, t', c, h, w) → chunks (b, t, 3, 8h, 8w) of the video, in order.
+
+        Values are about [-1, 1], float32. Chunks come as they are decoded, so that frames can be
+        written while the next ones are made.
+        """
+        z = rearrange(latents / self.scale_factor, "b t c h w -> b c t h w")
+        weight = next(self.first_stage_model.parameters())
+        for chunk in self.first_stage_model.decode_streamed(z.to(weight)):
+            yield rearrange(chunk.float(), "b c t h w -> b t c h w")
+
+    @torch.no_grad()
+    def sample(
+        self,
+        cond: Mapping[str, Tensor],
+        uncond: Mapping[str, Tensor],
+        shape: Sequence[int],
+        *,
+        generator: torch.Generator,
+        callback: Any = None,
+    ) -> Tensor:
+        """Draw scaled latents (b, t, c, h, w) = `shape`, float32.
+
+        All noise comes from `generator`, a CPU one, so that a seed means the same everywhere.
+        `callback(step_index, num_steps, x)` is called after each step.
+        """
+        device = next(self.model.parameters()).device
+
+        def draw() -> Tensor:
+            return torch.randn(*shape, generator=generator).to(device, non_blocking=True)
+
+        return self.sampler(
+            self.model,
+            self.denoiser,
+            draw(),
+            cond,
+            uncond,
+            noise=lambda step_index: draw(),
+            callback=callback,
+        )
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Mean loss of a training batch: `input_key` (b, t, c, h, w) and the conditioner's keys."""
+        device = next(self.model.parameters()).device
+        x = batch[self.input_key].to(device)
+        latents = x.float() * self.scale_factor if self.latent_input else self.encode_first_stage(x)
+        cond = self.conditioner(batch)
+        return self.loss_fn(self.model, self.denoiser, latents, cond).mean()
+
+
+def _build_network(
+    config: Config,
+    lora_config: Config | None,
+    load: str | None,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> nn.Module:
+    """The transformer with weights from `load`, or with random ones."""
+    if lora_config:
+        params = dict(config.get("params") or {})
+        modules = dict(params.get("modules") or {})
+        if modules.get("lora_config", lora_config) != lora_config:
+            raise UserError(
+                "lora_config stands under model and under network_config.params.modules with "
+                "different values; keep one"
+            )
+        modules["lora_config"] = lora_config
+        params["modules"] = modules
+        config = {**config, "params": params}
+    if load is None:
+        return instantiate_from_config(config).to(device=device, dtype=dtype)
+    with torch.device("meta"):
+        network = instantiate_from_config(config)
+    load_transformer(network, load, dtype=dtype, device=device)
+    return network

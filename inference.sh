@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Make videos from prompts: bash inference.sh [CONFIG.yaml ...] [--FLAG ...]
+# Without a configuration: the 2B model where its weights are, else the small bundled one.
+# NPROC=4 splits the prompts over 4 processes (GPUs). Paths are relative to this folder.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
+
+split_arguments "$@"
+use_python requirements.txt
+if [ ${#configs[@]} -eq 0 ]; then
+    configs=("$("$python" "$repository/tools/choose_config.py" "${flags[@]}")")
+fi
+run_script sample_video.py

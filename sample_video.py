@@ -1,0 +1,285 @@
+"""Text to video: ``python sample_video.py --base config.yaml [--flags]``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arguments import Config, SamplingArgs, parse_config
+from sgm.cli import run_command, set_up_logging
+from sgm.errors import UserError
+from sgm.inference.prompts import Prompt, read_prompt_file, read_typed_prompts
+from sgm.inference.request import latent_shape
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffusion_video import SATVideoDiffusionEngine
+    from sgm.inference.progress import Progress
+
+# Heavy modules (PyTorch, SAT) are imported where they are first needed, so that a mistake in the
+# command line or a configuration is answered at once.
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among those that torchrun started; 0 of 1 without it."""
+
+    index: int
+    world_size: int
+    local_index: int
+
+    @classmethod
+    def from_environment(cls) -> Rank:
+        """Read torchrun's environment variables."""
+        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+        return cls(*(int(os.environ.get(name, default)) for name, default in names.items()))
+
+
+def get_prompts(args: SamplingArgs, rank: Rank) -> Iterable[Prompt]:
+    """This rank's share of the prompts.
+
+    Raises:
+        UserError: the prompt file is wrong, or several processes would share one keyboard.
+    """
+    if args.input_type == "txt":
+        return read_prompt_file(args.input_file)[rank.index :: rank.world_size]
+    if rank.world_size > 1:
+        raise UserError("input_type: cli works in one process only; use input_type: txt")
+    return read_typed_prompts()
+
+
+def choose_device(args: SamplingArgs, rank: Rank) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    import torch
+
+    if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "device: cuda, but PyTorch sees no GPU; use --device cpu or check nvidia-smi"
+        )
+    return torch.device("cuda", rank.local_index)
+
+
+def sample_generator(seed: int, line: int, sample: int) -> torch.Generator:
+    """The source of all noise of one video, which depends on nothing but these three numbers."""
+    import numpy as np
+    import torch
+
+    state = np.random.SeedSequence([seed % 2**64, line, sample]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine:
+    """Build the engine of a configuration for inference, with its weights.
+
+    Raises:
+        UserError: the configuration or a file of weights is wrong.
+    """
+    import torch
+
+    from diffusion_video import SATVideoDiffusionEngine
+    from sgm.util import check_params
+
+    args = config.args
+    if not args.load:
+        raise UserError(
+            "args.load is not set: it must name the folder of the transformer's weights"
+        )
+    if not config.model.get("sampler_config"):
+        raise UserError("model.sampler_config is absent; sampling needs one")
+    half = torch.bfloat16 if args.bf16 else torch.float32
+    extra = {"load": args.load, "dtype": torch.float16 if args.fp16 else half, "device": device}
+    params = check_params(SATVideoDiffusionEngine, config.model | extra, where="model")
+    return SATVideoDiffusionEngine(**params).eval()
+
+
+class Sampler:
+    """Makes the videos of prompts one by one and writes them to the output folder."""
+
+    def __init__(
+        self,
+        engine: SATVideoDiffusionEngine,
+        config: Config,
+        *,
+        shape: Sequence[int],
+        output_dir: Path,
+        progress: Progress,
+    ) -> None:
+        self.engine = engine
+        self.config = config
+        self.args = config.args
+        self.shape = shape
+        self.output_dir = output_dir
+        self.progress = progress
+        self.uncond = None
+
+    def run(self, prompt: Prompt) -> None:
+        """All samples of a prompt.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        cond = self.engine.conditioner.encode([prompt.text])
+        if self.uncond is None:
+            negative = self.args.negative_prompt
+            encode, zeros = self.engine.conditioner.encode, self.engine.conditioner.unconditional
+            self.uncond = encode([negative]) if negative else zeros(cond)
+        for sample in range(self.args.batch_size):
+            self._sample(prompt, sample, cond)
+
+    def _sample(self, prompt: Prompt, sample: int, cond: dict[str, torch.Tensor]) -> None:
+        """One video. Samples are drawn singly, so that none depends on how many there are."""
+        started = time.perf_counter()
+        latents = self.engine.sample(
+            cond,
+            self.uncond,
+            (1, *self.shape),
+            generator=sample_generator(self.args.seed, prompt.line, sample),
+            callback=lambda *state: self.progress.step(f"prompt {prompt.line}, sample {sample}"),
+        )
+        if not bool(latents.isfinite().all()):
+            raise UserError(
+                f"prompt {prompt.line}: the result is not finite; the weights may be damaged, or "
+                "try --bf16 or full precision"
+            )
+        sampled = time.perf_counter()
+        folder = self.output_dir / prompt.folder_name / str(sample)
+        self._write(latents, folder)
+        written = time.perf_counter()
+        timings = {"sampling_seconds": sampled - started, "decoding_seconds": written - sampled}
+        self._write_record(prompt, sample, timings, folder)
+        self.progress.say(f"{folder / '000000.mp4'} ({written - started:.1f} s)")
+
+    def _write(self, latents: torch.Tensor, folder: Path) -> None:
+        """The mp4, frame by frame while decoding goes on, and its contact sheet."""
+        import numpy as np
+
+        from sgm.inference.video_io import to_uint8, write_contact_sheet, write_mp4
+
+        decoded: list[np.ndarray] = []
+
+        def chunks() -> Iterator[np.ndarray]:
+            for chunk in self.engine.decode_first_stage(latents):
+                decoded.append(to_uint8(chunk[0]))
+                yield decoded[-1]
+
+        make_folder(folder)
+        write_mp4(chunks(), folder / "000000.mp4", fps=self.args.sampling_fps)
+        write_contact_sheet(np.concatenate(decoded), folder / "contact_sheet.png")
+
+    def _write_record(
+        self, prompt: Prompt, sample: int, timings: dict[str, float], folder: Path
+    ) -> None:
+        """run.json: all that is needed to make the video again, and how long it took."""
+        from sgm.inference.video_io import write_json
+
+        record = {
+            "prompt": prompt.text,
+            "line": prompt.line,
+            "sample": sample,
+            "seed": self.args.seed,
+            "config_files": self.config.files,
+            "args": asdict(self.args),
+            "model": self.config.model,
+            "versions": versions(),
+            "timings": timings | peak_memory(),
+        }
+        write_json(record, folder / "run.json")
+
+
+def make_folder(folder: Path) -> None:
+    """Create a sample's folder.
+
+    Raises:
+        UserError: it cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}") from None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    from importlib.metadata import version
+
+    names = ("torch", "SwissArmyTransformer", "transformers", "imageio-ffmpeg")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def peak_memory() -> dict[str, float]:
+    """Peak memory of this process so far: of the host, and of the GPU where one is used."""
+    import resource
+
+    import torch
+
+    peak = {"peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if torch.cuda.is_initialized():
+        peak["peak_gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return peak
+
+
+def sample_all(
+    engine: SATVideoDiffusionEngine, config: Config, prompts: Iterable[Prompt], **places: Any
+) -> int:
+    """Every prompt's videos; a prompt that fails is reported and does not stop the others.
+
+    Returns:
+        Number of prompts that failed.
+    """
+    from sgm.inference.progress import Progress
+
+    total = None
+    if isinstance(prompts, list):
+        total = len(prompts) * config.args.batch_size * engine.sampler.num_steps
+    failed = 0
+    with Progress(total) as progress:
+        sampler = Sampler(engine, config, progress=progress, **places)
+        for prompt in prompts:
+            try:
+                sampler.run(prompt)
+            except (UserError, RuntimeError) as error:
+                failed += 1
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                progress.say(f"error: prompt {prompt.line} failed: {reason}")
+    return failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check, load, sample; returns the exit code: 1 if any prompt failed."""
+    config = parse_config(SamplingArgs, "Make videos from prompts.", argv)
+    set_up_logging()
+    rank = Rank.from_environment()
+    shape = latent_shape(config.args, config.model)
+    prompts = get_prompts(config.args, rank)
+
+    from sgm.inference.video_io import make_output_folder
+    from sgm.util import allow_targets
+
+    output_dir = make_output_folder(config.args.output_dir)
+    allow_targets(config.allow_target)
+    device = choose_device(config.args, rank)
+    started = time.perf_counter()
+    engine = load_engine(config, device)
+    logger.info("model ready on %s after %.1f s", device, time.perf_counter() - started)
+    failed = sample_all(engine, config, prompts, shape=shape, output_dir=output_dir)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,1 @@
+"""Diffusion building blocks of CogVideoX: networks, conditioning, noise schedules and samplers."""

@@ -1,0 +1,178 @@
+"""Reading a weight file from a stranger: nothing in it is run, and it is mapped, not copied."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from sgm.errors import UserError
+
+# Python objects that training writes beside the tensors. None of them is needed here, so each is
+# replaced by an inert stand-in while the file is read; any other object means a refusal.
+HARMLESS_GLOBALS = (
+    "_codecs.encode",
+    "argparse.Namespace",
+    "collections.defaultdict",
+    "deepspeed.",
+    "numpy.",
+    "omegaconf.",
+    "pathlib.",
+    "random.Random",
+    "sat.",
+    "torch.cuda.",
+    "torch.optim.",
+    "typing.",
+)
+
+
+class _Inert:
+    """Takes the place of an object in a checkpoint: accepts any construction and does nothing."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def append(self, item: object) -> None:
+        """Accept an item of a list-like object."""
+
+    def extend(self, items: object) -> None:
+        """Accept the items of a list-like object."""
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+
+def _is_harmless(name: str) -> bool:
+    return any(
+        name == known or (known[-1] == "." and name.startswith(known)) for known in HARMLESS_GLOBALS
+    )
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse what is recognisably not a weight file.
+
+    Raises:
+        UserError: the file is absent, empty, an HTML page, a pointer of git-lfs or an archive.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path in the configuration")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(512)
+    start = head.lstrip().lower()
+    if size == 0:
+        raise UserError(f"{path} is empty; download or copy it again")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise UserError(
+            f"{path} is a web page, not weights: the download link answered with HTML; "
+            "download the file itself again"
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a pointer of git-lfs, not weights; run 'git lfs pull' there")
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, struct.error) as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}); download or copy it again"
+        ) from None
+
+
+def _check_zip(path: Path) -> None:
+    """Tell a truncated file and a zip of something else from one that torch.save wrote."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, EOFError):
+        raise UserError(
+            f"{path} is not a whole file (its end is missing or damaged); download or copy it again"
+        ) from None
+    if not any(name.endswith("/data.pkl") for name in names):
+        few = ", ".join(names[:3]) or "nothing"
+        raise UserError(
+            f"{path} is a zip archive of something else (it holds {few}), not weights; "
+            "if the weights are inside, unpack it first"
+        )
+
+
+def _read_torch(path: Path, *, is_zip: bool) -> Any:
+    inert: list[tuple[type, str]] = []
+    if is_zip:
+        _check_zip(path)
+        try:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError) as error:
+            raise UserError(f"{path} cannot be read as weights ({error})") from None
+        unknown = [name for name in names if not _is_harmless(name)]
+        if unknown:
+            raise UserError(
+                f"{path} carries pickled code ({unknown[0]}) that weights have no need of, so it "
+                "was not loaded; ask its author for a .safetensors file"
+            )
+        inert = [(type("Inert", (_Inert,), {}), name) for name in names]
+    try:
+        with torch.serialization.safe_globals(inert):
+            return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} is not a weight file of PyTorch, or carries pickled code; it was not loaded"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} cannot be read as weights ({reason}); download or copy it again"
+        ) from None
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """What a ``.safetensors`` or ``torch.save`` file holds, its tensors mapped from disk on CPU.
+
+    The content decides, not the file's name. Tensors take memory only as they are read, and no
+    code from the file is run: of Python objects beside the tensors only stand-ins come back.
+
+    Returns:
+        A dict of tensors for safetensors; for torch.save whatever was saved.
+
+    Raises:
+        UserError: the file is absent, empty, truncated, something else, or carries code.
+    """
+    path = Path(path)
+    _check_kind(path)
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[:2] == b"PK":
+        return _read_torch(path, is_zip=True)
+    if head[8:9] == b"{" or path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _read_torch(path, is_zip=False)
+
+
+def tensors_of(state: Any, path: Path, *, wrapper: str) -> dict[str, torch.Tensor]:
+    """The name → tensor dict in what `read_checkpoint` returned, under the key `wrapper` if there.
+
+    Raises:
+        UserError: there is no such dict.
+    """
+    if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+        state = state[wrapper]
+    if isinstance(state, dict):
+        tensors = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
+        if tensors:
+            return tensors
+    raise UserError(
+        f"{path} holds no tensors under {wrapper!r}; is it a checkpoint of the right kind?"
+    )

@@ -1,0 +1,1 @@
+"""What sampling needs around the model: prompts, video files, progress."""

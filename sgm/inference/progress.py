@@ -1,0 +1,61 @@
+"""Progress of long work: a bar with the time left on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Counts steps of work; a context manager, so that the bar is closed after a failure too.
+
+    Args:
+        total: number of steps in all; None where the end is not known.
+        unit: what a step is called.
+    """
+
+    def __init__(self, total: int | None, *, unit: str = "step") -> None:
+        self._total = total
+        self._unit = unit
+        self._done = 0
+        self._started = self._last_line = time.monotonic()
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total, unit=unit, leave=False) if on_terminal else None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def say(self, message: str) -> None:
+        """Show a line of text without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(message, file=sys.stderr)
+        else:
+            logger.info("%s", message)
+
+    def step(self, description: str) -> None:
+        """One more step is done; `description` says of what."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.set_description(description, refresh=False)
+            self._bar.update()
+            return
+        now = time.monotonic()
+        if now - self._last_line < _SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        left = ""
+        if self._total is not None:
+            seconds = (now - self._started) / self._done * (self._total - self._done)
+            left = f" of {self._total}, {seconds:.0f} s left"
+        logger.info("%s: %s %d%s", description, self._unit, self._done, left)

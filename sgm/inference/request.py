@@ -1,0 +1,78 @@
+"""Whether a configuration can be sampled at all, found out before any weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sgm.errors import UserError
+
+SPATIAL_FACTOR = 8  # of the autoencoder, in height and width
+TEMPORAL_FACTOR = 4
+
+
+def check_model_section(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The network's params of a `model` section.
+
+    Raises:
+        UserError: the section or the node is absent.
+    """
+    if not model:
+        raise UserError(
+            "the configuration has no section 'model'; add a file that has it to --base"
+        )
+    params = (model.get("network_config") or {}).get("params")
+    if not params:
+        raise UserError("model.network_config.params is absent; the network cannot be built")
+    return params
+
+
+def allowed_num_frames(params: Mapping[str, Any]) -> list[int]:
+    """Numbers of latent frames that can be sampled: odd, up to the position table's.
+
+    The decoder takes three latent frames, then two at a time (or a single one), hence odd.
+    """
+    rate = params.get("time_compressed_rate", TEMPORAL_FACTOR)
+    return list(range(1, (params["num_frames"] - 1) // rate + 2, 2))
+
+
+def latent_shape(args: Any, model: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """Shape (t, c, h, w) of a sample's latents.
+
+    Raises:
+        UserError: a size that the model was not made for; says which ones it was.
+    """
+    params = check_model_section(model)
+    absent = [
+        key
+        for key in ("num_frames", "latent_height", "latent_width", "in_channels")
+        if not isinstance(params.get(key), int)
+    ]
+    if absent:
+        raise UserError(f"model.network_config.params lacks {absent[0]}; add it, a whole number")
+    allowed = allowed_num_frames(params)
+    if args.sampling_num_frames not in allowed:
+        frames = ", ".join(f"{n} ({TEMPORAL_FACTOR * (n - 1) + 1})" for n in allowed)
+        raise UserError(
+            f"sampling_num_frames={args.sampling_num_frames} counts latent frames; this model "
+            f"allows (video frames in brackets): {frames}"
+        )
+    size = [params[key] * SPATIAL_FACTOR for key in ("latent_height", "latent_width")]
+    if list(args.sampling_image_size) != size:
+        raise UserError(
+            f"sampling_image_size={list(args.sampling_image_size)}: this model makes videos of "
+            f"{size} (height, width) only, since its position table is of that size"
+        )
+    if args.latent_channels != params["in_channels"]:
+        raise UserError(
+            f"latent_channels={args.latent_channels}, but the model has in_channels="
+            f"{params['in_channels']}; set latent_channels to that"
+        )
+    if args.batch_size < 1 or args.sampling_fps < 1:
+        raise UserError("batch_size and sampling_fps must be at least 1")
+    return (
+        args.sampling_num_frames,
+        params["in_channels"],
+        params["latent_height"],
+        params["latent_width"],
+    )

@@ -1,0 +1,255 @@
+"""The 3D causal video autoencoder, whole: encode, streamed decode, and a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pytorch_lightning import LightningModule
+from torch import nn
+
+from sgm.checkpoint import load_vae_state
+from sgm.errors import UserError
+from sgm.modules.autoencoding.causal_conv import ConvCache
+from sgm.util import instantiate_from_config
+
+# Latent frames that are decoded at once: of the first chunk, and of each one after it. The released
+# weights were sampled so, and since the norms' statistics are those of a chunk, it is part of them.
+FIRST_CHUNK_FRAMES, CHUNK_FRAMES = 3, 2
+
+# Where a batch keeps its clips: the same batches as those of the diffusion model.
+VIDEO_KEY = "mp4"
+
+
+class Reconstruction(NamedTuple):
+    """A video that went through the autoencoder, and the moments that it had on the way."""
+
+    video: torch.Tensor  # (b, c, t, h, w)
+    moments: torch.Tensor  # (b, 2z, t_z, h_z, w_z)
+
+
+class VideoAutoencoderInferenceWrapper(LightningModule):
+    """The video VAE of CogVideoX (Yang et al. 2024, section 2.1).
+
+    Videos are (b, c, 4k+1, h, w) in [-1, 1], latents (b, z, k+1, h/8, w/8). Inputs may
+    have any dtype: they are cast to that of the weights, in which results come back.
+
+    Args:
+        encoder_config: node of the encoder.
+        decoder_config: node of the decoder.
+        regularizer_config: node of what turns moments into latents.
+        ckpt_path: file of weights; None leaves them random, for training.
+        ignore_keys: beginnings of names in that file which are not for this model.
+        learning_rate: of Adam, in training.
+        kl_weight: of the KL term beside the reconstruction, in training.
+
+    Raises:
+        UserError: a configuration or the file does not fit.
+    """
+
+    # cp_size: work is not split over processes. loss_config: the released one is an Identity.
+    IGNORED_PARAMS = frozenset({"cp_size", "loss_config"})
+
+    def __init__(
+        self,
+        encoder_config: Mapping[str, Any],
+        decoder_config: Mapping[str, Any],
+        *,
+        regularizer_config: Mapping[str, Any],
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        learning_rate: float = 1e-4,
+        kl_weight: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        # Weights that a file replaces need neither memory nor a random start.
+        with nullcontext() if ckpt_path is None else torch.device("meta"):
+            self.encoder = instantiate_from_config(encoder_config)
+            self.decoder = instantiate_from_config(decoder_config)
+        self.regularization = instantiate_from_config(regularizer_config)
+        self.learning_rate = learning_rate
+        self.kl_weight = kl_weight
+        if ckpt_path is not None:
+            self._load(ckpt_path, ignore_keys)
+
+    def encode(
+        self,
+        x: torch.Tensor,
+        unregularized: bool = False,
+        *,
+        noise: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
+        """Latents of a video, drawn from the distribution that the encoder gives.
+
+        Args:
+            x: (b, c, 4k+1, 8h, 8w) in [-1, 1].
+            unregularized: return ``(moments, {})`` instead, moments (b, 2z, k+1, h, w).
+            noise: (b, z, k+1, h, w), standard normal; drawn here where it is None.
+            generator: to draw from.
+
+        Returns:
+            (b, z, k+1, h, w), not yet multiplied by the diffusion model's ``scale_factor``.
+
+        Raises:
+            ValueError: `x` has another shape.
+        """
+        self._check_video(x)
+        moments = self.encoder(x.to(_dtype_of(self.encoder)))
+        if unregularized:
+            return moments, {}
+        return self.regularization(moments, noise=noise, generator=generator)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Video of latents, decoded in chunks (see `decode_streamed`).
+
+        Args:
+            z: (b, z, t, h, w) with an odd t, already divided by ``scale_factor``.
+
+        Returns:
+            (b, c, 4t - 3, 8h, 8w), about [-1, 1], not clamped.
+
+        Raises:
+            ValueError: `z` has another shape.
+        """
+        return torch.cat(list(self.decode_streamed(z)), dim=2)
+
+    def decode_streamed(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The frames of `decode`, chunk by chunk: 3 latent frames, then 2 at a time.
+
+        Between chunks only the last two input frames of each convolution are kept, so memory does
+        not grow with the length of the video. They belong to this call alone.
+
+        Yields:
+            (b, c, t, 8h, 8w): 9 frames (1, if there is but one latent frame), then 8 at a time.
+
+        Raises:
+            ValueError: `z` is not (b, z, t, h, w) with an odd t; raised by the call itself.
+        """
+        channels = self.decoder.z_channels
+        if z.ndim != 5 or z.shape[1] != channels:
+            raise ValueError(
+                f"decode takes latents of shape (b, {channels}, t, h, w), not {tuple(z.shape)}"
+            )
+        if z.shape[2] % 2 == 0:
+            raise ValueError(
+                f"decode takes an odd number of latent frames, not {z.shape[2]}: the first "
+                f"{FIRST_CHUNK_FRAMES} are decoded together, then {CHUNK_FRAMES} at a time"
+            )
+        return self._decode_chunks(z.to(_dtype_of(self.decoder)))
+
+    def _decode_chunks(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
+        first, rest = z[:, :, :FIRST_CHUNK_FRAMES], z[:, :, FIRST_CHUNK_FRAMES:]
+        with ConvCache() as cache:
+            yield self.decoder(first, cache=cache)
+            for start in range(0, rest.shape[2], CHUNK_FRAMES):
+                yield self.decoder(rest[:, :, start : start + CHUNK_FRAMES], cache=cache)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        noise: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Reconstruction:
+        """Encode and decode a video with 8k+1 frames; arguments and errors as in `encode`."""
+        moments, _ = self.encode(x, unregularized=True)
+        latents = self.regularization(moments, noise=noise, generator=generator)
+        return Reconstruction(video=self.decode(latents), moments=moments)
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> torch.Tensor:
+        """Reconstruction loss (L1 and squared error) and weighted KL divergence.
+
+        Decoding is streamed as in sampling, so that the norms see the chunks that they will see.
+
+        Args:
+            batch: with ``mp4``, clips (b, t, c, h, w) in [-1, 1] of 8k+1 frames.
+            batch_idx: not needed; Lightning passes it.
+
+        Returns:
+            The loss, a scalar in float32.
+        """
+        x = rearrange(batch[VIDEO_KEY], "b t c h w -> b c t h w")
+        reconstruction = self(x)
+        video, target = reconstruction.video.float(), x.float()
+        terms = {
+            "l1": F.l1_loss(video, target),
+            "mse": F.mse_loss(video, target),
+            "kl": self.regularization.kl(reconstruction.moments),
+        }
+        loss = terms["l1"] + terms["mse"] + self.kl_weight * terms["kl"]
+        if self._trainer is not None:  # self.log warns at every step without one
+            for name, value in {**terms, "loss": loss}.items():
+                self.log(f"train/{name}", value, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam at the constant `learning_rate`."""
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+
+    def _check_video(self, x: torch.Tensor) -> None:
+        channels = self.encoder.in_channels
+        in_time, in_space = self.encoder.time_factor, self.encoder.space_factor
+        if x.ndim != 5 or x.shape[1] != channels:
+            raise ValueError(
+                f"encode takes a video of shape (b, {channels}, t, h, w), not {tuple(x.shape)}"
+            )
+        num_frames, height, width = x.shape[2:]
+        if num_frames % in_time != 1 % in_time:
+            raise ValueError(
+                f"encode takes {in_time}k+1 frames (1, {in_time + 1}, {2 * in_time + 1}, …), "
+                f"not {num_frames}"
+            )
+        if height % in_space or width % in_space:
+            raise ValueError(
+                f"encode takes a height and a width divisible by {in_space}, not {height}x{width}"
+            )
+
+    def _load(self, path: str, ignore_keys: Sequence[str]) -> None:
+        """Put the weights of a file in place, in PyTorch's default dtype.
+
+        Raises:
+            UserError: names or shapes are not those of this model.
+        """
+        state = load_vae_state(path, ignore_keys)
+        _check_fit(self.state_dict(), state, path)
+        dtype = torch.get_default_dtype()
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+        self.load_state_dict(state, assign=True)
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def _check_fit(
+    expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], path: str
+) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        UserError: they differ; it names the first few of each kind.
+    """
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in found and found[name].shape != tensor.shape
+        ],
+    }
+    clauses = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for kind, names in problems.items()
+        if names
+    ]
+    if clauses:
+        raise UserError(
+            f"{path} does not fit the autoencoder of the configuration: keys {'; '.join(clauses)}; "
+            "check ckpt_path, or encoder_config and decoder_config, under first_stage_config"
+        )

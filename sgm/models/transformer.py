@@ -1,0 +1,333 @@
+"""The diffusion transformer of CogVideoX-2B, on SwissArmyTransformer's BaseModel.
+
+Source of the architecture: Yang et al., "CogVideoX: Text-to-Video Diffusion Models with An Expert
+Transformer", section 2.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sat.model.base_model import BaseModel
+from sat.model.transformer import BaseTransformer
+from torch import Tensor, nn
+
+from sgm.errors import UserError, nearest_name
+from sgm.modules.transformer.sat_runtime import ensure_process_groups, quiet_sat
+from sgm.util import instantiate_from_config
+
+LAYER_NORM_EPSILON = 1e-5  # of the norms that SAT holds: two in each block, one after the last
+
+# The mixins, by name, and what their constructors take besides the params of their own node.
+_SIZES_OF_PARTS = {
+    "pos_embed": ("num_latent_frames", "grid_size", "hidden_size"),
+    "patch_embed": ("in_channels", "hidden_size", "patch_size"),
+    "adaln_layer": (
+        "num_layers",
+        "hidden_size",
+        "head_size",
+        "time_embed_dim",
+        "elementwise_affine",
+        "checkpoint_activations",
+    ),
+    "final_layer": (
+        "hidden_size",
+        "out_channels",
+        "patch_size",
+        "time_embed_dim",
+        "elementwise_affine",
+    ),
+}
+_USED_TRANSFORMER_ARGS = ("checkpoint_activations", "skip_init")
+# What these say is the one form of the model that is built here.
+_FIXED_TRANSFORMER_ARGS = {"layernorm_order": "pre", "is_decoder": False, "model_parallel_size": 1}
+# Sizes of SAT's embeddings of words and 1D positions, which this model has no use for.
+_UNUSED_TRANSFORMER_ARGS = ("vocab_size", "max_sequence_length")
+
+
+class DiffusionTransformer(BaseModel):
+    """Predicts v of a noisy latent clip, given the diffusion time and a text embedding.
+
+    It is built on the default device, so ``with torch.device("meta")`` allocates nothing. LoRA
+    copies the weights that it wraps; on meta there are none, so there whoever loads the
+    weights calls `add_lora` once they are in place.
+
+    Args:
+        num_layers: blocks.
+        hidden_size: width d of a token.
+        num_attention_heads: heads of a block; they divide d.
+        in_channels: channels c of the noisy clip.
+        out_channels: channels of the prediction.
+        patch_size: height and width of a patch, in latent pixels.
+        latent_height: height of a latent frame; the position table is fixed to it.
+        latent_width: the same for the width.
+        num_frames: frames of the longest video, 1 + a multiple of `time_compressed_rate`.
+        time_compressed_rate: video frames per latent frame, after the first.
+        time_embed_dim: width of the time embedding.
+        modules: the nodes ``{pos_embed,patch_embed,adaln_layer,final_layer}_config`` and, for
+            LoRA, ``lora_config``.
+        transformer_args: settings of SAT's transformer; of interest are `checkpoint_activations`
+            (recompute each block in the backward pass) and `skip_init` (leave SAT's weights
+            uninitialised).
+        elementwise_affine: the layer norms have weight and bias.
+        dtype: type of all weights.
+
+    Raises:
+        UserError: sizes that do not fit together, or an unknown key.
+    """
+
+    IGNORED_PARAMS = frozenset({"adm_in_channels"})
+
+    def __init__(
+        self,
+        num_layers: int,
+        hidden_size: int,
+        *,
+        num_attention_heads: int,
+        in_channels: int,
+        out_channels: int,
+        patch_size: int,
+        latent_height: int,
+        latent_width: int,
+        num_frames: int,
+        time_compressed_rate: int,
+        time_embed_dim: int,
+        modules: Mapping[str, Any],
+        transformer_args: Mapping[str, Any] | None = None,
+        elementwise_affine: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        transformer_args = transformer_args or {}
+        _check_transformer_args(transformer_args)
+        _check_modules(modules, num_layers=num_layers)
+        _check_divides("num_attention_heads", num_attention_heads, hidden_size=hidden_size)
+        _check_divides("patch_size", patch_size, latent_height=latent_height)
+        _check_divides("patch_size", patch_size, latent_width=latent_width)
+        super().__init__(
+            args=None,
+            transformer=_build_sat_transformer(
+                num_layers,
+                hidden_size,
+                num_attention_heads=num_attention_heads,
+                elementwise_affine=elementwise_affine,
+                skip_init=transformer_args.get("skip_init", False),
+                dtype=dtype,
+            ),
+        )
+        self.hidden_size = hidden_size
+        self.frame_shape = (in_channels, latent_height, latent_width)
+        self.grid_size = (latent_height // patch_size, latent_width // patch_size)
+        self.num_latent_frames = _latent_frames(num_frames, time_compressed_rate)
+        self.lora_config = modules.get("lora_config")
+        self.time_embed = _time_mlp(hidden_size, time_embed_dim)
+        self._add_parts(
+            modules,
+            num_layers=num_layers,
+            num_latent_frames=self.num_latent_frames,
+            grid_size=self.grid_size,
+            hidden_size=hidden_size,
+            head_size=hidden_size // num_attention_heads,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            patch_size=patch_size,
+            time_embed_dim=time_embed_dim,
+            elementwise_affine=elementwise_affine,
+            checkpoint_activations=transformer_args.get("checkpoint_activations", False),
+        )
+        self.to(dtype)
+        if not self.time_embed[0].weight.is_meta:
+            self.add_lora()
+
+    def _add_parts(self, modules: Mapping[str, Any], **sizes: Any) -> None:
+        """Build the mixins: each from the params of its node and those of `sizes` that it takes."""
+        for part, names in _SIZES_OF_PARTS.items():
+            own_sizes = {name: sizes[name] for name in names}
+            self.add_mixin(part, instantiate_from_config(modules[f"{part}_config"], **own_sizes))
+        if self.lora_config:
+            with quiet_sat():
+                lora = instantiate_from_config(self.lora_config, layer_num=sizes["num_layers"])
+            self.add_mixin("lora", lora)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.time_embed[0].weight.dtype
+
+    def add_lora(self) -> None:
+        """Put the LoRA layers around the weights, which are then used as the fixed part.
+
+        Nothing happens without a ``lora_config`` and when the layers are there already.
+
+        Raises:
+            RuntimeError: the weights are on meta still; load them first.
+        """
+        wrapped = any(".matrix_A." in name for name, _ in self.named_parameters())
+        if not self.lora_config or wrapped:
+            return
+        if any(parameter.is_meta for parameter in self.transformer.parameters()):
+            raise RuntimeError("add_lora: the transformer's weights are on meta; load them first")
+        with quiet_sat():
+            self.mixins["lora"].reinit(self)
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, *, context: Tensor, **hook_arguments: Any
+    ) -> Tensor:
+        """The prediction (b, t, c_out, h, w) for a noisy clip, in the type of `x`.
+
+        Args:
+            x: noisy latents (b, t, c, h, w); h and w as in the position table, t at most its
+                frames. A single frame is an image.
+            timesteps: index of the noise level (b,), 0 to 999, 999 the noisiest.
+            context: text embedding (b, n_text, d_text).
+            hook_arguments: handed to the hooks of the embeddings, the blocks and the head, for
+                mixins that others add to the model.
+
+        Raises:
+            UserError: a shape that does not fit the model.
+        """
+        self._check_shapes(x, timesteps=timesteps, context=context)
+        time_embedding = self.time_embed(
+            sinusoidal_embedding(timesteps, self.hidden_size).to(self.dtype)
+        )  # (b, time_embed_dim)
+        # SAT's transformer calls the hooks of the mixins in this order: patch_embed makes the
+        # tokens (text first), pos_embed says where they are, adaln_layer runs each block and its
+        # attention, and after SAT's last norm final_layer makes frames of the video tokens.
+        prediction, *_ = super().forward(
+            x.to(self.dtype),
+            position_ids=None,
+            attention_mask=None,
+            context=context.to(self.dtype),
+            time_embedding=time_embedding,
+            text_length=context.shape[1],
+            grid=(x.shape[1], *self.grid_size),
+            **hook_arguments,
+        )
+        return prediction.to(x.dtype)
+
+    def _check_shapes(self, x: Tensor, *, timesteps: Tensor, context: Tensor) -> None:
+        limit = self.num_latent_frames
+        if x.ndim != 5 or tuple(x.shape[2:]) != self.frame_shape or not 1 <= x.shape[1] <= limit:
+            frame = ", ".join(str(size) for size in self.frame_shape)
+            raise UserError(
+                f"latents of shape {tuple(x.shape)}: this model takes (b, t, {frame}) with t from "
+                f"1 to {limit}, the size of its position table; change the sampling size, or "
+                "latent_height, latent_width and num_frames of the model"
+            )
+        batch_size = x.shape[0]
+        text = (
+            batch_size,
+            self.mixins["pos_embed"].text_length,
+            self.mixins["patch_embed"].text_proj.in_features,
+        )
+        if tuple(context.shape) != text:
+            raise UserError(
+                f"text embedding of shape {tuple(context.shape)}: {text} is expected; compare the "
+                "text encoder and its max_length with text_hidden_size and text_length of the model"
+            )
+        if tuple(timesteps.shape) != (batch_size,):
+            raise UserError(
+                f"timesteps of shape {tuple(timesteps.shape)}: ({batch_size},) is expected"
+            )
+
+
+def sinusoidal_embedding(timesteps: Tensor, width: int) -> Tensor:
+    """[cos | sin] of ``timestep * exp(-ln 10000 * i / (width / 2))``, (b,) -> (b, width), float32.
+
+    Source: Vaswani et al., "Attention Is All You Need", section 3.5; cosines first, as the
+    released weights expect. Half precision would blur neighbouring timesteps.
+    """
+    half = width // 2
+    indices = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    frequencies = torch.exp(-math.log(10000) * indices / half)
+    angles = timesteps.float()[:, None] * frequencies  # (b, width/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def _time_mlp(hidden_size: int, time_embed_dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(hidden_size, time_embed_dim),
+        nn.SiLU(),
+        nn.Linear(time_embed_dim, time_embed_dim),
+    )
+
+
+def _build_sat_transformer(
+    num_layers: int,
+    hidden_size: int,
+    *,
+    num_attention_heads: int,
+    elementwise_affine: bool,
+    skip_init: bool,
+    dtype: torch.dtype,
+) -> BaseTransformer:
+    """SAT's stack of layers on the default device, without the embeddings for language models."""
+    ensure_process_groups()
+    transformer = BaseTransformer(
+        num_layers=num_layers,
+        vocab_size=1,
+        hidden_size=hidden_size,
+        num_attention_heads=num_attention_heads,
+        max_sequence_length=1,
+        layernorm_epsilon=LAYER_NORM_EPSILON,
+        layernorm=partial(nn.LayerNorm, elementwise_affine=elementwise_affine),
+        activation_func=partial(F.gelu, approximate="tanh"),
+        params_dtype=dtype,
+        skip_init=skip_init,
+        device=torch.get_default_device(),
+    )
+    del transformer.word_embeddings, transformer.position_embeddings
+    return transformer
+
+
+def _latent_frames(num_frames: int, time_compressed_rate: int) -> int:
+    """Latent frames of a video: the first alone, then one for each `time_compressed_rate`."""
+    if num_frames < 1 or time_compressed_rate < 1 or (num_frames - 1) % time_compressed_rate:
+        raise UserError(
+            f"num_frames={num_frames}: it must be 1 + a multiple of "
+            f"time_compressed_rate={time_compressed_rate}"
+        )
+    return (num_frames - 1) // time_compressed_rate + 1
+
+
+def _check_divides(name: str, divisor: int, **divided: int) -> None:
+    ((divided_name, size),) = divided.items()
+    if divisor < 1 or size < 1 or size % divisor:
+        raise UserError(f"{divided_name}={size} is not a multiple of {name}={divisor}")
+
+
+def _check_transformer_args(transformer_args: Mapping[str, Any]) -> None:
+    known = {*_USED_TRANSFORMER_ARGS, *_FIXED_TRANSFORMER_ARGS, *_UNUSED_TRANSFORMER_ARGS}
+    for name, value in transformer_args.items():
+        if name not in known:
+            raise UserError(
+                f"unknown key {name!r} in transformer_args; {nearest_name(name, known)}"
+            )
+        if name in _FIXED_TRANSFORMER_ARGS and value != _FIXED_TRANSFORMER_ARGS[name]:
+            raise UserError(
+                f"{name}={value!r} in transformer_args: this model is built with "
+                f"{_FIXED_TRANSFORMER_ARGS[name]!r} only"
+            )
+
+
+def _check_modules(modules: Mapping[str, Any], *, num_layers: int) -> None:
+    if num_layers < 1:
+        raise UserError(f"num_layers={num_layers}: at least 1 is needed")
+    required = [f"{name}_config" for name in _SIZES_OF_PARTS]
+    known = [*required, "lora_config"]
+    for name in modules:
+        if name not in known:
+            raise UserError(f"unknown key {name!r} in modules; {nearest_name(name, known)}")
+    for name in required:
+        if not modules.get(name):
+            raise UserError(f"modules lacks {name}; add it to network_config.params.modules")
+    lora = (modules.get("lora_config") or {}).get("params") or {}
+    if modules.get("lora_config") and lora.get("r", 0) < 1:
+        raise UserError(f"lora_config: r={lora.get('r')!r}; the rank must be 1 or more")
+    outside = [i for i in lora.get("layer_range") or [] if not 0 <= i < num_layers]
+    if outside:
+        raise UserError(f"lora_config: layer_range names layer {outside[0]} of {num_layers} layers")

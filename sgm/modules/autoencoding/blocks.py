@@ -1,0 +1,90 @@
+"""Residual blocks, and the stacks of them that encoder and decoder share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sgm.modules.autoencoding.causal_conv import CausalConv3d, ConvCache
+
+MakeNorm = Callable[[int], nn.Module]
+
+
+def norm_silu(norm: nn.Module, x: torch.Tensor, latents: torch.Tensor | None) -> torch.Tensor:
+    """SiLU(norm(x)), where norm takes the latents too if there are any (in the decoder)."""
+    normed = norm(x) if latents is None else norm(x, latents)
+    return F.silu(normed, inplace=True)
+
+
+class CausalResnetBlock(nn.Module):
+    """Two causal 3×3×3 convolutions, each after norm and SiLU, beside a shortcut."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, dropout: float, make_norm: MakeNorm
+    ) -> None:
+        super().__init__()
+        self.norm1 = make_norm(in_channels)
+        self.conv1 = CausalConv3d(in_channels, out_channels, kernel_size=3)
+        self.norm2 = make_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = CausalConv3d(out_channels, out_channels, kernel_size=3)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv3d(in_channels, out_channels, kernel_size=1)
+        else:
+            self.nin_shortcut = nn.Identity()
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        latents: torch.Tensor | None = None,
+        cache: ConvCache | None = None,
+    ) -> torch.Tensor:
+        """(b, c, t, h, w) → (b, c_out, t, h, w).
+
+        Args:
+            x: the feature map.
+            latents: (b, z, t_z, h_z, w_z) for the decoder's norms.
+            cache: of the convolutions, where a video comes in chunks.
+        """
+        h = self.conv1(norm_silu(self.norm1, x, latents), cache=cache)
+        h = self.conv2(self.dropout(norm_silu(self.norm2, h, latents)), cache=cache)
+        return h.add_(self.nin_shortcut(x))
+
+
+class MiddleBlocks(nn.Module):
+    """The two residual blocks at the smallest size. Attention, usual here, is not in this model."""
+
+    def __init__(self, channels: int, *, dropout: float, make_norm: MakeNorm) -> None:
+        super().__init__()
+        self.block_1 = CausalResnetBlock(channels, channels, dropout=dropout, make_norm=make_norm)
+        self.block_2 = CausalResnetBlock(channels, channels, dropout=dropout, make_norm=make_norm)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        latents: torch.Tensor | None = None,
+        cache: ConvCache | None = None,
+    ) -> torch.Tensor:
+        """(b, c, t, h, w) → the same shape."""
+        x = self.block_1(x, latents=latents, cache=cache)
+        return self.block_2(x, latents=latents, cache=cache)
+
+
+def residual_stack(
+    in_channels: int, out_channels: int, *, num_blocks: int, dropout: float, make_norm: MakeNorm
+) -> nn.ModuleList:
+    """`num_blocks` residual blocks, the first of which changes the number of channels."""
+    return nn.ModuleList(
+        CausalResnetBlock(
+            out_channels if index else in_channels,
+            out_channels,
+            dropout=dropout,
+            make_norm=make_norm,
+        )
+        for index in range(num_blocks)
+    )

@@ -1,0 +1,117 @@
+"""Latents → video."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from sgm.modules.autoencoding.blocks import MakeNorm, MiddleBlocks, norm_silu, residual_stack
+from sgm.modules.autoencoding.causal_conv import CausalConv3d, ConvCache
+from sgm.modules.autoencoding.norms import LatentModulatedNorm
+from sgm.modules.autoencoding.resize import NUM_TIME_LEVELS, Upsample
+
+
+class DecoderLevel(nn.Module):
+    """Residual blocks at one size, then the step to twice of it, except at level 0."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        num_blocks: int,
+        dropout: float,
+        make_norm: MakeNorm,
+        upsample: Upsample | None,
+    ) -> None:
+        super().__init__()
+        self.block = residual_stack(
+            in_channels,
+            out_channels,
+            num_blocks=num_blocks,
+            dropout=dropout,
+            make_norm=make_norm,
+        )
+        self.upsample = upsample
+
+    def forward(
+        self, x: torch.Tensor, *, latents: torch.Tensor, cache: ConvCache | None = None
+    ) -> torch.Tensor:
+        """(b, c, t, h, w) → (b, c_out, t', h', w')."""
+        for block in self.block:
+            x = block(x, latents=latents, cache=cache)
+        return x if self.upsample is None else self.upsample(x)
+
+
+class ContextParallelDecoder3D(nn.Module):
+    """The causal 3D decoder of CogVideoX (Yang et al. 2024, section 2.1), the encoder's mirror.
+
+    Args:
+        ch: channels of the last level to run, which is number 0.
+        ch_mult: factor on `ch` at each level, as in the encoder.
+        num_res_blocks: the encoder's number; a level here has one block more.
+        z_channels: channels of the latents.
+        out_ch: channels of the video.
+        dropout: rate inside the residual blocks, in training.
+
+    The name is what configurations call it; the work is not split over processes.
+    """
+
+    # in_channels: the encoder's. The others: no part of this model reads them.
+    IGNORED_PARAMS = frozenset(
+        {"double_z", "resolution", "in_channels", "attn_resolutions", "gather_norm"}
+    )
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        z_channels: int,
+        out_ch: int = 3,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        widths = [ch * factor for factor in ch_mult]
+        deepest = len(widths) - 1
+        make_norm = partial(LatentModulatedNorm, latent_channels=z_channels)
+        self.z_channels = z_channels
+        self.conv_in = CausalConv3d(z_channels, widths[-1], kernel_size=3)
+        self.mid = MiddleBlocks(widths[-1], dropout=dropout, make_norm=make_norm)
+        self.up = nn.ModuleList()
+        for index, width in enumerate(widths):
+            upsample = None
+            if index > 0:
+                upsample = Upsample(width, expand_time=index > deepest - NUM_TIME_LEVELS)
+            level = DecoderLevel(
+                widths[min(index + 1, deepest)],
+                width,
+                num_blocks=num_res_blocks + 1,
+                dropout=dropout,
+                make_norm=make_norm,
+                upsample=upsample,
+            )
+            self.up.append(level)
+        self.norm_out = make_norm(widths[0])
+        self.conv_out = CausalConv3d(widths[0], out_ch, kernel_size=3)
+
+    def forward(self, z: torch.Tensor, *, cache: ConvCache | None = None) -> torch.Tensor:
+        """Decode one chunk of latents; its own frames make the statistics of the norms.
+
+        Args:
+            z: (b, z, t, h, w). An odd t means that the video begins here, with a frame of its own.
+            cache: frames carried over from the chunk before, refreshed here; None for a whole video
+                in one pass.
+
+        Returns:
+            (b, c, 4t, 8h, 8w), or 4t - 3 frames where t is odd; about [-1, 1], not clamped.
+        """
+        h = self.conv_in(z, cache=cache)
+        h = self.mid(h, latents=z, cache=cache)
+        for level in reversed(self.up):
+            h = level(h, latents=z, cache=cache)
+        return self.conv_out(norm_silu(self.norm_out, h, z), cache=cache)

@@ -1,0 +1,51 @@
+"""From moments to latents, and what it costs to be far from the prior."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+# Range of the log-variance; beyond it exp() leaves float16 or the variance means nothing.
+MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0
+
+
+class DiagonalGaussianRegularizer(nn.Module):
+    """The latents' distribution: independent Gaussians, pulled towards N(0, 1) in training.
+
+    Kingma and Welling, "Auto-Encoding Variational Bayes" (2013), section 3 and appendix B.
+    """
+
+    def forward(
+        self,
+        moments: torch.Tensor,
+        *,
+        noise: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Draw latents: mean + standard deviation · noise.
+
+        Args:
+            moments: (b, 2z, t, h, w), mean and then log-variance.
+            noise: (b, z, t, h, w), standard normal; drawn here where it is None.
+            generator: to draw from, on any device. None means the global one.
+
+        Returns:
+            (b, z, t, h, w) in the dtype of `moments`; computed in float32.
+        """
+        mean, log_variance = split_moments(moments)
+        if noise is None:
+            device = mean.device if generator is None else generator.device
+            noise = torch.randn(mean.shape, generator=generator, device=device)
+        noise = noise.to(device=mean.device, dtype=torch.float32)
+        return (mean + torch.exp(0.5 * log_variance) * noise).to(moments.dtype)
+
+    def kl(self, moments: torch.Tensor) -> torch.Tensor:
+        """KL divergence of the latents from N(0, 1), mean over all their elements, in nats."""
+        mean, log_variance = split_moments(moments)
+        return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
+
+
+def split_moments(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(b, 2z, t, h, w) → mean and clamped log-variance, (b, z, t, h, w) each, in float32."""
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    return mean, log_variance.clamp(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE)

@@ -1,0 +1,74 @@
+"""Halving and doubling of space and time between the levels of the autoencoder."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sgm.modules.autoencoding.convolve import convolve
+
+# Time is compressed 4 times, at the first two of the levels that also halve space.
+NUM_TIME_LEVELS = 2
+
+
+def stretch_time(x: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """Repeat frames until there are `num_frames`: nearest neighbour in time.
+
+    An odd number (4k+1 and 2k+1 frames) means that the video's first frame is in `x`. It stands
+    alone and only the others are repeated.
+
+    Args:
+        x: (b, c, t, h, w). t divides `num_frames`; where that is odd, t-1 divides `num_frames` - 1.
+
+    Returns:
+        (b, c, num_frames, h, w)
+    """
+    if x.shape[2] == num_frames:
+        return x
+    first_alone = num_frames % 2
+    repeats, remainder = divmod(num_frames - first_alone, x.shape[2] - first_alone)
+    assert remainder == 0, f"{x.shape[2]} frames cannot be repeated to {num_frames}"
+    position = torch.arange(num_frames, device=x.device) + first_alone * (repeats - 1)
+    return x.index_select(2, position // repeats)  # (b, c, num_frames, h, w)
+
+
+class Downsample(nn.Module):
+    """Halve space by a strided convolution, and time, if asked to, by averaging pairs of frames."""
+
+    def __init__(self, channels: int, *, compress_time: bool) -> None:
+        super().__init__()
+        self.compress_time = compress_time
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(b, c, t, h, w) → (b, c, ⌈t/2⌉ or t, ⌊h/2⌋, ⌊w/2⌋)."""
+        if self.compress_time:
+            x = _average_pairs(x)
+        x = F.pad(x, (0, 1, 0, 1))  # (b, c, t, h + 1, w + 1), right and bottom
+        return convolve(x, self.conv.weight.unsqueeze(2), bias=self.conv.bias, stride=2)
+
+
+class Upsample(nn.Module):
+    """Double space, and time, if asked to, by repeating; then smooth space by a convolution."""
+
+    def __init__(self, channels: int, *, expand_time: bool) -> None:
+        super().__init__()
+        self.expand_time = expand_time
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(b, c, t, h, w) → (b, c, 2t or t, 2h, 2w); 2t - 1 frames where t is odd."""
+        num_frames = x.shape[2]
+        x = F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest")  # (b, c, t, 2h, 2w)
+        x = convolve(x, self.conv.weight.unsqueeze(2), bias=self.conv.bias, padding=1)
+        # The convolution treats frames one by one, so repeating them after it is the same and
+        # spares half of the work.
+        return stretch_time(x, 2 * num_frames - num_frames % 2) if self.expand_time else x
+
+
+def _average_pairs(x: torch.Tensor) -> torch.Tensor:
+    """Mean of each pair of frames; where their number is odd the first one stays as it is."""
+    first_alone = x.shape[2] % 2
+    pairs = x[:, :, first_alone:].unflatten(2, (-1, 2))  # (b, c, ⌊t/2⌋, 2, h, w)
+    return torch.cat([x[:, :, :first_alone], pairs.mean(dim=3)], dim=2)  # (b, c, ⌈t/2⌉, h, w)

@@ -1,0 +1,99 @@
+"""From a batch to what the network is conditioned on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgm.errors import UserError, nearest_name
+from sgm.util import instantiate_from_config
+
+_EMBEDDER_KEYS = ("target", "params", "is_trainable", "input_key", "ucg_rate")
+
+
+class GeneralConditioner(nn.Module):
+    """Runs the embedders of a configuration and gathers their outputs.
+
+    Args:
+        emb_models: for each embedder ``{target, params, input_key, is_trainable, ucg_rate}``:
+            `input_key` names the entry of the batch it reads, `is_trainable` whether its weights
+            are trained, `ucg_rate` (0 to 1) how often a training sample's embedding is replaced
+            by zeros, which teaches the network its unconditional prediction.
+        dtype, device: of the embedders' weights.
+
+    Raises:
+        UserError: an unknown key in an embedder's node.
+    """
+
+    def __init__(
+        self,
+        emb_models: Sequence[Mapping[str, Any]],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__()
+        self.embedders = nn.ModuleList()
+        self.input_keys: list[str] = []
+        self.ucg_rates: list[float] = []
+        for node in emb_models:
+            for key in node:
+                if key not in _EMBEDDER_KEYS:
+                    raise UserError(
+                        f"conditioner_config: unknown key {key!r} in emb_models; "
+                        f"{nearest_name(key, _EMBEDDER_KEYS)}"
+                    )
+            config = {"target": node.get("target"), "params": node.get("params")}
+            embedder = instantiate_from_config(config, dtype=dtype, device=device)
+            if not node.get("is_trainable", False):
+                embedder.eval().requires_grad_(False)
+            self.embedders.append(embedder)
+            self.input_keys.append(node.get("input_key", "txt"))
+            self.ucg_rates.append(float(node.get("ucg_rate", 0.0)))
+
+    def train(self, mode: bool = True) -> GeneralConditioner:
+        """Switch to training; embedders that are not trained stay as in inference."""
+        super().train(mode)
+        for embedder in self.embedders:
+            trained = any(weight.requires_grad for weight in embedder.parameters())
+            embedder.train(mode and trained)
+        return self
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Embed a batch.
+
+        In training mode each sample's embedding is zeroed with the embedder's `ucg_rate`, drawn
+        from torch's global generator.
+
+        Returns:
+            ``{"crossattn": (b, n_text, d_text)}``; several embedders are joined along d_text.
+        """
+        outputs = []
+        for embedder, key, ucg_rate in zip(
+            self.embedders, self.input_keys, self.ucg_rates, strict=True
+        ):
+            embedding = embedder(batch[key])  # (b, n, d)
+            if self.training and ucg_rate > 0:
+                kept = torch.rand(embedding.shape[0], 1, 1) >= ucg_rate
+                embedding = embedding * kept.to(embedding)
+            outputs.append(embedding)
+        return {"crossattn": torch.cat(outputs, dim=-1)}
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Conditioning of b texts for inference; a text that does not fit gives a warning.
+
+        The conditioner must be in evaluation mode, or embeddings would be dropped at random.
+        """
+        for embedder in self.embedders:
+            for text in texts:
+                embedder.warn_if_cut(text)
+        return self({key: texts for key in self.input_keys})
+
+    @staticmethod
+    def unconditional(cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The unconditional counterpart of `cond`: zeros, as in training (not T5 of '')."""
+        return {key: torch.zeros_like(embedding) for key, embedding in cond.items()}

@@ -1,0 +1,75 @@
+"""How the noise levels of a diffusion run are spaced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sgm.modules.diffusionmodules.checks import check_number
+
+NUM_TIMESTEPS = 1000
+# Both ends of the linear-in-square-root schedule of latent diffusion (Rombach et al. 2022, app. B).
+BETA_START = 0.00085
+BETA_END = 0.012
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The noise levels of a run, from the cleanest to the noisiest.
+
+    Attributes:
+        timesteps: (n,) int64, ascending, 0..999: what the network is told.
+        alphas_cumprod_sqrt: (n,) float64, descending within [0, 1); its last entry is 0, that is
+            no signal at all.
+    """
+
+    timesteps: Tensor
+    alphas_cumprod_sqrt: Tensor
+
+
+class ZeroSNRDDPMDiscretization:
+    """DDPM noise levels, shifted towards noise, whose noisiest level holds no signal.
+
+    The shift is that of resolution-dependent schedules (Esser et al. 2024, section 5.3.2), written
+    for the cumulative alpha; the zero terminal signal is Lin et al. 2023, algorithm 1. Here the
+    rescaling sees the chosen levels only, as the released weights' own sampler does it: levels of
+    a 10-step run are not a subset of the 1000.
+
+    Args:
+        shift_scale: s of alpha <- alpha / (s + (1 - s) alpha), 0.001..1000; 1 shifts nothing.
+
+    Raises:
+        UserError: it is out of range.
+    """
+
+    def __init__(self, shift_scale: float = 1.0) -> None:
+        check_number(f"{type(self).__name__}: shift_scale", shift_scale, low=1e-3, high=1e3)
+        betas = np.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS, dtype=np.float64) ** 2
+        alphas_cumprod = np.cumprod(1.0 - betas)
+        self._alphas_cumprod = alphas_cumprod / (shift_scale + (1.0 - shift_scale) * alphas_cumprod)
+
+    def __call__(self, num_levels: int) -> NoiseSchedule:
+        """The schedule of `num_levels` noise levels, evenly spaced in timestep from 999 down.
+
+        Raises:
+            UserError: `num_levels` is not in 2..1000. One level cannot be both free of signal and
+                the cleanest one.
+        """
+        check_number(
+            "number of noise levels (num_steps or num_idx)",
+            num_levels,
+            low=2,
+            high=NUM_TIMESTEPS,
+            whole=True,
+        )
+        descending = np.linspace(NUM_TIMESTEPS - 1, 0, int(num_levels), endpoint=False)
+        timesteps = descending.astype(np.int64)[::-1].copy()  # torch wants positive strides
+        signal = np.sqrt(self._alphas_cumprod[timesteps])
+        cleanest, noisiest = signal[0], signal[-1]
+        signal = (signal - noisiest) * (cleanest / (cleanest - noisiest))
+        return NoiseSchedule(
+            timesteps=torch.from_numpy(timesteps), alphas_cumprod_sqrt=torch.from_numpy(signal)
+        )

@@ -1,0 +1,74 @@
+"""Which noise levels a training step sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgm.modules.diffusionmodules.discretizer import NoiseSchedule
+from sgm.util import instantiate_from_config
+
+
+class NoiseLevels(NamedTuple):
+    """Drawn noise levels of b samples: timesteps (b,) int64, 0..999; levels (b,) float64, 0..1."""
+
+    timesteps: Tensor
+    alphas_cumprod_sqrt: Tensor
+
+
+class DiscreteSampling:
+    """Draws noise levels uniformly.
+
+    With `uniform_sampling`, of R data-parallel ranks each draws from its own R-th of the range:
+    together still uniform, but every step sees all noise levels alike, so that its loss and
+    gradient vary less. The part of a rank is fixed, so data must be shuffled over the ranks.
+
+    Args:
+        num_idx: number of noise levels, 2..1000; 1000 for the released weights.
+        discretization_config: node of a configuration.
+        uniform_sampling: split the range over data-parallel ranks.
+
+    Raises:
+        UserError: `num_idx` is out of range or the node is faulty.
+    """
+
+    def __init__(
+        self,
+        num_idx: int,
+        discretization_config: Mapping[str, Any],
+        *,
+        uniform_sampling: bool = False,
+    ) -> None:
+        self.schedule: NoiseSchedule = instantiate_from_config(discretization_config)(num_idx)
+        self.uniform_sampling = uniform_sampling
+
+    def __call__(self, batch_size: int, *, generator: torch.Generator | None = None) -> NoiseLevels:
+        """Levels for `batch_size` samples, on the generator's device (CPU without one)."""
+        device = torch.device("cpu") if generator is None else generator.device
+        rank, num_ranks = data_parallel_rank_and_size() if self.uniform_sampling else (0, 1)
+        num_idx = len(self.schedule.timesteps)
+        # float64: float32 has too few values in [0, 1) to give 1000 levels the same chance.
+        draws = torch.rand(batch_size, generator=generator, device=device, dtype=torch.float64)
+        positions = ((rank + draws) * num_idx / num_ranks).long()
+        # rank + draw can round up to rank + 1, which for the last rank is outside the table.
+        positions = positions.clamp(max=num_idx - 1)
+        return NoiseLevels(
+            timesteps=self.schedule.timesteps.to(device)[positions],
+            alphas_cumprod_sqrt=self.schedule.alphas_cumprod_sqrt.to(device)[positions],
+        )
+
+
+def data_parallel_rank_and_size() -> tuple[int, int]:
+    """This process among those that see different data, and their number; (0, 1) when alone."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    # Imported here: it loads DeepSpeed, seconds that a single process need not spend.
+    from sat import mpu
+
+    # Ranks that share one model by parts see the same data and must draw the same levels.
+    if mpu.model_parallel_is_initialized():
+        return mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -1,0 +1,1 @@
+"""Encoders of what a sample is conditioned on."""

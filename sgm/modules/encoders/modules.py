@@ -1,0 +1,117 @@
+"""The T5 text encoder and its tokenizer, read from a Hugging Face folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor, nn
+
+from sgm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class T5Tokenizer:
+    """Sentencepiece with T5's conventions: an end token, then padding up to a fixed length.
+
+    The model file itself decides how text is normalised and split, so ids are those that the
+    text encoder was trained with, whatever the version of the libraries around it.
+    """
+
+    def __init__(self, model_file: Path, *, max_length: int) -> None:
+        self.max_length = max_length
+        self._pieces = SentencePieceProcessor(model_file=str(model_file))
+        self._eos_id = self._pieces.eos_id()
+        self._pad_id = self._pieces.pad_id()
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Token ids (b, max_length), int64; a text that is cut still ends with the end token."""
+        rows = []
+        for ids in self._pieces.encode(list(texts)):
+            row = [*ids[: self.max_length - 1], self._eos_id]
+            rows.append(row + [self._pad_id] * (self.max_length - len(row)))
+        return torch.tensor(rows, dtype=torch.long)
+
+    def overflow(self, text: str) -> str:
+        """The end of `text` that does not fit into `max_length` tokens; empty where all does."""
+        return self._pieces.decode(self._pieces.encode(text)[self.max_length - 1 :])
+
+
+def _check_folder(folder: Path) -> None:
+    """Say what of a T5 folder is absent before anything large is loaded.
+
+    Raises:
+        UserError: the folder, its config, its sentencepiece model or its weights are absent.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"model_dir {str(folder)!r} is not a folder; it must name the T5 folder "
+            "(for the 2B model a clone of https://huggingface.co/google/t5-v1_1-xxl)"
+        )
+    for name in ("config.json", "spiece.model"):
+        if not (folder / name).is_file():
+            raise UserError(f"the T5 folder {folder} lacks {name}; copy it there from the original")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise UserError(
+            f"the T5 folder {folder} holds no weights (*.safetensors or pytorch_model*.bin; "
+            "tf_model.h5 is not used); in a git clone run 'git lfs pull'"
+        )
+
+
+class FrozenT5Embedder(nn.Module):
+    """Texts to the last hidden state of a T5 encoder.
+
+    Args:
+        model_dir: folder in Hugging Face's layout, with ``config.json``, ``spiece.model`` and
+            weights as safetensors or .bin shards.
+        max_length: number of tokens that every text is padded or cut to.
+        dtype, device: of the weights.
+
+    Padding is not masked: the diffusion model was trained on embeddings made that way.
+
+    Raises:
+        UserError: the folder is not a T5 folder.
+    """
+
+    # Of older files: the device is the run's, and whether it is trained is the conditioner's word.
+    IGNORED_PARAMS = frozenset({"cache_dir", "freeze"})
+
+    def __init__(
+        self,
+        model_dir: str,
+        max_length: int = 226,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__()
+        # Imported here, since it takes seconds and only this class needs it.
+        from transformers import T5EncoderModel
+
+        folder = Path(model_dir)
+        _check_folder(folder)
+        try:
+            self.tokenizer = T5Tokenizer(folder / "spiece.model", max_length=max_length)
+            self.transformer = T5EncoderModel.from_pretrained(
+                folder, dtype=dtype, local_files_only=True
+            ).to(device)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"the T5 folder {folder} cannot be loaded: {reason}") from None
+
+    def warn_if_cut(self, text: str) -> None:
+        """Log a warning that quotes the end of `text` that the encoder will not see."""
+        cut = self.tokenizer.overflow(text)
+        if cut:
+            logger.warning(
+                "the prompt is longer than %d tokens; cut off: %r", self.tokenizer.max_length, cut
+            )
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings (b, max_length, d_text) of b texts."""
+        ids = self.tokenizer(texts).to(self.transformer.device)
+        return self.transformer(input_ids=ids).last_hidden_state

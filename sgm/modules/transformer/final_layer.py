@@ -1,0 +1,76 @@
+"""From video tokens back to a latent clip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from einops import rearrange
+from sat.model.base_model import BaseMixin
+from torch import Tensor, nn
+
+from sgm.modules.transformer.adaln import modulate
+
+FINAL_NORM_EPSILON = 1e-6
+
+
+class FinalLayerMixin(BaseMixin):
+    """LayerNorm steered by the time embedding, a Linear to patches, and their assembly to frames.
+
+    The Linears start at zero, so a fresh model predicts zeros (Peebles and Xie, "Scalable
+    Diffusion Models with Transformers", section 3.2).
+
+    Args:
+        hidden_size: width d of a token.
+        out_channels: channels of the result.
+        patch_size: height and width p of a patch, in latent pixels.
+        time_embed_dim: width of the time embedding.
+        elementwise_affine: the norm has weight and bias.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        out_channels: int,
+        *,
+        patch_size: int,
+        time_embed_dim: int,
+        elementwise_affine: bool = True,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.norm_final = nn.LayerNorm(
+            hidden_size, eps=FINAL_NORM_EPSILON, elementwise_affine=elementwise_affine
+        )
+        self.linear = nn.Linear(hidden_size, out_channels * patch_size**2)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(time_embed_dim, 2 * hidden_size))
+        for linear in (self.linear, self.adaLN_modulation[1]):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def final_forward(
+        self,
+        tokens: Tensor,
+        *,
+        time_embedding: Tensor,
+        text_length: int,
+        grid: tuple[int, int, int],
+        **_: Any,
+    ) -> Tensor:
+        """Tokens (b, text_length + t * h * w, d) of `grid` = (t, h, w) -> (b, t, c, h * p, w * p).
+
+        In a patch the channel is the slowest index.
+        """
+        shift, scale = rearrange(
+            self.adaLN_modulation(time_embedding), "b (part d) -> part b 1 d", part=2
+        )  # (b, 1, d) each
+        video = modulate(self.norm_final(tokens[:, text_length:]), shift, scale=scale)
+        num_frames, height, width = grid
+        return rearrange(
+            self.linear(video),
+            "b (t h w) (c p q) -> b t c (h p) (w q)",
+            t=num_frames,
+            h=height,
+            w=width,
+            p=self.patch_size,
+            q=self.patch_size,
+        )

@@ -1,0 +1,38 @@
+"""From a text embedding and a latent clip to one sequence of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from sat.model.base_model import BaseMixin
+from torch import Tensor, nn
+
+
+class ImagePatchEmbeddingMixin(BaseMixin):
+    """Text tokens, then the square patches of each frame, all brought to the model's width.
+
+    Args:
+        in_channels: latent channels c.
+        hidden_size: width d of a token.
+        patch_size: height and width of a patch, in latent pixels.
+        text_hidden_size: width of the text embedding.
+    """
+
+    def __init__(
+        self, in_channels: int, hidden_size: int, *, patch_size: int, text_hidden_size: int
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.text_proj = nn.Linear(text_hidden_size, hidden_size)
+
+    def word_embedding_forward(self, x: Tensor, *, context: Tensor, **_: Any) -> Tensor:
+        """Clip (b, t, c, h, w) and text (b, n_text, d_text) -> tokens (b, n_text + n, d).
+
+        Video tokens follow in t, h, w order.
+        """
+        frames = rearrange(x, "b t c h w -> (b t) c h w")
+        patches = self.proj(frames)  # ((b t), d, h/p, w/p)
+        video = rearrange(patches, "(b t) d h w -> b (t h w) d", b=x.shape[0])  # (b, n, d)
+        return torch.cat([self.text_proj(context), video], dim=1)

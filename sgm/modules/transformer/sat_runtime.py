@@ -1,0 +1,48 @@
+"""What SwissArmyTransformer (SAT) wants of the process before it builds a layer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from sat import mpu
+
+
+def ensure_process_groups() -> None:
+    """Create the process groups that SAT's layers ask for their size, unless they exist.
+
+    A training run has made them already, and nothing happens. A process on its own gets a group
+    of one, whose store lives in its memory: it takes no port and meets no other job, and as it
+    has nobody to talk to, gloo will do on a GPU too. Under torchrun (``WORLD_SIZE`` above 1) the
+    ranks meet at the address that torchrun gives them, with NCCL for GPU tensors where there is
+    a GPU; every rank holds the whole model. Unlike SAT's own start-up for single models, this
+    leaves the random generators alone.
+    """
+    if not torch.distributed.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            torch.distributed.init_process_group(backend)
+        else:
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    if not mpu.model_parallel_is_initialized():
+        with quiet_sat():
+            mpu.initialize_model_parallel(1)
+
+
+@contextmanager
+def quiet_sat() -> Iterator[None]:
+    """Hold back what SAT reports below an error.
+
+    That is a line for every layer it changes, and warnings about optional packages at import.
+    """
+    sat_logger = logging.getLogger("sat")
+    level = sat_logger.level
+    sat_logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        sat_logger.setLevel(level)

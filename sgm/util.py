@@ -1,0 +1,134 @@
+"""From a ``{target: dotted.path, params: {…}}`` node of a configuration to an object."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sgm.errors import UserError, nearest_name
+
+_DIFFUSION_TRANSFORMER = "sgm.models.transformer.DiffusionTransformer"
+_TRANSFORMER_PARTS = "sgm.modules.transformer"
+_AUTOENCODER = "sgm.models.autoencoder.VideoAutoencoderInferenceWrapper"
+_REGULARIZER = "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"
+
+# Paths that published YAML files use for what lives elsewhere in this code base.
+TARGET_ALIASES = {
+    "dit_video_concat.DiffusionTransformer": _DIFFUSION_TRANSFORMER,
+    "dit_video_concat.Basic3DPositionEmbeddingMixin": (
+        f"{_TRANSFORMER_PARTS}.position_embedding.Basic3DPositionEmbeddingMixin"
+    ),
+    "dit_video_concat.ImagePatchEmbeddingMixin": (
+        f"{_TRANSFORMER_PARTS}.patch_embedding.ImagePatchEmbeddingMixin"
+    ),
+    "dit_video_concat.AdaLNMixin": f"{_TRANSFORMER_PARTS}.adaln.AdaLNMixin",
+    "dit_video_concat.FinalLayerMixin": f"{_TRANSFORMER_PARTS}.final_layer.FinalLayerMixin",
+    "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper": _AUTOENCODER,
+    "vae_modules.regularizers.DiagonalGaussianRegularizer": _REGULARIZER,
+    "vae_modules.cp_enc_dec.ContextParallelEncoder3D": (
+        "sgm.modules.autoencoding.encoder.ContextParallelEncoder3D"
+    ),
+    "vae_modules.cp_enc_dec.ContextParallelDecoder3D": (
+        "sgm.modules.autoencoding.decoder.ContextParallelDecoder3D"
+    ),
+}
+
+# A YAML file from elsewhere names classes to be called, so it may name only what is meant for it.
+# `allow_targets` (the flag --allow-target) is the one way to extend this list.
+_allowed_prefixes = ["sgm", "sat", "data_video", "torch.nn", "torch.optim"]
+
+
+def allow_targets(prefixes: list[str]) -> None:
+    """Let configurations of this process name classes under these dotted prefixes as well."""
+    _allowed_prefixes.extend(prefixes)
+
+
+def _is_allowed(path: str) -> bool:
+    return any(path == prefix or path.startswith(f"{prefix}.") for prefix in _allowed_prefixes)
+
+
+def get_class(target: str) -> type:
+    """The class that `target` names, old names included.
+
+    Raises:
+        UserError: the target is not allowed, does not exist or is not a class.
+    """
+    path = TARGET_ALIASES.get(target, target)
+    if not _is_allowed(path):
+        raise UserError(
+            f"target {target!r} is outside {', '.join(_allowed_prefixes)}, so it is not called; "
+            f"if you trust this configuration, add --allow-target {path.split('.')[0]}"
+        )
+    module_name, _, class_name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise UserError(
+            f"target {target!r}: there is no module {error.name!r}; "
+            f"check the spelling of the target in the configuration"
+        ) from None
+    found = getattr(module, class_name, None)
+    # A function, or a class that the module merely imported (subprocess.Popen …), is no target.
+    if not (inspect.isclass(found) and _is_allowed(found.__module__)):
+        classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
+        raise UserError(
+            f"target {target!r}: {module_name} has no class {class_name!r}; "
+            f"{nearest_name(class_name, classes)}"
+        )
+    return found
+
+
+def check_params(cls: type, params: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """The part of `params` that the constructor of `cls` takes.
+
+    Names in ``cls.IGNORED_PARAMS`` are dropped: older files carry them and nothing here needs them.
+
+    Raises:
+        UserError: a name is unknown, or a required one is absent.
+    """
+    ignored = getattr(cls, "IGNORED_PARAMS", frozenset())
+    used = {name: value for name, value in params.items() if name not in ignored}
+    signature = list(inspect.signature(cls).parameters.values())
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature):
+        return used
+    named = [p for p in signature if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    known = {parameter.name for parameter in named}
+    for name in used:
+        if name not in known:
+            hint = nearest_name(name, known | ignored)
+            raise UserError(f"{where}: unknown key {name!r} in params; {hint}")
+    required = [p.name for p in named if p.default is p.empty]
+    absent = [name for name in required if name not in used]
+    if absent:
+        raise UserError(f"{where}: params lacks {', '.join(absent)}; add it to the configuration")
+    return used
+
+
+def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
+    """Build the object that a ``{target: …, params: {…}}`` node describes.
+
+    Args:
+        config: the node, a plain mapping or an OmegaConf one. Nested nodes are handed on as they
+            are: the class that receives them builds them.
+        extra: further constructor arguments from the caller; they win over `params`.
+
+    Raises:
+        UserError: see `get_class` and `check_params`; also for a node of another form.
+    """
+    if isinstance(config, DictConfig):
+        config = OmegaConf.to_container(config, resolve=True)
+    if not isinstance(config, Mapping) or "target" not in config:
+        raise UserError(f"a node with the key 'target' was expected, not {config!r}")
+    for name in config:
+        if name not in ("target", "params"):
+            hint = nearest_name(name, ("target", "params"))
+            raise UserError(f"{config['target']}: unknown key {name!r} beside target; {hint}")
+    cls = get_class(config["target"])
+    params = {**(config.get("params") or {}), **extra}
+    return cls(**check_params(cls, params, where=str(config["target"])))

@@ -1,0 +1,118 @@
+"""What a stranger's file may hold, and what is refused with one sentence."""
+
+import argparse
+import os
+import pickle
+import random
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from safetensors.torch import save_file
+
+from sgm.checkpoint import load_vae_state, read_checkpoint
+from sgm.errors import UserError
+
+
+class CallsSystem:
+    """Runs a shell command when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch pickled_code_ran",)
+
+
+def test_tensors_come_back_and_training_objects_do_no_harm(tmp_path):
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    weight = torch.arange(6.0).reshape(2, 3)
+    saved = {
+        "module": {"a": weight},
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "args": argparse.Namespace(lr=0.1),
+        "loss_scaler": LossScaler(1.0),
+    }
+    torch.save(saved, path)
+    state = read_checkpoint(path)
+    assert torch.equal(state["module"]["a"], weight)
+    assert not isinstance(state["args"], argparse.Namespace)
+
+
+def test_safetensors_are_known_by_content(tmp_path):
+    path = tmp_path / "weights.pt"  # the name of the other format
+    save_file({"a": torch.ones(3)}, path)
+    assert torch.equal(read_checkpoint(path)["a"], torch.ones(3))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickled_code_is_refused_and_not_run(tmp_path, monkeypatch, legacy):
+    monkeypatch.chdir(tmp_path)
+    state = {"module": {"a": torch.ones(1)}, "x": CallsSystem()}
+    torch.save(state, "evil.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match="pickled code"):
+        read_checkpoint("evil.pt")
+    assert not os.path.exists("pickled_code_ran")
+
+
+def test_plain_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(CallsSystem()))
+    with pytest.raises(UserError, match="not"):
+        read_checkpoint("evil.pkl")
+    assert not os.path.exists("pickled_code_ran")
+
+
+def _write_truncated(path):
+    torch.save({"module": {"a": torch.ones(1000)}}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def _write_truncated_safetensors(path):
+    save_file({"a": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def _write_other_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("vae/3d-vae.pt", "x")
+
+
+BROKEN = {
+    "web page": (lambda p: p.write_text("<!DOCTYPE html><html>quota</html>"), "web page"),
+    "empty": (lambda p: p.write_bytes(b""), "empty"),
+    "git-lfs": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs"),
+    "truncated": (_write_truncated, "not a whole file"),
+    "truncated safetensors": (_write_truncated_safetensors, "safetensors"),
+    "another zip": (_write_other_zip, "zip archive of something else"),
+    "noise": (lambda p: p.write_bytes(bytes(range(256)) * 9), "not"),
+    "text": (lambda p: p.write_text("hello, these are not weights"), "not"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_files_are_refused_in_one_sentence(tmp_path, kind):
+    write, words = BROKEN[kind]
+    path = tmp_path / "weights.pt"
+    write(path)
+    with pytest.raises(UserError, match=words) as failure:
+        read_checkpoint(path)
+    assert str(path) in str(failure.value)
+    assert "\n" not in str(failure.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_checkpoint(tmp_path / "absent.pt")
+
+
+def test_vae_state_leaves_out_the_loss_and_finds_the_engines_part(tmp_path):
+    weight = torch.ones(2)
+    torch.save({"state_dict": {"encoder.a": weight, "loss.b": weight}}, tmp_path / "3d-vae.pt")
+    assert list(load_vae_state(tmp_path / "3d-vae.pt")) == ["encoder.a"]
+    save_file({"first_stage_model.decoder.a": weight, "other": weight + 1}, tmp_path / "engine")
+    assert list(load_vae_state(tmp_path / "engine")) == ["decoder.a"]
+    save_file({"transformer.a": weight}, tmp_path / "dit.safetensors")
+    with pytest.raises(UserError, match="holds no video autoencoder"):
+        load_vae_state(tmp_path / "dit.safetensors")

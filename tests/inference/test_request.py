@@ -1,0 +1,45 @@
+"""Sizes are checked against the model, with the allowed values in the error."""
+
+import pytest
+
+from arguments import SamplingArgs
+from sgm.errors import UserError
+from sgm.inference.request import latent_shape
+
+PARAMS = {"num_frames": 49, "time_compressed_rate": 4, "latent_height": 60, "latent_width": 90}
+MODEL = {"network_config": {"params": PARAMS | {"in_channels": 16}}}
+
+
+def test_the_published_sizes_are_accepted():
+    assert latent_shape(SamplingArgs(), MODEL) == (13, 16, 60, 90)
+    assert latent_shape(SamplingArgs(sampling_num_frames=1), MODEL) == (1, 16, 60, 90)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sampling_num_frames": 49}, r"allows \(video frames in brackets\): 1 \(1\).*13 \(49\)"),
+        ({"sampling_num_frames": 12}, "sampling_num_frames=12"),
+        ({"sampling_num_frames": 0}, "sampling_num_frames=0"),
+        ({"sampling_image_size": [720, 480]}, r"videos of \[480, 720\]"),
+        ({"sampling_image_size": [480]}, r"videos of \[480, 720\]"),
+        ({"latent_channels": 4}, "in_channels=16"),
+        ({"batch_size": 0}, "at least 1"),
+    ],
+)
+def test_other_sizes_are_refused_with_the_allowed_ones(change, words):
+    with pytest.raises(UserError, match=words):
+        latent_shape(SamplingArgs(**change), MODEL)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({}, "no section 'model'"),
+        ({"scale_factor": 1}, "network_config.params is absent"),
+        ({"network_config": {"params": PARAMS}}, "lacks in_channels"),
+    ],
+)
+def test_an_incomplete_model_section_is_named(model, words):
+    with pytest.raises(UserError, match=words):
+        latent_shape(SamplingArgs(), model)

@@ -1,0 +1,312 @@
+"""The diffusion transformer: goldens, clips, types, gradients, LoRA and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sgm.errors import UserError
+from sgm.models.transformer import DiffusionTransformer, sinusoidal_embedding
+from sgm.modules.transformer import adaln
+from sgm.util import instantiate_from_config
+
+TABLE = "mixins.pos_embed.pos_embedding"
+
+# Goldens are float32 on CPU: a right implementation differs from them by rounding only, measured
+# 4e-6 on values up to 5; a wrong epsilon of one norm already shows above 2e-5.
+GOLDEN_TOLERANCE = {"rtol": 0, "atol": 2e-5}
+
+Config = Callable[..., dict[str, Any]]
+Golden = Callable[[str], dict[str, Tensor]]
+
+
+def weights_of(golden: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a golden file in float32, without its position table."""
+    weights = {
+        name.removeprefix("weight."): tensor.float()
+        for name, tensor in golden.items()
+        if name.startswith("weight.")
+    }
+    del weights[TABLE]  # the computed table is what is to be checked
+    return weights
+
+
+def load_weights(model: DiffusionTransformer, golden: dict[str, Tensor]) -> None:
+    """Fill the model; only the position table may be absent, and nothing may be left over."""
+    missing, unexpected = model.load_state_dict(weights_of(golden), strict=False)
+    assert (missing, unexpected) == ([TABLE], [])
+
+
+def predict(model: DiffusionTransformer, golden: dict[str, Tensor], suffix: str = "") -> Tensor:
+    """The prediction for a golden's inputs."""
+    with torch.no_grad():
+        return model(
+            golden[f"in.x{suffix}"], timesteps=golden["in.timesteps"], context=golden["in.context"]
+        )
+
+
+def inputs(model: DiffusionTransformer, num_frames: int = 3) -> dict[str, Tensor]:
+    """Random inputs of a batch of two for the small model."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "x": torch.randn(2, num_frames, *model.frame_shape, generator=generator),
+        "timesteps": torch.tensor([999, 3]),
+        "context": torch.randn(2, 10, 48, generator=generator),
+    }
+
+
+# ---- goldens ----
+
+
+def test_prediction_and_table_equal_golden(small_config: Config, golden: Golden) -> None:
+    expected = golden("dit_2b_small")
+    model = DiffusionTransformer(**small_config(width_interpolation=1.25))
+    load_weights(model, expected)
+    # The table is computed in float64; the stored one was rounded to float32 once more.
+    torch.testing.assert_close(
+        model.state_dict()[TABLE], expected[f"weight.{TABLE}"], rtol=0, atol=5e-7
+    )
+    torch.testing.assert_close(predict(model, expected), expected["out.y"], **GOLDEN_TOLERANCE)
+
+
+def test_one_frame_equals_golden(small_config: Config, golden: Golden) -> None:
+    expected = golden("dit_2b_small")
+    model = DiffusionTransformer(**small_config(width_interpolation=1.25))
+    load_weights(model, expected)
+    prediction = predict(model, expected, "_image")
+    torch.testing.assert_close(prediction, expected["out.y_image"], **GOLDEN_TOLERANCE)
+
+
+def test_lora_equals_golden(small_config: Config, golden: Golden) -> None:
+    expected = golden("dit_2b_lora")
+    model = DiffusionTransformer(**small_config(num_layers=1, lora={"r": 4}))
+    load_weights(model, expected)
+    torch.testing.assert_close(predict(model, expected), expected["out.y"], **GOLDEN_TOLERANCE)
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".matrix_B." in name:
+                parameter.zero_()
+    prediction = predict(model, expected)
+    torch.testing.assert_close(prediction, expected["out.y_without_lora"], **GOLDEN_TOLERANCE)
+
+
+# ---- clips and types ----
+
+
+def test_shorter_clip_uses_first_positions(
+    small_config: Config, randomize: Callable[..., None]
+) -> None:
+    model = DiffusionTransformer(**small_config())
+    short = DiffusionTransformer(**small_config(num_frames=5))
+    randomize(model)
+    randomize(short)
+    clip = inputs(model, num_frames=2)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**clip), short(**clip), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_on_cpu(
+    small_config: Config, randomize: Callable[..., None], dtype: torch.dtype
+) -> None:
+    reference = DiffusionTransformer(**small_config())
+    randomize(reference)
+    model = DiffusionTransformer(**small_config(), dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    model.load_state_dict(reference.state_dict())
+    with torch.no_grad():
+        expected, prediction = reference(**inputs(model)), model(**inputs(model))
+    assert prediction.dtype == torch.float32  # that of x, since samplers step in float32
+    # A few roundings of 2^-8 (bfloat16) or 2^-11 add up along two blocks.
+    relative = (prediction - expected).norm() / expected.norm()
+    assert relative < {torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+
+
+def test_parts_without_weights_of_norms(
+    small_config: Config, randomize: Callable[..., None]
+) -> None:
+    config = small_config(elementwise_affine=False)
+    config["modules"]["adaln_layer_config"]["params"]["qk_ln"] = False
+    model = DiffusionTransformer(**config)
+    randomize(model)
+    assert not [name for name, _ in model.named_parameters() if "norm" in name]
+    with torch.no_grad():
+        assert model(**inputs(model)).std() > 0
+
+
+def test_fresh_model_predicts_zeros(small_config: Config) -> None:
+    model = DiffusionTransformer(**small_config())
+    with torch.no_grad():
+        assert not model(**inputs(model)).any()
+
+
+def test_sinusoidal_embedding_by_hand() -> None:
+    # width 4: frequencies 1 and exp(-ln 10000 / 2) = 0.01
+    embedding = sinusoidal_embedding(torch.tensor([0, 50]), 4)
+    by_hand = torch.tensor([[1, 1, 0, 0], [0.964966, 0.877583, -0.262375, 0.479426]])
+    torch.testing.assert_close(embedding, by_hand, rtol=0, atol=1e-5)  # by hand: six digits
+
+
+# ---- training ----
+
+
+def gradients(model: DiffusionTransformer) -> dict[str, Tensor]:
+    """Gradients of a scalar that depends on every output value in another way."""
+    model.train()
+    model.zero_grad()
+    prediction = model(**inputs(model))
+    (
+        prediction * torch.linspace(-1, 1, prediction.numel()).reshape(prediction.shape)
+    ).sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_checkpointing_gives_the_same_gradients(
+    small_config: Config,
+    randomize: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    lora: dict[str, Any] | None,
+) -> None:
+    checkpointed_blocks = []
+    original = adaln.checkpoint
+
+    def counting(block: Any, *args: Any, **kwargs: Any) -> Any:
+        checkpointed_blocks.append(block)
+        return original(block, *args, **kwargs)
+
+    monkeypatch.setattr(adaln, "checkpoint", counting)
+    found = {}
+    for enabled in (False, True):
+        settings = {"checkpoint_activations": enabled}
+        model = DiffusionTransformer(**small_config(lora=lora, transformer_args=settings))
+        randomize(model)
+        if lora is not None:  # as in LoRA training: nothing before the blocks has a gradient
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(".matrix_" in name)
+        found[enabled] = gradients(model)
+        assert len(checkpointed_blocks) == 2 * enabled
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert found[True].keys() == found[False].keys() == trainable
+    for name, gradient in found[False].items():
+        assert gradient.any(), name
+        # The same operations on the same numbers.
+        torch.testing.assert_close(found[True][name], gradient, rtol=0, atol=0, msg=name)
+
+    with torch.no_grad():
+        model(**inputs(model))
+    assert len(checkpointed_blocks) == 2  # nothing is recomputed where no gradient is asked for
+
+
+# ---- LoRA ----
+
+
+def test_lora_on_meta_waits_for_the_weights(small_config: Config, golden: Golden) -> None:
+    expected = golden("dit_2b_lora")
+    weights = weights_of(expected)
+    base = {n.replace(".original.", "."): w for n, w in weights.items() if ".matrix_" not in n}
+    with torch.device("meta"):
+        model = DiffusionTransformer(**small_config(num_layers=1, lora={"r": 4}))
+    with pytest.raises(RuntimeError, match="on meta"):
+        model.add_lora()
+    base[TABLE] = model.mixins["pos_embed"].compute_table()
+    model.load_state_dict(base, assign=True)
+
+    model.add_lora()
+    prediction = predict(model, expected)  # matrix_B starts at zero
+    torch.testing.assert_close(prediction, expected["out.y_without_lora"], **GOLDEN_TOLERANCE)
+
+    model.load_state_dict({n: w for n, w in weights.items() if ".matrix_" in n}, strict=False)
+    model.add_lora()  # a second time changes nothing
+    torch.testing.assert_close(predict(model, expected), expected["out.y"], **GOLDEN_TOLERANCE)
+
+
+def test_lora_alpha_scales_the_update(small_config: Config, golden: Golden) -> None:
+    # alpha / r · B A x: alpha 2 with B halved is alpha 1.
+    expected = golden("dit_2b_lora")
+    model = DiffusionTransformer(**small_config(num_layers=1, lora={"r": 4, "lora_alpha": 2}))
+    load_weights(model, expected)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".matrix_B." in name:
+                parameter.mul_(0.5)
+    torch.testing.assert_close(predict(model, expected), expected["out.y"], **GOLDEN_TOLERANCE)
+
+
+def test_lora_only_in_layer_range(small_config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="sat"):
+        model = DiffusionTransformer(**small_config(lora={"r": 4, "layer_range": [1]}))
+    names = [name for name in model.state_dict() if ".matrix_" in name]
+    assert len(names) == 8
+    assert all(name.startswith("transformer.layers.1.attention.") for name in names)
+    assert not caplog.records  # SAT's line for every layer is held back
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 3}, "hidden_size=64 is not a multiple of num_attention_heads=3"),
+        ({"hidden_size": 40}, "hidden_size=40: the 3D position table needs a multiple of 16"),
+        ({"latent_height": 7}, "latent_height=7 is not a multiple of patch_size=2"),
+        ({"latent_width": 11}, "latent_width=11 is not a multiple of patch_size=2"),
+        (
+            {"num_frames": 10},
+            r"num_frames=10: it must be 1 \+ a multiple of time_compressed_rate=4",
+        ),
+        ({"num_layers": 0}, "num_layers=0"),
+        ({"transformer_args": {"checkpoint_activation": True}}, "'checkpoint_activations'"),
+        ({"transformer_args": {"layernorm_order": "post"}}, "layernorm_order='post'.*'pre' only"),
+        ({"transformer_args": {"model_parallel_size": 2}}, "model_parallel_size=2.*1 only"),
+        ({"lora": {"rank": 4}}, "r=None; the rank must be 1 or more"),
+        ({"lora": {"r": 4, "layer_range": [0, 2]}}, "layer_range names layer 2 of 2 layers"),
+    ],
+)
+def test_sizes_and_keys_that_do_not_fit(
+    small_config: Config, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        DiffusionTransformer(**small_config(**changes))
+
+
+def test_unknown_and_absent_nodes(small_config: Config) -> None:
+    config = small_config()
+    config["modules"]["lora_confg"] = {"target": "sat.model.finetune.lora2.LoraMixin"}
+    with pytest.raises(UserError, match="'lora_confg' in modules; did you mean 'lora_config'"):
+        DiffusionTransformer(**config)
+    config = small_config()
+    del config["modules"]["final_layer_config"]
+    with pytest.raises(UserError, match="modules lacks final_layer_config"):
+        DiffusionTransformer(**config)
+
+
+def test_unknown_param_of_the_model_names_the_nearest(small_config: Config) -> None:
+    target = "sgm.models.transformer.DiffusionTransformer"
+    with pytest.raises(UserError, match="'latent_heigth'.*did you mean 'latent_height'"):
+        instantiate_from_config({"target": target, "params": small_config(latent_heigth=8)})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("x", torch.zeros(2, 3, 16, 6, 12), r"takes \(b, t, 16, 8, 12\) with t from 1 to 3"),
+        ("x", torch.zeros(2, 4, 16, 8, 12), "with t from 1 to 3"),
+        ("x", torch.zeros(2, 3, 4, 8, 12), r"\(b, t, 16, 8, 12\)"),
+        ("context", torch.zeros(2, 9, 48), r"\(2, 10, 48\) is expected"),
+        ("context", torch.zeros(1, 10, 48), r"\(2, 10, 48\) is expected"),
+        ("timesteps", torch.zeros(1, dtype=torch.int64), r"timesteps of shape \(1,\)"),
+    ],
+)
+def test_inputs_of_another_size(
+    small_config: Config, name: str, value: Tensor, message: str
+) -> None:
+    model = DiffusionTransformer(**small_config())
+    with pytest.raises(UserError, match=message):
+        model(**{**inputs(model), name: value})

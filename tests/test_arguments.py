@@ -1,0 +1,100 @@
+"""Command lines and YAML files: what wins, and what is refused with which hint."""
+
+import pytest
+
+from arguments import SamplingArgs, TrainingArgs, parse_config
+from sgm.errors import UserError
+
+BASE = "args:\n  batch_size: 2\n  fp16: true\n  load: weights\nmodel:\n  scale_factor: 1.0\n"
+
+
+@pytest.fixture
+def parse(tmp_path):
+    def parse(text: str, *flags: str, command=SamplingArgs):
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return parse_config(command, "test", ["--base", str(path), *flags])
+
+    return parse
+
+
+def test_files_are_merged_in_order_and_flags_win(tmp_path):
+    (tmp_path / "a.yaml").write_text(BASE)
+    (tmp_path / "b.yaml").write_text("args: {batch_size: 3, seed: 7}\nmodel: {scale_factor: 2.0}\n")
+    files = [str(tmp_path / name) for name in ("a.yaml", "b.yaml")]
+    config = parse_config(SamplingArgs, "test", ["--base", *files, "--seed", "9"])
+    assert (config.args.batch_size, config.args.seed, config.args.load) == (3, 9, "weights")
+    assert config.model == {"scale_factor": 2.0}
+    assert config.files == files
+
+
+@pytest.mark.parametrize("flag", ["--output-dir", "--output_dir"])
+def test_flags_are_spelt_either_way(parse, flag):
+    assert parse(BASE, flag, "elsewhere").args.output_dir == "elsewhere"
+
+
+def test_a_precision_flag_replaces_the_files_precision(parse):
+    args = parse(BASE, "--bf16").args
+    assert args.bf16 and not args.fp16
+    assert not parse(BASE, "--no-fp16").args.fp16
+
+
+def test_both_precisions_are_refused(parse):
+    with pytest.raises(UserError, match="keep one"):
+        parse("args: {fp16: true, bf16: true}")
+
+
+def test_each_command_accepts_files_written_for_the_other(parse):
+    text = "args: {train_iters: 5, sampling_fps: 8, force_inference: true, mode: finetune}"
+    assert parse(text).args.sampling_fps == 8
+    assert parse(text, command=TrainingArgs).args.train_iters == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("args: {bath_size: 2}", "unknown key 'bath_size'.*did you mean 'batch_size'"),
+        ("arg: {}", "unknown section 'arg'.*did you mean 'args'"),
+        ("args: {batch_size: two}", "batch_size: 'two' is not a whole number"),
+        ("args: {batch_size: true}", "batch_size: True is not a whole number"),
+        ("args: {fp16: 1}", "fp16: 1 is not true or false"),
+        ("args: {input_type: csv}", "'csv' is not 'txt' or 'cli'"),
+        ("args: {sampling_image_size: [a, b]}", "sampling_image_size: 'a'"),
+        ("args: {a: [}", "not valid YAML"),
+        ("- args", "not valid YAML"),
+        ("args: 3", "args must hold keys"),
+        ("args: {load: '${nothing}'}", "nothing"),
+        ("args: {model_parallel_size: 2}", "must be 1"),
+    ],
+)
+def test_mistakes_in_yaml_are_named_with_the_nearest_valid_name(parse, text, words):
+    with pytest.raises(UserError, match=words) as failure:
+        parse(text)
+    assert "\n" not in str(failure.value)
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_bytes(b"args: \xff\xfe")
+    with pytest.raises(UserError, match="not valid YAML"):
+        parse_config(SamplingArgs, "test", ["--base", str(tmp_path / "config.yaml")])
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UserError, match="absent.yaml: no such file"):
+        parse_config(SamplingArgs, "test", ["--base", "absent.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--sed", "3"], "did you mean '--seed'"),
+        (["--batch-size", "two"], "invalid int value"),
+        (["--input-type", "csv"], "invalid choice"),
+        (["--seed", "3", "stray"], "unknown argument 'stray'"),
+    ],
+)
+def test_a_wrong_flag_exits_with_2_and_names_the_nearest(parse, capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        parse(BASE, *flags)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err

@@ -1,0 +1,128 @@
+"""Random weights for a configuration, written where it expects the real ones.
+
+Speed and memory of a model do not depend on its weights, so this tells what a model needs before
+anything is downloaded:
+
+    python tools/make_random_weights.py --base configs/cogvideox_2b_infer.yaml --t5-layers 1
+    bash inference.sh configs/cogvideox_2b_infer.yaml
+
+The files have the published layout, with the Python objects that training leaves beside
+the tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from arguments import SamplingArgs, parse_config
+from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX, POSITION_TABLE
+from sgm.cli import run_command, set_up_logging
+from sgm.errors import UserError
+from sgm.util import instantiate_from_config
+
+_STD = 0.02  # of matrices; vectors that scale are ones, those that shift are zeros
+_TAG = "1000"
+
+
+def random_state(module: nn.Module, *, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random tensors of the names and shapes of a module, which may be on the meta device."""
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU draws faster
+
+    def make(name: str, shape: torch.Size) -> Tensor:
+        if len(shape) > 1:
+            return torch.empty(shape, dtype=dtype, device=device).normal_(std=_STD).cpu()
+        return (torch.ones if name.endswith("weight") else torch.zeros)(shape, dtype=dtype)
+
+    return {name: make(name, tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def write_transformer(network_config: Mapping[str, Any], load: Path) -> None:
+    """``{load}/latest`` and the file it leads to, in float16 and without the position table."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+
+    with torch.device("meta"):
+        network = instantiate_from_config(network_config)
+    state = random_state(network, dtype=torch.float16)
+    del state[POSITION_TABLE]
+    beside = {
+        "iteration": int(_TAG),
+        "loss_scaler": LossScaler(1.0),
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "args": argparse.Namespace(mode="pretrain"),
+    }
+    (load / _TAG).mkdir(parents=True)
+    module = {MODEL_PREFIX + name: tensor for name, tensor in state.items()}
+    torch.save({"module": module, **beside}, load / _TAG / MODEL_FILES[0])
+    (load / "latest").write_text(_TAG, encoding="utf-8")
+
+
+def write_vae(first_stage_config: Mapping[str, Any], path: Path) -> None:
+    """``{"state_dict": …}`` in float32."""
+    params = {k: v for k, v in first_stage_config["params"].items() if k != "ckpt_path"}
+    with torch.device("meta"):
+        vae = instantiate_from_config({**first_stage_config, "params": params})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": random_state(vae, dtype=torch.float32)}, path)
+
+
+def write_t5(folder: Path, *, width: int, num_layers: int) -> None:
+    """A T5 v1.1 encoder of XXL's proportions, and a tokenizer of single bytes and a few words."""
+    from sentencepiece import SentencePieceTrainer
+    from transformers import T5Config, T5EncoderModel
+
+    folder.mkdir(parents=True)
+    words = folder / "words.txt"
+    words.write_text("a red circle moving left on a black background\n" * 50, encoding="utf-8")
+    SentencePieceTrainer.train(
+        input=str(words), model_prefix=str(folder / "spiece"), vocab_size=300, bos_id=-1,
+        pad_id=0, eos_id=1, unk_id=2, hard_vocab_limit=False, byte_fallback=True,
+        minloglevel=2,
+    )  # fmt: skip
+    words.unlink()
+    (folder / "spiece.vocab").unlink()
+    config = T5Config(
+        vocab_size=512, d_model=width, d_kv=64, d_ff=width * 5 // 2, num_heads=max(width // 64, 1),
+        num_layers=num_layers, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+    T5EncoderModel(config).half().save_pretrained(folder)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write all three; refuse to touch what exists."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", nargs="+", required=True, help="configurations, merged in order")
+    parser.add_argument("--t5-layers", type=int, default=24, help="24 is XXL's number")
+    options = parser.parse_args(argv)
+    set_up_logging()
+    config = parse_config(SamplingArgs, "", ["--base", *options.base])
+    model = config.model
+    t5 = model["conditioner_config"]["params"]["emb_models"][0]["params"]["model_dir"]
+    vae = model["first_stage_config"]["params"]["ckpt_path"]
+    for path in (config.args.load, vae, t5):
+        if os.path.exists(path):
+            raise UserError(f"{path} exists and is left alone; remove it to write random weights")
+    torch.manual_seed(config.args.seed)
+    width = model["network_config"]["params"]["modules"]["patch_embed_config"]["params"]
+    write_transformer(model["network_config"], Path(config.args.load))
+    write_vae(model["first_stage_config"], Path(vae))
+    write_t5(Path(t5), width=width["text_hidden_size"], num_layers=options.t5_layers)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

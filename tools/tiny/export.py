@@ -1,0 +1,86 @@
+"""From a training run to the bundled folder: the transformer in float16, and T5's trained weights.
+
+    python -m tools.tiny.export --load ckpts/tiny-… --output CogVideoX-tiny-sat
+
+The folder must hold the T5 folder that the run started from (see tools/tiny/make_t5.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sgm.checkpoint.reading import read_checkpoint, tensors_of
+from sgm.checkpoint.transformer import (
+    MODEL_FILES,
+    MODEL_PREFIX,
+    POSITION_TABLE,
+    find_transformer_file,
+)
+from sgm.cli import run_command, set_up_logging
+from sgm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+T5_PREFIX = "conditioner.embedders.0.transformer."
+
+
+def write_transformer(state: dict[str, Tensor], folder: Path, *, tag: str) -> None:
+    """``{folder}/{tag}/mp_rank_00_model_states.pt`` and ``{folder}/latest``, as published."""
+    module = {
+        name: tensor.half()
+        for name, tensor in state.items()
+        if name.startswith(MODEL_PREFIX) and name != MODEL_PREFIX + POSITION_TABLE
+    }
+    path = folder / tag / MODEL_FILES[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save({"module": module}, partial)
+    os.replace(partial, path)
+    (folder / "latest").write_text(tag, encoding="utf-8")
+    logger.info("wrote %s", path)
+
+
+def write_t5(state: dict[str, Tensor], path: Path) -> None:
+    """Replace the weights of a T5 folder by trained ones of the same names.
+
+    Raises:
+        UserError: the run trained no T5, or another one.
+    """
+    trained = {n.removeprefix(T5_PREFIX): t for n, t in state.items() if n.startswith(T5_PREFIX)}
+    names = set(tensors_of(read_checkpoint(path), path, wrapper="module"))
+    if not names <= set(trained):
+        raise UserError(f"the run holds no T5 that fits {path}; was its is_trainable true?")
+    partial = path.with_suffix(".partial")
+    # Tied weights have two names in a checkpoint and one in the file.
+    tensors = {name: trained[name].contiguous() for name in sorted(names)}
+    save_file(tensors, partial, {"format": "pt"})
+    partial.chmod(0o644)
+    os.replace(partial, path)
+    logger.info("wrote %s", path)
+
+
+def main() -> int:
+    """Split the checkpoint and write its parts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--load", type=Path, required=True, help="the run's folder or a file")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--tag", default="1000", help="name of the transformer's inner folder")
+    options = parser.parse_args()
+    set_up_logging()
+    path = find_transformer_file(options.load)
+    state = tensors_of(read_checkpoint(path), path, wrapper="module")
+    write_t5(state, options.output / "t5" / "model.safetensors")
+    write_transformer(state, options.output / "transformer", tag=options.tag)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

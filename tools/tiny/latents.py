@@ -1,0 +1,96 @@
+"""Latents of drawn clips, made once, and the dataset that training reads them from.
+
+python -m tools.tiny.latents --output latents.safetensors --count 30000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sgm.cli import run_command, set_up_logging
+from sgm.inference.progress import Progress
+from sgm.util import instantiate_from_config
+from tools.tiny.shapes import ShapeClips
+from tools.tiny.train_vae import CONFIG
+
+logger = logging.getLogger(__name__)
+
+
+class LatentClips(Dataset):
+    """Unscaled latents and captions of a file that this module wrote, held in memory.
+
+    Items: ``{"mp4": float32 (t, c, h, w), "txt": caption}``, for ``latent_input: true``. The latent
+    is the mean: the spread around it is far below the diffusion's own noise.
+
+    Args:
+        data_dir: the file.
+    """
+
+    def __init__(self, data_dir: str) -> None:
+        with safe_open(data_dir, framework="pt") as file:
+            self.latents = file.get_tensor("latents")
+            self.captions = json.loads(file.metadata()["captions"])
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+        return {"mp4": self.latents[index].float(), "txt": self.captions[index]}
+
+
+@torch.no_grad()
+def encode(clips: ShapeClips, config: str, *, batch_size: int, num_workers: int) -> Tensor:
+    """Means of the latents of all clips, (n, t, c, h, w), float16."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    node = OmegaConf.to_container(OmegaConf.load(config).model.first_stage_config, resolve=True)
+    vae = instantiate_from_config(node).eval().to(device)
+    loader = DataLoader(clips, batch_size=batch_size, num_workers=num_workers)
+    parts = []
+    with Progress(len(loader), unit="batch") as progress:
+        for batch in loader:
+            moments, _ = vae.encode(batch["mp4"].transpose(1, 2).to(device), unregularized=True)
+            parts.append(moments.chunk(2, dim=1)[0].transpose(1, 2).half().cpu())
+            progress.step("encoding")
+    return torch.cat(parts)
+
+
+def main() -> int:
+    """Draw, encode, save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--config", default=CONFIG, help="its autoencoder is used")
+    parser.add_argument("--count", type=int, default=30000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--held-out", action="store_true", help="clips that training never sees")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--num-workers", type=int, default=min(os.cpu_count() or 1, 12))
+    options = parser.parse_args()
+    set_up_logging()
+    clips = ShapeClips(options.count, options.seed, held_out=options.held_out)
+    latents = encode(
+        clips, options.config, batch_size=options.batch_size, num_workers=options.num_workers
+    )
+    captions = [clips.caption(index) for index in range(options.count)]
+    partial = options.output.with_suffix(".partial")
+    save_file({"latents": latents}, partial, {"captions": json.dumps(captions)})
+    os.replace(partial, options.output)
+    logger.info(
+        "wrote %d latents of %s to %s", len(latents), tuple(latents.shape[1:]), options.output
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,73 @@
+"""A T5 encoder folder for CogVideoX-tiny: a tokenizer of its own and untrained weights.
+
+    python -m tools.tiny.make_t5 --output CogVideoX-tiny-sat/t5
+
+Its weights are trained together with the transformer and written back by tools/tiny/export.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from sgm.cli import run_command, set_up_logging
+from sgm.errors import UserError
+from tools.tiny.shapes import ShapeClips
+
+VOCAB_SIZE = 384  # 256 bytes, so that any prompt can be spelt, and the words of the captions
+NUM_CAPTIONS = 3000
+WORD_REPEATS = 200  # so that words come out as one token each
+
+
+def train_tokenizer(folder: Path, *, seed: int) -> None:
+    """Write ``spiece.model``, with T5's ids: padding 0, end 1, unknown 2."""
+    from sentencepiece import SentencePieceTrainer
+
+    clips = ShapeClips(NUM_CAPTIONS, seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        captions = Path(scratch) / "captions.txt"
+        lines = [clips.caption(index) for index in range(NUM_CAPTIONS)]
+        words = sorted({word for line in lines for word in line.split()})
+        captions.write_text("\n".join(lines + words * WORD_REPEATS), encoding="utf-8")
+        SentencePieceTrainer.train(
+            input=str(captions), model_prefix=str(Path(scratch) / "spiece"), vocab_size=VOCAB_SIZE,
+            pad_id=0, eos_id=1, unk_id=2, bos_id=-1, byte_fallback=True, hard_vocab_limit=False,
+            minloglevel=2,
+        )  # fmt: skip
+        os.replace(Path(scratch) / "spiece.model", folder / "spiece.model")
+
+
+def make_encoder(folder: Path) -> None:
+    """Write ``config.json`` and ``model.safetensors`` of an untrained encoder of T5 v1.1's form."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=VOCAB_SIZE, d_model=128, d_kv=32, num_heads=4, d_ff=256, num_layers=3,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.0,
+    )  # fmt: skip
+    T5EncoderModel(config).save_pretrained(folder)
+
+
+def main() -> int:
+    """Make the folder; refuse to touch one that exists."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    set_up_logging()
+    if options.output.exists():
+        raise UserError(f"{options.output} exists and is left alone; remove it or choose another")
+    options.output.mkdir(parents=True)
+    torch.manual_seed(options.seed)
+    train_tokenizer(options.output, seed=options.seed)
+    make_encoder(options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,151 @@
+"""What a video shows, measured from its pixels alone: colour, shape, direction, background.
+
+Knows the toy world's palette and outlines (`shapes.py`), but not what a video is meant to show.
+A value that nothing in the video supports clearly is None, so a blur or an empty frame is no hit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tools.tiny.shapes import (
+    BACKGROUNDS,
+    CENTROID_OFFSETS,
+    COLORS,
+    DIRECTIONS,
+    SHAPES,
+    UNIT_AREAS,
+    ShapeSpec,
+    signed_distance,
+)
+
+ATTRIBUTES = ("color", "shape", "direction", "background")
+
+# Distances in RGB. Two colours of the palette are at least 130 apart, two backgrounds 200: within
+# half of that, no other one is near.
+MAX_COLOR_DISTANCE = 65.0
+MAX_BACKGROUND_DISTANCE = 65.0
+MIN_CONTRAST = 40.0  # less than that between shape and background is no shape
+BORDER = 2  # pixels at the frame's edge, which show the background almost everywhere
+
+MIN_AREA = 40.0  # in pixels; the smallest drawn shape has 160
+MIN_VISIBLE_SHARE = 0.9  # of the frames
+# Overlap (intersection over union) with an ideal outline of the same area and centre. Drawn shapes
+# reach 0.98 and more, after H.264 0.87; triangles and squares of one area overlap by 0.71.
+MIN_OVERLAP = 0.8
+MIN_SPEED = 0.3  # pixels a frame; drawn shapes move by 0.6 and more
+MAX_DRIFT = 0.5  # speed across the direction, as a part of that along it
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The four attributes in the words of captions; None where the video has no clear one."""
+
+    color: str | None
+    shape: str | None
+    direction: str | None
+    background: str | None
+
+    def matches(self, spec: ShapeSpec) -> dict[str, bool]:
+        """For each of `ATTRIBUTES`, whether the video shows what `spec` says."""
+        return {name: getattr(self, name) == getattr(spec, name) for name in ATTRIBUTES}
+
+
+def measure(video: np.ndarray) -> Measurement:
+    """Measure a video.
+
+    Args:
+        video: uint8 (t, h, w, 3), RGB.
+
+    Raises:
+        ValueError: `video` has another shape or dtype, or fewer than two frames.
+    """
+    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[3] != 3 or len(video) < 2:
+        raise ValueError(
+            f"measure takes uint8 (t, h, w, 3) with t > 1, not {video.dtype} {video.shape}"
+        )
+    pixels = video.astype(np.float32)
+    background = _background(pixels)
+    contrast = np.linalg.norm(pixels - background, axis=3)  # (t, h, w)
+    peak = float(np.percentile(contrast, 99))  # every drawn shape covers more than one percent
+    if peak < MIN_CONTRAST:
+        background_name = _nearest(background, BACKGROUNDS, MAX_BACKGROUND_DISTANCE)
+        return Measurement(None, None, None, background_name)
+    color = np.median(pixels[contrast > 0.75 * peak], axis=0)
+    mask = _mask(pixels, background, color)
+    shape, direction = _shape_and_direction(mask)
+    return Measurement(
+        color=_nearest(color, COLORS, MAX_COLOR_DISTANCE),
+        shape=shape,
+        direction=direction,
+        background=_nearest(background, BACKGROUNDS, MAX_BACKGROUND_DISTANCE),
+    )
+
+
+def _background(pixels: np.ndarray) -> np.ndarray:
+    """Median colour of the frames' border, (3,)."""
+    is_border = np.ones(pixels.shape[1:3], dtype=bool)
+    is_border[BORDER:-BORDER, BORDER:-BORDER] = False
+    return np.median(pixels[:, is_border].reshape(-1, 3), axis=0)
+
+
+def _nearest(
+    rgb: np.ndarray, palette: Mapping[str, tuple[int, int, int]], limit: float
+) -> str | None:
+    """Name of the nearest colour of `palette`, None if none is within `limit`."""
+    distances = {name: float(np.linalg.norm(rgb - value)) for name, value in palette.items()}
+    name = min(distances, key=distances.__getitem__)
+    return name if distances[name] <= limit else None
+
+
+def _mask(pixels: np.ndarray, background: np.ndarray, color: np.ndarray) -> np.ndarray:
+    """Pixels that are more than halfway from background to colour: bool (t, h, w)."""
+    axis = color - background
+    return (pixels - background) @ axis > 0.5 * (axis @ axis)
+
+
+def _shape_and_direction(mask: np.ndarray) -> tuple[str | None, str | None]:
+    """Outline and motion of what `mask` (t, h, w) marks."""
+    areas = mask.sum(axis=(1, 2)).astype(np.float64)
+    visible = np.flatnonzero(areas >= MIN_AREA)
+    if len(visible) < max(2, MIN_VISIBLE_SHARE * len(mask)):
+        return None, None
+    mask, areas = mask[visible], areas[visible]
+    x = np.arange(mask.shape[2]) + 0.5  # pixel centres
+    y = np.arange(mask.shape[1]) + 0.5
+    center_x = (mask.sum(axis=1) @ x) / areas  # (t,)
+    center_y = (mask.sum(axis=2) @ y) / areas
+    return _shape(mask, areas, center_x, center_y), _direction(visible, center_x, center_y)
+
+
+def _shape(
+    mask: np.ndarray, areas: np.ndarray, center_x: np.ndarray, center_y: np.ndarray
+) -> str | None:
+    """The ideal outline of equal area and centre of mass that overlaps best, over all frames."""
+    x = np.arange(mask.shape[2]) + 0.5
+    y = np.arange(mask.shape[1]) + 0.5
+    overlaps = {}
+    for shape in SHAPES:
+        radius = np.sqrt(areas / UNIT_AREAS[shape])[:, None, None]  # (t, 1, 1)
+        top = center_y[:, None, None] - CENTROID_OFFSETS[shape] * radius
+        dx, dy = x[None, None, :] - center_x[:, None, None], y[None, :, None] - top
+        ideal = signed_distance(shape, dx, dy, radius) > 0
+        overlap = (mask & ideal).sum(axis=(1, 2)) / (mask | ideal).sum(axis=(1, 2))
+        overlaps[shape] = float(np.median(overlap))
+    best = max(overlaps, key=overlaps.__getitem__)
+    return best if overlaps[best] >= MIN_OVERLAP else None
+
+
+def _direction(times: np.ndarray, center_x: np.ndarray, center_y: np.ndarray) -> str | None:
+    """Where the centre moves, by the slope of a straight line through its positions."""
+    slopes = np.polyfit(times, np.stack([center_x, center_y], axis=1), deg=1)[0]  # (2,)
+    along = int(np.argmax(np.abs(slopes)))
+    speed, drift = abs(slopes[along]), abs(slopes[1 - along])
+    if speed < MIN_SPEED or drift > MAX_DRIFT * speed:
+        return None
+    step = [0, 0]
+    step[along] = int(np.sign(slopes[along]))
+    return next(name for name, value in DIRECTIONS.items() if list(value) == step)

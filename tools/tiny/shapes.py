@@ -1,0 +1,275 @@
+"""The toy world of CogVideoX-tiny: one coloured shape moving on a plain background.
+
+Holds the caption grammar, the drawing of clips, and `ShapeClips`, which draws on the fly.
+Frames are 64 x 96 (h x w), 17 a clip; y grows downwards.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+NUM_FRAMES, HEIGHT, WIDTH, FPS = 17, 64, 96, 8
+
+# Softened primaries: H.264 and the VAE keep them without clipping at 0 and 255.
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 175, 60),
+    "blue": (50, 80, 225),
+    "yellow": (235, 210, 50),
+    "cyan": (50, 210, 220),
+    "magenta": (210, 60, 200),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y)
+BACKGROUNDS = {"black": (12, 12, 12), "gray": (128, 128, 128), "white": (244, 244, 244)}
+
+# Radius in pixels and speed in pixels a frame. A word narrows the range; without one all is used.
+# Shapes are large because the autoencoder halves space three times: the corners of small ones are
+# too faint in the latents to be learnt in minutes.
+# The largest shape at the highest speed still fits: 2 * 21 * 1.04 + 0.9 * 16 + 2 * MARGIN < HEIGHT.
+SIZES = {None: (16.0, 21.0), "small": (16.0, 17.5), "large": (19.5, 21.0)}
+SPEEDS = {None: (0.4, 0.9), "slowly": (0.4, 0.55), "quickly": (0.75, 0.9)}
+MARGIN = 1.0
+
+WORDINGS = (
+    "{subject} moving {motion} on a {background} background",
+    "on a {background} background, {subject} is moving {motion}",
+    "{subject} moves {motion} across a {background} background",
+    "a {background} background with {subject} moving {motion}",
+)
+
+# How far a shape of radius 1 reaches, so that all three look about equally large.
+_SQUARE_HALF = 0.9
+_TRIANGLE_HALF_WIDTH = 1.2
+_TRIANGLE_HALF_HEIGHT = _TRIANGLE_HALF_WIDTH * 3**0.5 / 2  # equilateral, apex up
+HALF_EXTENTS = {  # (x, y)
+    "circle": (1.0, 1.0),
+    "square": (_SQUARE_HALF, _SQUARE_HALF),
+    "triangle": (_TRIANGLE_HALF_WIDTH, _TRIANGLE_HALF_HEIGHT),
+}
+UNIT_AREAS = {
+    "circle": np.pi,
+    "square": 4 * _SQUARE_HALF**2,
+    "triangle": 2 * _TRIANGLE_HALF_WIDTH * _TRIANGLE_HALF_HEIGHT,
+}
+# How far the centre of mass lies below the centre of the bounding box.
+CENTROID_OFFSETS = {"circle": 0.0, "square": 0.0, "triangle": _TRIANGLE_HALF_HEIGHT / 3}
+
+HELD_OUT_FILE = Path(__file__).with_name("held_out.txt")
+NUM_HELD_OUT = 44
+_HELD_OUT_SEED = 4
+_MAX_HELD_OUT_SHARE_OF_PAIR = 0.4
+
+
+@dataclass(frozen=True)
+class ShapeSpec:
+    """What a caption says. Raises ValueError for a word that the grammar does not have."""
+
+    color: str
+    shape: str
+    direction: str
+    background: str
+    size: str | None = None
+    speed: str | None = None
+
+    def __post_init__(self) -> None:
+        for field, allowed in _VOCABULARY.items():
+            value = getattr(self, field)
+            if value not in allowed and not (value is None and field in _OPTIONAL):
+                raise ValueError(f"{field}={value!r}: expected one of {', '.join(allowed)}")
+
+    @property
+    def combination(self) -> tuple[str, str, str, str]:
+        """The four attributes that held-out clips are chosen by."""
+        return self.color, self.shape, self.direction, self.background
+
+    def caption(self, wording: int = 0) -> str:
+        """The caption in one of `WORDINGS`; 0 is the canonical one."""
+        subject = " ".join(filter(None, ("a", self.size, self.color, self.shape)))
+        motion = " ".join(filter(None, (self.direction, self.speed)))
+        return WORDINGS[wording].format(subject=subject, motion=motion, background=self.background)
+
+
+_VOCABULARY = {
+    "color": tuple(COLORS),
+    "shape": SHAPES,
+    "direction": tuple(DIRECTIONS),
+    "background": tuple(BACKGROUNDS),
+    "size": tuple(filter(None, SIZES)),
+    "speed": tuple(filter(None, SPEEDS)),
+}
+_OPTIONAL = ("size", "speed")
+
+
+def parse_caption(caption: str) -> ShapeSpec:
+    """Read a caption of any wording back.
+
+    Raises:
+        ValueError: an attribute is missing or said twice.
+    """
+    words = caption.lower().replace(",", " ").replace(".", " ").split()
+    found: dict[str, str | None] = {}
+    for field, allowed in _VOCABULARY.items():
+        said = [word for word in words if word in allowed]
+        if len(said) > 1 or (not said and field not in _OPTIONAL):
+            what = f"names several ({', '.join(said)})" if said else "names none"
+            raise ValueError(f"caption {caption!r}: {field} {what}; one of {', '.join(allowed)}")
+        found[field] = said[0] if said else None
+    return ShapeSpec(**found)
+
+
+def all_combinations() -> list[ShapeSpec]:
+    """The 216 combinations of colour, shape, direction and background, in a fixed order."""
+    return [ShapeSpec(*c) for c in itertools.product(COLORS, SHAPES, DIRECTIONS, BACKGROUNDS)]
+
+
+def choose_held_out() -> list[ShapeSpec]:
+    """The rule behind `held_out.txt`: 44 combinations, in the order of `all_combinations`.
+
+    Combinations are shuffled with a fixed seed and taken in turn, except where one would hold out
+    more than 40% of those that share a pair of attribute values (red circle, circle on gray, …).
+    So every pair is still trained on, in at least 60% of its combinations.
+    """
+    specs = all_combinations()
+    pair_sizes = Counter(pair for spec in specs for pair in _pairs(spec))
+    taken_per_pair: Counter[tuple[str, str]] = Counter()
+    shuffled = list(specs)
+    Random(_HELD_OUT_SEED).shuffle(shuffled)
+    chosen: set[ShapeSpec] = set()
+    for spec in shuffled:
+        pairs = _pairs(spec)
+        if all(taken_per_pair[p] + 1 <= _MAX_HELD_OUT_SHARE_OF_PAIR * pair_sizes[p] for p in pairs):
+            chosen.add(spec)
+            taken_per_pair.update(pairs)
+        if len(chosen) == NUM_HELD_OUT:
+            break
+    return [spec for spec in specs if spec in chosen]
+
+
+def _pairs(spec: ShapeSpec) -> list[tuple[str, str]]:
+    return list(itertools.combinations(spec.combination, 2))
+
+
+def held_out_combinations() -> list[ShapeSpec]:
+    """The stored combinations that training never sees."""
+    return [parse_caption(line) for line in HELD_OUT_FILE.read_text("utf-8").splitlines()]
+
+
+def training_combinations() -> list[ShapeSpec]:
+    """The other 172 combinations."""
+    held_out = set(held_out_combinations())
+    return [spec for spec in all_combinations() if spec not in held_out]
+
+
+def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
+    """Distance in pixels to the outline of `shape`, positive inside.
+
+    dx and dy count from the centre of its bounding box. Exact inside and along edges; beyond
+    corners the distance to the nearer edge's line, which is enough for one-pixel anti-aliasing.
+    """
+    if shape == "circle":
+        return radius - np.sqrt(dx * dx + dy * dy)
+    if shape == "square":
+        return _SQUARE_HALF * radius - np.maximum(np.abs(dx), np.abs(dy))
+    half_height = _TRIANGLE_HALF_HEIGHT * radius
+    sides = (dy + half_height) * 0.5 - np.abs(dx) * (3**0.5 / 2)
+    return np.minimum(half_height - dy, sides)
+
+
+def coverage(
+    shape: str, center_x: np.ndarray, center_y: np.ndarray, *, radius: float | np.ndarray
+) -> np.ndarray:
+    """Part of each pixel that a shape covers, for (t,) centres of its bounding box.
+
+    Returns:
+        float32 (t, 64, 96) in [0, 1].
+    """
+    x = np.arange(WIDTH, dtype=np.float32) + 0.5  # pixel centres
+    y = np.arange(HEIGHT, dtype=np.float32) + 0.5
+    dx = (x[None, :] - np.asarray(center_x)[:, None]).astype(np.float32)[:, None, :]
+    dy = (y[None, :] - np.asarray(center_y)[:, None]).astype(np.float32)[:, :, None]
+    return np.clip(signed_distance(shape, dx, dy, radius) + 0.5, 0, 1)
+
+
+def draw_clip(spec: ShapeSpec, rng: np.random.Generator) -> np.ndarray:
+    """Draw one clip: uint8 (17, 64, 96, 3), RGB.
+
+    Radius, speed and start are drawn uniformly from all that keep the shape inside the frame.
+    """
+    radius = np.float32(rng.uniform(*SIZES[spec.size]))
+    travel = rng.uniform(*SPEEDS[spec.speed]) * (NUM_FRAMES - 1)
+    step = np.linspace(-0.5, 0.5, NUM_FRAMES) * travel
+    centers = []
+    for axis, length in enumerate((WIDTH, HEIGHT)):
+        sign = DIRECTIONS[spec.direction][axis]
+        reach = MARGIN + radius * HALF_EXTENTS[spec.shape][axis] + abs(sign) * travel / 2
+        centers.append(rng.uniform(reach, length - reach) + sign * step)
+    mask = coverage(spec.shape, centers[0], centers[1], radius=radius)
+    # Blending by table: 256 shades between background and colour are as many as uint8 can show.
+    shade = np.linspace(0, 1, 256)[:, None]
+    ends = np.array(BACKGROUNDS[spec.background]), np.array(COLORS[spec.color])
+    table = np.rint(ends[0] * (1 - shade) + ends[1] * shade).astype(np.uint8)
+    return table.take(np.rint(mask * 255).astype(np.uint8), axis=0)
+
+
+def clip_to_tensor(frames: np.ndarray) -> torch.Tensor:
+    """uint8 (t, h, w, c) to float32 (t, c, h, w) in [-1, 1]."""
+    planes = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()  # (t, c, h, w)
+    return planes.float().div_(127.5).sub_(1)
+
+
+class ShapeClips(Dataset):
+    """Clips drawn on the fly; item `index` depends on (seed, index) alone, in any process.
+
+    Items: ``{"mp4": float32 (17, 3, 64, 96) in [-1, 1], "txt": caption}``. Combinations are drawn
+    uniformly from the 172 of training, or from the held-out 44. Part of the captions say size or
+    speed, or use another wording.
+    """
+
+    MENTION_PROBABILITY = 0.25
+    CANONICAL_PROBABILITY = 0.6
+
+    def __init__(self, num_clips: int, seed: int, *, held_out: bool = False) -> None:
+        self.num_clips = num_clips
+        self.seed = seed
+        self.combinations = held_out_combinations() if held_out else training_combinations()
+
+    def __len__(self) -> int:
+        return self.num_clips
+
+    def caption(self, index: int) -> str:
+        """The caption of clip `index` alone, which takes no drawing. Raises IndexError."""
+        spec, wording, _ = self._describe(index)
+        return spec.caption(wording)
+
+    def draw(self, index: int) -> tuple[np.ndarray, str]:
+        """Clip `index` as uint8 (17, 64, 96, 3) with its caption. Raises IndexError."""
+        spec, wording, rng = self._describe(index)
+        return draw_clip(spec, rng), spec.caption(wording)
+
+    def _describe(self, index: int) -> tuple[ShapeSpec, int, np.random.Generator]:
+        """What clip `index` shows, its wording, and the generator that the drawing goes on with."""
+        if not 0 <= index < self.num_clips:
+            raise IndexError(f"clip {index} of {self.num_clips}")
+        rng = np.random.default_rng((self.seed, index))
+        combination = self.combinations[rng.integers(len(self.combinations))].combination
+        is_said = [rng.random() < self.MENTION_PROBABILITY for _ in _OPTIONAL]
+        fields = list(itertools.compress(_OPTIONAL, is_said))
+        extras = {field: str(rng.choice(_VOCABULARY[field])) for field in fields}
+        spec = ShapeSpec(*combination, **extras)
+        canonical = rng.random() < self.CANONICAL_PROBABILITY
+        wording = 0 if canonical else int(rng.integers(1, len(WORDINGS)))
+        return spec, wording, rng
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
+        """Clip `index` for training. Raises IndexError."""
+        frames, caption = self.draw(index)
+        return {"mp4": clip_to_tensor(frames), "txt": caption}
