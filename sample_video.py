@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from arguments import Config, SamplingArgs, parse_config
 from sgm.cli import run_command, set_up_logging
 from sgm.errors import UserError
+from sgm.files import make_output_folder
 from sgm.inference.prompts import Prompt, read_prompt_file, read_typed_prompts
 from sgm.inference.request import latent_shape
 
@@ -104,6 +105,7 @@ def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine
         raise UserError("model.sampler_config is absent; sampling needs one")
     half = torch.bfloat16 if args.bf16 else torch.float32
     extra = {"load": args.load, "dtype": torch.float16 if args.fp16 else half, "device": device}
+    extra["latent_input"] = False  # of training batches; sampling decodes in any case
     params = check_params(SATVideoDiffusionEngine, config.model | extra, where="model")
     return SATVideoDiffusionEngine(**params).eval()
 
@@ -178,7 +180,7 @@ class Sampler:
                 decoded.append(to_uint8(chunk[0]))
                 yield decoded[-1]
 
-        make_folder(folder)
+        make_output_folder(folder)
         write_mp4(chunks(), folder / "000000.mp4", fps=self.args.sampling_fps)
         write_contact_sheet(np.concatenate(decoded), folder / "contact_sheet.png")
 
@@ -200,18 +202,6 @@ class Sampler:
             "timings": timings | peak_memory(),
         }
         write_json(record, folder / "run.json")
-
-
-def make_folder(folder: Path) -> None:
-    """Create a sample's folder.
-
-    Raises:
-        UserError: it cannot be created.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}") from None
 
 
 def versions() -> dict[str, str]:
@@ -268,7 +258,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape = latent_shape(config.args, config.model)
     prompts = get_prompts(config.args, rank)
 
-    from sgm.inference.video_io import make_output_folder
     from sgm.util import allow_targets
 
     output_dir = make_output_folder(config.args.output_dir)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from itertools import count
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arguments import Config, TrainingArgs, parse_config
 from sgm.cli import run_command, set_up_logging
 from sgm.errors import UserError
+from sgm.files import make_output_folder, replacing
 
 if TYPE_CHECKING:
     import torch
@@ -70,11 +73,32 @@ def build_dataset(config: Config, folders: Sequence[str], *, key: str) -> Datase
     return ConcatDataset([instantiate_from_config(config.data, data_dir=name) for name in folders])
 
 
+def checked_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """The batches of an epoch.
+
+    Raises:
+        UserError: clips of a batch differ in length, or a worker process found the data unusable.
+    """
+    try:
+        yield from loader
+    except UserError as error:
+        # From a worker it comes with that process's stack trace, and the sentence last.
+        sentence = str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]
+        raise UserError(sentence) from None
+    except RuntimeError as error:
+        if "stack expects each tensor to be equal size" not in str(error):
+            raise
+        raise UserError(
+            f"clips of different lengths cannot share a batch of {loader.batch_size}; set "
+            "train_micro_batch_size_per_gpu and eval_batch_size to 1, or lower max_num_frames"
+        ) from None
+
+
 def endless_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
     """Batches for ever, epoch after epoch, each in another order."""
-    for epoch in count():
+    for epoch in itertools.count():
         loader.sampler.set_epoch(epoch)
-        yield from loader
+        yield from checked_batches(loader)
 
 
 def build_loader(dataset: Dataset, config: Config, *, batch_size: int) -> DataLoader:
@@ -129,8 +153,20 @@ def start_deepspeed(engine: SATVideoDiffusionEngine, config: Config) -> Any:
     if (settings.get("zero_optimization") or {}).get("stage", 0) > 2:
         raise UserError("deepspeed.zero_optimization.stage may be 0, 1 or 2")
     # Sampling's precision flags say nothing about training: DeepSpeed's own sections do.
+    optimizer = None
+    node = settings.get("optimizer") or {}
+    if str(node.get("type", "")).startswith("sat.ops."):
+        # DeepSpeed knows its own and PyTorch's optimizers by name; SAT's is handed to it ready.
+        module, _, name = node["type"].rpartition(".")
+        build = getattr(import_module("sat.ops"), name, None)
+        if module != "sat.ops" or build is None:
+            raise UserError(f"deepspeed.optimizer.type: SAT has no {node['type']!r}")
+        optimizer = functools.partial(build, **node.get("params", {}))
+        del settings["optimizer"]
     try:
-        wrapped, *_ = deepspeed.initialize(model=engine, model_parameters=trained, config=settings)
+        wrapped, *_ = deepspeed.initialize(
+            model=engine, model_parameters=trained, optimizer=optimizer, config=settings
+        )
     except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
         raise UserError(f"deepspeed refuses its settings: {str(error).splitlines()[0]}") from None
     return wrapped
@@ -154,16 +190,11 @@ def save_checkpoint(engine: SATVideoDiffusionEngine, folder: Path, iteration: in
         if name.startswith("model.diffusion_model.") or name in trained
     }
     path = folder / str(iteration) / "mp_rank_00_model_states.pt"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+    make_output_folder(path.parent)
+    with replacing(path) as partial:
         torch.save({"module": state}, partial)
-        os.replace(partial, path)
-        partial = folder / "latest.partial"
+    with replacing(folder / "latest") as partial:
         partial.write_text(str(iteration), "utf-8")
-        os.replace(partial, folder / "latest")
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be written ({error}); check the disk") from None
     logger.info("saved %s", path)
 
 
@@ -187,7 +218,7 @@ class Validation:
         losses = []
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            for _, batch in zip(range(self.num_batches), self.loader, strict=False):
+            for batch in itertools.islice(checked_batches(self.loader), self.num_batches):
                 losses.append(float(engine(batch)))
         engine.train()
         return sum(losses) / len(losses)
@@ -243,14 +274,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from omegaconf import OmegaConf
 
     from sample_video import Rank, choose_device
-    from sgm.inference.video_io import make_output_folder
     from sgm.modules.transformer.sat_runtime import ensure_process_groups
     from sgm.util import allow_targets
 
     args = config.args
     allow_targets(config.allow_target)
+    for key in ("train_iters", "eval_iters", "eval_interval", "save_interval", "log_interval"):
+        if getattr(args, key) < 1:
+            raise UserError(f"{key}={getattr(args, key)}: it must be at least 1")
     name = f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}"
     folder = make_output_folder(Path(args.save) / name)
+    if (folder / "latest").exists():
+        raise UserError(f"{folder} holds a run already; wait a minute or change experiment_name")
     device = choose_device(args, Rank.from_environment())
     if device.type == "cuda":
         torch.cuda.set_device(device)

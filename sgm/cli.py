@@ -9,9 +9,29 @@ from collections.abc import Callable
 
 from sgm.errors import UserError
 
+# What libraries would say among our lines; who wants it back sets the variable otherwise.
+_QUIET = {
+    "SAT_LOGLEVEL": "WARNING",  # SAT reports at import that it checkpoints without DeepSpeed
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' bar over the text encoder's weights
+    "TRANSFORMERS_VERBOSITY": "error",  # its table of T5's decoder weights, which are not needed
+}
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether DeepSpeed says more than that it found no GPU, which our own lines say better."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")
+
 
 def set_up_logging() -> None:
-    """Plain lines on stderr: everything on rank 0, only warnings on the other ranks."""
+    """Plain lines on stderr: everything on rank 0, only warnings on the other ranks.
+
+    To be called before SAT, DeepSpeed or transformers are imported: what they would report of
+    their own start is held back.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    # DeepSpeed sets the level of its logger itself, at import; a filter outlives that.
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
     level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
 

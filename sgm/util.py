@@ -57,6 +57,8 @@ def get_class(target: str) -> type:
     Raises:
         UserError: the target is not allowed, does not exist or is not a class.
     """
+    if not isinstance(target, str) or "." not in target:
+        raise UserError(f"target {target!r} is not the dotted path of a class, module.Class")
     path = TARGET_ALIASES.get(target, target)
     if not _is_allowed(path):
         raise UserError(
@@ -130,5 +132,7 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
             hint = nearest_name(name, ("target", "params"))
             raise UserError(f"{config['target']}: unknown key {name!r} beside target; {hint}")
     cls = get_class(config["target"])
-    params = {**(config.get("params") or {}), **extra}
-    return cls(**check_params(cls, params, where=str(config["target"])))
+    params = config.get("params") or {}
+    if not isinstance(params, Mapping):
+        raise UserError(f"{config['target']}: params must hold keys, not {params!r}")
+    return cls(**check_params(cls, {**params, **extra}, where=config["target"]))

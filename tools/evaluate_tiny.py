@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from PIL import Image, ImageDraw
 import sample_video
 from sgm.cli import run_command
 from sgm.errors import UserError
-from sgm.inference.video_io import make_output_folder
+from sgm.files import make_output_folder, replacing
 from sgm.util import instantiate_from_config
 from tools.tiny.measure import ATTRIBUTES, Measurement, measure
 from tools.tiny.shapes import ShapeSpec, held_out_combinations, parse_caption
@@ -142,13 +141,6 @@ def draw_sheet(results: Sequence[Result]) -> Image.Image:
     return sheet
 
 
-def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write a PNG, beside its place first."""
-    partial = path.with_name(f".{path.stem}.partial.png")
-    sheet.save(partial)
-    os.replace(partial, path)
-
-
 def fidelity(base: Sequence[str], num_clips: int) -> torch.Tensor:
     """PSNR in dB of fresh clips through the configuration's autoencoder, (num_clips,).
 
@@ -191,7 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sheet_path = options.sheet or make_output_folder(options.output_dir) / "contact_sheet.png"
     results = read_results(folder)
     report(results)
-    save_sheet(draw_sheet(results), sheet_path)
+    with replacing(sheet_path) as partial:
+        draw_sheet(results).save(partial)
     print(f"contact sheet: {sheet_path}")
     if options.psnr_clips:
         values = fidelity(options.base, options.psnr_clips)

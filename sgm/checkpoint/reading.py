@@ -5,11 +5,13 @@ from __future__ import annotations
 import pickle
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sgm.errors import UserError
@@ -60,8 +62,8 @@ def _is_harmless(name: str) -> bool:
     )
 
 
-def _check_kind(path: Path) -> None:
-    """Refuse what is recognisably not a weight file.
+def check_kind(path: Path) -> None:
+    """Refuse what is recognisably not the file that should be there.
 
     Raises:
         UserError: the file is absent, empty, an HTML page, a pointer of git-lfs or an archive.
@@ -76,20 +78,52 @@ def _check_kind(path: Path) -> None:
         raise UserError(f"{path} is empty; download or copy it again")
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise UserError(
-            f"{path} is a web page, not weights: the download link answered with HTML; "
-            "download the file itself again"
+            f"{path} is a web page, not the file itself: the download link answered with HTML; "
+            "download it again"
         )
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a pointer of git-lfs, not weights; run 'git lfs pull' there")
+        raise UserError(
+            f"{path} is a pointer of git-lfs, not the file itself; run 'git lfs pull' there"
+        )
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def _format_of(path: Path) -> Literal["zip", "safetensors", "pickle"]:
+    """How a weight file is written; its content decides before its name does."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[:2] == b"PK":
+        return "zip"
+    return "safetensors" if head[8:9] == b"{" or path.suffix == ".safetensors" else "pickle"
+
+
+def check_weight_file(path: Path) -> None:
+    """Refuse a file that is not weights or not whole, without reading its tensors.
+
+    Raises:
+        UserError: as in `check_kind`; or the file is cut off, or an archive of something else.
+    """
+    check_kind(path)
+    kind = _format_of(path)
+    if kind == "zip":
+        _check_zip(path)
+    elif kind == "safetensors":
+        with _whole_safetensors(path), safe_open(path, framework="pt"):
+            pass
+
+
+@contextmanager
+def _whole_safetensors(path: Path) -> Iterator[None]:
     try:
-        return load_file(path)
+        yield
     except (SafetensorError, OSError, struct.error) as error:
         raise UserError(
             f"{path} is not a whole safetensors file ({error}); download or copy it again"
         ) from None
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    with _whole_safetensors(path):
+        return load_file(path)
 
 
 def _check_zip(path: Path) -> None:
@@ -151,14 +185,11 @@ def read_checkpoint(path: str | Path) -> Any:
         UserError: the file is absent, empty, truncated, something else, or carries code.
     """
     path = Path(path)
-    _check_kind(path)
-    with path.open("rb") as file:
-        head = file.read(9)
-    if head[:2] == b"PK":
-        return _read_torch(path, is_zip=True)
-    if head[8:9] == b"{" or path.suffix == ".safetensors":
+    check_kind(path)
+    kind = _format_of(path)
+    if kind == "safetensors":
         return _read_safetensors(path)
-    return _read_torch(path, is_zip=False)
+    return _read_torch(path, is_zip=kind == "zip")
 
 
 def tensors_of(state: Any, path: Path, *, wrapper: str) -> dict[str, torch.Tensor]:

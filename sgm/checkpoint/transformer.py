@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sgm.checkpoint.fit import check_fit
 from sgm.checkpoint.reading import read_checkpoint, tensors_of
 from sgm.errors import UserError
 
@@ -23,7 +24,7 @@ MODEL_FILES = ("mp_rank_00_model_states.pt", "mp_rank_00_model_states.safetensor
 # Of a checkpoint of the whole engine, what belongs to other parts.
 OTHER_PARTS = ("conditioner.", "first_stage_model.", "loss.", "loss_fn.", "denoiser.", "model_ema.")
 POSITION_TABLE = "mixins.pos_embed.pos_embedding"
-_NUM_NAMED = 3  # keys that an error message names
+_HINT = "use the configuration that belongs to these weights"
 
 
 def find_transformer_file(load: str | Path) -> Path:
@@ -84,31 +85,6 @@ def sort_keys(
     return base, lora
 
 
-def _check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
-    """Compare names and shapes of a file with the model's.
-
-    Raises:
-        UserError: shapes differ, or keys are missing or unknown; names the first few.
-    """
-    shapes = [
-        f"{name} is {list(found[name].shape)} in the file, {list(wanted[name].shape)} in the model"
-        for name in wanted
-        if name in found and found[name].shape != wanted[name].shape
-    ]
-    missing = [name for name in wanted if name not in found]
-    unknown = [name for name in found if name not in wanted]
-    problems = []
-    for what, names in (("", shapes), ("missing: ", missing), ("unknown: ", unknown)):
-        if names:
-            more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
-            problems.append(f"{what}{', '.join(names[:_NUM_NAMED])}{more}")
-    if problems:
-        raise UserError(
-            f"{path} does not fit the configured transformer ({'; '.join(problems)}); "
-            "use the configuration that belongs to these weights"
-        )
-
-
 def _load_lora(network: DiffusionTransformer, lora: dict[str, Tensor], path: Path) -> None:
     """Wrap the layers that LoRA changes, and fill the matrices if the file holds them."""
     if not network.lora_config:
@@ -124,7 +100,7 @@ def _load_lora(network: DiffusionTransformer, lora: dict[str, Tensor], path: Pat
         logger.info("%s holds no LoRA matrices: LoRA starts from zero", path)
         return
     wanted = {n: p for n, p in network.named_parameters() if ".matrix_" in n}
-    _check_fit(lora, wanted, path)
+    check_fit(lora, wanted, path=path, hint=_HINT)
     with torch.no_grad():
         for name, matrix in lora.items():
             wanted[name].copy_(matrix)
@@ -150,7 +126,7 @@ def load_transformer(
     wanted = network.state_dict()
     if POSITION_TABLE not in base and POSITION_TABLE in wanted:
         base[POSITION_TABLE] = network.mixins["pos_embed"].compute_table()
-    _check_fit(base, wanted, path)
+    check_fit(base, wanted, path=path, hint=_HINT)
     placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in base.items()}
     network.load_state_dict(placed, assign=True)
     _load_lora(network, lora, path)

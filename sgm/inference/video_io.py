@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sgm.errors import UserError
+from sgm.files import replacing
 
-_LOW_DISK_BYTES = 1 << 20
 _SHEET_FRAMES = 6
 
 
@@ -28,47 +23,6 @@ def to_uint8(video: Tensor) -> np.ndarray:
     return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def make_output_folder(path: str | Path) -> Path:
-    """Create a folder for results, and try it out, before hours of work depend on it.
-
-    Raises:
-        UserError: it cannot be made or written to.
-    """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"0" * 4096)
-    except OSError as error:
-        raise UserError(
-            f"output_dir {path} cannot be written to ({error.strerror}); choose another "
-            "with --output-dir"
-        ) from None
-    return folder
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; renamed to `path` at the end, removed after a failure.
-
-    Raises:
-        UserError: writing failed, with the reason.
-    """
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        reason = error.strerror or "the video encoder failed"
-        if shutil.disk_usage(path.parent).free < _LOW_DISK_BYTES:
-            reason = "no space left on device"
-        raise UserError(
-            f"{path} cannot be written: {reason}; free some space or choose another output_dir"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: int) -> None:
     """Write chunks of frames (t, h, w, 3), uint8, as H.264 (yuv420p) as they come.
 
@@ -76,8 +30,10 @@ def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: int) -> None:
         UserError: the file cannot be written.
     """
     import imageio.v2 as imageio
+    from imageio_ffmpeg import count_frames_and_secs
 
-    with _replacing(path) as partial:
+    num_frames = 0
+    with replacing(path) as partial:
         with imageio.get_writer(
             partial,
             format="FFMPEG",
@@ -86,12 +42,18 @@ def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: int) -> None:
             pixelformat="yuv420p",
             quality=8,
             macro_block_size=2,  # what yuv420p needs; imageio's 16 would rescale the frames
-            ffmpeg_log_level="error",
+            ffmpeg_log_level="quiet",
         ) as writer:
             for chunk in chunks:
                 for frame in chunk:
                     writer.append_data(frame)
-        if not partial.is_file() or partial.stat().st_size == 0:
+                    num_frames += 1
+        # imageio does not tell when ffmpeg fails at the end, on a full disk for one: so count.
+        try:
+            written, _ = count_frames_and_secs(str(partial))
+        except RuntimeError:
+            written = 0
+        if written != num_frames:
             raise OSError(None, None)
 
 
@@ -102,7 +64,7 @@ def write_contact_sheet(frames: np.ndarray, path: Path) -> None:
         UserError: the file cannot be written.
     """
     chosen = np.linspace(0, len(frames) - 1, min(_SHEET_FRAMES, len(frames))).round().astype(int)
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         Image.fromarray(np.concatenate(list(frames[chosen]), axis=1)).save(partial)
 
 
@@ -112,5 +74,5 @@ def write_json(record: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -13,7 +13,7 @@ from pytorch_lightning import LightningModule
 from torch import nn
 
 from sgm.checkpoint import load_vae_state
-from sgm.errors import UserError
+from sgm.checkpoint.fit import check_fit
 from sgm.modules.autoencoding.causal_conv import ConvCache
 from sgm.util import instantiate_from_config
 
@@ -216,7 +216,12 @@ class VideoAutoencoderInferenceWrapper(LightningModule):
             UserError: names or shapes are not those of this model.
         """
         state = load_vae_state(path, ignore_keys)
-        _check_fit(self.state_dict(), state, path)
+        check_fit(
+            state,
+            self.state_dict(),
+            path=path,
+            hint="check ckpt_path, or encoder_config and decoder_config, under first_stage_config",
+        )
         dtype = torch.get_default_dtype()
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
         self.load_state_dict(state, assign=True)
@@ -224,32 +229,3 @@ class VideoAutoencoderInferenceWrapper(LightningModule):
 
 def _dtype_of(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
-
-
-def _check_fit(
-    expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], path: str
-) -> None:
-    """Compare names and shapes.
-
-    Raises:
-        UserError: they differ; it names the first few of each kind.
-    """
-    problems = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
-        "of another shape": [
-            f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in found and found[name].shape != tensor.shape
-        ],
-    }
-    clauses = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for kind, names in problems.items()
-        if names
-    ]
-    if clauses:
-        raise UserError(
-            f"{path} does not fit the autoencoder of the configuration: keys {'; '.join(clauses)}; "
-            "check ckpt_path, or encoder_config and decoder_config, under first_stage_config"
-        )

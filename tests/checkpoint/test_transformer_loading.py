@@ -133,8 +133,8 @@ def edited(saved, edit):
 
 NAME = MODEL_PREFIX + "time_embed.0.weight"
 MISTAKES = {
-    "a missing key": (lambda m: m.pop(NAME), "missing: time_embed.0.weight"),
-    "an unknown key": (lambda m: m.update({MODEL_PREFIX + "x.y": m[NAME]}), "unknown: x.y"),
+    "a missing key": (lambda m: m.pop(NAME), r"1 missing \(time_embed.0.weight\)"),
+    "an unknown key": (lambda m: m.update({MODEL_PREFIX + "x.y": m[NAME]}), r"1 unknown \(x.y\)"),
     "another shape": (
         lambda m: m.update({NAME: torch.ones(2, 2)}),
         r"time_embed.0.weight is \[2, 2\] in the file, \[16, 32\] in the model",

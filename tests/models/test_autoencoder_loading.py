@@ -60,7 +60,7 @@ def test_missing_and_unexpected_keys_are_named(saved):
         build(ckpt_path=str(path))
     message = str(error.value)
     assert "1 missing (decoder.conv_in.conv.bias)" in message
-    assert "1 unexpected (decoder.conv_first.bias)" in message
+    assert "1 unknown (decoder.conv_first.bias)" in message
     assert str(path) in message
 
 
@@ -68,6 +68,9 @@ def test_both_shapes_are_named_and_long_lists_are_cut(saved):
     with pytest.raises(UserError) as error:
         build(z_channels=8, ckpt_path=str(saved[0]), ignore_keys=["loss"])
     message = str(error.value)
-    assert "encoder.conv_out.conv.weight (8, 32, 3, 3, 3) instead of (16, 32, 3, 3, 3)" in message
-    assert message.count("instead of") == 3
+    assert (
+        "encoder.conv_out.conv.weight is [8, 32, 3, 3, 3] in the file, [16, 32, 3, 3, 3] in"
+        in message
+    )
+    assert message.count("in the file") == 3
     assert "…" in message

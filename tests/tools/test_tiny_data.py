@@ -28,7 +28,7 @@ def config(tmp_path_factory):
     """A configuration whose autoencoder has random weights in place."""
     folder = tmp_path_factory.mktemp("autoencoder")
     torch.manual_seed(0)
-    vae = train_vae.build(train_vae.CONFIG, learning_rate=1e-3, kl_weight=1e-6)
+    vae = train_vae.build(train_vae.CONFIG, load=None, learning_rate=1e-3, kl_weight=1e-6)
     train_vae.save(vae, folder / "vae" / "3d-vae.pt")
     config = OmegaConf.load(train_vae.CONFIG)
     config.model.first_stage_config.params.ckpt_path = str(folder / "vae" / "3d-vae.pt")
@@ -84,7 +84,7 @@ def test_latents_file_gives_back_what_the_encoder_made(config, tmp_path, monkeyp
     assert batch["txt"] == [clips.caption(index) for index in range(3)]
     parse_caption(batch["txt"][0])
     checkpoint = OmegaConf.load(config).model.first_stage_config.params.ckpt_path
-    vae = train_vae.build(str(config), learning_rate=1e-3, kl_weight=1e-6).eval()
+    vae = train_vae.build(str(config), load=None, learning_rate=1e-3, kl_weight=1e-6).eval()
     vae.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
     with torch.no_grad():
         moments, _ = vae.encode(clips[2]["mp4"].transpose(0, 1)[None], unregularized=True)
@@ -103,8 +103,8 @@ def test_psnr_of_a_known_error():
 
 
 def test_learning_rate_rises_then_falls_to_zero():
-    vae = train_vae.build(train_vae.CONFIG, learning_rate=1e-3, kl_weight=1e-6)
-    vae.num_steps = 1000
+    vae = train_vae.build(train_vae.CONFIG, load=None, learning_rate=1e-3, kl_weight=1e-6)
+    vae.num_steps, vae.warmup_steps = 1000, 100
     factor = vae.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas[0]
     assert factor(0) == pytest.approx(0.01)
     # Warm after 100 steps; the half cosine is at a half in the middle, at zero from the end on.

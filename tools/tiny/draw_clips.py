@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from sgm.cli import run_command, set_up_logging
 from sgm.errors import UserError
-from sgm.inference.video_io import make_output_folder, write_mp4
+from sgm.files import make_output_folder, replacing
+from sgm.inference.video_io import write_mp4
 from tools.tiny.shapes import FPS, ShapeClips
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,8 @@ def write_clips(clips: ShapeClips, folder: Path) -> None:
     for index in range(len(clips)):
         frames, caption = clips.draw(index)
         write_mp4([frames], videos / f"{index}.mp4", fps=FPS)
-        partial = labels / f".{index}.partial"
-        partial.write_text(f"{caption}\n", "utf-8")
-        os.replace(partial, labels / f"{index}.txt")
+        with replacing(labels / f"{index}.txt") as partial:
+            partial.write_text(f"{caption}\n", "utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

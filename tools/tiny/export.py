@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from sgm.checkpoint.transformer import (
 )
 from sgm.cli import run_command, set_up_logging
 from sgm.errors import UserError
+from sgm.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +41,8 @@ def write_transformer(state: dict[str, Tensor], folder: Path, *, tag: str) -> No
     }
     path = folder / tag / MODEL_FILES[0]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save({"module": module}, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        torch.save({"module": module}, partial)
     (folder / "latest").write_text(tag, encoding="utf-8")
     logger.info("wrote %s", path)
 
@@ -58,12 +57,11 @@ def write_t5(state: dict[str, Tensor], path: Path) -> None:
     names = set(tensors_of(read_checkpoint(path), path, wrapper="module"))
     if not names <= set(trained):
         raise UserError(f"the run holds no T5 that fits {path}; was its is_trainable true?")
-    partial = path.with_suffix(".partial")
     # Tied weights have two names in a checkpoint and one in the file.
     tensors = {name: trained[name].contiguous() for name in sorted(names)}
-    save_file(tensors, partial, {"format": "pt"})
-    partial.chmod(0o644)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, {"format": "pt"})
+        partial.chmod(0o644)  # safetensors lets only the owner read
     logger.info("wrote %s", path)
 
 

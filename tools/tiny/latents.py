@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sgm.cli import run_command, set_up_logging
+from sgm.files import replacing
 from sgm.inference.progress import Progress
 from sgm.util import instantiate_from_config
 from tools.tiny.shapes import ShapeClips
@@ -83,9 +84,8 @@ def main() -> int:
         clips, options.config, batch_size=options.batch_size, num_workers=options.num_workers
     )
     captions = [clips.caption(index) for index in range(options.count)]
-    partial = options.output.with_suffix(".partial")
-    save_file({"latents": latents}, partial, {"captions": json.dumps(captions)})
-    os.replace(partial, options.output)
+    with replacing(options.output) as partial:
+        save_file({"latents": latents}, partial, {"captions": json.dumps(captions)})
     logger.info(
         "wrote %d latents of %s to %s", len(latents), tuple(latents.shape[1:]), options.output
     )

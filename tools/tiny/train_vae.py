@@ -25,28 +25,35 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from sgm.cli import run_command, set_up_logging
+from sgm.files import replacing
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
-from tools.tiny.shapes import ShapeClips
+from tools.tiny.shapes import NUM_FRAMES, ShapeClips
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "configs/cogvideox_tiny_infer.yaml"
 FRESH_SEED = 10**6  # of clips that no training run draws
-WARMUP_STEPS = 100
 
 
 class Autoencoder(VideoAutoencoderInferenceWrapper):
     """The autoencoder with a learning rate that rises, then falls to zero along a half cosine."""
 
     num_steps: int
+    warmup_steps: int
+    num_frames: int
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """As for any autoencoder, on the first `num_frames` frames of each clip."""
+        return super().training_step({"mp4": batch["mp4"][:, : self.num_frames]}, batch_idx)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW and the schedule, stepped with every batch."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.01)
+        trained = [weight for weight in self.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.01)
 
         def factor(step: int) -> float:
             rest = 0.5 * (1 + math.cos(math.pi * min(step / self.num_steps, 1)))
-            return min((step + 1) / WARMUP_STEPS, 1) * rest
+            return min((step + 1) / self.warmup_steps, 1) * rest
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -98,21 +105,20 @@ class Report(pl.Callback):
         )  # fmt: skip
 
 
-def build(config: str, *, learning_rate: float, kl_weight: float) -> Autoencoder:
-    """An untrained autoencoder of a configuration's `first_stage_config`."""
+def build(config: str, *, load: str | None, **settings: float) -> Autoencoder:
+    """The autoencoder of a configuration's `first_stage_config`, with weights of `load` or none."""
     node = OmegaConf.to_container(OmegaConf.load(config).model.first_stage_config, resolve=True)
     ignored = {"ckpt_path", "ignore_keys", *Autoencoder.IGNORED_PARAMS}
     params = {name: value for name, value in node["params"].items() if name not in ignored}
-    return Autoencoder(**params, learning_rate=learning_rate, kl_weight=kl_weight)
+    return Autoencoder(**params, ckpt_path=load, **settings)
 
 
 def save(vae: VideoAutoencoderInferenceWrapper, path: Path) -> None:
     """Write ``{"state_dict": …}`` in float32."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     state = {name: tensor.float().cpu() for name, tensor in vae.state_dict().items()}
-    torch.save({"state_dict": state}, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        torch.save({"state_dict": state}, partial)
 
 
 def parse_options() -> argparse.Namespace:
@@ -120,9 +126,15 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--config", default=CONFIG)
+    parser.add_argument("--load", help="go on from these weights")
+    parser.add_argument(
+        "--decoder-only", action="store_true", help="leave the encoder, and so all latents, as is"
+    )
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help="of each clip: 8k+1")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--warmup-steps", type=int, default=100)
     parser.add_argument("--kl-weight", type=float, default=3e-4)
     parser.add_argument("--precision", default="bf16-mixed", help="as Lightning's Trainer takes it")
     parser.add_argument("--num-workers", type=int, default=min(os.cpu_count() or 1, 12))
@@ -137,8 +149,15 @@ def main() -> int:
     set_up_logging()
     pl.seed_everything(options.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
-    vae = build(options.config, learning_rate=options.learning_rate, kl_weight=options.kl_weight)
-    vae.num_steps = options.steps
+    vae = build(
+        options.config,
+        load=options.load,
+        learning_rate=options.learning_rate,
+        kl_weight=options.kl_weight,
+    )
+    vae.num_steps, vae.warmup_steps = options.steps, options.warmup_steps
+    vae.num_frames = options.num_frames
+    vae.encoder.requires_grad_(not options.decoder_only)
     loader = DataLoader(
         ShapeClips(options.steps * options.batch_size, options.seed),
         batch_size=options.batch_size,

@@ -5,12 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
+from sgm.checkpoint.reading import check_kind, check_weight_file
 from sgm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
 
 logger = logging.getLogger(__name__)
 
@@ -20,13 +27,26 @@ class T5Tokenizer:
 
     The model file itself decides how text is normalised and split, so ids are those that the
     text encoder was trained with, whatever the version of the libraries around it.
+
+    Raises:
+        UserError: the file is no sentencepiece model, or one without end token and padding.
     """
 
     def __init__(self, model_file: Path, *, max_length: int) -> None:
         self.max_length = max_length
-        self._pieces = SentencePieceProcessor(model_file=str(model_file))
+        try:
+            self._pieces = SentencePieceProcessor(model_file=str(model_file))
+        except (OSError, RuntimeError):
+            raise UserError(
+                f"{model_file} is not a sentencepiece model; copy it from the original again"
+            ) from None
         self._eos_id = self._pieces.eos_id()
         self._pad_id = self._pieces.pad_id()
+        if min(self._eos_id, self._pad_id) < 0:
+            raise UserError(
+                f"{model_file} has no end token or no padding, so it is not T5's; "
+                "copy it from the original again"
+            )
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Token ids (b, max_length), int64; a text that is cut still ends with the end token."""
@@ -42,10 +62,11 @@ class T5Tokenizer:
 
 
 def _check_folder(folder: Path) -> None:
-    """Say what of a T5 folder is absent before anything large is loaded.
+    """Say what of a T5 folder is absent or broken before anything large is loaded.
 
     Raises:
-        UserError: the folder, its config, its sentencepiece model or its weights are absent.
+        UserError: the folder, its config, its sentencepiece model or its weights are absent, or
+            one of its files is not what its name says.
     """
     if not folder.is_dir():
         raise UserError(
@@ -55,11 +76,54 @@ def _check_folder(folder: Path) -> None:
     for name in ("config.json", "spiece.model"):
         if not (folder / name).is_file():
             raise UserError(f"the T5 folder {folder} lacks {name}; copy it there from the original")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        check_kind(folder / name)
+    weights = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+    if not weights:
         raise UserError(
             f"the T5 folder {folder} holds no weights (*.safetensors or pytorch_model*.bin; "
             "tf_model.h5 is not used); in a git clone run 'git lfs pull'"
         )
+    for path in sorted(weights):
+        check_weight_file(path)
+
+
+def _load_encoder(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
+    """The encoder with the weights of a folder, on the CPU.
+
+    Raises:
+        UserError: transformers cannot load it, or some of its weights are not in the folder.
+    """
+    # Imported here, since it takes seconds and only this function needs it.
+    from transformers import T5EncoderModel
+
+    again = "copy the folder from the original again"
+    try:
+        # Without ignore_mismatched_sizes it would fail with a reference to its own log.
+        encoder, found = T5EncoderModel.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except UnpicklingError:
+        raise UserError(
+            f"the T5 folder {folder} cannot be loaded: a .bin file in it is damaged or carries "
+            "pickled code; use weights as .safetensors"
+        ) from None
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason.rstrip(".")
+        raise UserError(f"the T5 folder {folder} cannot be loaded: {reason}; {again}") from None
+    # transformers gives weights that it does not find random values and goes on.
+    gaps = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if gaps:
+        few = f"{', '.join(gaps[:3])}{', …' if len(gaps) > 3 else ''}"
+        raise UserError(
+            f"the T5 folder {folder} lacks {len(gaps)} of the weights that its config.json asks "
+            f"for, or has them in another shape ({few}); {again}"
+        )
+    return encoder
 
 
 class FrozenT5Embedder(nn.Module):
@@ -89,19 +153,10 @@ class FrozenT5Embedder(nn.Module):
         device: str | torch.device = "cpu",
     ) -> None:
         super().__init__()
-        # Imported here, since it takes seconds and only this class needs it.
-        from transformers import T5EncoderModel
-
         folder = Path(model_dir)
         _check_folder(folder)
-        try:
-            self.tokenizer = T5Tokenizer(folder / "spiece.model", max_length=max_length)
-            self.transformer = T5EncoderModel.from_pretrained(
-                folder, dtype=dtype, local_files_only=True
-            ).to(device)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"the T5 folder {folder} cannot be loaded: {reason}") from None
+        self.tokenizer = T5Tokenizer(folder / "spiece.model", max_length=max_length)
+        self.transformer = _load_encoder(folder, dtype).to(device)
 
     def warn_if_cut(self, text: str) -> None:
         """Log a warning that quotes the end of `text` that the encoder will not see."""

@@ -1,0 +1,47 @@
+"""Whether the weights of a file are those of a model: the same names, the same shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from sgm.errors import UserError
+
+_NUM_NAMED = 3  # keys of each kind that the message names
+
+
+def check_fit(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, path: str | Path, hint: str
+) -> None:
+    """Compare names and shapes of a file's weights, `found`, with a model's, `wanted`.
+
+    Args:
+        found: name → tensor of the file.
+        wanted: name → tensor of the model, which may be on the meta device.
+        path: the file, for the message.
+        hint: end of the message: what to do or to check.
+
+    Raises:
+        UserError: names or shapes differ; it names the first few of each kind.
+    """
+    problems = {
+        "of another shape": [
+            f"{name} is {list(found[name].shape)} in the file, {list(tensor.shape)} in the model"
+            for name, tensor in wanted.items()
+            if name in found and found[name].shape != tensor.shape
+        ],
+        "missing": [name for name in wanted if name not in found],
+        "unknown": [name for name in found if name not in wanted],
+    }
+    clauses = [
+        f"{len(names)} {kind} ({', '.join(names[:_NUM_NAMED])}"
+        f"{', …' if len(names) > _NUM_NAMED else ''})"
+        for kind, names in problems.items()
+        if names
+    ]
+    if clauses:
+        raise UserError(
+            f"{path} does not fit the model of the configuration: keys {'; '.join(clauses)}; {hint}"
+        )

@@ -1,0 +1,177 @@
+"""The text encoder against transformers itself, and what a broken folder says."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceTrainer
+from transformers import T5EncoderModel, T5ForConditionalGeneration
+from transformers import T5Tokenizer as ReferenceTokenizer
+
+from sgm.errors import UserError
+from sgm.modules.encoders.modules import FrozenT5Embedder, T5Tokenizer
+from tools.make_random_weights import write_t5
+
+MAX_LENGTH = 24
+TEXTS = ["a red circle", "", "A Blue Square,  moving up! (100%)", "a black background " * 9]
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder") / "t5"
+    torch.manual_seed(0)
+    write_t5(folder, width=64, num_layers=2)
+    # As T5's own tokenizer: unknown characters are one token, not bytes, which transformers'
+    # tokenizer would not split into.
+    words = folder.parent / "words.txt"
+    words.write_text("\n".join(TEXTS * 30))
+    SentencePieceTrainer.train(
+        input=str(words), model_prefix=str(folder / "spiece"), vocab_size=200, bos_id=-1,
+        pad_id=0, eos_id=1, unk_id=2, hard_vocab_limit=False, minloglevel=2,
+        required_chars="".join(map(chr, range(33, 127))),
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def broken(t5, tmp_path):
+    """A copy that may be broken."""
+    return shutil.copytree(t5, tmp_path / "t5")
+
+
+@pytest.fixture(scope="module")
+def embedder(t5):
+    return FrozenT5Embedder(str(t5), MAX_LENGTH).eval()
+
+
+@torch.no_grad()
+def test_embeddings_are_those_of_transformers_without_a_mask(t5, embedder):
+    reference = T5EncoderModel.from_pretrained(t5, dtype=torch.float32).eval()
+    rows = ReferenceTokenizer.from_pretrained(t5)(
+        TEXTS, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+    )
+    expected = reference(input_ids=rows.input_ids).last_hidden_state
+    # The same operations on the same weights in the same order.
+    torch.testing.assert_close(embedder(TEXTS), expected, rtol=0, atol=1e-6)
+    masked = reference(**rows).last_hidden_state
+    assert (masked - expected).abs().max() > 1e-2  # so the above does tell the two apart
+
+
+def test_ids_are_those_of_transformers(t5, embedder):
+    texts = [*TEXTS, "".join(map(chr, range(32, 127))), "  two  spaces ", "a\tb\nc"]
+    expected = ReferenceTokenizer.from_pretrained(t5)(
+        texts, padding="max_length", truncation=True, max_length=MAX_LENGTH
+    )["input_ids"]
+    assert embedder.tokenizer(texts).tolist() == expected
+
+
+@pytest.mark.parametrize("max_length", [1, 5, 8])
+def test_a_cut_text_keeps_its_end_token_and_the_rest_is_known(t5, max_length):
+    tokenizer = T5Tokenizer(t5 / "spiece.model", max_length=max_length)
+    pieces = tokenizer._pieces
+    text = "a red circle moving left on a black background"
+    (row,) = tokenizer([text]).tolist()
+    assert len(row) == max_length and row[-1] == pieces.eos_id()
+    kept, rest = pieces.decode(row[:-1]), tokenizer.overflow(text)
+    assert rest and (kept + rest).replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_text_that_just_fits_is_not_cut(t5):
+    text = "a red circle"
+    exact = len(T5Tokenizer(t5 / "spiece.model", max_length=99)._pieces.encode(text)) + 1
+    assert T5Tokenizer(t5 / "spiece.model", max_length=exact).overflow(text) == ""
+    assert T5Tokenizer(t5 / "spiece.model", max_length=exact - 1).overflow(text) != ""
+
+
+def test_weights_come_in_the_type_asked_for(t5):
+    embedder = FrozenT5Embedder(str(t5), MAX_LENGTH, dtype=torch.bfloat16)
+    assert {weight.dtype for weight in embedder.parameters()} == {torch.bfloat16}
+
+
+def test_a_checkpoint_of_the_whole_t5_is_loaded_from_bin_files_too(t5, broken, embedder):
+    whole = T5ForConditionalGeneration(T5EncoderModel.from_pretrained(t5).config).float()
+    encoder = load_file(t5 / "model.safetensors")
+    whole.load_state_dict({name: t.float() for name, t in encoder.items()}, strict=False)
+    torch.save(whole.state_dict(), broken / "pytorch_model.bin")
+    (broken / "model.safetensors").unlink()
+    loaded = FrozenT5Embedder(str(broken), MAX_LENGTH).state_dict()
+    assert loaded.keys() == embedder.state_dict().keys()
+    assert all(torch.equal(loaded[name], t) for name, t in embedder.state_dict().items())
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 791656\n"
+
+
+def drop_weight(folder):
+    state = load_file(folder / "model.safetensors")
+    del state["encoder.block.1.layer.1.DenseReluDense.wi_0.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def as_bin(folder, content):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+MISTAKES = {
+    "no folder": (shutil.rmtree, "is not a folder"),
+    "no config": (lambda f: (f / "config.json").unlink(), "lacks config.json"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "valid JSON"),
+    "no tokenizer": (lambda f: (f / "spiece.model").unlink(), "lacks spiece.model"),
+    "tokenizer pointer": (
+        lambda f: (f / "spiece.model").write_text(POINTER),
+        "spiece.model is a pointer of git-lfs",
+    ),
+    "tokenizer of something else": (
+        lambda f: (f / "spiece.model").write_text("hello"),
+        "spiece.model is not a sentencepiece model",
+    ),
+    "tokenizer page": (lambda f: (f / "spiece.model").write_text("<html>"), "web page"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
+    "weights pointer": (
+        lambda f: (f / "model.safetensors").write_text(POINTER),
+        "model.safetensors is a pointer of git-lfs",
+    ),
+    "bin pointer": (lambda f: as_bin(f, POINTER.encode()), "bin is a pointer of git-lfs"),
+    "bin of something else": (lambda f: as_bin(f, b"hello, no pickle"), "cannot be loaded"),
+    "weights cut off": (
+        lambda f: cut(f / "model.safetensors"),
+        "model.safetensors is not a whole safetensors file",
+    ),
+    "no weights in the file": (lambda f: (f / "model.safetensors").write_bytes(b""), "is empty"),
+    "a weight is absent": (drop_weight, r"lacks 1 of the weights .*block.1.layer.1.*wi_0"),
+    "more layers": (lambda f: edit_config(f, num_layers=3), r"block\.2\.layer"),
+    "another width": (lambda f: edit_config(f, d_model=128), "in another shape"),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_a_broken_folder_is_refused_in_one_sentence(broken, kind):
+    spoil, words = MISTAKES[kind]
+    spoil(broken)
+    with pytest.raises(UserError, match=words) as failure:
+        FrozenT5Embedder(str(broken), MAX_LENGTH)
+    assert str(broken) in str(failure.value) and "\n" not in str(failure.value)
+
+
+def test_pickled_code_in_a_bin_file_is_not_run(broken, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
+    (broken / "model.safetensors").unlink()
+    torch.save({"shared.weight": Evil()}, broken / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pickled code"):
+        FrozenT5Embedder(str(broken), MAX_LENGTH)
+    assert not (tmp_path / "ran").exists()

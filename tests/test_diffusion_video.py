@@ -1,0 +1,159 @@
+"""The engine: its training loss, the way into latents and back, and what is trained."""
+
+import pytest
+import torch
+
+from diffusion_video import NetworkWrapper, SATVideoDiffusionEngine
+from sgm.util import check_params
+
+SCALE = 1.15258426
+
+
+@pytest.fixture
+def build(small_model):
+    """Makes an engine of the small configuration, without LoRA, with weights that do something."""
+
+    def make(**changes):
+        small_model["network_config"]["params"]["modules"].pop("lora_config", None)
+        model = {**small_model, "not_trainable_prefixes": []} | changes
+        params = check_params(SATVideoDiffusionEngine, model, where="model")
+        engine = SATVideoDiffusionEngine(**params)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for _, weight in sorted(engine.named_parameters()):
+                if weight.requires_grad:
+                    weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+        return engine
+
+    return make
+
+
+@pytest.fixture
+def video():
+    return torch.rand(2, 9, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+TEXTS = ["a red circle", "a blue square"]
+
+
+def test_the_loss_is_finite_and_reaches_every_weight_of_the_transformer_only(build, video):
+    engine = build().train()
+    # A fixed unconditional share would hide the text; here it is never dropped.
+    engine.conditioner.ucg_rates = [0.0]
+    loss = engine({"mp4": video, "txt": TEXTS})
+    assert loss.shape == () and loss.isfinite() and loss > 0
+    loss.backward()
+    for name, weight in engine.named_parameters():
+        if name.startswith("model.diffusion_model."):
+            used = "pos_embedding" not in name
+            assert not used or (weight.grad is not None and weight.grad.isfinite().all()), name
+        else:
+            assert weight.grad is None and not weight.requires_grad, name
+
+
+def test_a_step_against_the_gradient_lowers_the_loss(build, video):
+    engine = build().train()
+
+    def loss():
+        torch.manual_seed(0)  # the same noise, noise level and dropped texts
+        return engine({"mp4": video, "txt": TEXTS})
+
+    before = loss()
+    before.backward()
+    weights = [weight for weight in engine.parameters() if weight.grad is not None]
+    with torch.no_grad():
+        norm = torch.stack([weight.grad.norm() for weight in weights]).norm()
+        for weight in weights:
+            weight -= 1e-2 / norm * weight.grad
+    assert loss() < before
+
+
+def test_latents_in_the_batch_give_the_loss_of_the_video_they_come_from(build, video):
+    whole, latent = build(), build(latent_input=True)
+    assert latent.first_stage_model is None
+    torch.manual_seed(0)
+    latents = whole.encode_first_stage(video)
+    # What follows draws the same numbers as the same loss over the video will, after encoding.
+    from_latents = latent({"mp4": latents / SCALE, "txt": TEXTS})
+    torch.manual_seed(0)
+    from_video = whole({"mp4": video, "txt": TEXTS})
+    # Dividing by the scale and multiplying again moves latents by one rounding.
+    torch.testing.assert_close(from_latents, from_video, rtol=1e-5, atol=0)
+    from_latents.backward()
+
+
+def test_the_video_may_have_another_key(build, video):
+    engine = build(input_key="clip")
+    assert engine({"clip": video, "txt": TEXTS}).isfinite()
+
+
+def test_a_video_goes_into_latents_and_back_in_shape(build, video):
+    engine = build()
+    latents = engine.encode_first_stage(video)
+    assert latents.shape == (2, 3, 4, 4, 6) and latents.dtype == torch.float32
+    chunks = list(engine.decode_first_stage(latents))
+    assert torch.cat(chunks, dim=1).shape == video.shape
+    assert not latents.requires_grad and not chunks[0].requires_grad
+
+
+def test_latents_are_multiplied_by_the_scale_and_divided_before_decoding(build, video):
+    engine = build()
+    pixels = video.transpose(1, 2)  # (b, c, t, h, w)
+    torch.manual_seed(0)
+    scaled = engine.encode_first_stage(video)
+    torch.manual_seed(0)
+    plain = engine.first_stage_model.encode(pixels).detach()
+    assert torch.equal(scaled, plain.transpose(1, 2) * SCALE)
+    decoded = torch.cat(list(engine.decode_first_stage(scaled)), dim=1)
+    expected = engine.first_stage_model.decode(plain).detach().transpose(1, 2)
+    # One rounding from the division, through a network whose outputs are about 1.
+    torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-4)
+
+
+def test_decoding_is_float32_whatever_the_weights_are(build, video):
+    engine = build(dtype=torch.bfloat16)
+    latents = engine.encode_first_stage(video)
+    assert latents.dtype == torch.float32
+    assert next(engine.decode_first_stage(latents)).dtype == torch.float32
+
+
+def test_the_transformer_runs_in_its_own_precision_with_float32_around_it(build):
+    network = build(dtype=torch.bfloat16).model
+    assert isinstance(network, NetworkWrapper)
+    assert {weight.dtype for weight in network.parameters()} == {torch.bfloat16}
+    cond = {"crossattn": torch.zeros(1, 8, 64)}
+    output = network(torch.randn(1, 3, 4, 4, 6), torch.tensor([500]), cond)
+    assert output.dtype == torch.float32 and output.shape == (1, 3, 4, 4, 6)
+
+
+def names_of_trained(engine):
+    return {name for name, weight in engine.named_parameters() if weight.requires_grad}
+
+
+def test_all_leaves_only_the_matrices_of_lora_to_be_trained(build, video):
+    lora = {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 2}}
+    engine = build(not_trainable_prefixes=["all"], lora_config=lora).train()
+    matrices = {
+        name
+        for name, _ in engine.named_parameters()
+        if ".matrix_A." in name or ".matrix_B." in name
+    }
+    # Two layers of two attention projections: three parts of query_key_value and one of dense.
+    assert names_of_trained(engine) == matrices and len(matrices) == 2 * (3 + 1) * 2
+    engine({"mp4": video, "txt": TEXTS}).backward()
+    assert {n for n, weight in engine.named_parameters() if weight.grad is not None} == matrices
+
+
+def test_a_prefix_keeps_the_weights_under_it_from_training(build):
+    every = names_of_trained(build())
+    rest = names_of_trained(build(not_trainable_prefixes=["transformer.", "time_embed."]))
+    prefix = "model.diffusion_model."
+    left_out = {n for n in every if n.startswith((f"{prefix}transformer.", f"{prefix}time_embed."))}
+    assert left_out and rest == every - left_out
+
+
+def test_training_mode_leaves_the_autoencoder_in_evaluation(build):
+    engine = build().train()
+    assert engine.model.training and engine.conditioner.training
+    assert not engine.first_stage_model.training
+    assert not any(module.training for module in engine.first_stage_model.modules())

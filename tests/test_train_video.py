@@ -1,0 +1,154 @@
+"""The training command as its users meet it: two steps on drawn clips, all weights and LoRA."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader, Dataset
+
+import train_video
+from arguments import TrainingArgs, parse_config
+from sgm.checkpoint import load_transformer
+from sgm.errors import UserError
+from sgm.util import instantiate_from_config
+from tools import make_random_weights
+from tools.tiny.draw_clips import write_clips
+from tools.tiny.shapes import ShapeClips
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = str(ROOT / "configs" / "cogvideox_tiny_sft.yaml")
+LORA = {
+    "not_trainable_prefixes": ["all"],
+    "lora_config": {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 2}},
+}
+
+
+def small_config(folder):
+    """The fine-tuning configuration, cut down, for the weights and clips in `folder`."""
+    config = OmegaConf.load(CONFIG)
+    embedder = config.model.conditioner_config.params.emb_models[0]
+    embedder.params.model_dir = str(folder / "t5")
+    config.model.network_config.params.num_layers = 2
+    config.model.first_stage_config.params.ckpt_path = str(folder / "3d-vae.pt")
+    config.data.params.max_num_frames = 5
+    config.deepspeed.train_micro_batch_size_per_gpu = 1
+    config.args.load = str(folder / "transformer")
+    config.args.train_data = config.args.valid_data = [str(folder / "clips")]
+    config.args.train_iters = 2
+    config.args.log_interval = 1
+    return config
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """(configuration, what was logged, folder of the run) of a run of each kind."""
+    folder = tmp_path_factory.mktemp("training")
+    write_clips(ShapeClips(3, seed=0), folder / "clips")
+    config = small_config(folder)
+    OmegaConf.save(config, folder / "base.yaml")
+    make_random_weights.main(["--base", str(folder / "base.yaml"), "--t5-layers", "1"])
+    started = {}
+    for name, extra in (("full", {}), ("lora", LORA)):
+        own = OmegaConf.merge(config, {"args": {"save": str(folder / name)}, "model": extra})
+        OmegaConf.save(own, folder / f"{name}.yaml")
+        command = [sys.executable, ROOT / "train_video.py", "--device", "cpu"]
+        started[name] = subprocess.Popen(
+            [*command, "--base", folder / f"{name}.yaml"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        )  # fmt: skip
+    found = {}
+    for name, process in started.items():
+        log, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, log
+        (run,) = (folder / name).iterdir()
+        found[name] = (OmegaConf.load(folder / f"{name}.yaml"), log, run)
+    return found
+
+
+def weights(config, load):
+    """The transformer's weights as inference reads them from `load`."""
+    node = OmegaConf.to_container(config.model.network_config)
+    if "lora_config" in config.model:
+        node["params"]["modules"]["lora_config"] = OmegaConf.to_container(config.model.lora_config)
+    with torch.device("meta"):
+        network = instantiate_from_config(node)
+    load_transformer(network, load, dtype=torch.float32, device="cpu")
+    return {name: weight.detach() for name, weight in network.named_parameters()}
+
+
+def losses(log):
+    return [float(value) for value in re.findall(r"step \d of 2: loss (\S+),", log)]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_run_logs_finite_losses_and_leaves_a_checkpoint(runs, kind):
+    config, log, run = runs[kind]
+    assert len(losses(log)) == 2 and all(math.isfinite(value) for value in losses(log))
+    assert re.search(r"step 2: validation loss \d", log)
+    assert "3 of 3 clips can be used" in log
+    assert (run / "latest").read_text() == "2"
+    assert sorted(path.name for path in (run / "2").iterdir()) == ["mp_rank_00_model_states.pt"]
+    assert OmegaConf.load(run / "training_config.yaml").model == config.model
+
+
+def test_fine_tuning_changes_the_transformer_and_saves_nothing_else(runs):
+    config, _, run = runs["full"]
+    before, after = weights(config, config.args.load), weights(config, run)
+    blocks = [name for name in before if name.startswith("transformer.layers.")]
+    assert len(blocks) > 10
+    # Adam moves each weight that has a gradient by about the learning rate in its first steps.
+    assert all(not torch.equal(before[name], after[name]) for name in blocks)
+    assert all((before[name] - after[name]).abs().max() < 1e-3 for name in before)
+    saved = torch.load(run / "2" / "mp_rank_00_model_states.pt")["module"]
+    assert all(name.startswith("model.diffusion_model.") for name in saved)
+
+
+def test_lora_changes_its_matrices_only(runs):
+    config, _, run = runs["lora"]
+    before, after = weights(config, config.args.load), weights(config, run)
+    matrices = [name for name in after if ".matrix_B." in name]
+    assert matrices
+    assert all(not before[name].any() and after[name].any() for name in matrices)
+    rest = [name for name in after if ".matrix_" not in name]
+    assert len(rest) > 20 and all(torch.equal(before[name], after[name]) for name in rest)
+
+
+def test_lora_starts_as_the_model_itself(runs):
+    # The same clip, noise and arithmetic, as B is zero: equal as far as the log shows.
+    assert losses(runs["lora"][1])[0] == losses(runs["full"][1])[0]
+
+
+def test_data_without_usable_clips_is_an_error_that_says_the_layout(tmp_path):
+    config = parse_config(TrainingArgs, "", ["--base", CONFIG])
+    with pytest.raises(UserError, match="labels/NAME.txt"):
+        train_video.build_dataset(config, [str(tmp_path)], key="train_data")
+    with pytest.raises(UserError, match="args.train_data is empty"):
+        train_video.build_dataset(config, [], key="train_data")
+
+
+def test_clips_of_different_lengths_in_a_batch_end_in_one_sentence() -> None:
+    clips = [{"mp4": torch.zeros(length, 3, 8, 8), "txt": "a"} for length in (5, 9)]
+    loader = DataLoader(clips, batch_size=2)
+    with pytest.raises(UserError, match="different lengths cannot share a batch of 2"):
+        next(train_video.checked_batches(loader))
+
+
+class Unusable(Dataset):
+    """Data that a worker process finds to be unusable."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> None:
+        raise UserError("none of the clips can be decoded")
+
+
+def test_a_workers_sentence_arrives_without_its_stack_trace() -> None:
+    with pytest.raises(UserError) as failure:
+        next(train_video.checked_batches(DataLoader(Unusable(), num_workers=1)))
+    assert str(failure.value) == "none of the clips can be decoded"
