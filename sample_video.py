@@ -73,6 +73,11 @@ def choose_device(args: SamplingArgs, rank: Rank) -> torch.device:
         raise UserError(
             "device: cuda, but PyTorch sees no GPU; use --device cpu or check nvidia-smi"
         )
+    if rank.local_index >= torch.cuda.device_count():
+        raise UserError(
+            f"this host has {torch.cuda.device_count()} GPUs, too few for process "
+            f"{rank.local_index + 1}; lower NPROC or use --device cpu"
+        )
     return torch.device("cuda", rank.local_index)
 
 
@@ -110,7 +115,7 @@ def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine
     return SATVideoDiffusionEngine(**params).eval()
 
 
-class Sampler:
+class PromptRunner:
     """Makes the videos of prompts one by one and writes them to the output folder."""
 
     def __init__(
@@ -239,15 +244,30 @@ def sample_all(
         total = len(prompts) * config.args.batch_size * engine.sampler.num_steps
     failed = 0
     with Progress(total) as progress:
-        sampler = Sampler(engine, config, progress=progress, **places)
+        runner = PromptRunner(engine, config, progress=progress, **places)
         for prompt in prompts:
             try:
-                sampler.run(prompt)
-            except (UserError, RuntimeError) as error:
+                runner.run(prompt)
+            except Exception as error:  # whatever it is, the other prompts have a right to be made
                 failed += 1
+                logger.debug("prompt %d", prompt.line, exc_info=True)
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                progress.say(f"error: prompt {prompt.line} failed: {reason}")
+                progress.complain(f"error: prompt {prompt.line} failed: {reason}")
     return failed
+
+
+def any_rank(here: bool, rank: Rank) -> bool:
+    """Whether something is so on any rank; waits for all of them.
+
+    torchrun ends every process once one exits with an error, so none may while others work.
+    """
+    if rank.world_size == 1:
+        return here
+    import torch
+
+    count = torch.tensor(int(here))
+    torch.distributed.all_reduce(count)
+    return bool(count)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -267,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     engine = load_engine(config, device)
     logger.info("model ready on %s after %.1f s", device, time.perf_counter() - started)
     failed = sample_all(engine, config, prompts, shape=shape, output_dir=output_dir)
-    return 1 if failed else 0
+    return 1 if any_rank(failed > 0, rank) else 0
 
 
 if __name__ == "__main__":

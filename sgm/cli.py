@@ -43,6 +43,14 @@ def run_command(main: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        print(
+            f"error: {str(error).splitlines()[0]} (see 'Troubleshooting' in README)",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -99,7 +99,12 @@ def test_a_prompt_gives_the_same_bytes_alone_and_among_others(base, sampled, tmp
     assert (tmp_path / "out" / place).read_bytes() == (sampled / place).read_bytes()
 
 
-def test_torchrun_splits_the_prompts_over_processes(base, sampled, tmp_path):
+def test_torchrun_splits_the_prompts_and_a_failing_rank_lets_the_others_finish(
+    base, sampled, tmp_path
+):
+    blocked = "1_a blue square moving up"  # the second process's only prompt
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / blocked).write_text("a file where the folder should be")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     paths = ["--input-file", str(tmp_path / "prompts.txt"), "--output-dir", str(tmp_path / "out")]
@@ -108,8 +113,8 @@ def test_torchrun_splits_the_prompts_over_processes(base, sampled, tmp_path):
         cwd=ROOT, capture_output=True, text=True, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    for name in os.listdir(sampled):
+    assert run.returncode == 1 and "error: prompt 1 failed" in run.stderr, run.stderr
+    for name in set(os.listdir(sampled)) - {blocked}:
         video, expected = (
             place / name / "0" / "000000.mp4" for place in (tmp_path / "out", sampled)
         )

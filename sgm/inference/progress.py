@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 
@@ -26,7 +27,8 @@ class Progress:
         self._unit = unit
         self._done = 0
         self._started = self._last_line = time.monotonic()
-        on_terminal = sys.stderr.isatty()
+        # Of several ranks, the first one's progress stands for all.
+        on_terminal = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
         self._bar = tqdm(total=total, unit=unit, leave=False) if on_terminal else None
 
     def __enter__(self) -> Progress:
@@ -42,6 +44,13 @@ class Progress:
             self._bar.write(message, file=sys.stderr)
         else:
             logger.info("%s", message)
+
+    def complain(self, message: str) -> None:
+        """Show an error, on any rank, without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(message, file=sys.stderr)
+        else:
+            logger.error("%s", message)
 
     def step(self, description: str) -> None:
         """One more step is done; `description` says of what."""

@@ -55,6 +55,8 @@ def read_prompt_file(path: str | Path) -> list[Prompt]:
 
 def read_typed_prompts() -> Iterator[Prompt]:
     """Prompts from standard input until its end, numbered from 0; asks for each on a terminal."""
+    if hasattr(sys.stdin, "reconfigure"):  # bytes that are no text must not end the session
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     line = 0
     while True:
         if sys.stdin.isatty():
