@@ -18,9 +18,14 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.grammar_parser import parse as parse_interpolation
 from yaml import YAMLError
 
 from sgm.errors import UserError, nearest_name
+
+# What the loader raises: ValueError for text that is not UTF-8 or a number that is none,
+# RecursionError for a list within itself.
+_YAML_ERRORS = (YAMLError, ValueError, RecursionError)
 
 SECTIONS = ("args", "model", "data", "deepspeed")
 
@@ -158,11 +163,43 @@ def build_parser(args_class: type[CommonArgs], description: str) -> argparse.Arg
     return parser
 
 
+def _calls_resolver(text: str) -> bool:
+    """Whether a value holds a call such as ``${oc.env:HOME}``; ``${args.seed}`` is none."""
+    if "${" not in text:
+        return False
+    nodes = [parse_interpolation(text)]
+    while nodes:
+        node = nodes.pop()
+        if type(node).__name__ == "InterpolationResolverContext":
+            return True
+        nodes.extend(getattr(node, "children", None) or ())
+    return False
+
+
+def _check_no_resolvers(value: Any, name: str) -> None:
+    """Refuse resolvers anywhere in what the file `name` holds: a file is to hold values only.
+
+    Raises:
+        UserError: there is one.
+    """
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            _check_no_resolvers(item, name)
+    elif isinstance(value, str) and _calls_resolver(value):
+        raise UserError(
+            f"configuration {name}: {value!r} is not allowed, no code in YAML: environment "
+            "variables are not read and no functions called; write the value itself"
+        )
+
+
 def _read_yaml(files: Sequence[str]) -> dict[str, Any]:
     """The merged YAML files as a plain dict with the four sections.
 
     Raises:
-        UserError: a file is absent, not UTF-8, not YAML or has an unknown section.
+        UserError: a file is absent, not UTF-8, not YAML, calls resolvers or has an unknown
+            section.
     """
     merged = OmegaConf.create({})
     for name in files:
@@ -170,6 +207,7 @@ def _read_yaml(files: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"configuration {name}: no such file; check the path after --base")
         try:
             loaded = OmegaConf.load(name)
+            _check_no_resolvers(OmegaConf.to_container(loaded, resolve=False), name)
             merged = OmegaConf.merge(merged, loaded)
             for key in loaded:
                 if key not in SECTIONS:
@@ -177,12 +215,12 @@ def _read_yaml(files: Sequence[str]) -> dict[str, Any]:
                         f"configuration {name}: unknown section {str(key)!r}; "
                         f"{nearest_name(str(key), SECTIONS)}"
                     )
-        except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, TypeError, OSError) as error:
+        except (*_YAML_ERRORS, OmegaConfBaseException, TypeError, OSError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"configuration {name} is not valid YAML: {reason}") from None
     try:
         sections = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"configuration {files[-1]}: {str(error).splitlines()[0]}") from None
     for name in SECTIONS:
         if not isinstance(sections.get(name) or {}, dict):
@@ -197,19 +235,14 @@ def _checked_value(name: str, value: Any, annotation: Any) -> Any:
         UserError: it is of another type or not among the choices.
     """
     kind, choices, is_list = _value_type(annotation)
-    if value is None and types.NoneType in typing.get_args(annotation):
-        return None
     values = value if is_list and isinstance(value, list) else [value]
-    # bool is an int in Python, but true is no number here; a whole number is a fine float.
-    accepted = (int, float) if kind is float else (kind,)
+    # bool is an int in Python, but true is no number here.
     for one in values:
-        wrong_type = not isinstance(one, accepted) or (isinstance(one, bool) and kind is not bool)
+        wrong_type = not isinstance(one, kind) or (isinstance(one, bool) and kind is not bool)
         if wrong_type or (choices and one not in choices):
             expected = (
                 " or ".join(map(repr, choices))
-                or {str: "a text", int: "a whole number", bool: "true or false", float: "a number"}[
-                    kind
-                ]
+                or {str: "a text", int: "a whole number", bool: "true or false"}[kind]
             )
             raise UserError(f"args.{name}: {one!r} is not {expected}; change it in the YAML file")
     return values if is_list else value
@@ -235,7 +268,7 @@ def parse_config(
         if name not in known | set(IGNORED_ARGS):
             hint = nearest_name(str(name), known)
             raise UserError(f"unknown key {str(name)!r} in args of {flags['base'][-1]}; {hint}")
-        if name in hints:
+        if name in hints and value is not None:  # a blank value means the default
             values[name] = _checked_value(name, value, hints[name])
     # A precision asked for on the command line replaces the file's.
     if given.get("fp16") or given.get("bf16"):

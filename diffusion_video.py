@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sgm.checkpoint import load_transformer
-from sgm.errors import UserError
+from sgm.errors import UserError, nearest_name
 from sgm.util import instantiate_from_config
 
 Config = Mapping[str, Any]
@@ -48,6 +49,9 @@ class SATVideoDiffusionEngine(nn.Module):
         latent_input: batches hold unscaled latents; the autoencoder is then not built.
         load: weights of the transformer in SAT format; None starts from random ones.
         dtype, device: of all parts.
+
+    Raises:
+        UserError: a parameter or a file is wrong.
     """
 
     # Of older files: nothing here runs under autocast, and logging is the trainer's business.
@@ -63,7 +67,7 @@ class SATVideoDiffusionEngine(nn.Module):
         sampler_config: Config | None = None,
         loss_fn_config: Config | None = None,
         scale_factor: float = 1.0,
-        not_trainable_prefixes: Sequence[str] = (),
+        not_trainable_prefixes: Sequence[str] | None = (),
         lora_config: Config | None = None,
         input_key: str = "mp4",
         latent_input: bool = False,
@@ -72,8 +76,8 @@ class SATVideoDiffusionEngine(nn.Module):
         device: str | torch.device = "cpu",
     ) -> None:
         super().__init__()
-        self.scale_factor = scale_factor
-        self.not_trainable_prefixes = tuple(not_trainable_prefixes)
+        self.scale_factor = _checked_scale(scale_factor)
+        self.not_trainable_prefixes = _checked_prefixes(not_trainable_prefixes)
         self.input_key = input_key
         self.latent_input = latent_input
         network = _build_network(network_config, lora_config, load, dtype=dtype, device=device)
@@ -89,7 +93,19 @@ class SATVideoDiffusionEngine(nn.Module):
         self._freeze()
 
     def _freeze(self) -> None:
-        """Apply `not_trainable_prefixes` to the transformer's weights."""
+        """Apply `not_trainable_prefixes` to the transformer's weights.
+
+        Raises:
+            UserError: one of them matches no weight.
+        """
+        names = [name for name, _ in self.model.diffusion_model.named_parameters()]
+        for prefix in self.not_trainable_prefixes:
+            if prefix != "all" and not any(name.startswith(prefix) for name in names):
+                known = {name.split(".")[0] + "." for name in names}
+                raise UserError(
+                    f"not_trainable_prefixes: no weight's name begins with {prefix!r}; "
+                    f"{nearest_name(prefix, known)}"
+                )
         for name, weight in self.model.diffusion_model.named_parameters():
             is_lora = ".matrix_A." in name or ".matrix_B." in name
             if "all" in self.not_trainable_prefixes:
@@ -161,6 +177,25 @@ class SATVideoDiffusionEngine(nn.Module):
         latents = x.float() * self.scale_factor if self.latent_input else self.encode_first_stage(x)
         cond = self.conditioner(batch)
         return self.loss_fn(self.model, self.denoiser, latents, cond).mean()
+
+
+def _checked_scale(value: Any) -> float:
+    """`scale_factor`, if it is a finite number above 0; UserError if not."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value <= 0:
+        raise UserError(f"model.scale_factor: {value!r} must be a finite number above 0")
+    return value
+
+
+def _checked_prefixes(value: Any) -> tuple[str, ...]:
+    """`not_trainable_prefixes`, null as none, if it is a list of texts; UserError if not."""
+    prefixes = () if value is None else value
+    is_list = isinstance(prefixes, Sequence) and not isinstance(prefixes, str)
+    if not is_list or not all(isinstance(prefix, str) and prefix for prefix in prefixes):
+        raise UserError(
+            f"model.not_trainable_prefixes: {value!r} must be a list of texts, for example ['all']"
+        )
+    return tuple(prefixes)
 
 
 def _build_network(

@@ -8,6 +8,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
 split_arguments "$@"
 use_python requirements.txt
 if [ ${#configs[@]} -eq 0 ]; then
-    configs=("$("$python" "$repository/tools/choose_config.py" "${flags[@]}")")
+    configs=("$(cd "$repository" && "$python" tools/choose_config.py "${flags[@]}")")
 fi
 run_script sample_video.py

@@ -18,6 +18,7 @@ from sgm.errors import UserError
 from sgm.files import make_output_folder
 from sgm.inference.prompts import Prompt, read_prompt_file, read_typed_prompts
 from sgm.inference.request import latent_shape
+from sgm.inference.weights import check_weight_paths
 
 if TYPE_CHECKING:
     import torch
@@ -102,10 +103,6 @@ def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine
     from sgm.util import check_params
 
     args = config.args
-    if not args.load:
-        raise UserError(
-            "args.load is not set: it must name the folder of the transformer's weights"
-        )
     if not config.model.get("sampler_config"):
         raise UserError("model.sampler_config is absent; sampling needs one")
     half = torch.bfloat16 if args.bf16 else torch.float32
@@ -277,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = Rank.from_environment()
     shape = latent_shape(config.args, config.model)
     prompts = get_prompts(config.args, rank)
+    check_weight_paths(config.model | {"latent_input": False}, config.args.load)
 
     from sgm.util import allow_targets
 

@@ -10,14 +10,16 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from importlib import import_module
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import TYPE_CHECKING, Any
 
 from arguments import Config, TrainingArgs, parse_config
 from sgm.cli import run_command, set_up_logging
 from sgm.errors import UserError
-from sgm.files import make_output_folder, replacing
+from sgm.files import make_output_folder, replacing, save_torch
+from sgm.inference.weights import check_weight_paths
+from sgm.training.checks import SAT_OPTIMIZER, check_args, check_deepspeed, check_video_data
 
 if TYPE_CHECKING:
     import torch
@@ -42,17 +44,12 @@ def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine
     if not config.model.get("loss_fn_config"):
         raise UserError("model.loss_fn_config is absent; training needs one")
     load = None if config.args.mode == "pretrain" else config.args.load
-    if load is None and config.args.mode != "pretrain":
-        raise UserError(
-            "args.load is not set: it must name the folder of the transformer's weights; "
-            "use mode: pretrain to start from random ones"
-        )
     params = check_params(
         SATVideoDiffusionEngine, config.model | {"load": load, "device": device}, where="model"
     )
     engine = SATVideoDiffusionEngine(**params).train()
-    if config.args.checkpoint_activations:
-        engine.model.diffusion_model.mixins["adaln_layer"].checkpoint_activations = True
+    if not config.args.checkpoint_activations:  # it takes this one and transformer_args' to be on
+        engine.model.diffusion_model.mixins["adaln_layer"].checkpoint_activations = False
     return engine
 
 
@@ -70,7 +67,16 @@ def build_dataset(config: Config, folders: Sequence[str], *, key: str) -> Datase
         raise UserError(f"args.{key} is empty; it must name at least one folder of data")
     if not config.data:
         raise UserError("the configuration has no section 'data'; add one with a target")
-    return ConcatDataset([instantiate_from_config(config.data, data_dir=name) for name in folders])
+    parts = []
+    for name in folders:
+        place = Path(name).expanduser()
+        if not place.exists():
+            raise UserError(
+                f"args.{key}: {name} does not exist; check the path (clips to try the bundled "
+                f"model on: python -m tools.tiny.draw_clips --output {name} --count 64)"
+            )
+        parts.append(instantiate_from_config(config.data, data_dir=str(place)))
+    return ConcatDataset(parts)
 
 
 def checked_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
@@ -131,6 +137,24 @@ def build_loader(dataset: Dataset, config: Config, *, batch_size: int) -> DataLo
     )
 
 
+def build_sat_optimizer(weights: Sequence[torch.nn.Parameter], **params: Any) -> Any:
+    """SAT's fused Adam, whose CUDA code is compiled the first time.
+
+    Raises:
+        UserError: it cannot be compiled here.
+    """
+    from sat import ops
+
+    try:
+        return ops.FusedEmaAdam(weights, **params)
+    except (IndexError, OSError, RuntimeError, AssertionError, SubprocessError) as error:
+        logger.debug("%s", SAT_OPTIMIZER, exc_info=True)
+        raise UserError(
+            f"deepspeed.optimizer.type: {SAT_OPTIMIZER} cannot be compiled here "
+            f"({type(error).__name__}); it needs a GPU and nvcc; without them use type: AdamW"
+        ) from None
+
+
 def start_deepspeed(engine: SATVideoDiffusionEngine, config: Config) -> Any:
     """DeepSpeed's engine around ours, with the `deepspeed` section as its settings.
 
@@ -150,25 +174,26 @@ def start_deepspeed(engine: SATVideoDiffusionEngine, config: Config) -> Any:
     # DeepSpeed insists on what launchers set, also for a process that was started without one.
     os.environ.setdefault("LOCAL_RANK", "0")
     settings = dict(config.deepspeed)
-    if (settings.get("zero_optimization") or {}).get("stage", 0) > 2:
-        raise UserError("deepspeed.zero_optimization.stage may be 0, 1 or 2")
     # Sampling's precision flags say nothing about training: DeepSpeed's own sections do.
     optimizer = None
-    node = settings.get("optimizer") or {}
-    if str(node.get("type", "")).startswith("sat.ops."):
+    if settings["optimizer"]["type"] == SAT_OPTIMIZER:
         # DeepSpeed knows its own and PyTorch's optimizers by name; SAT's is handed to it ready.
-        module, _, name = node["type"].rpartition(".")
-        build = getattr(import_module("sat.ops"), name, None)
-        if module != "sat.ops" or build is None:
-            raise UserError(f"deepspeed.optimizer.type: SAT has no {node['type']!r}")
-        optimizer = functools.partial(build, **node.get("params", {}))
-        del settings["optimizer"]
+        params = settings.pop("optimizer").get("params") or {}
+        optimizer = functools.partial(build_sat_optimizer, **params)
     try:
         wrapped, *_ = deepspeed.initialize(
             model=engine, model_parameters=trained, optimizer=optimizer, config=settings
         )
-    except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
-        raise UserError(f"deepspeed refuses its settings: {str(error).splitlines()[0]}") from None
+    except (
+        *(ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError),
+        deepspeed.DeepSpeedConfigError,
+    ) as error:
+        logger.debug("deepspeed.initialize", exc_info=True)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        raise UserError(
+            f"deepspeed refuses its settings: {type(error).__name__}: {reason}; change them in "
+            "the section deepspeed"
+        ) from None
     return wrapped
 
 
@@ -181,8 +206,6 @@ def save_checkpoint(engine: SATVideoDiffusionEngine, folder: Path, iteration: in
     Raises:
         UserError: the files cannot be written.
     """
-    import torch
-
     trained = {name for name, weight in engine.named_parameters() if weight.requires_grad}
     state = {
         name: tensor.cpu()
@@ -191,8 +214,7 @@ def save_checkpoint(engine: SATVideoDiffusionEngine, folder: Path, iteration: in
     }
     path = folder / str(iteration) / "mp_rank_00_model_states.pt"
     make_output_folder(path.parent)
-    with replacing(path) as partial:
-        torch.save({"module": state}, partial)
+    save_torch({"module": state}, path)
     with replacing(folder / "latest") as partial:
         partial.write_text(str(iteration), "utf-8")
     logger.info("saved %s", path)
@@ -224,7 +246,47 @@ class Validation:
         return sum(losses) / len(losses)
 
 
-def train(wrapped: Any, loader: DataLoader, config: Config, *, folder: Path) -> None:
+def make_run_folder(args: TrainingArgs) -> Path:
+    """The run's folder, made by rank 0; its name has the time, so the others ask for it.
+
+    Raises:
+        UserError: it cannot be made, or holds a run already.
+    """
+    import torch
+    from torch import distributed
+
+    names = [f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}"]
+    if distributed.get_rank() == 0:
+        folder = make_output_folder(Path(args.save).expanduser() / names[0])
+        if (folder / "latest").exists():
+            raise UserError(
+                f"{folder} holds a run already; wait a minute or change experiment_name"
+            )
+    distributed.broadcast_object_list(names, src=0, device=torch.device("cpu"))
+    return Path(args.save).expanduser() / names[0]
+
+
+def save_config(config: Config, folder: Path) -> None:
+    """Write ``training_config.yaml``, which says all that the run was started with.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from omegaconf import OmegaConf
+
+    sections = {"model": config.model, "data": config.data, "deepspeed": config.deepspeed}
+    with replacing(folder / "training_config.yaml") as partial:
+        OmegaConf.save(OmegaConf.create({"args": vars(config.args), **sections}), partial)
+
+
+def train(
+    wrapped: Any,
+    loader: DataLoader,
+    *,
+    config: Config,
+    validation: Validation | None,
+    folder: Path,
+) -> None:
     """The training loop: `train_iters` optimizer steps, with logging, validation and saving.
 
     Raises:
@@ -233,7 +295,6 @@ def train(wrapped: Any, loader: DataLoader, config: Config, *, folder: Path) -> 
     from torch import distributed
 
     args = config.args
-    validation = Validation(config) if args.valid_data else None
     batches = endless_batches(loader)
     started, logged_at, recent = time.monotonic(), 0, []
     for iteration in range(1, args.train_iters + 1):
@@ -265,13 +326,31 @@ def train(wrapped: Any, loader: DataLoader, config: Config, *, folder: Path) -> 
             distributed.barrier()
 
 
+def check(config: Config) -> None:
+    """All that can be found wrong before data and weights are read.
+
+    Raises:
+        UserError: a value or a path is wrong.
+    """
+    check_args(config.args)
+    check_deepspeed(config.deepspeed)
+    check_video_data(config.data, config.model)
+    from_nothing = config.args.mode == "pretrain"
+    if not (config.args.load or from_nothing):
+        raise UserError(
+            "args.load is not set: it must name the folder of the transformer's weights; "
+            "use mode: pretrain to start from random ones"
+        )
+    check_weight_paths(config.model, config.args.load, random_transformer=from_nothing)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, load, train; returns the exit code."""
     config = parse_config(TrainingArgs, "Train the transformer.", argv)
     set_up_logging()
+    check(config)
 
     import torch
-    from omegaconf import OmegaConf
 
     from sample_video import Rank, choose_device
     from sgm.modules.transformer.sat_runtime import ensure_process_groups
@@ -279,30 +358,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = config.args
     allow_targets(config.allow_target)
-    for key in ("train_iters", "eval_iters", "eval_interval", "save_interval", "log_interval"):
-        if getattr(args, key) < 1:
-            raise UserError(f"{key}={getattr(args, key)}: it must be at least 1")
-    name = f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}"
-    folder = make_output_folder(Path(args.save) / name)
-    if (folder / "latest").exists():
-        raise UserError(f"{folder} holds a run already; wait a minute or change experiment_name")
     device = choose_device(args, Rank.from_environment())
     if device.type == "cuda":
         torch.cuda.set_device(device)
     ensure_process_groups()
     torch.manual_seed(args.seed)
     dataset = build_dataset(config, args.train_data, key="train_data")
+    validation = Validation(config) if args.valid_data else None
     batch_size = config.deepspeed.get("train_micro_batch_size_per_gpu", 1)
     loader = build_loader(dataset, config, batch_size=batch_size)
+    folder = make_run_folder(args)
     engine = load_engine(config, device)
     wrapped = start_deepspeed(engine, config)
     # Ranks draw different noise, whatever was drawn alike while building.
     torch.manual_seed(args.seed + torch.distributed.get_rank())
-    sections = {"model": config.model, "data": config.data, "deepspeed": config.deepspeed}
-    OmegaConf.save(
-        OmegaConf.create({"args": vars(args), **sections}), folder / "training_config.yaml"
-    )
-    train(wrapped, loader, config, folder=folder)
+    if torch.distributed.get_rank() == 0:
+        save_config(config, folder)
+    train(wrapped, loader, config=config, validation=validation, folder=folder)
     return 0
 
 

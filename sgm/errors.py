@@ -14,13 +14,14 @@ class UserError(Exception):
     """
 
 
-def nearest_name(name: str, valid: Iterable[str]) -> str:
+def nearest_name(name: object, valid: Iterable[str]) -> str:
     """A clause that helps with a mistyped `name`: the closest of `valid`, or all of them.
 
-    Returns text to be put after the statement of the error, e.g. ``did you mean 'load'?``.
+    `name` may be of any type: the keys of a YAML file may be numbers. Returns text to be put after
+    the statement of the error, e.g. ``did you mean 'load'?``.
     """
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(str(name), names, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
     return f"known are: {', '.join(names) or '(none)'}"

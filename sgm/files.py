@@ -6,12 +6,20 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from sgm.errors import UserError
 
 _LOW_DISK_BYTES = 1 << 20
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < _LOW_DISK_BYTES
+    except OSError:  # the folder itself is gone
+        return False
 
 
 @contextmanager
@@ -19,21 +27,37 @@ def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; renamed to `path` at the end, removed after a failure.
 
     Raises:
-        UserError: writing failed with an OSError (or torch.save's RuntimeError); says why.
+        UserError: writing failed with an OSError; says why.
     """
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         yield partial
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or "writing it failed"
-        if shutil.disk_usage(path.parent).free < _LOW_DISK_BYTES:
+    except OSError as error:
+        reason = error.strerror or "writing it failed"
+        if _is_full(path.parent):
             reason = "no space left on device"
         raise UserError(
             f"{path} cannot be written: {reason}; free some space or choose another folder"
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing could be written, nothing is left to remove
+            partial.unlink()
+
+
+def save_torch(state: Any, path: Path) -> None:
+    """Write `state` with torch.save, beside `path` first.
+
+    Raises:
+        UserError: the file cannot be written; says why.
+    """
+    import torch  # here, since whoever writes only text need not wait for it
+
+    with replacing(path) as partial:
+        try:
+            torch.save(state, partial)
+        except RuntimeError as error:  # what torch makes of a full disk or an absent folder
+            raise OSError("torch.save failed") from error
 
 
 def make_output_folder(path: str | Path) -> Path:

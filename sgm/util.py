@@ -121,7 +121,8 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
         extra: further constructor arguments from the caller; they win over `params`.
 
     Raises:
-        UserError: see `get_class` and `check_params`; also for a node of another form.
+        UserError: see `get_class` and `check_params`; also for a node of another form, and for
+            values that the constructor cannot work with.
     """
     if isinstance(config, DictConfig):
         config = OmegaConf.to_container(config, resolve=True)
@@ -135,4 +136,11 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     params = config.get("params") or {}
     if not isinstance(params, Mapping):
         raise UserError(f"{config['target']}: params must hold keys, not {params!r}")
-    return cls(**check_params(cls, {**params, **extra}, where=config["target"]))
+    used = check_params(cls, {**params, **extra}, where=config["target"])
+    try:
+        return cls(**used)
+    except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{config['target']} cannot be built: {reason}; check the types of its params"
+        ) from error

@@ -65,12 +65,29 @@ def test_each_command_accepts_files_written_for_the_other(parse):
         ("args: 3", "args must hold keys"),
         ("args: {load: '${nothing}'}", "nothing"),
         ("args: {model_parallel_size: 2}", "must be 1"),
+        ("args: {seed: !!int abc}", "not valid YAML"),
+        ("args: &a [*a]", "not valid YAML"),
+        ("args: {load: '${oc.env:HOME}'}", "no code in YAML: environment variables are not read"),
+        ("args: {load: '~/${ oc.env :HOME,x}'}", "no code in YAML"),
+        ("model: {a: [{b: '${args.${oc.env:HOME}}'}]}", "no code in YAML"),
+        ("model: {n: oc.env, a: '${${model.n}:HOME}'}", "no code in YAML"),
     ],
 )
 def test_mistakes_in_yaml_are_named_with_the_nearest_valid_name(parse, text, words):
     with pytest.raises(UserError, match=words) as failure:
         parse(text)
     assert "\n" not in str(failure.value)
+
+
+def test_a_blank_value_means_the_default(parse):
+    args = parse("args:\n  negative_prompt:\n  seed: null\n  sampling_image_size:\n  load:\n").args
+    assert (args.negative_prompt, args.seed, args.load) == ("", 42, None)
+    assert args.sampling_image_size == [480, 720]
+
+
+def test_a_value_may_repeat_another(parse):
+    args = parse("args: {seed: 5, batch_size: '${args.seed}', negative_prompt: 'a: $5 {b}'}").args
+    assert (args.batch_size, args.negative_prompt) == (5, "a: $5 {b}")
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path):

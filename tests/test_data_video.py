@@ -242,7 +242,7 @@ def test_one_process_of_several_does_the_naming(tmp_path, caplog, monkeypatch):
     (tmp_path / "videos" / "empty.mp4").write_bytes(b"")
     monkeypatch.setenv("RANK", "1")
     assert len(dataset(tmp_path)) == 1
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
 def test_the_next_clip_stands_in_for_one_that_turns_out_damaged(tmp_path, caplog):

@@ -1,9 +1,12 @@
 """The engine: its training loss, the way into latents and back, and what is trained."""
 
+import math
+
 import pytest
 import torch
 
 from diffusion_video import NetworkWrapper, SATVideoDiffusionEngine
+from sgm.errors import UserError
 from sgm.util import check_params
 
 SCALE = 1.15258426
@@ -150,6 +153,27 @@ def test_a_prefix_keeps_the_weights_under_it_from_training(build):
     prefix = "model.diffusion_model."
     left_out = {n for n in every if n.startswith((f"{prefix}transformer.", f"{prefix}time_embed."))}
     assert left_out and rest == every - left_out
+
+
+@pytest.mark.parametrize("value", ["all", 3, [3], [""], {"all": 1}])
+def test_prefixes_are_a_list_of_texts(build, value):
+    with pytest.raises(UserError, match=r"not_trainable_prefixes: .*\['all'\]"):
+        build(not_trainable_prefixes=value)
+
+
+def test_null_prefixes_keep_nothing_from_training(build):
+    assert names_of_trained(build(not_trainable_prefixes=None)) == names_of_trained(build())
+
+
+def test_a_prefix_of_no_weight_is_an_error(build):
+    with pytest.raises(UserError, match="'transfomer.'.*did you mean 'transformer.'"):
+        build(not_trainable_prefixes=["transfomer."])
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, "1.5", None, True])
+def test_the_scale_is_a_finite_number_above_0_known_before_loading(build, value):
+    with pytest.raises(UserError, match="scale_factor: .* must be a finite number above 0"):
+        build(scale_factor=value, load="no such folder")
 
 
 def test_training_mode_leaves_the_autoencoder_in_evaluation(build):

@@ -21,6 +21,7 @@ print(json.dumps([os.path.basename(sys.argv[0]), sys.argv[1:], os.getcwd()]))
 sys.exit(7)
 """
 CONFIG_2B = "args: {load: weights/transformer}\n"
+CONFIG_2B_SFT = "args: {load: weights/transformer, train_data: [my clips]}\n"
 
 
 @pytest.fixture
@@ -35,6 +36,7 @@ def copy(tmp_path: Path) -> Path:
     (root / "train_video.py").write_text(STUB)
     (root / "configs").mkdir()
     (root / "configs" / "cogvideox_2b_infer.yaml").write_text(CONFIG_2B)
+    (root / "configs" / "cogvideox_2b_sft.yaml").write_text(CONFIG_2B_SFT)
     return root
 
 
@@ -97,12 +99,27 @@ def test_configurations_are_found_from_another_folder(copy, tmp_path):
     assert json.loads(done.stdout) == ["sample_video.py", arguments, str(copy)]
 
 
-def test_finetune_trains_the_bundled_model_unless_told_otherwise(copy):
+def test_finetune_without_weights_or_data_trains_the_bundled_model_and_says_why(copy):
+    (copy / "weights" / "transformer").mkdir(parents=True)
     done = run(["finetune.sh", "--train-iters", "5"], copy)
     arguments = ["--base", "configs/cogvideox_tiny_sft.yaml", "--train-iters", "5"]
     assert json.loads(done.stdout) == ["train_video.py", arguments, str(copy)]
+    assert "my clips" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_finetune_with_weights_and_data_trains_the_2b_model_from_any_folder(copy, tmp_path):
+    (copy / "weights" / "transformer").mkdir(parents=True)
+    (copy / "my clips").mkdir()
+    done = run([str(copy / "finetune.sh")], tmp_path)
+    arguments = ["--base", "configs/cogvideox_2b_sft.yaml"]
+    assert json.loads(done.stdout) == ["train_video.py", arguments, str(copy)]
+    assert done.stderr == ""
+
+
+def test_finetune_trains_what_it_is_told_to(copy):
     done = run(["finetune.sh", "a.yaml", "b.yaml"], copy)
     assert json.loads(done.stdout)[1] == ["--base", "a.yaml", "b.yaml"]
+    assert done.stderr == ""
 
 
 def test_nproc_starts_torchrun(copy):

@@ -1,5 +1,6 @@
 """The training command as its users meet it: two steps on drawn clips, all weights and LoRA."""
 
+import itertools
 import math
 import re
 import subprocess
@@ -15,6 +16,7 @@ import train_video
 from arguments import TrainingArgs, parse_config
 from sgm.checkpoint import load_transformer
 from sgm.errors import UserError
+from sgm.inference.weights import check_weight_paths
 from sgm.util import instantiate_from_config
 from tools import make_random_weights
 from tools.tiny.draw_clips import write_clips
@@ -129,6 +131,140 @@ def test_data_without_usable_clips_is_an_error_that_says_the_layout(tmp_path):
         train_video.build_dataset(config, [str(tmp_path)], key="train_data")
     with pytest.raises(UserError, match="args.train_data is empty"):
         train_video.build_dataset(config, [], key="train_data")
+
+
+def test_absent_data_says_how_to_draw_some():
+    config = parse_config(TrainingArgs, "", ["--base", CONFIG])
+    with pytest.raises(UserError, match="none does not exist.*draw_clips --output none --count 64"):
+        train_video.build_dataset(config, ["none"], key="train_data")
+
+
+def changed(key, value, folder):
+    """Arguments of the bundled model's fine-tuning with one key of its file changed."""
+    config = OmegaConf.load(CONFIG)
+    OmegaConf.update(config, key, value, merge=False)
+    path = folder / "changed.yaml"
+    OmegaConf.save(config, path)
+    return ["--base", str(path), "--save", str(folder / "runs")]
+
+
+MODEL = "model.first_stage_config.params"
+WRONG = {
+    "args.num_workers": [-1],
+    "args.eval_batch_size": [0],
+    "args.seed": [2**63, -(2**63) - 1],
+    "args.load": [None, "none"],
+    "deepspeed.train_micro_batch_size_per_gpu": [0, True, "auto", 1.5],
+    "deepspeed.zero_optimization": [3, [1]],
+    "deepspeed.zero_optimization.stage": ["two", 3, True, -1],
+    "deepspeed.optimizer": ["Adam", None],
+    "deepspeed.optimizer.params": [[1]],
+    "deepspeed.optimizer.type": [None, "sat.ops.LayerNorm", "sat.ops.os.system"],
+    "data.params.video_size": [[60, 90], [128, 96], "64x96", None],
+    "data.params.max_num_frames": [21],
+    f"{MODEL}.ckpt_path": [None, "none.pt", 3],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, vs in WRONG.items() for v in vs])
+def test_a_wrong_value_is_named_before_a_folder_is_made_or_data_read(
+    tmp_path, monkeypatch, key, value
+):
+    monkeypatch.setattr(train_video, "build_dataset", lambda *_, **__: pytest.fail("too late"))
+    base = changed(key, value, tmp_path)
+    with pytest.raises(UserError) as failure:
+        train_video.main(base)
+    assert key.rpartition(".")[2].split("_per_")[0] in str(failure.value)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def placed(tmp_path):
+    """A `model` section whose weights are there, and `load`."""
+    model = parse_config(TrainingArgs, "", ["--base", CONFIG]).model
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "vae.pt").touch()
+    (tmp_path / "transformer.pt").touch()
+    embedder = model["conditioner_config"]["params"]["emb_models"][0]
+    embedder["params"]["model_dir"] = "~/t5"
+    model["first_stage_config"]["params"]["ckpt_path"] = "~/vae.pt"
+    return model, embedder, "~/transformer.pt"
+
+
+def test_weights_that_are_there_pass_and_what_is_not_needed_may_be_absent(
+    placed, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model, embedder, load = placed
+    check_weight_paths(model, load)
+    check_weight_paths(model, None, random_transformer=True)
+    embedder |= {"target": "elsewhere.Embedder", "params": {}}
+    model["first_stage_config"]["params"]["ckpt_path"] = None
+    check_weight_paths(model | {"latent_input": True}, load)
+
+
+def test_each_absent_weight_is_named(placed, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model, embedder, load = placed
+    with pytest.raises(UserError, match="args.load is not set"):
+        check_weight_paths(model, None)
+    (tmp_path / "t5").rmdir()
+    with pytest.raises(UserError, match=rf"emb_models\[0\].params.model_dir: .*{tmp_path}/t5 does"):
+        check_weight_paths(model, load)
+    embedder["params"] = None
+    with pytest.raises(UserError, match="model_dir is not set"):
+        check_weight_paths(model, load)
+    (tmp_path / "vae.pt").unlink()
+    with pytest.raises(UserError, match=f"ckpt_path: .*{tmp_path}/vae.pt does not exist"):
+        check_weight_paths(model, load)
+    (tmp_path / "transformer.pt").unlink()
+    with pytest.raises(UserError, match="load: .* does not exist"):
+        check_weight_paths(model, load)
+
+
+@pytest.mark.parametrize(("in_args", "in_network"), [*itertools.product([True, False], repeat=2)])
+def test_activations_are_recomputed_only_where_both_keys_say_so(small_model, in_args, in_network):
+    config = parse_config(TrainingArgs, "", ["--base", CONFIG])
+    network = small_model["network_config"]["params"]
+    network.setdefault("transformer_args", {})["checkpoint_activations"] = in_network
+    config.model = small_model | {"loss_fn_config": config.model["loss_fn_config"]}
+    config.args.mode, config.args.checkpoint_activations = "pretrain", in_args
+    engine = train_video.load_engine(config, torch.device("cpu"))
+    mixin = engine.model.diffusion_model.mixins["adaln_layer"]
+    assert mixin.checkpoint_activations == (in_args and in_network)
+
+
+def test_other_ranks_take_the_folder_that_rank_0_made(tmp_path, monkeypatch):
+    def receive(names, src, device):
+        assert src == 0
+        names[0] = "made by rank 0"
+
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", receive)
+    args = TrainingArgs(save=str(tmp_path))
+    assert train_video.make_run_folder(args) == tmp_path / "made by rank 0"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [TypeError, AttributeError, ImportError, KeyError, ValueError])
+def test_what_deepspeed_refuses_is_one_sentence(monkeypatch, kind):
+    def refuse(**_):
+        raise kind("lr\nand more")
+
+    monkeypatch.setattr("deepspeed.initialize", refuse)
+    config = parse_config(TrainingArgs, "", ["--base", CONFIG])
+    with pytest.raises(UserError, match=f"deepspeed refuses its settings: {kind.__name__}: .*lr"):
+        train_video.start_deepspeed(torch.nn.Linear(1, 1), config)
+
+
+@pytest.mark.parametrize("kind", [IndexError, OSError, RuntimeError])
+def test_an_optimizer_that_cannot_be_compiled_is_one_sentence(monkeypatch, kind):
+    def fail(weights, lr):
+        raise kind("no compiler")  # with PyTorch for CPUs it is an IndexError
+
+    monkeypatch.setattr("sat.ops.FusedEmaAdam", fail)
+    with pytest.raises(UserError, match="sat.ops.FusedEmaAdam cannot be compiled.*use type: AdamW"):
+        train_video.build_sat_optimizer([], lr=1)
 
 
 def test_clips_of_different_lengths_in_a_batch_end_in_one_sentence() -> None:

@@ -139,3 +139,24 @@ def test_a_node_of_another_form_is_refused(kind):
     node, words = MISTAKES[kind]
     with pytest.raises(UserError, match=words):
         instantiate_from_config(node)
+
+
+def test_a_number_as_a_key_is_refused_like_any_unknown_one():
+    with pytest.raises(UserError, match="unknown key 5"):
+        check_params(Part, {5: 1, "width": 1}, where="part")
+    with pytest.raises(UserError, match="unknown key 7 beside target"):
+        instantiate_from_config({"target": "torch.nn.Identity", 7: 1})
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"in_features": "wide", "out_features": 2},  # TypeError
+        {"in_channels": 4, "out_channels": 4, "kernel_size": 1, "groups": 3},  # ValueError
+    ],
+)
+def test_values_that_a_constructor_cannot_use_are_one_sentence(params):
+    target = "torch.nn.Linear" if "in_features" in params else "torch.nn.Conv1d"
+    with pytest.raises(UserError, match=f"{target} cannot be built: .*types of its params") as e:
+        instantiate_from_config({"target": target, "params": params})
+    assert "\n" not in str(e.value) and e.value.__cause__ is not None

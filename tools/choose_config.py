@@ -1,15 +1,18 @@
-"""Print the configuration that inference.sh runs when none is given.
+"""Print the configuration that inference.sh or finetune.sh runs when none is given.
 
     python tools/choose_config.py [flags of sample_video.py]
+    python tools/choose_config.py --train [flags of train_video.py]
 
-That is the 2B model's where the weights that it names exist, and else the bundled model's, after
-saying on stderr what is missing. Run from the repository, to which the paths are relative.
+That is the 2B model's where the weights that it names (and the training data) exist, and else the
+bundled model's, after saying on stderr what is missing. Run from the repository, to which the
+paths are relative.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from yaml import YAMLError
 
 FULL = "configs/cogvideox_2b_infer.yaml"
 BUNDLED = "configs/cogvideox_tiny_infer.yaml"
+FULL_TRAIN = "configs/cogvideox_2b_sft.yaml"
+BUNDLED_TRAIN = "configs/cogvideox_tiny_sft.yaml"
 
 
 def weight_paths(config: Any, load: str | None = None) -> list[str]:
@@ -37,29 +42,49 @@ def weight_paths(config: Any, load: str | None = None) -> list[str]:
     return [path for path in paths if path and isinstance(path, str)]
 
 
-def choose_config(load: str | None = None) -> tuple[str, list[str]]:
+def data_paths(config: Any, train_data: Sequence[str] | None = None) -> list[str]:
+    """The paths of training data that a configuration names; the flag of that name wins."""
+    paths = train_data or OmegaConf.select(config, "args.train_data") or []
+    paths = [paths] if isinstance(paths, str) else paths
+    is_list = isinstance(paths, list) or OmegaConf.is_list(paths)
+    return [path for path in paths if path and isinstance(path, str)] if is_list else []
+
+
+def choose_config(
+    load: str | None = None, *, train: bool = False, train_data: Sequence[str] | None = None
+) -> tuple[str, list[str]]:
     """The configuration to run and the paths whose absence decided so.
 
     A file that cannot be read is chosen as it is: whoever runs it says what is wrong with it.
+
+    Args:
+        load, train_data: the flags of these names.
+        train: choose for training, which needs data too.
     """
+    full, bundled = (FULL_TRAIN, BUNDLED_TRAIN) if train else (FULL, BUNDLED)
     try:
-        paths = weight_paths(OmegaConf.load(FULL), load)
+        config = OmegaConf.load(full)
+        paths = weight_paths(config, load) + (data_paths(config, train_data) if train else [])
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException):
-        return FULL, []
+        return full, []
     missing = [path for path in paths if not Path(path).expanduser().exists()]
-    return (BUNDLED if missing else FULL), missing
+    return (bundled if missing else full), missing
 
 
 def main() -> None:
     """Print the choice, and on stderr the reason where it is not the 2B model."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--train", action="store_true")
     parser.add_argument("--load", nargs="?")
+    parser.add_argument("--train-data", "--train_data", nargs="*")
     flags, _ = parser.parse_known_args()
-    config, missing = choose_config(flags.load)
+    config, missing = choose_config(flags.load, train=flags.train, train_data=flags.train_data)
     if missing:
+        full, what = (FULL_TRAIN, "weights or data") if flags.train else (FULL, "weights")
         print(
-            f"{FULL} names weights that are not there: {', '.join(missing)}. How to get them: "
-            f"'Getting the 2B weights' in README.md. Running the bundled model, {BUNDLED}, instead",
+            f"{full} names {what} that are not there: {', '.join(missing)}. How to get the "
+            f"weights: 'Getting the 2B weights' in README.md. Running the bundled model, {config}, "
+            "instead",
             file=sys.stderr,
         )
     print(config)

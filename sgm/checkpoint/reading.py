@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 import struct
+import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,17 @@ from sgm.errors import UserError
 HARMLESS_GLOBALS = (
     "_codecs.encode",
     "argparse.Namespace",
+    # Types and plain values of Python; never "builtins." as a whole, which holds eval and exec.
+    "builtins.dict",
+    "builtins.float",
+    "builtins.int",
+    "builtins.list",
+    "builtins.set",
+    "builtins.slice",
+    "builtins.str",
     "collections.defaultdict",
+    "collections.deque",
+    "datetime.",
     "deepspeed.",
     "numpy.",
     "omegaconf.",
@@ -43,17 +54,20 @@ class _Inert:
     def __setstate__(self, state: object) -> None:
         pass
 
-    def __hash__(self) -> int:
-        return id(self)
 
-    def append(self, item: object) -> None:
-        """Accept an item of a list-like object."""
+def _empty_dict(*_: object) -> dict[Any, Any]:
+    return {}
 
-    def extend(self, items: object) -> None:
-        """Accept the items of a list-like object."""
 
-    def __setitem__(self, key: object, value: object) -> None:
-        pass
+def _empty_list(*_: object) -> list[Any]:
+    return []
+
+
+# PyTorch fills items into nothing but its own few containers, subclasses excluded.
+_CONTAINERS: dict[str, Callable[..., Any]] = {
+    "collections.defaultdict": _empty_dict,
+    "collections.deque": _empty_list,
+}
 
 
 def _is_harmless(name: str) -> bool:
@@ -66,15 +80,19 @@ def check_kind(path: Path) -> None:
     """Refuse what is recognisably not the file that should be there.
 
     Raises:
-        UserError: the file is absent, empty, an HTML page, a pointer of git-lfs or an archive.
+        UserError: the file is absent, not readable, empty, an HTML page or a pointer of git-lfs.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; check the path in the configuration")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(512)
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; check the path in the configuration")
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}; check the path and its permissions"
+        ) from None
     start = head.lstrip().lower()
-    if size == 0:
+    if not head:
         raise UserError(f"{path} is empty; download or copy it again")
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise UserError(
@@ -143,33 +161,37 @@ def _check_zip(path: Path) -> None:
         )
 
 
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(f"{path} cannot be read as weights ({reason[0]}); download or copy it again")
+
+
 def _read_torch(path: Path, *, is_zip: bool) -> Any:
-    inert: list[tuple[type, str]] = []
+    inert: list[tuple[Callable[..., Any], str]] = []
     if is_zip:
         _check_zip(path)
         try:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError) as error:
-            raise UserError(f"{path} cannot be read as weights ({error})") from None
+        except Exception as error:  # as below
+            raise _unreadable(path, error) from None
         unknown = [name for name in names if not _is_harmless(name)]
         if unknown:
             raise UserError(
                 f"{path} carries pickled code ({unknown[0]}) that weights have no need of, so it "
                 "was not loaded; ask its author for a .safetensors file"
             )
-        inert = [(type("Inert", (_Inert,), {}), name) for name in names]
+        inert = [(_CONTAINERS.get(name) or type("Inert", (_Inert,), {}), name) for name in names]
     try:
-        with torch.serialization.safe_globals(inert):
+        with torch.serialization.safe_globals(inert), warnings.catch_warnings():
+            # Files of other pickle protocols either load or are refused below.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} is not a weight file of PyTorch, or carries pickled code; it was not loaded"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} cannot be read as weights ({reason}); download or copy it again"
-        ) from None
+    except Exception as error:  # a damaged pickle can make the reader raise anything
+        raise _unreadable(path, error) from None
 
 
 def read_checkpoint(path: str | Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ MODEL_FILES = ("mp_rank_00_model_states.pt", "mp_rank_00_model_states.safetensor
 # Of a checkpoint of the whole engine, what belongs to other parts.
 OTHER_PARTS = ("conditioner.", "first_stage_model.", "loss.", "loss_fn.", "denoiser.", "model_ema.")
 POSITION_TABLE = "mixins.pos_embed.pos_embedding"
+_LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
 _HINT = "use the configuration that belongs to these weights"
 
 
@@ -33,7 +35,17 @@ def find_transformer_file(load: str | Path) -> Path:
     Raises:
         UserError: there is no such file; says which one was looked for.
     """
-    path = Path(load)
+    try:
+        return _find_transformer_file(load)
+    except OSError as error:  # a name that is too long, a folder of somebody else …
+        raise UserError(
+            f"load: {str(load)[:_LONGEST_QUOTE]!r} cannot be looked up ({error.strerror}); check "
+            "the path and its permissions"
+        ) from None
+
+
+def _find_transformer_file(load: str | Path) -> Path:
+    path = Path(os.path.expanduser(load))
     if path.is_file():
         return path
     if not path.is_dir():
@@ -43,7 +55,13 @@ def find_transformer_file(load: str | Path) -> Path:
         )
     folder = path
     if (path / "latest").is_file():
-        folder = path / (path / "latest").read_text(encoding="utf-8", errors="replace").strip()
+        tag = (path / "latest").read_text(encoding="utf-8", errors="replace").strip()
+        if any(mark in tag for mark in "/\n\0"):
+            raise UserError(
+                f"load: {path}/latest holds {tag[:_LONGEST_QUOTE]!r}, not just the name of a "
+                "folder beside it; write or download it again"
+            )
+        folder = path / tag
     for name in MODEL_FILES:
         if (folder / name).is_file():
             return folder / name

@@ -8,23 +8,40 @@ from typing import Any
 from sgm.errors import UserError
 
 SPATIAL_FACTOR = 8  # of the autoencoder, in height and width
-TEMPORAL_FACTOR = 4
+TEMPORAL_FACTOR = 4  # in time, where the configuration names none
+_SIZES = ("num_frames", "latent_height", "latent_width", "in_channels")
 
 
 def check_model_section(model: Mapping[str, Any]) -> Mapping[str, Any]:
     """The network's params of a `model` section.
 
     Raises:
-        UserError: the section or the node is absent.
+        UserError: the section or the node is absent, or a size in it is no positive whole number.
     """
     if not model:
         raise UserError(
             "the configuration has no section 'model'; add a file that has it to --base"
         )
-    params = (model.get("network_config") or {}).get("params")
-    if not params:
-        raise UserError("model.network_config.params is absent; the network cannot be built")
+    node = model.get("network_config")
+    params = node.get("params") if isinstance(node, Mapping) else None
+    if not params or not isinstance(params, Mapping):
+        raise UserError(
+            "model.network_config.params is absent or holds no keys; the network cannot be built"
+        )
+    for key in (*_SIZES, "time_compressed_rate"):
+        if key in params:
+            value = params[key]
+            # bool is an int in Python, but true is no size.
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(
+                    f"model.network_config.params.{key} is {value!r}; it must be a whole number "
+                    "of at least 1"
+                )
     return params
+
+
+def _temporal_factor(params: Mapping[str, Any]) -> int:
+    return params.get("time_compressed_rate", TEMPORAL_FACTOR)
 
 
 def allowed_num_frames(params: Mapping[str, Any]) -> list[int]:
@@ -32,8 +49,7 @@ def allowed_num_frames(params: Mapping[str, Any]) -> list[int]:
 
     The decoder takes three latent frames, then two at a time (or a single one), hence odd.
     """
-    rate = params.get("time_compressed_rate", TEMPORAL_FACTOR)
-    return list(range(1, (params["num_frames"] - 1) // rate + 2, 2))
+    return list(range(1, (params["num_frames"] - 1) // _temporal_factor(params) + 2, 2))
 
 
 def latent_shape(args: Any, model: Mapping[str, Any]) -> tuple[int, int, int, int]:
@@ -43,16 +59,13 @@ def latent_shape(args: Any, model: Mapping[str, Any]) -> tuple[int, int, int, in
         UserError: a size that the model was not made for; says which ones it was.
     """
     params = check_model_section(model)
-    absent = [
-        key
-        for key in ("num_frames", "latent_height", "latent_width", "in_channels")
-        if not isinstance(params.get(key), int)
-    ]
+    absent = [key for key in _SIZES if key not in params]
     if absent:
         raise UserError(f"model.network_config.params lacks {absent[0]}; add it, a whole number")
     allowed = allowed_num_frames(params)
     if args.sampling_num_frames not in allowed:
-        frames = ", ".join(f"{n} ({TEMPORAL_FACTOR * (n - 1) + 1})" for n in allowed)
+        factor = _temporal_factor(params)
+        frames = ", ".join(f"{n} ({factor * (n - 1) + 1})" for n in allowed)
         raise UserError(
             f"sampling_num_frames={args.sampling_num_frames} counts latent frames; this model "
             f"allows (video frames in brackets): {frames}"

@@ -1,18 +1,25 @@
 """What a stranger's file may hold, and what is refused with one sentence."""
 
 import argparse
+import builtins
+import collections
+import datetime
+import errno
 import os
 import pickle
 import random
+import warnings
 import zipfile
 
 import numpy as np
+import omegaconf
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from safetensors.torch import save_file
 
 from sgm.checkpoint import load_vae_state, read_checkpoint
+from sgm.checkpoint.reading import check_kind
 from sgm.errors import UserError
 
 
@@ -38,6 +45,87 @@ def test_tensors_come_back_and_training_objects_do_no_harm(tmp_path):
     state = read_checkpoint(path)
     assert torch.equal(state["module"]["a"], weight)
     assert not isinstance(state["args"], argparse.Namespace)
+
+
+def filled_defaultdict():
+    lists = collections.defaultdict(list)
+    lists["a"].append(1)
+    return lists
+
+
+OBJECTS = {
+    "omegaconf": omegaconf.OmegaConf.create({"lr": 0.1, "model": {"sizes": [1, {"a": None}]}}),
+    "defaultdict": filled_defaultdict(),
+    "deque": collections.deque([1.0, 2.0], maxlen=5),
+    "datetime": [datetime.datetime(2024, 8, 6), datetime.timedelta(1), datetime.timezone.utc],
+    "types": [int, float, str, list, dict, set, slice(1, 2)],
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_objects_that_training_saves_do_no_harm(tmp_path, kind):
+    weight = torch.arange(3.0)
+    torch.save({"module": {"a": weight}, "beside": OBJECTS[kind]}, tmp_path / "a.pt")
+    assert torch.equal(read_checkpoint(tmp_path / "a.pt")["module"]["a"], weight)
+
+
+@pytest.mark.parametrize("name", ["eval", "exec", "getattr", "open", "__import__"])
+def test_functions_of_python_are_refused(tmp_path, name):
+    torch.save({"a": torch.ones(1), "b": getattr(builtins, name)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="pickled code"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def write_pickle(path, data):
+    """A file of torch.save whose pickle is `data`."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", data)
+        archive.writestr("a/version", "3")
+
+
+DAMAGED = {
+    "pop from nothing": b"\x80\x02\x85.",
+    "an unknown memo": b"\x80\x02h\x05.",
+    "cut off in a number": b"\x80\x02J\x01",
+    "cut off in a length": b"\x80\x02X\x01",
+    "no end": b"\x80\x02",
+    "state of the wrong form": b"\x80\x02ccollections\nOrderedDict\n)RK\x01b.",
+}
+
+
+@pytest.mark.parametrize("form", ["zip", "plain"])
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_pickle_is_refused_in_one_sentence(tmp_path, kind, form):
+    path = tmp_path / "a.pt"
+    if form == "zip":
+        write_pickle(path, DAMAGED[kind])
+    else:
+        path.write_bytes(DAMAGED[kind])
+    with pytest.raises(UserError, match="a.pt") as failure:
+        read_checkpoint(path)
+    assert "\n" not in str(failure.value)
+
+
+def test_another_pickle_protocol_raises_no_warning(tmp_path):
+    torch.save({"a": 1}, tmp_path / "a.pt", pickle_protocol=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_checkpoint(tmp_path / "a.pt") == {"a": 1}
+
+
+def test_a_file_that_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(self, mode):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    (tmp_path / "a.pt").write_text("x")
+    monkeypatch.setattr(type(tmp_path), "open", refuse)
+    with pytest.raises(UserError, match="a.pt cannot be read: Permission denied"):
+        check_kind(tmp_path / "a.pt")
+
+
+def test_a_name_of_any_length_is_one_sentence(tmp_path):
+    with pytest.raises(UserError):
+        read_checkpoint(tmp_path / ("a" * 5000))
 
 
 def test_safetensors_are_known_by_content(tmp_path):
@@ -116,3 +204,11 @@ def test_vae_state_leaves_out_the_loss_and_finds_the_engines_part(tmp_path):
     save_file({"transformer.a": weight}, tmp_path / "dit.safetensors")
     with pytest.raises(UserError, match="holds no video autoencoder"):
         load_vae_state(tmp_path / "dit.safetensors")
+
+
+def test_one_key_to_ignore_may_be_a_plain_text(tmp_path):
+    save_file({"encoder.a": torch.ones(1), "loss.b": torch.ones(1)}, tmp_path / "vae")
+    assert list(load_vae_state(tmp_path / "vae", "loss")) == ["encoder.a"]
+    with pytest.raises(UserError, match="holds no video autoencoder"):
+        load_vae_state(tmp_path / "vae", "encoder")
+    assert len(load_vae_state(tmp_path / "vae", "xe")) == 2

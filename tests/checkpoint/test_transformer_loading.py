@@ -167,3 +167,20 @@ def test_a_missing_file_is_named_with_the_expected_layout(tmp_path, place):
     (tmp_path / "dangling" / "latest").write_text("500")
     with pytest.raises(UserError, match="latest"):
         find_transformer_file(tmp_path / place)
+
+
+@pytest.mark.parametrize(
+    "tag", ["<!DOCTYPE html><html>quota</html>", "../other", "500\n600", "5" * 5000, "a\0b"]
+)
+def test_a_latest_that_names_no_folder_is_one_sentence(tmp_path, tag):
+    (tmp_path / "latest").write_text(tag)
+    with pytest.raises(UserError) as failure:
+        find_transformer_file(tmp_path)
+    assert "\n" not in str(failure.value) and "load: " in str(failure.value)
+    assert len(str(failure.value)) < 400
+
+
+@pytest.mark.parametrize("load", ["a" * 5000, "~nobody-of-this-name/weights"])
+def test_a_load_that_cannot_be_looked_up_is_one_sentence(load):
+    with pytest.raises(UserError, match="load: "):
+        find_transformer_file(load)

@@ -38,8 +38,34 @@ def test_other_sizes_are_refused_with_the_allowed_ones(change, words):
         ({}, "no section 'model'"),
         ({"scale_factor": 1}, "network_config.params is absent"),
         ({"network_config": {"params": PARAMS}}, "lacks in_channels"),
+        ({"network_config": "abc"}, "network_config.params is absent or holds no keys"),
+        ({"network_config": {"params": [1]}}, "network_config.params is absent or holds no keys"),
     ],
 )
 def test_an_incomplete_model_section_is_named(model, words):
     with pytest.raises(UserError, match=words):
         latent_shape(SamplingArgs(), model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("time_compressed_rate", 0),
+        ("time_compressed_rate", "four"),
+        ("time_compressed_rate", None),
+        ("num_frames", -9),
+        ("num_frames", 4.5),
+        ("latent_height", True),
+        ("in_channels", "16"),
+    ],
+)
+def test_a_size_of_the_model_that_is_no_size_is_named(key, value):
+    params = PARAMS | {"in_channels": 16, key: value}
+    with pytest.raises(UserError, match=f"{key} is {value!r}; it must be a whole number"):
+        latent_shape(SamplingArgs(), {"network_config": {"params": params}})
+
+
+def test_frames_in_the_message_follow_the_models_rate():
+    params = PARAMS | {"in_channels": 16, "time_compressed_rate": 8}
+    with pytest.raises(UserError, match=r"1 \(1\), 3 \(17\), 5 \(33\), 7 \(49\)$"):
+        latent_shape(SamplingArgs(), {"network_config": {"params": params}})

@@ -7,7 +7,14 @@ import pytest
 from omegaconf import OmegaConf
 
 from tools import choose_config
-from tools.choose_config import BUNDLED, FULL, weight_paths
+from tools.choose_config import (
+    BUNDLED,
+    BUNDLED_TRAIN,
+    FULL,
+    FULL_TRAIN,
+    data_paths,
+    weight_paths,
+)
 
 REPOSITORY = Path(choose_config.__file__).parents[1]
 PATHS = ["weights/transformer", "weights/3d-vae.pt", "weights/t5"]
@@ -48,6 +55,28 @@ def test_the_flag_load_wins_over_the_file(folder):
     assert choose_config.choose_config("absent") == (BUNDLED, ["absent"])
 
 
+def test_training_needs_the_data_as_well(folder):
+    training = CONFIG.replace("{load:", "{train_data: [clips, more], load:")
+    (folder / FULL_TRAIN).write_text(training)
+    (folder / "clips").mkdir()
+    choose = choose_config.choose_config
+    assert choose(train=True) == (BUNDLED_TRAIN, ["more"])
+    assert choose(train=True, train_data=["clips"]) == (FULL_TRAIN, [])
+    assert choose() == (FULL, [])
+    shutil.rmtree(folder / "weights" / "t5")
+    assert choose(train=True) == (BUNDLED_TRAIN, ["weights/t5", "more"])
+
+
+def test_the_flags_of_training_are_understood(folder, monkeypatch, capsys):
+    (folder / FULL_TRAIN).write_text(CONFIG)
+    argv = ["choose_config.py", "--train", "--train-data", "absent", "--lr", "3"]
+    monkeypatch.setattr("sys.argv", argv)
+    choose_config.main()
+    said = capsys.readouterr()
+    assert said.out == f"{BUNDLED_TRAIN}\n"
+    assert FULL_TRAIN in said.err and "absent" in said.err
+
+
 def test_what_is_missing_is_said_beside_the_choice(folder, monkeypatch, capsys):
     shutil.rmtree(folder / "weights")
     monkeypatch.setattr("sys.argv", ["choose_config.py", "--seed", "3", "--output-dir", "x"])
@@ -72,7 +101,12 @@ def test_what_is_missing_is_said_beside_the_choice(folder, monkeypatch, capsys):
 def test_a_file_that_makes_no_sense_is_left_to_whoever_runs_it(folder, text):
     (folder / FULL).write_text(text)
     assert choose_config.choose_config() == (FULL, [])
+    (folder / FULL_TRAIN).write_text(text)
+    assert choose_config.choose_config(train=True) == (FULL_TRAIN, [])
 
 
-def test_the_shipped_file_names_three_paths():
-    assert len(weight_paths(OmegaConf.load(REPOSITORY / FULL))) == 3
+@pytest.mark.parametrize("name", [FULL, FULL_TRAIN])
+def test_the_shipped_files_name_three_paths_and_data_for_training(name):
+    config = OmegaConf.load(REPOSITORY / name)
+    assert len(weight_paths(config)) == 3
+    assert len(data_paths(config)) == (name == FULL_TRAIN)

@@ -12,7 +12,6 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from sgm.checkpoint.transformer import (
 )
 from sgm.cli import run_command, set_up_logging
 from sgm.errors import UserError
-from sgm.files import replacing
+from sgm.files import replacing, save_torch
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +40,7 @@ def write_transformer(state: dict[str, Tensor], folder: Path, *, tag: str) -> No
     }
     path = folder / tag / MODEL_FILES[0]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        torch.save({"module": module}, partial)
+    save_torch({"module": module}, path)
     (folder / "latest").write_text(tag, encoding="utf-8")
     logger.info("wrote %s", path)
 

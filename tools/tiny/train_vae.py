@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from sgm.cli import run_command, set_up_logging
-from sgm.files import replacing
+from sgm.files import save_torch
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from tools.tiny.shapes import NUM_FRAMES, ShapeClips
 
@@ -117,8 +117,7 @@ def save(vae: VideoAutoencoderInferenceWrapper, path: Path) -> None:
     """Write ``{"state_dict": …}`` in float32."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.float().cpu() for name, tensor in vae.state_dict().items()}
-    with replacing(path) as partial:
-        torch.save({"state_dict": state}, partial)
+    save_torch({"state_dict": state}, path)
 
 
 def parse_options() -> argparse.Namespace:

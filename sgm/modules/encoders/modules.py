@@ -153,7 +153,7 @@ class FrozenT5Embedder(nn.Module):
         device: str | torch.device = "cpu",
     ) -> None:
         super().__init__()
-        folder = Path(model_dir)
+        folder = Path(model_dir).expanduser()
         _check_folder(folder)
         self.tokenizer = T5Tokenizer(folder / "spiece.model", max_length=max_length)
         self.transformer = _load_encoder(folder, dtype).to(device)

@@ -1,0 +1,71 @@
+"""Whether the weights that a configuration names are there, found out before any are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sgm.errors import UserError
+from sgm.util import TARGET_ALIASES
+
+T5_EMBEDDER = "sgm.modules.encoders.modules.FrozenT5Embedder"
+
+
+def check_weight_paths(
+    model: Mapping[str, Any], load: str | None, *, random_transformer: bool = False
+) -> None:
+    """Check `load`, the autoencoder's `ckpt_path` and every T5 embedder's `model_dir`.
+
+    A part without a file would start from random weights, and its output would be noise.
+
+    Args:
+        model: the `model` section; with ``latent_input: true`` no autoencoder is needed.
+        load: `args.load`.
+        random_transformer: `load` is not needed, the transformer is trained from nothing.
+
+    Raises:
+        UserError: a path is not set, or nothing of the expected kind is there.
+    """
+    if not random_transformer:
+        # Imports PyTorch, which a mistake on the command line need not wait for.
+        from sgm.checkpoint import find_transformer_file
+
+        if not load:
+            raise UserError(
+                "args.load is not set: it must name the folder of the transformer's weights"
+            )
+        find_transformer_file(load)
+    if not model.get("latent_input"):
+        path = _path(model.get("first_stage_config"), "ckpt_path", where="first_stage_config")
+        if not path.is_file():
+            raise UserError(
+                f"model.first_stage_config.params.ckpt_path: the file {path} does not exist; it "
+                "must be the autoencoder's weights, 3d-vae.pt; README tells where to get them"
+            )
+    conditioner = model.get("conditioner_config")
+    params = conditioner.get("params") if isinstance(conditioner, Mapping) else None
+    embedders = params.get("emb_models") if isinstance(params, Mapping) else None
+    for index, node in enumerate(embedders if isinstance(embedders, list | tuple) else []):
+        target = node.get("target") if isinstance(node, Mapping) else None
+        if not isinstance(target, str) or TARGET_ALIASES.get(target, target) != T5_EMBEDDER:
+            continue
+        where = f"conditioner_config.params.emb_models[{index}]"
+        path = _path(node, "model_dir", where=where)
+        if not path.is_dir():
+            raise UserError(
+                f"model.{where}.params.model_dir: the T5 folder {path} does not exist (model_dir "
+                f"{str(path)!r} is not a folder); README tells where to get it"
+            )
+
+
+def _path(node: Any, key: str, *, where: str) -> Path:
+    """The path under `key` of a node's params; UserError where there is none."""
+    params = node.get("params") if isinstance(node, Mapping) else None
+    value = params.get(key) if isinstance(params, Mapping) else None
+    if not value or not isinstance(value, str):
+        raise UserError(
+            f"model.{where}.params.{key} is not set (it is {value!r}): it must be the path of the "
+            "weights; without them that part of the model would be random"
+        )
+    return Path(value).expanduser()

@@ -1,0 +1,107 @@
+"""Whether a training configuration can work, found out before data and weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sgm.errors import UserError
+from sgm.inference.request import SPATIAL_FACTOR, check_model_section
+
+VIDEO_DATASET = "data_video.SFTDataset"
+SAT_OPTIMIZER = "sat.ops.FusedEmaAdam"
+
+# Least values of numbers in `args`.
+_LEAST = {
+    "train_iters": 1,
+    "eval_iters": 1,
+    "eval_interval": 1,
+    "eval_batch_size": 1,
+    "save_interval": 1,
+    "log_interval": 1,
+    "num_workers": 0,
+}
+# What torch.manual_seed takes, less the room that ranks and epochs, added to it, need.
+_SEED_LIMIT = 2**63
+
+
+def check_args(args: Any) -> None:
+    """Check the numbers of `TrainingArgs`.
+
+    Raises:
+        UserError: one is out of its range.
+    """
+    for key, least in _LEAST.items():
+        if getattr(args, key) < least:
+            raise UserError(f"{key}={getattr(args, key)}: it must be at least {least}")
+    if not -_SEED_LIMIT <= args.seed < _SEED_LIMIT:
+        raise UserError(f"seed={args.seed}: it must be from -2**63 to 2**63 - 1")
+
+
+def check_deepspeed(settings: Mapping[str, Any]) -> None:
+    """Check what this code reads of the `deepspeed` section; the rest DeepSpeed checks.
+
+    Raises:
+        UserError: a value is of another form, or not supported.
+    """
+    batch_size = settings.get("train_micro_batch_size_per_gpu", 1)
+    if not _is_int(batch_size) or batch_size < 1:
+        raise UserError(
+            f"deepspeed.train_micro_batch_size_per_gpu: {batch_size!r} must be a whole number "
+            "from 1 ('auto' is not supported)"
+        )
+    optimizer = _section(settings.get("optimizer"), "optimizer")
+    _section(optimizer.get("params"), "optimizer.params")
+    if not optimizer:
+        raise UserError("deepspeed.optimizer is absent; training needs one, for example AdamW")
+    kind = optimizer.get("type")
+    if not isinstance(kind, str):
+        raise UserError(f"deepspeed.optimizer.type: {kind!r} must be a name, for example AdamW")
+    if kind.startswith("sat.") and kind != SAT_OPTIMIZER:
+        raise UserError(
+            f"deepspeed.optimizer.type: {kind!r} is not supported; of SAT's only {SAT_OPTIMIZER} is"
+        )
+    stage = _section(settings.get("zero_optimization"), "zero_optimization").get("stage", 0)
+    if not _is_int(stage) or not 0 <= stage <= 2:
+        raise UserError(f"deepspeed.zero_optimization.stage: {stage!r} may be 0, 1 or 2")
+
+
+def check_video_data(data: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Check that clips will have the size that the network's position table was made for.
+
+    Other datasets than the one of clips know their sizes themselves; nothing is said about them.
+
+    Raises:
+        UserError: `video_size` or `max_num_frames` does not fit the network, or there is none.
+    """
+    network = check_model_section(model)
+    if data.get("target") != VIDEO_DATASET or not isinstance(data.get("params"), Mapping):
+        return
+    for key in ("latent_height", "latent_width", "num_frames"):
+        if not _is_int(network.get(key)):
+            raise UserError(f"model.network_config.params lacks {key}; add it, a whole number")
+    size = [network[key] * SPATIAL_FACTOR for key in ("latent_height", "latent_width")]
+    video_size, length = (data["params"].get(key) for key in ("video_size", "max_num_frames"))
+    if video_size != size:
+        raise UserError(
+            f"data.params.video_size: {video_size!r} must be {size} (height, width), that is "
+            f"{SPATIAL_FACTOR} times latent_height and latent_width of this model"
+        )
+    if _is_int(length) and length > network["num_frames"]:
+        raise UserError(
+            f"data.params.max_num_frames: {length} must be at most {network['num_frames']}, the "
+            "num_frames of this model"
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _section(value: Any, name: str) -> Mapping[str, Any]:
+    """A part of the `deepspeed` section; absent is empty, and UserError if it is a value."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"deepspeed.{name}: {value!r} must hold keys, not a value")
+    return value
