@@ -127,6 +127,8 @@ class _Parser(argparse.ArgumentParser):
             flags = [flag for flag in self._option_string_actions if "_" not in flag]
             name = rest[0].split("=")[0]
             hint = f"; {nearest_name(name, flags)}" if name.startswith("-") else ""
+            if name.endswith((".yaml", ".yml")):
+                hint = "; configurations come before all flags"
             self.error(f"unknown argument {rest[0]!r}{hint}")
         return namespace
 
@@ -204,7 +206,7 @@ def _read_yaml(files: Sequence[str]) -> dict[str, Any]:
     merged = OmegaConf.create({})
     for name in files:
         if not Path(name).is_file():
-            raise UserError(f"configuration {name}: no such file; check the path after --base")
+            raise UserError(f"configuration {name}: no such file; check its path")
         try:
             loaded = OmegaConf.load(name)
             _check_no_resolvers(OmegaConf.to_container(loaded, resolve=False), name)
@@ -267,7 +269,9 @@ def parse_config(
     for name, value in sections["args"].items():
         if name not in known | set(IGNORED_ARGS):
             hint = nearest_name(str(name), known)
-            raise UserError(f"unknown key {str(name)!r} in args of {flags['base'][-1]}; {hint}")
+            raise UserError(
+                f"unknown key {str(name)!r} in args of {' + '.join(flags['base'])}; {hint}"
+            )
         if name in hints and value is not None:  # a blank value means the default
             values[name] = _checked_value(name, value, hints[name])
     # A precision asked for on the command line replaces the file's.

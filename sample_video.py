@@ -103,12 +103,12 @@ def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine
     from sgm.util import check_params
 
     args = config.args
-    if not config.model.get("sampler_config"):
-        raise UserError("model.sampler_config is absent; sampling needs one")
     half = torch.bfloat16 if args.bf16 else torch.float32
     extra = {"load": args.load, "dtype": torch.float16 if args.fp16 else half, "device": device}
     extra["latent_input"] = False  # of training batches; sampling decodes in any case
     params = check_params(SATVideoDiffusionEngine, config.model | extra, where="model")
+    if not params.get("sampler_config"):
+        raise UserError("model.sampler_config is absent; sampling needs one")
     return SATVideoDiffusionEngine(**params).eval()
 
 

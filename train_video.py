@@ -41,12 +41,12 @@ def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine
     from diffusion_video import SATVideoDiffusionEngine
     from sgm.util import check_params
 
-    if not config.model.get("loss_fn_config"):
-        raise UserError("model.loss_fn_config is absent; training needs one")
     load = None if config.args.mode == "pretrain" else config.args.load
     params = check_params(
         SATVideoDiffusionEngine, config.model | {"load": load, "device": device}, where="model"
     )
+    if not params.get("loss_fn_config"):
+        raise UserError("model.loss_fn_config is absent; training needs one")
     engine = SATVideoDiffusionEngine(**params).train()
     if not config.args.checkpoint_activations:  # it takes this one and transformer_args' to be on
         engine.model.diffusion_model.mixins["adaln_layer"].checkpoint_activations = False
@@ -257,11 +257,13 @@ def make_run_folder(args: TrainingArgs) -> Path:
 
     names = [f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}"]
     if distributed.get_rank() == 0:
-        folder = make_output_folder(Path(args.save).expanduser() / names[0])
-        if (folder / "latest").exists():
+        folder = make_output_folder(Path(args.save).expanduser()) / names[0]
+        try:
+            folder.mkdir()  # also tells two runs apart that start at once
+        except FileExistsError:
             raise UserError(
-                f"{folder} holds a run already; wait a minute or change experiment_name"
-            )
+                f"{folder} belongs to another run; wait a minute or change experiment_name"
+            ) from None
     distributed.broadcast_object_list(names, src=0, device=torch.device("cpu"))
     return Path(args.save).expanduser() / names[0]
 

@@ -107,6 +107,7 @@ def test_a_missing_file_is_named():
         (["--sed", "3"], "did you mean '--seed'"),
         (["--batch-size", "two"], "invalid int value"),
         (["--input-type", "csv"], "invalid choice"),
+        (["--seed", "3", "b.yaml"], "configurations come before all flags"),
         (["--seed", "3", "stray"], "unknown argument 'stray'"),
     ],
 )
