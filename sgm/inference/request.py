@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sgm.errors import UserError
@@ -40,6 +40,22 @@ def check_model_section(model: Mapping[str, Any]) -> Mapping[str, Any]:
     return params
 
 
+def require_sizes(params: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Check that sizes are there; what they may be, `check_model_section` has seen to.
+
+    Raises:
+        UserError: the first one that is absent.
+    """
+    for key in keys:
+        if key not in params:
+            raise UserError(f"model.network_config.params lacks {key}; add it, a whole number")
+
+
+def video_size(params: Mapping[str, Any]) -> list[int]:
+    """Height and width in pixels of the videos that the network's position table is made for."""
+    return [params[key] * SPATIAL_FACTOR for key in ("latent_height", "latent_width")]
+
+
 def _temporal_factor(params: Mapping[str, Any]) -> int:
     return params.get("time_compressed_rate", TEMPORAL_FACTOR)
 
@@ -59,9 +75,7 @@ def latent_shape(args: Any, model: Mapping[str, Any]) -> tuple[int, int, int, in
         UserError: a size that the model was not made for; says which ones it was.
     """
     params = check_model_section(model)
-    absent = [key for key in _SIZES if key not in params]
-    if absent:
-        raise UserError(f"model.network_config.params lacks {absent[0]}; add it, a whole number")
+    require_sizes(params, _SIZES)
     allowed = allowed_num_frames(params)
     if args.sampling_num_frames not in allowed:
         factor = _temporal_factor(params)
@@ -70,7 +84,7 @@ def latent_shape(args: Any, model: Mapping[str, Any]) -> tuple[int, int, int, in
             f"sampling_num_frames={args.sampling_num_frames} counts latent frames; this model "
             f"allows (video frames in brackets): {frames}"
         )
-    size = [params[key] * SPATIAL_FACTOR for key in ("latent_height", "latent_width")]
+    size = video_size(params)
     if list(args.sampling_image_size) != size:
         raise UserError(
             f"sampling_image_size={list(args.sampling_image_size)}: this model makes videos of "

@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from sgm.errors import UserError
-from sgm.inference.request import SPATIAL_FACTOR, check_model_section
+from sgm.inference.request import (
+    SPATIAL_FACTOR,
+    check_model_section,
+    require_sizes,
+    video_size,
+)
 
 VIDEO_DATASET = "data_video.SFTDataset"
 SAT_OPTIMIZER = "sat.ops.FusedEmaAdam"
@@ -77,14 +82,12 @@ def check_video_data(data: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     network = check_model_section(model)
     if data.get("target") != VIDEO_DATASET or not isinstance(data.get("params"), Mapping):
         return
-    for key in ("latent_height", "latent_width", "num_frames"):
-        if not _is_int(network.get(key)):
-            raise UserError(f"model.network_config.params lacks {key}; add it, a whole number")
-    size = [network[key] * SPATIAL_FACTOR for key in ("latent_height", "latent_width")]
-    video_size, length = (data["params"].get(key) for key in ("video_size", "max_num_frames"))
-    if video_size != size:
+    require_sizes(network, ("latent_height", "latent_width", "num_frames"))
+    size = video_size(network)
+    given, length = (data["params"].get(key) for key in ("video_size", "max_num_frames"))
+    if given != size:
         raise UserError(
-            f"data.params.video_size: {video_size!r} must be {size} (height, width), that is "
+            f"data.params.video_size: {given!r} must be {size} (height, width), that is "
             f"{SPATIAL_FACTOR} times latent_height and latent_width of this model"
         )
     if _is_int(length) and length > network["num_frames"]:
