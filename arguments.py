@@ -33,7 +33,6 @@ SECTIONS = ("args", "model", "data", "deepspeed")
 IGNORED_ARGS = {
     "force_inference": "weights with real gaps are always an error, expected absences never are",
     "force_train": "as force_inference",
-    "only_log_video_latents": "validation logs the loss, not videos",
 }
 
 
@@ -71,6 +70,7 @@ class SamplingArgs(CommonArgs):
     sampling_image_size: list[int] = _option([480, 720], "height and width of the video in pixels")
     sampling_fps: int = _option(8, "frames per second of the mp4")
     output_dir: str = _option("outputs", "folder for the videos")
+    lora: str | None = _option(None, "a LoRA run's folder, or a file, merged into the weights")
 
 
 @dataclass
@@ -78,18 +78,38 @@ class TrainingArgs(CommonArgs):
     """Arguments of train_video.py."""
 
     experiment_name: str = _option("finetune", "the run's folder is this and the time of start")
+    resume: str | None = _option(None, "go on with a run: latest, or the folder of one")
     train_data: list[str] = _option([], "folders (or files) of training data")
     valid_data: list[str] = _option([], "folders (or files) of validation data")
     split: str = _option("1,0,0", "kept for old files; train_data and valid_data decide")
+    cache_dir: str | None = _option(None, "keep latents and text embeddings in this folder")
+    num_workers: int = _option(8, "worker processes that load data")
+    text_device: Literal["auto", "cpu"] = _option("auto", "where the text encoder runs")
     train_iters: int = _option(1000, "optimizer steps")
+    lr_decay_style: Literal["constant", "linear", "cosine"] = _option("linear", "after the warm-up")
+    lr_decay_iters: int | None = _option(None, "steps of the decay; default: train_iters")
+    lr_decay_ratio: float = _option(0.1, "cosine ends at this share of the learning rate")
+    warmup: float = _option(0.01, "share of the decay's steps in which the learning rate rises")
+    auto_warmup_steps: int = _option(100, "first steps, which take 5% of the learning rate at most")
+    ema_decay: float = _option(0.0, "keep a moving average of the weights; 0: none, usual: 0.9999")
+    nonfinite_limit: int = _option(10, "stop after so many steps in a row without a finite loss")
+    checkpoint_activations: bool = _option(False, "recompute activations to save memory")
+    checkpoint_keep: Literal["block", "attention"] = _option(
+        "block", "kept of each block: its input, or the attention's output too (faster)"
+    )
+    compile: bool | None = _option(None, "compile the blocks; default: on a GPU, in long runs")
     eval_iters: int = _option(1, "batches in a validation")
     eval_interval: int = _option(100, "steps between validations")
     eval_batch_size: int = _option(1, "samples in a validation batch")
+    valid_prompts: list[str] = _option([], "make videos of these; default: captions of valid_data")
+    valid_videos: int = _option(1, "videos from captions of valid_data in each validation")
+    only_log_video_latents: bool = _option(False, "keep the videos' latents, do not decode them")
     save: str = _option("ckpts", "folder for the runs' folders")
     save_interval: int = _option(100, "steps between checkpoints")
+    save_total_limit: int = _option(0, "keep the newest checkpoints only; 0: all")
     log_interval: int = _option(20, "steps between lines of the log")
-    num_workers: int = _option(8, "worker processes that load data")
-    checkpoint_activations: bool = _option(False, "recompute activations to save memory")
+    wandb: bool = _option(False, "log to Weights & Biases too")
+    wandb_project_name: str = _option("cogvideox", "its project")
     no_load_rng: bool = _option(True, "kept for old files; a run starts from `seed`")
     local_rank: int = _option(0, "set by launchers; the environment's LOCAL_RANK is what counts")
 
@@ -230,6 +250,9 @@ def _read_yaml(files: Sequence[str]) -> dict[str, Any]:
     return {name: sections.get(name) or {} for name in SECTIONS}
 
 
+_TYPE_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
 def _checked_value(name: str, value: Any, annotation: Any) -> Any:
     """`value` of the key `name` of `args` as its field's type.
 
@@ -240,12 +263,10 @@ def _checked_value(name: str, value: Any, annotation: Any) -> Any:
     values = value if is_list and isinstance(value, list) else [value]
     # bool is an int in Python, but true is no number here.
     for one in values:
-        wrong_type = not isinstance(one, kind) or (isinstance(one, bool) and kind is not bool)
+        allowed = (int, float) if kind is float else kind
+        wrong_type = not isinstance(one, allowed) or (isinstance(one, bool) and kind is not bool)
         if wrong_type or (choices and one not in choices):
-            expected = (
-                " or ".join(map(repr, choices))
-                or {str: "a text", int: "a whole number", bool: "true or false"}[kind]
-            )
+            expected = " or ".join(map(repr, choices)) or _TYPE_NAMES[kind]
             raise UserError(f"args.{name}: {one!r} is not {expected}; change it in the YAML file")
     return values if is_list else value
 
