@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -97,7 +98,7 @@ class TrainingArgs(CommonArgs):
     checkpoint_keep: Literal["block", "attention"] = _option(
         "block", "kept of each block: its input, or the attention's output too (faster)"
     )
-    compile: bool | None = _option(None, "compile the blocks; default: on a GPU, in long runs")
+    compile: bool | None = _option(None, "compile the blocks; default: on a GPU, from 300 steps on")
     eval_iters: int = _option(1, "batches in a validation")
     eval_interval: int = _option(100, "steps between validations")
     eval_batch_size: int = _option(1, "samples in a validation batch")
@@ -139,18 +140,31 @@ def _value_type(annotation: Any) -> tuple[type, tuple[Any, ...], bool]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that knows no abbreviations and names the nearest flag for a mistyped one."""
+    """argparse with one sentence for a mistake, and flags in full, with - or _ between words."""
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
-        namespace, rest = self.parse_known_args(args)
+        words = [self._with_hyphens(word) for word in (sys.argv[1:] if args is None else args)]
+        namespace, rest = self.parse_known_args(words)
         if rest:
-            flags = [flag for flag in self._option_string_actions if "_" not in flag]
             name = rest[0].split("=")[0]
-            hint = f"; {nearest_name(name, flags)}" if name.startswith("-") else ""
+            hint = ""
+            if name.startswith("-"):
+                hint = f"; {nearest_name(name, self._option_string_actions)}"
             if name.endswith((".yaml", ".yml")):
                 hint = "; configurations come before all flags"
             self.error(f"unknown argument {rest[0]!r}{hint}")
         return namespace
+
+    def _with_hyphens(self, word: str) -> str:
+        """``--batch_size=2`` as ``--batch-size=2``; what is no flag stays as it is."""
+        name, equals, value = word.partition("=")
+        hyphened = name.replace("_", "-")
+        is_flag = name.startswith("--") and hyphened in self._option_string_actions
+        return hyphened + equals + value if is_flag else word
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2 after one line, where argparse would put the list of all flags first."""
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
 def build_parser(args_class: type[CommonArgs], description: str) -> argparse.ArgumentParser:
@@ -169,20 +183,23 @@ def build_parser(args_class: type[CommonArgs], description: str) -> argparse.Arg
     hints = typing.get_type_hints(args_class)
     for option in dataclasses.fields(args_class):
         kind, choices, is_list = _value_type(hints[option.name])
-        flags = [f"--{option.name.replace('_', '-')}"]
-        if "_" in option.name:
-            flags.append(f"--{option.name}")
-        settings: dict[str, Any] = {"default": None, "help": option.metadata["help"]}
+        # argparse would take a bare % for a placeholder.
+        help_text = option.metadata["help"].replace("%", "%%")
+        settings: dict[str, Any] = {"default": None, "help": help_text}
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
             settings |= {"type": kind, "choices": choices or None}
             settings |= {"nargs": "+"} if is_list else {}
-        parser.add_argument(*flags, **settings)
+        parser.add_argument(_flag(option.name), **settings)
     for name, reason in IGNORED_ARGS.items():
-        flags = [f"--{name.replace('_', '-')}", f"--{name}"]
-        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, help=f"unused: {reason}")
+        settings = {"action": argparse.BooleanOptionalAction, "help": f"unused: {reason}"}
+        parser.add_argument(_flag(name), **settings)
     return parser
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _calls_resolver(text: str) -> bool:
@@ -216,45 +233,55 @@ def _check_no_resolvers(value: Any, name: str) -> None:
         )
 
 
-def _read_yaml(files: Sequence[str]) -> dict[str, Any]:
-    """The merged YAML files as a plain dict with the four sections.
+def _read_yaml(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The merged YAML files as a plain dict with the four sections, and where things come from.
+
+    Returns:
+        The sections; and for each section and each key in it (``args``, ``args.seed`` …) the last
+        file that has it.
 
     Raises:
         UserError: a file is absent, not UTF-8, not YAML, calls resolvers or has an unknown
             section.
     """
     merged = OmegaConf.create({})
+    sources: dict[str, str] = {}
     for name in files:
         if not Path(name).is_file():
             raise UserError(f"configuration {name}: no such file; check its path")
         try:
             loaded = OmegaConf.load(name)
-            _check_no_resolvers(OmegaConf.to_container(loaded, resolve=False), name)
+            plain = OmegaConf.to_container(loaded, resolve=False)
+            _check_no_resolvers(plain, name)
             merged = OmegaConf.merge(merged, loaded)
-            for key in loaded:
+            for key in plain:
                 if key not in SECTIONS:
                     raise UserError(
                         f"configuration {name}: unknown section {str(key)!r}; "
                         f"{nearest_name(str(key), SECTIONS)}"
                     )
+                keys = plain[key] if isinstance(plain[key], dict) else ()
+                sources |= dict.fromkeys([key, *(f"{key}.{own}" for own in keys)], name)
         except (*_YAML_ERRORS, OmegaConfBaseException, TypeError, OSError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"configuration {name} is not valid YAML: {reason}") from None
     try:
         sections = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
-        raise UserError(f"configuration {files[-1]}: {str(error).splitlines()[0]}") from None
+        key = ".".join(str(getattr(error, "full_key", "") or "").split(".")[:2])
+        place = sources.get(key, " + ".join(files))
+        raise UserError(f"configuration {place}: {str(error).splitlines()[0]}") from None
     for name in SECTIONS:
         if not isinstance(sections.get(name) or {}, dict):
-            raise UserError(f"configuration {files[-1]}: {name} must hold keys, not a value")
-    return {name: sections.get(name) or {} for name in SECTIONS}
+            raise UserError(f"configuration {sources[name]}: {name} must hold keys, not a value")
+    return {name: sections.get(name) or {} for name in SECTIONS}, sources
 
 
 _TYPE_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def _checked_value(name: str, value: Any, annotation: Any) -> Any:
-    """`value` of the key `name` of `args` as its field's type.
+def _checked_value(name: str, value: Any, annotation: Any, *, file: str) -> Any:
+    """`value` of the key `name` of `args`, which `file` gave, as its field's type.
 
     Raises:
         UserError: it is of another type or not among the choices.
@@ -267,7 +294,9 @@ def _checked_value(name: str, value: Any, annotation: Any) -> Any:
         wrong_type = not isinstance(one, allowed) or (isinstance(one, bool) and kind is not bool)
         if wrong_type or (choices and one not in choices):
             expected = " or ".join(map(repr, choices)) or _TYPE_NAMES[kind]
-            raise UserError(f"args.{name}: {one!r} is not {expected}; change it in the YAML file")
+            raise UserError(
+                f"configuration {file}: args.{name}: {one!r} is not {expected}; change it there"
+            )
     return values if is_list else value
 
 
@@ -282,19 +311,18 @@ def parse_config(
         UserError: a file is wrong: see `_read_yaml` and `_checked_value`; or a key is unknown.
     """
     flags = vars(build_parser(args_class, description).parse_args(argv))
-    sections = _read_yaml(flags["base"])
+    sections, sources = _read_yaml(flags["base"])
     given = {name: value for name, value in flags.items() if value is not None}
     hints = typing.get_type_hints(args_class)
     known = set(typing.get_type_hints(SamplingArgs)) | set(typing.get_type_hints(TrainingArgs))
     values = {}
     for name, value in sections["args"].items():
+        file = sources.get(f"args.{name}", sources["args"])  # args may stand for another section
         if name not in known | set(IGNORED_ARGS):
             hint = nearest_name(str(name), known)
-            raise UserError(
-                f"unknown key {str(name)!r} in args of {' + '.join(flags['base'])}; {hint}"
-            )
+            raise UserError(f"unknown key {str(name)!r} in args of {file}; {hint}")
         if name in hints and value is not None:  # a blank value means the default
-            values[name] = _checked_value(name, value, hints[name])
+            values[name] = _checked_value(name, value, hints[name], file=file)
     # A precision asked for on the command line replaces the file's.
     if given.get("fp16") or given.get("bf16"):
         values |= {"fp16": False, "bf16": False}

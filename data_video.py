@@ -1,83 +1,52 @@
-"""Training data: a folder of clips and captions as `SFTDataset`, decoded as it is asked for."""
+"""Training data: a folder of clips and captions as `SFTDataset`, decoded as it is asked for.
+
+    python data_video.py DIR --base config.yaml
+
+inspects a folder without training: what each clip gives, what is skipped and why.
+"""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sgm.clips import (
-    ClipError,
-    count_at_rate,
-    frame_starts,
-    nearest_frames,
-    open_clip,
-    probe_clips,
-    read_frames,
-)
+from arguments import TrainingArgs, parse_config
+from sgm.cli import run_command, set_up_logging
+from sgm.data.decoding import OWN_CHILD
+from sgm.data.frames import ClipError, FrameSettings
+from sgm.data.inspection import check_sheet_path, report, write_sheet
+from sgm.data.survey import survey_folder
 from sgm.errors import UserError
+from sgm.util import check_params, get_class
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = "videos/NAME.mp4 with its caption in labels/NAME.txt (folders in between are fine)"
-# Two latent frames: a shorter clip shows no motion.
-MIN_FRAMES = 5
-
-
-def find_clips(folder: Path) -> list[Path]:
-    """All ``.mp4`` files below a folder named ``videos`` in `folder`, sorted; follows links."""
-    found = []
-    for place, _, names in os.walk(folder, followlinks=True):
-        if "videos" in Path(place).relative_to(folder).parts:
-            # Hidden files are what copying tools leave behind.
-            names = [name for name in names if not name.startswith(".")]
-            found += [Path(place, name) for name in names if name.lower().endswith(".mp4")]
-    return sorted(found)
-
-
-def label_path(clip: Path, folder: Path) -> Path:
-    """The caption's file: the innermost ``videos`` below `folder` becomes ``labels``."""
-    parts = list(clip.relative_to(folder).parts)
-    innermost = max(i for i, part in enumerate(parts[:-1]) if part == "videos")
-    parts[innermost] = "labels"
-    return folder.joinpath(*parts).with_suffix(".txt")
-
-
-def read_caption(path: Path) -> str:
-    """The whole file, stripped.
-
-    Raises:
-        ClipError: there is no such file, or it is not text or empty.
-    """
-    try:
-        caption = path.read_text("utf-8-sig").strip()
-    except FileNotFoundError:
-        raise ClipError(f"its label {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ClipError(f"its label {path} cannot be read ({error})") from None
-    if not caption:
-        raise ClipError(f"its label {path} is empty")
-    return caption
-
 
 class SFTDataset(Dataset):
-    """Clips with captions: ``videos/NAME.mp4`` and ``labels/NAME.txt``, any depth below a folder.
+    """Clips with captions from a folder in one of the layouts of `sgm.data.layouts`.
 
     Items are ``{"mp4": float32 (t, 3, h, w) in [-1, 1], "txt": caption}``. Their length t is
     `max_num_frames`, or for shorter clips the longest 4k + 1 that they have, at least 5. Clips of
     different lengths cannot share a batch: a batch size above 1 needs clips that are all long
     enough.
 
-    Frames are taken at `fps` by their timestamps. Of a longer clip each visit gives a window that
-    is drawn anew from torch's global generator, which data loaders seed.
+    Frames are taken at `fps` by their timestamps, and turned as the file says. An item takes one
+    number from torch's global generator, which decides where its window begins in a longer clip.
 
     Clips that cannot be used are named with the reason, and left out. One that turns out damaged
     only when its frames are decoded is named then, and from there on the next clip stands in.
+    Nothing that was decoded is kept.
+
+    Where processes train together, all must build it, in the same order: they agree on the clips.
 
     Args:
         data_dir: the folder.
@@ -85,6 +54,11 @@ class SFTDataset(Dataset):
         fps: frames per second.
         max_num_frames: frames of an item at most; 4k + 1.
         skip_frms_num: frames of the clip's own that are dropped at each end; a whole number.
+        random_window: of a longer clip, whether each visit gives another window, or the first.
+
+    Attributes:
+        clips: paths of the usable clips, by index.
+        captions: their captions.
 
     Raises:
         UserError: a parameter is wrong, or the folder holds no usable clip.
@@ -98,69 +72,59 @@ class SFTDataset(Dataset):
         fps: float,
         max_num_frames: int,
         skip_frms_num: float = 3.0,
+        random_window: bool = True,
     ) -> None:
-        size = list(video_size) if isinstance(video_size, Sequence) else []
-        if len(size) != 2 or not all(isinstance(pixels, int) and pixels > 0 for pixels in size):
-            raise UserError(f"video_size: {video_size!r} must be [height, width] in pixels")
-        if not isinstance(fps, int | float) or fps <= 0:
-            raise UserError(f"fps: {fps!r} must be a number above 0")
-        if not isinstance(max_num_frames, int) or max_num_frames < 1 or max_num_frames % 4 != 1:
-            raise UserError(f"max_num_frames: {max_num_frames!r} must be 4k + 1: 1, 5, 9, … 49 …")
-        if not isinstance(skip_frms_num, int | float) or skip_frms_num < 0 or skip_frms_num % 1:
-            raise UserError(f"skip_frms_num: {skip_frms_num!r} must be a whole number from 0")
-        self.video_size = tuple(size)
-        self.fps = fps
-        self.max_num_frames = max_num_frames
-        self.skip = int(skip_frms_num)
-        self.clips: list[Path] = []
-        self.captions: list[str] = []
-        self._collect(Path(data_dir))
+        self._settings = FrameSettings.checked(
+            video_size, fps=fps, max_num_frames=max_num_frames, skip_frms_num=skip_frms_num
+        )
+        if not isinstance(random_window, bool):
+            raise UserError(f"random_window: {random_window!r} must be true or false")
+        self.random_window = random_window
+        survey = survey_folder(Path(data_dir), self._settings)
+        # All processes of a run see the same files; one of them names what is wrong.
+        level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.DEBUG
+        for path, reason in survey.skipped:
+            logger.log(level, "%s is skipped: %s", path, reason)
+        survey.require_clips()
+        total = len(survey.clips) + len(survey.skipped)
+        logger.info("%s: %d of %d clips can be used", data_dir, len(survey.clips), total)
+        self.clips: list[Path] = [clip.path for clip in survey.clips]
+        self.captions: list[str] = [clip.caption for clip in survey.clips]
+        self._facts = [clip.facts for clip in survey.clips]
         # Shared, so that what one worker process found is named only once.
         self._damaged = torch.zeros(len(self.clips), dtype=torch.bool).share_memory_()
 
-    def _collect(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise UserError(f"data folder {folder} does not exist; it must hold {LAYOUT}")
-        # All processes of a run see the same files; one of them names what is wrong.
-        level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.DEBUG
-        found = find_clips(folder)
-        probed = probe_clips(found, skip=self.skip, fps=self.fps)
-        for path, result in zip(found, probed, strict=True):
-            try:
-                self._check_count(result)
-                self.captions.append(read_caption(label_path(path, folder)))
-                self.clips.append(path)
-            except ClipError as reason:
-                logger.log(level, "%s is skipped: %s", path, reason)
-        logger.info("%s: %d of %d clips can be used", folder, len(self.clips), len(found))
-        if not self.clips:
-            what = f"none of its {len(found)} clips can be used" if found else "no clip is in it"
-            raise UserError(f"data folder {folder}: {what}; it must hold {LAYOUT}")
+    def frame_settings(self) -> dict[str, int | float | list[int]]:
+        """All that decides which frames a clip gives, as numbers; the window apart if random."""
+        settings = self._settings
+        return {
+            "video_size": list(settings.video_size),
+            "fps": settings.fps,
+            "max_num_frames": settings.max_num_frames,
+            "skip_frms_num": settings.skip,
+            "random_window": self.random_window,
+        }
 
-    def _check_count(self, count: int | ClipError) -> int:
-        """`count` frames, as they are enough; raises ClipError where not, or where it is one."""
-        if isinstance(count, ClipError):
-            raise count
-        needed = min(MIN_FRAMES, self.max_num_frames)
-        if count < needed:
-            without = f" without {self.skip} at each end" if self.skip else ""
-            raise ClipError(
-                f"it is too short: frames at {self.fps} fps{without}: {count}, needed: {needed}"
-            )
-        return count
+    def read_clip(self, index: int, *, position: float = 0.0) -> Tensor:
+        """A window of clip `index` itself: float32 (t, 3, h, w) in [-1, 1].
 
-    def _decode(self, path: Path) -> Tensor:
-        """A window of the clip as float32 (t, 3, h, w) in [-1, 1]; ClipError where it fails."""
-        reader = open_clip(path)
-        starts = frame_starts(reader, self.skip)
-        count = self._check_count(count_at_rate(starts, self.fps))
-        length = min(count, self.max_num_frames)
-        length -= (length - 1) % 4
-        first = int(torch.randint(count - length + 1, ()))
-        times = starts[0] + torch.arange(first, first + length) / self.fps
-        chosen = nearest_frames(starts, times) + self.skip
-        frames = read_frames(reader, chosen, size=self.video_size)
-        return frames.contiguous().float().div_(127.5).sub_(1)
+        Args:
+            index: from 0 to len(self) - 1.
+            position: from 0, the first window, to below 1, the last one.
+
+        Raises:
+            ClipError: it cannot be decoded.
+        """
+        facts = self._facts[index]
+        frames = OWN_CHILD.read(
+            self.clips[index],
+            self._settings,
+            facts=facts,
+            first=int(position * self._settings.num_windows(facts.count)),
+            length=self._settings.item_length(facts.count),
+        )
+        planes = frames.permute(0, 3, 1, 2)  # (t, 3, h, w)
+        return planes.contiguous().float().div_(127.5).sub_(1)
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -171,13 +135,76 @@ class SFTDataset(Dataset):
         Raises:
             UserError: no clip can be decoded any more.
         """
+        # Drawn once, whichever clip is used: what follows must not depend on what is known damaged.
+        position = float(torch.rand((), dtype=torch.float64)) if self.random_window else 0.0
         for step in range(len(self)):
             place = (index + step) % len(self)
             if self._damaged[place]:
                 continue
             try:
-                return {"mp4": self._decode(self.clips[place]), "txt": self.captions[place]}
+                return {
+                    "mp4": self.read_clip(place, position=position),
+                    "txt": self.captions[place],
+                }
             except ClipError as reason:
                 self._damaged[place] = True
                 logger.warning("%s is skipped: %s", self.clips[place], reason)
         raise UserError(f"none of the {len(self)} clips can be decoded; replace their files")
+
+
+def settings_from_config(data: Mapping[str, Any]) -> FrameSettings:
+    """The settings of a configuration's `data` section.
+
+    Raises:
+        UserError: it is absent or of another dataset, or a parameter is wrong.
+    """
+    target = data.get("target")
+    if not target:
+        raise UserError("the configuration has no data.target; add a file that has it to --base")
+    if get_class(target).__name__ != SFTDataset.__name__:
+        raise UserError(f"data.target: {target!r} must be data_video.SFTDataset")
+    given = data.get("params") or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"data.params must hold keys, not {given!r}")
+    params = check_params(SFTDataset, {**given, "data_dir": ""}, where="data")
+    names = ("video_size", "fps", "max_num_frames")
+    values = {name: params[name] for name in names}
+    return FrameSettings.checked(**values, skip_frms_num=params.get("skip_frms_num", 3.0))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Inspect a folder; returns the exit code, 0 if there are usable clips."""
+    parser = argparse.ArgumentParser(
+        description="What a folder of clips gives for training.", allow_abbrev=False
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="a folder of clips and captions")
+    parser.add_argument(
+        "--base", nargs="+", required=True, metavar="YAML", help="configurations, merged in order"
+    )
+    parser.add_argument(
+        "--contact-sheet",
+        type=Path,
+        metavar="FILE",
+        help="picture of the first clips; default: outputs/DIR-clips.png",
+    )
+    options = parser.parse_args(argv)
+    set_up_logging()
+    settings = settings_from_config(parse_config(TrainingArgs, "", ["--base", *options.base]).data)
+    folder = options.folder.expanduser()
+    sheet = options.contact_sheet or Path("outputs", f"{folder.resolve().name}-clips.png")
+    check_sheet_path(sheet)
+    survey = survey_folder(folder, settings)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
+    try:
+        for line in report(survey, settings):
+            print(line, flush=True)
+    except BrokenPipeError:  # who reads has seen enough: head, for one
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    survey.require_clips()
+    shown = write_sheet(survey, settings, sheet)
+    print(f"{sheet} shows the first {shown}, a row each")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sgm.checkpoint import load_transformer
+from sgm.checkpoint import fingerprint, is_lora_matrix, load_transformer, merge_lora
 from sgm.errors import UserError, nearest_name
+from sgm.models.first_stage import build_first_stage, draw_latents, encode_moments
 from sgm.util import instantiate_from_config
 
 Config = Mapping[str, Any]
@@ -47,8 +49,13 @@ class SATVideoDiffusionEngine(nn.Module):
         lora_config: node of the LoRA mixin; older files have it in the network's `modules`.
         input_key: the batch's entry that holds the video (or its latents).
         latent_input: batches hold unscaled latents; the autoencoder is then not built.
+        cached_input: batches come from a cache (see sgm/data/cache.py); neither the autoencoder
+            nor the text encoder is then built.
         load: weights of the transformer in SAT format; None starts from random ones.
+        lora: file or folder of a LoRA that is merged into these weights; a `lora_config` is then
+            without effect.
         dtype, device: of all parts.
+        text_device: of the text encoder, if it is another.
 
     Raises:
         UserError: a parameter or a file is wrong.
@@ -71,25 +78,41 @@ class SATVideoDiffusionEngine(nn.Module):
         lora_config: Config | None = None,
         input_key: str = "mp4",
         latent_input: bool = False,
+        cached_input: bool = False,
         load: str | None = None,
+        lora: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        text_device: str | torch.device | None = None,
     ) -> None:
         super().__init__()
         self.scale_factor = _checked_scale(scale_factor)
         self.not_trainable_prefixes = _checked_prefixes(not_trainable_prefixes)
         self.input_key = input_key
         self.latent_input = latent_input
-        network = _build_network(network_config, lora_config, load, dtype=dtype, device=device)
+        config = _network_config(network_config, lora_config, with_lora=lora is None)
+        network, self.base_fingerprint = _build_network(config, load, dtype=dtype, device=device)
+        if lora is not None:
+            merge_lora(network, lora, base=self.base_fingerprint)
         self.model = NetworkWrapper(network)
         self.denoiser = instantiate_from_config(denoiser_config)
         self.sampler = instantiate_from_config(sampler_config) if sampler_config else None
         self.loss_fn = instantiate_from_config(loss_fn_config) if loss_fn_config else None
+        self._first_stage = {"config": first_stage_config, "dtype": dtype}
         self.first_stage_model = None
-        if not latent_input:
-            self.first_stage_model = instantiate_from_config(first_stage_config)
-            self.first_stage_model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        self.conditioner = instantiate_from_config(conditioner_config, dtype=dtype, device=device)
+        if cached_input:
+            # It has no weights: what remains of the autoencoder where its moments are kept.
+            regularizer = (first_stage_config.get("params") or {}).get("regularizer_config")
+            self.regularizer = instantiate_from_config(regularizer)
+        elif not latent_input:
+            self.first_stage_model = build_first_stage(**self._first_stage, device=device)
+            self.regularizer = self.first_stage_model.regularization
+        self.conditioner = instantiate_from_config(
+            conditioner_config,
+            with_embedders=not cached_input,
+            dtype=dtype,
+            device=device if text_device is None else text_device,
+        )
         self._freeze()
 
     def _freeze(self) -> None:
@@ -107,9 +130,8 @@ class SATVideoDiffusionEngine(nn.Module):
                     f"{nearest_name(prefix, known)}"
                 )
         for name, weight in self.model.diffusion_model.named_parameters():
-            is_lora = ".matrix_A." in name or ".matrix_B." in name
             if "all" in self.not_trainable_prefixes:
-                weight.requires_grad_(is_lora)
+                weight.requires_grad_(is_lora_matrix(name))
             elif name.startswith(self.not_trainable_prefixes):
                 weight.requires_grad_(False)
 
@@ -120,13 +142,32 @@ class SATVideoDiffusionEngine(nn.Module):
             self.first_stage_model.eval()
         return self
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.model.parameters()).device
+
+    @contextmanager
+    def loaded_first_stage(self) -> Iterator[None]:
+        """Within this context the autoencoder is there; one that was not is dropped afterwards.
+
+        Raises:
+            UserError: its file is wrong.
+        """
+        if self.first_stage_model is not None:
+            yield
+            return
+        self.first_stage_model = build_first_stage(**self._first_stage, device=self.device)
+        try:
+            yield
+        finally:
+            self.first_stage_model = None
+
     @torch.no_grad()
     def encode_first_stage(self, video: Tensor) -> Tensor:
         """Video (b, t, 3, h, w) in [-1, 1] → scaled latents (b, t', c, h/8, w/8), float32."""
-        pixels = rearrange(video, "b t c h w -> b c t h w")
-        weight = next(self.first_stage_model.parameters())
-        latents = self.first_stage_model.encode(pixels.to(weight)).float()
-        return rearrange(latents, "b c t h w -> b t c h w") * self.scale_factor
+        moments = encode_moments(self.first_stage_model, video)
+        return draw_latents(self.first_stage_model.regularization, moments) * self.scale_factor
 
     @torch.no_grad()
     def decode_first_stage(self, latents: Tensor) -> Iterator[Tensor]:
@@ -150,33 +191,54 @@ class SATVideoDiffusionEngine(nn.Module):
         generator: torch.Generator,
         callback: Any = None,
     ) -> Tensor:
-        """Draw scaled latents (b, t, c, h, w) = `shape`, float32.
+        """Draw scaled latents (b, t, c, h, w) = `shape`, float32, with `cond` of any device.
 
         All noise comes from `generator`, a CPU one, so that a seed means the same everywhere.
         `callback(step_index, num_steps, x)` is called after each step.
         """
-        device = next(self.model.parameters()).device
 
         def draw() -> Tensor:
-            return torch.randn(*shape, generator=generator).to(device, non_blocking=True)
+            return torch.randn(*shape, generator=generator).to(self.device, non_blocking=True)
 
         return self.sampler(
             self.model,
             self.denoiser,
             draw(),
-            cond,
-            uncond,
+            self._here(cond),
+            self._here(uncond),
             noise=lambda step_index: draw(),
             callback=callback,
         )
 
+    def _here(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Conditioning on the network's device; the text encoder may have another."""
+        return {key: embedding.to(self.device) for key, embedding in cond.items()}
+
+    def get_input(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the loss is computed on, from a batch of either kind.
+
+        Args:
+            batch: `input_key` (b, t, 3, h, w), a video in [-1, 1], or unscaled latents with
+                `latent_input`; or from a cache ``moments`` (b, t', 2c, h, w). And the texts that
+                the conditioner reads, or from a cache ``crossattn`` (b, n_text, d_text).
+
+        Returns:
+            Scaled latents (b, t', c, h, w), float32, and conditioning, on the network's device.
+            Drawn from torch's global generators, for both kinds of batch alike: the noise in the
+            latents, then which samples' text is dropped.
+        """
+        if "moments" in batch:
+            moments = batch["moments"].to(self.device)
+            latents = draw_latents(self.regularizer, moments) * self.scale_factor
+        elif self.latent_input:
+            latents = batch[self.input_key].to(self.device).float() * self.scale_factor
+        else:
+            latents = self.encode_first_stage(batch[self.input_key].to(self.device))
+        return latents, self._here(self.conditioner(batch))
+
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
-        """Mean loss of a training batch: `input_key` (b, t, c, h, w) and the conditioner's keys."""
-        device = next(self.model.parameters()).device
-        x = batch[self.input_key].to(device)
-        latents = x.float() * self.scale_factor if self.latent_input else self.encode_first_stage(x)
-        cond = self.conditioner(batch)
-        return self.loss_fn(self.model, self.denoiser, latents, cond).mean()
+        """Mean loss of a training batch, see `get_input`."""
+        return self.loss_fn(self.model, self.denoiser, *self.get_input(batch)).mean()
 
 
 def _checked_scale(value: Any) -> float:
@@ -198,29 +260,33 @@ def _checked_prefixes(value: Any) -> tuple[str, ...]:
     return tuple(prefixes)
 
 
+def _network_config(config: Config, lora_config: Config | None, *, with_lora: bool) -> Config:
+    """The transformer's node with the `lora_config` of either place in it, or of neither.
+
+    Raises:
+        UserError: the two places differ.
+    """
+    params = config.get("params") if isinstance(config, Mapping) else None
+    modules = params.get("modules") if isinstance(params, Mapping) else None
+    if not isinstance(modules, Mapping):  # whoever builds it says what is wrong
+        return config
+    own = modules.get("lora_config") or lora_config
+    if lora_config and own != lora_config:
+        raise UserError(
+            "lora_config stands under model and under network_config.params.modules with "
+            "different values; keep one"
+        )
+    modules = {**modules, "lora_config": own if with_lora else None}
+    return {**config, "params": {**params, "modules": modules}}
+
+
 def _build_network(
-    config: Config,
-    lora_config: Config | None,
-    load: str | None,
-    *,
-    dtype: torch.dtype,
-    device: str | torch.device,
-) -> nn.Module:
-    """The transformer with weights from `load`, or with random ones."""
-    if lora_config:
-        params = dict(config.get("params") or {})
-        modules = dict(params.get("modules") or {})
-        if modules.get("lora_config", lora_config) != lora_config:
-            raise UserError(
-                "lora_config stands under model and under network_config.params.modules with "
-                "different values; keep one"
-            )
-        modules["lora_config"] = lora_config
-        params["modules"] = modules
-        config = {**config, "params": params}
+    config: Config, load: str | None, *, dtype: torch.dtype, device: str | torch.device
+) -> tuple[nn.Module, str]:
+    """The transformer with weights from `load`, or with random ones; and their fingerprint."""
     if load is None:
-        return instantiate_from_config(config).to(device=device, dtype=dtype)
+        network = instantiate_from_config(config).to(device=device, dtype=dtype)
+        return network, fingerprint(network.state_dict())
     with torch.device("meta"):
         network = instantiate_from_config(config)
-    load_transformer(network, load, dtype=dtype, device=device)
-    return network
+    return network, load_transformer(network, load, dtype=dtype, device=device)

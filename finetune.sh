@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
 # Fine-tune a model: bash finetune.sh [CONFIG.yaml ...] [--FLAG ...]
-# Without a configuration: the 2B model where its weights and data are, else the small bundled one.
-# NPROC=4 trains on 4 processes (GPUs). Paths are relative to this folder.
+# Without a configuration: the 2B model where its weights and data are, else the small bundled one,
+# which is taught a new word. Training takes all visible GPUs, or NPROC processes; several
+# machines (NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT) meet through torchrun.
+# Paths are relative to this folder.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
 
 split_arguments "$@"
 use_python requirements.txt
 if [ ${#configs[@]} -eq 0 ]; then
-    configs=("$(cd "$repository" && "$python" tools/choose_config.py --train "${flags[@]}")")
+    choice=$(cd "$repository" && "$python" tools/choose_config.py --train "${flags[@]}") || exit
+    if [ "$choice" = configs/cogvideox_tiny_lora.yaml ]; then
+        cd "$repository"
+        exec "$python" tools/teach_tiny.py "${flags[@]}"
+    fi
+    configs=("$choice")
 fi
 run_script train_video.py

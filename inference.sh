@@ -8,6 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
 split_arguments "$@"
 use_python requirements.txt
 if [ ${#configs[@]} -eq 0 ]; then
-    configs=("$(cd "$repository" && "$python" tools/choose_config.py "${flags[@]}")")
+    choice=$(cd "$repository" && "$python" tools/choose_config.py "${flags[@]}") || exit
+    configs=("$choice")
 fi
 run_script sample_video.py

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,15 +82,6 @@ def choose_device(args: SamplingArgs, rank: Rank) -> torch.device:
     return torch.device("cuda", rank.local_index)
 
 
-def sample_generator(seed: int, line: int, sample: int) -> torch.Generator:
-    """The source of all noise of one video, which depends on nothing but these three numbers."""
-    import numpy as np
-    import torch
-
-    state = np.random.SeedSequence([seed % 2**64, line, sample]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
-
-
 def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine:
     """Build the engine of a configuration for inference, with its weights.
 
@@ -104,7 +95,11 @@ def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine
 
     args = config.args
     half = torch.bfloat16 if args.bf16 else torch.float32
-    extra = {"load": args.load, "dtype": torch.float16 if args.fp16 else half, "device": device}
+    for key in ("load", "lora"):
+        if config.model.get(key) is not None:
+            raise UserError(f"{key} stands under model in the configuration; put it under args")
+    extra = {"load": args.load, "lora": args.lora, "device": device}
+    extra["dtype"] = torch.float16 if args.fp16 else half
     extra["latent_input"] = False  # of training batches; sampling decodes in any case
     params = check_params(SATVideoDiffusionEngine, config.model | extra, where="model")
     if not params.get("sampler_config"):
@@ -148,6 +143,8 @@ class PromptRunner:
 
     def _sample(self, prompt: Prompt, sample: int, cond: dict[str, torch.Tensor]) -> None:
         """One video. Samples are drawn singly, so that none depends on how many there are."""
+        from sgm.inference.seeds import sample_generator
+
         started = time.perf_counter()
         latents = self.engine.sample(
             cond,
@@ -171,20 +168,12 @@ class PromptRunner:
 
     def _write(self, latents: torch.Tensor, folder: Path) -> None:
         """The mp4, frame by frame while decoding goes on, and its contact sheet."""
-        import numpy as np
-
-        from sgm.inference.video_io import to_uint8, write_contact_sheet, write_mp4
-
-        decoded: list[np.ndarray] = []
-
-        def chunks() -> Iterator[np.ndarray]:
-            for chunk in self.engine.decode_first_stage(latents):
-                decoded.append(to_uint8(chunk[0]))
-                yield decoded[-1]
+        from sgm.inference.video_io import write_video
 
         make_output_folder(folder)
-        write_mp4(chunks(), folder / "000000.mp4", fps=self.args.sampling_fps)
-        write_contact_sheet(np.concatenate(decoded), folder / "contact_sheet.png")
+        chunks = (chunk[0] for chunk in self.engine.decode_first_stage(latents))
+        paths = folder / "000000.mp4", folder / "contact_sheet.png"
+        write_video(chunks, *paths, fps=self.args.sampling_fps)
 
     def _write_record(
         self, prompt: Prompt, sample: int, timings: dict[str, float], folder: Path
@@ -270,17 +259,18 @@ def any_rank(here: bool, rank: Rank) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, load, sample; returns the exit code: 1 if any prompt failed."""
     config = parse_config(SamplingArgs, "Make videos from prompts.", argv)
+    args = config.args
     set_up_logging()
     rank = Rank.from_environment()
-    shape = latent_shape(config.args, config.model)
-    prompts = get_prompts(config.args, rank)
-    check_weight_paths(config.model | {"latent_input": False}, config.args.load)
+    shape = latent_shape(args, config.model)
+    prompts = get_prompts(args, rank)
+    check_weight_paths(config.model | {"latent_input": False}, args.load, lora=args.lora)
 
     from sgm.util import allow_targets
 
-    output_dir = make_output_folder(config.args.output_dir)
+    output_dir = make_output_folder(args.output_dir)
     allow_targets(config.allow_target)
-    device = choose_device(config.args, rank)
+    device = choose_device(args, rank)
     started = time.perf_counter()
     engine = load_engine(config, device)
     logger.info("model ready on %s after %.1f s", device, time.perf_counter() - started)

@@ -2,59 +2,86 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import logging
 import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
-from subprocess import SubprocessError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from arguments import Config, TrainingArgs, parse_config
 from sgm.cli import run_command, set_up_logging
 from sgm.errors import UserError
-from sgm.files import make_output_folder, replacing, save_torch
 from sgm.inference.weights import check_weight_paths
-from sgm.training.checks import SAT_OPTIMIZER, check_args, check_deepspeed, check_video_data
+from sgm.training.checks import (
+    VIDEO_DATASET,
+    check_args,
+    check_deepspeed,
+    check_precision,
+    check_video_data,
+)
 
 if TYPE_CHECKING:
     import torch
-    from torch.utils.data import DataLoader, Dataset
+    from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
     from diffusion_video import SATVideoDiffusionEngine
+    from sgm.data.cache import Cache
+    from sgm.training.ema import WeightAverage
+    from sgm.training.validation import Validation
 
 # As in sample_video.py, heavy modules are imported once the configuration is known to be sound.
 
 logger = logging.getLogger(__name__)
 
+COMPILE_STEPS = 300  # from so many on, a run on a GPU is compiled
 
-def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine:
+
+def load_engine(
+    config: Config, device: torch.device, *, checkpoint: Path | None = None
+) -> SATVideoDiffusionEngine:
     """The engine in training mode; weights from `load`, or random ones in mode pretrain.
+
+    Args:
+        checkpoint: the folder of an iteration to go on with; its weights take the place of those
+            in `load`, or join them where they are a LoRA.
 
     Raises:
         UserError: the configuration or a file of weights is wrong.
     """
     from diffusion_video import SATVideoDiffusionEngine
+    from sgm.checkpoint import load_lora
+    from sgm.training.checkpoint import holds_lora, restore_conditioner
+    from sgm.training.deepspeed_engine import weight_dtype
     from sgm.util import check_params
 
-    load = None if config.args.mode == "pretrain" else config.args.load
-    params = check_params(
-        SATVideoDiffusionEngine, config.model | {"load": load, "device": device}, where="model"
-    )
+    args = config.args
+    is_lora = checkpoint is not None and holds_lora(checkpoint)
+    load = None if args.mode == "pretrain" else args.load
+    if checkpoint is not None and not is_lora:
+        load = str(checkpoint)
+    extra = {"load": load, "device": device, "dtype": weight_dtype(config.deepspeed)}
+    extra["text_device"] = "cpu" if args.text_device == "cpu" else device
+    extra["cached_input"] = bool(args.cache_dir)
+    params = check_params(SATVideoDiffusionEngine, config.model | extra, where="model")
     if not params.get("loss_fn_config"):
         raise UserError("model.loss_fn_config is absent; training needs one")
     engine = SATVideoDiffusionEngine(**params).train()
-    if not config.args.checkpoint_activations:  # it takes this one and transformer_args' to be on
-        engine.model.diffusion_model.mixins["adaln_layer"].checkpoint_activations = False
+    if is_lora:
+        load_lora(engine.model.diffusion_model, checkpoint, base=engine.base_fingerprint)
+    elif checkpoint is not None:
+        restore_conditioner(engine, checkpoint)
     return engine
 
 
-def build_dataset(config: Config, folders: Sequence[str], *, key: str) -> Dataset:
+def build_dataset(
+    config: Config, folders: Sequence[str], *, key: str, **extra: Any
+) -> ConcatDataset:
     """The dataset of the `data` section, once for each folder, joined.
+
+    Args:
+        key: the key of `args` that names the folders, for messages.
+        extra: further params of the dataset of clips; others decide for themselves.
 
     Raises:
         UserError: no folder is given, or the data in one is wrong.
@@ -67,6 +94,8 @@ def build_dataset(config: Config, folders: Sequence[str], *, key: str) -> Datase
         raise UserError(f"args.{key} is empty; it must name at least one folder of data")
     if not config.data:
         raise UserError("the configuration has no section 'data'; add one with a target")
+    if config.data.get("target") != VIDEO_DATASET:
+        extra = {}
     parts = []
     for name in folders:
         place = Path(name).expanduser()
@@ -75,257 +104,55 @@ def build_dataset(config: Config, folders: Sequence[str], *, key: str) -> Datase
                 f"args.{key}: {name} does not exist; check the path (clips to try the bundled "
                 f"model on: python -m tools.tiny.draw_clips --output {name} --count 64)"
             )
-        parts.append(instantiate_from_config(config.data, data_dir=str(place)))
+        parts.append(instantiate_from_config(config.data, data_dir=str(place), **extra))
     return ConcatDataset(parts)
 
 
-def checked_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
-    """The batches of an epoch.
-
-    Raises:
-        UserError: clips of a batch differ in length, or a worker process found the data unusable.
-    """
-    try:
-        yield from loader
-    except UserError as error:
-        # From a worker it comes with that process's stack trace, and the sentence last.
-        sentence = str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]
-        raise UserError(sentence) from None
-    except RuntimeError as error:
-        if "stack expects each tensor to be equal size" not in str(error):
-            raise
-        raise UserError(
-            f"clips of different lengths cannot share a batch of {loader.batch_size}; set "
-            "train_micro_batch_size_per_gpu and eval_batch_size to 1, or lower max_num_frames"
-        ) from None
+def num_workers(config: Config) -> int:
+    """Worker processes of a loader: no more than this machine has cores."""
+    return min(config.args.num_workers, os.cpu_count() or 1)
 
 
-def endless_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
-    """Batches for ever, epoch after epoch, each in another order."""
-    for epoch in itertools.count():
-        loader.sampler.set_epoch(epoch)
-        yield from checked_batches(loader)
-
-
-def build_loader(dataset: Dataset, config: Config, *, batch_size: int) -> DataLoader:
-    """Shuffled batches; every rank gets its own part of the data."""
+def build_loader(dataset: Any, config: Config, *, batch_size: int, start: int) -> DataLoader:
+    """This process's batches, for ever, from sample `start` of the run on."""
     import torch
     from torch import distributed
-    from torch.utils.data import DataLoader, DistributedSampler
+    from torch.utils.data import DataLoader
 
-    sampler = DistributedSampler(
-        dataset,
-        num_replicas=distributed.get_world_size(),
-        rank=distributed.get_rank(),
+    from sgm.training.seeding import SampleOrder, SeededDataset
+
+    order = SampleOrder(
+        len(dataset),
+        batch_size,
         seed=config.args.seed,
+        rank=distributed.get_rank(),
+        world_size=distributed.get_world_size(),
+        start=start,
     )
-    workers = min(config.args.num_workers, os.cpu_count() or 1)
-    if len(sampler) < batch_size:
-        raise UserError(
-            f"the training data holds {len(sampler)} samples for a process, fewer than the batch "
-            f"of {batch_size}; lower train_micro_batch_size_per_gpu or add data"
-        )
     return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        drop_last=True,
-        generator=torch.Generator().manual_seed(config.args.seed),
+        SeededDataset(dataset),
+        batch_sampler=order,
+        num_workers=num_workers(config),
+        pin_memory=torch.cuda.is_available() and config.args.device != "cpu",
     )
 
 
-def build_sat_optimizer(weights: Sequence[torch.nn.Parameter], **params: Any) -> Any:
-    """SAT's fused Adam, whose CUDA code is compiled the first time.
-
-    Raises:
-        UserError: it cannot be compiled here.
-    """
-    from sat import ops
-
-    try:
-        return ops.FusedEmaAdam(weights, **params)
-    except (IndexError, OSError, RuntimeError, AssertionError, SubprocessError) as error:
-        logger.debug("%s", SAT_OPTIMIZER, exc_info=True)
-        raise UserError(
-            f"deepspeed.optimizer.type: {SAT_OPTIMIZER} cannot be compiled here "
-            f"({type(error).__name__}); it needs a GPU and nvcc; without them use type: AdamW"
-        ) from None
+def compile_pays(config: Config, device: torch.device) -> bool:
+    """Whether compiling saves more than the half minute it takes: a fifth of each step, on GPUs."""
+    divided = (config.deepspeed.get("zero_optimization") or {}).get("stage") == 3
+    return device.type == "cuda" and config.args.train_iters >= COMPILE_STEPS and not divided
 
 
-def start_deepspeed(engine: SATVideoDiffusionEngine, config: Config) -> Any:
-    """DeepSpeed's engine around ours, with the `deepspeed` section as its settings.
-
-    Raises:
-        UserError: nothing is trained, or DeepSpeed refuses its settings.
-    """
-    import deepspeed
-
-    trained = [weight for weight in engine.parameters() if weight.requires_grad]
-    if not trained:
-        raise UserError("no weight is trained; check not_trainable_prefixes and lora_config")
-    logger.info(
-        "training %.2f M of %.2f M parameters",
-        sum(weight.numel() for weight in trained) / 1e6,
-        sum(weight.numel() for weight in engine.parameters()) / 1e6,
-    )
-    # DeepSpeed insists on what launchers set, also for a process that was started without one.
-    os.environ.setdefault("LOCAL_RANK", "0")
-    settings = dict(config.deepspeed)
-    # Sampling's precision flags say nothing about training: DeepSpeed's own sections do.
-    optimizer = None
-    if settings["optimizer"]["type"] == SAT_OPTIMIZER:
-        # DeepSpeed knows its own and PyTorch's optimizers by name; SAT's is handed to it ready.
-        params = settings.pop("optimizer").get("params") or {}
-        optimizer = functools.partial(build_sat_optimizer, **params)
-    try:
-        wrapped, *_ = deepspeed.initialize(
-            model=engine, model_parameters=trained, optimizer=optimizer, config=settings
-        )
-    except (
-        *(ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError),
-        deepspeed.DeepSpeedConfigError,
-    ) as error:
-        logger.debug("deepspeed.initialize", exc_info=True)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-        raise UserError(
-            f"deepspeed refuses its settings: {type(error).__name__}: {reason}; change them in "
-            "the section deepspeed"
-        ) from None
-    return wrapped
-
-
-def save_checkpoint(engine: SATVideoDiffusionEngine, folder: Path, iteration: int) -> None:
-    """Write ``{folder}/{iteration}/mp_rank_00_model_states.pt`` and point ``latest`` to it.
-
-    Saved are the transformer and whatever else was trained, in the layout that `load` reads. The
-    file gets its name only when it is whole, and ``latest`` changes after that.
-
-    Raises:
-        UserError: the files cannot be written.
-    """
-    trained = {name for name, weight in engine.named_parameters() if weight.requires_grad}
-    state = {
-        name: tensor.cpu()
-        for name, tensor in engine.state_dict().items()
-        if name.startswith("model.diffusion_model.") or name in trained
-    }
-    path = folder / str(iteration) / "mp_rank_00_model_states.pt"
-    make_output_folder(path.parent)
-    save_torch({"module": state}, path)
-    with replacing(folder / "latest") as partial:
-        partial.write_text(str(iteration), "utf-8")
-    logger.info("saved %s", path)
-
-
-class Validation:
-    """The loss on validation data, at noise and noise levels that are the same every time."""
-
-    def __init__(self, config: Config) -> None:
-        from torch.utils.data import DataLoader
-
-        args = config.args
-        dataset = build_dataset(config, args.valid_data, key="valid_data")
-        self.loader = DataLoader(dataset, batch_size=args.eval_batch_size)
-        self.num_batches = args.eval_iters
-        self.seed = args.seed
-
-    def loss(self, engine: SATVideoDiffusionEngine) -> float:
-        """Mean loss over the first `eval_iters` batches."""
-        import torch
-
-        engine.eval()
-        losses = []
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            for batch in itertools.islice(checked_batches(self.loader), self.num_batches):
-                losses.append(float(engine(batch)))
-        engine.train()
-        return sum(losses) / len(losses)
-
-
-def make_run_folder(args: TrainingArgs) -> Path:
-    """The run's folder, made by rank 0; its name has the time, so the others ask for it.
-
-    Raises:
-        UserError: it cannot be made, or holds a run already.
-    """
-    import torch
-    from torch import distributed
-
-    names = [f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}"]
-    if distributed.get_rank() == 0:
-        folder = make_output_folder(Path(args.save).expanduser()) / names[0]
-        try:
-            folder.mkdir()  # also tells two runs apart that start at once
-        except FileExistsError:
-            raise UserError(
-                f"{folder} belongs to another run; wait a minute or change experiment_name"
-            ) from None
-    distributed.broadcast_object_list(names, src=0, device=torch.device("cpu"))
-    return Path(args.save).expanduser() / names[0]
-
-
-def save_config(config: Config, folder: Path) -> None:
-    """Write ``training_config.yaml``, which says all that the run was started with.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    from omegaconf import OmegaConf
-
-    sections = {"model": config.model, "data": config.data, "deepspeed": config.deepspeed}
-    with replacing(folder / "training_config.yaml") as partial:
-        OmegaConf.save(OmegaConf.create({"args": vars(config.args), **sections}), partial)
-
-
-def train(
-    wrapped: Any,
-    loader: DataLoader,
-    *,
-    config: Config,
-    validation: Validation | None,
-    folder: Path,
-) -> None:
-    """The training loop: `train_iters` optimizer steps, with logging, validation and saving.
-
-    Raises:
-        UserError: a checkpoint cannot be written.
-    """
-    from torch import distributed
-
+def set_up_activations(engine: SATVideoDiffusionEngine, config: Config) -> None:
+    """Checkpointing of activations, and compiled blocks, as `args` ask for them."""
     args = config.args
-    batches = endless_batches(loader)
-    started, logged_at, recent = time.monotonic(), 0, []
-    for iteration in range(1, args.train_iters + 1):
-        for _ in range(wrapped.gradient_accumulation_steps()):
-            loss = wrapped(next(batches))
-            wrapped.backward(loss)
-            wrapped.step()
-            recent.append(loss.detach())
-        if iteration % args.log_interval == 0 or iteration == args.train_iters:
-            now = time.monotonic()
-            seconds = (now - started) / (iteration - logged_at)
-            mean = sum(float(value) for value in recent) / len(recent)
-            logger.info(
-                "step %d of %d: loss %.4f, lr %.2e, %.3f s a step, %.0f s left",
-                iteration,
-                args.train_iters,
-                mean,
-                wrapped.get_lr()[0],
-                seconds,
-                seconds * (args.train_iters - iteration),
-            )
-            started, logged_at, recent = now, iteration, []
-        if validation and (iteration % args.eval_interval == 0 or iteration == args.train_iters):
-            value = validation.loss(wrapped.module)
-            logger.info("step %d: validation loss %.4f", iteration, value)
-        if iteration % args.save_interval == 0 or iteration == args.train_iters:
-            if distributed.get_rank() == 0:
-                save_checkpoint(wrapped.module, folder, iteration)
-            distributed.barrier()
+    network = engine.model.diffusion_model
+    if not args.checkpoint_activations:  # it takes this one and transformer_args' to be on
+        network.set_checkpointing(None)
+    elif network.checkpointing is not None:
+        network.set_checkpointing(args.checkpoint_keep)
+    if compile_pays(config, engine.device) if args.compile is None else args.compile:
+        network.compile_blocks()
 
 
 def check(config: Config) -> None:
@@ -336,6 +163,7 @@ def check(config: Config) -> None:
     """
     check_args(config.args)
     check_deepspeed(config.deepspeed)
+    check_precision(config.args, config.deepspeed)
     check_video_data(config.data, config.model)
     from_nothing = config.args.mode == "pretrain"
     if not (config.args.load or from_nothing):
@@ -344,6 +172,160 @@ def check(config: Config) -> None:
             "use mode: pretrain to start from random ones"
         )
     check_weight_paths(config.model, config.args.load, random_transformer=from_nothing)
+
+
+def prompts_of(config: Config, valid: ConcatDataset | None) -> list[str]:
+    """The prompts that validation makes videos of."""
+    args = config.args
+    if args.valid_prompts or valid is None:
+        return args.valid_prompts
+    captions = [text for part in valid.datasets for text in getattr(part, "captions", [])]
+    return captions[: args.valid_videos]
+
+
+def fill_cache(
+    config: Config,
+    parts: Sequence[ConcatDataset | None],
+    *,
+    prompts: Sequence[str],
+    device: torch.device,
+) -> Cache:
+    """The cache in `cache_dir`, with all that the datasets and prompts need in it."""
+    from sgm.data.cache import prepare_cache
+    from sgm.training.deepspeed_engine import weight_dtype
+
+    return prepare_cache(
+        [dataset for part in parts if part for dataset in part.datasets],
+        config.model,
+        cache_dir=config.args.cache_dir,
+        texts=prompts,
+        device=device,
+        text_device="cpu" if config.args.text_device == "cpu" else device,
+        dtype=weight_dtype(config.deepspeed),
+        num_workers=num_workers(config),
+    )
+
+
+class Data(NamedTuple):
+    """What a run trains on and is validated on; the cache if the data come from one."""
+
+    training: Dataset
+    validation: Dataset | None
+    prompts: Sequence[str]
+    cache: Cache | None
+
+
+def load_data(config: Config, device: torch.device) -> Data:
+    """The data of `args`, from the cache in `cache_dir` if that is given.
+
+    Raises:
+        UserError: a folder or its data is wrong, or the cache cannot be filled.
+    """
+    args = config.args
+    training = build_dataset(config, args.train_data, key="train_data")
+    validation = None
+    if args.valid_data:
+        validation = build_dataset(config, args.valid_data, key="valid_data", random_window=False)
+    prompts = prompts_of(config, validation)
+    if not args.cache_dir:
+        return Data(training, validation, prompts, None)
+    cache = fill_cache(config, [training, validation], prompts=prompts, device=device)
+    kept = None if validation is None else cache.dataset(validation)
+    return Data(cache.dataset(training), kept, prompts, cache)
+
+
+def build_validation(
+    config: Config, data: Data, engine: SATVideoDiffusionEngine, *, folder: Path, lockstep: bool
+) -> Validation | None:
+    """What validates a run in `folder`; None where there is nothing to validate on."""
+    from sgm.training.validation import Validation
+
+    if data.validation is None and not data.prompts:
+        return None
+    return Validation(
+        data.validation,
+        config,
+        folder=folder,
+        prompts=data.prompts,
+        embed=data.cache.embed if data.cache else engine.conditioner.encode,
+        lockstep=lockstep,
+    )
+
+
+def start_average(wrapped: Any, args: TrainingArgs) -> WeightAverage | None:
+    """The moving average of what DeepSpeed's engine trains, if `args` ask for one."""
+    from sgm.training.checkpoint import trained_weights
+    from sgm.training.ema import WeightAverage
+    from sgm.training.run_folder import is_main
+
+    if not args.ema_decay:
+        return None
+    weights = trained_weights(wrapped.module)
+    return WeightAverage(wrapped, weights, decay=args.ema_decay, keeps=is_main())
+
+
+def train(config: Config, device: torch.device) -> None:
+    """Load everything, then train; all processes of the run call it alike.
+
+    Raises:
+        UserError: data, weights or settings are wrong, or a file cannot be written.
+    """
+    import torch
+    from torch import distributed
+
+    from sgm.training import run_folder
+    from sgm.training.batches import checked_batches
+    from sgm.training.checkpoint import Checkpointer, Progress
+    from sgm.training.deepspeed_engine import start_deepspeed
+    from sgm.training.loop import Trainer
+    from sgm.training.objective import TrainingObjective
+    from sgm.training.report import Report
+
+    args = config.args
+    torch.manual_seed(args.seed)  # of random weights, LoRA's among them
+    checkpoint = run_folder.find_checkpoint(args) if args.resume else None
+    data = load_data(config, device)
+    run = checkpoint.parent if checkpoint else run_folder.start_run(args)
+    engine = load_engine(config, device, checkpoint=checkpoint)
+    set_up_activations(engine, config)
+    wrapped = start_deepspeed(TrainingObjective(engine), config.deepspeed, args)
+    batch_size = wrapped.train_micro_batch_size_per_gpu()
+    lockstep = wrapped.zero_optimization_stage() == 3
+    average = start_average(wrapped, args)
+    report = Report(
+        args,
+        folder=run,
+        start_step=int(checkpoint.name) if checkpoint else 0,
+        total_steps=args.train_iters,
+        samples_per_step=wrapped.train_batch_size(),
+        is_main=run_folder.is_main(),
+    )
+    checkpointer = Checkpointer(
+        wrapped,
+        run,
+        average=average,
+        watched={"report": report},
+        limit=args.save_total_limit,
+        base=engine.base_fingerprint,
+    )
+    progress = checkpointer.restore(checkpoint) if checkpoint else Progress()
+    if run_folder.is_main():
+        run_folder.clear_partial(run)
+        run_folder.save_config(config, run)
+    distributed.barrier()
+    loader = build_loader(data.training, config, batch_size=batch_size, start=progress.samples)
+    trainer = Trainer(
+        wrapped,
+        engine,
+        args,
+        batch_size=batch_size,
+        checkpointer=checkpointer,
+        report=report,
+        validation=build_validation(config, data, engine, folder=run, lockstep=lockstep),
+        average=average,
+    )
+    trainer.run(checked_batches(loader), progress)
+    report.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -355,28 +337,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from sample_video import Rank, choose_device
-    from sgm.modules.transformer.sat_runtime import ensure_process_groups
     from sgm.util import allow_targets
 
-    args = config.args
     allow_targets(config.allow_target)
-    device = choose_device(args, Rank.from_environment())
+    device = choose_device(config.args, Rank.from_environment())
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        # DeepSpeed, which is imported after this, would move the model to a GPU that is there.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    from sgm.modules.transformer.sat_runtime import ensure_process_groups
+
     ensure_process_groups()
-    torch.manual_seed(args.seed)
-    dataset = build_dataset(config, args.train_data, key="train_data")
-    validation = Validation(config) if args.valid_data else None
-    batch_size = config.deepspeed.get("train_micro_batch_size_per_gpu", 1)
-    loader = build_loader(dataset, config, batch_size=batch_size)
-    folder = make_run_folder(args)
-    engine = load_engine(config, device)
-    wrapped = start_deepspeed(engine, config)
-    # Ranks draw different noise, whatever was drawn alike while building.
-    torch.manual_seed(args.seed + torch.distributed.get_rank())
-    if torch.distributed.get_rank() == 0:
-        save_config(config, folder)
-    train(wrapped, loader, config=config, validation=validation, folder=folder)
+    train(config, device)
     return 0
 
 

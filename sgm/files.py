@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,13 +24,19 @@ def _is_full(folder: Path) -> bool:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """A name beside `path` to write to; renamed to `path` at the end, removed after a failure.
+
+    Args:
+        path: what is written.
+        shared: other processes may write the same path at the same time, so each gets a name of
+            its own; one that is killed leaves it behind.
 
     Raises:
         UserError: writing failed with an OSError; says why.
     """
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    token = f".{uuid.uuid4().hex}" if shared else ""
+    partial = path.with_name(f".{path.stem}{token}.partial{path.suffix}")
     try:
         yield partial
         os.replace(partial, path)

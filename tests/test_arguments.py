@@ -1,5 +1,8 @@
 """Command lines and YAML files: what wins, and what is refused with which hint."""
 
+import dataclasses
+import re
+
 import pytest
 
 from arguments import SamplingArgs, TrainingArgs, parse_config
@@ -30,7 +33,25 @@ def test_files_are_merged_in_order_and_flags_win(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--output-dir", "--output_dir"])
 def test_flags_are_spelt_either_way(parse, flag):
-    assert parse(BASE, flag, "elsewhere").args.output_dir == "elsewhere"
+    assert parse(BASE, flag, "else_where").args.output_dir == "else_where"
+    assert parse(BASE, f"{flag}=else_where").args.output_dir == "else_where"
+
+
+def test_what_deepspeeds_launcher_puts_first_is_taken(tmp_path):
+    (tmp_path / "a.yaml").write_text("args: {}")
+    base = ["--base", str(tmp_path / "a.yaml")]
+    assert parse_config(TrainingArgs, "test", ["--local_rank=3", *base]).args.local_rank == 3
+
+
+@pytest.mark.parametrize("command", [SamplingArgs, TrainingArgs])
+def test_help_lists_every_flag_in_one_spelling(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(command, "test", ["--help"])
+    listed = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert re.findall(r"--\w+_\S*", listed) == []
+    for option in dataclasses.fields(command):
+        assert f"--{option.name.replace('_', '-')}" in listed
 
 
 def test_a_precision_flag_replaces_the_files_precision(parse):
@@ -115,4 +136,25 @@ def test_a_wrong_flag_exits_with_2_and_names_the_nearest(parse, capsys, flags, w
     with pytest.raises(SystemExit) as stop:
         parse(BASE, *flags)
     assert stop.value.code == 2
-    assert words in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert words in message and message.startswith("error: ") and message.count("\n") == 1
+    assert "--help" in message
+
+
+@pytest.mark.parametrize(
+    ("second", "culprit", "words"),
+    [
+        ("args: {seed: 7}", "a.yaml", "'two' is not a whole number"),
+        ("args: {batch_size: three}", "b.yaml", "'three' is not a whole number"),
+        ("args: {batch_size: 3, sed: 7}", "b.yaml", "unknown key 'sed'"),
+        ("args: {batch_size: 3, load: '${nothing}'}", "b.yaml", "nothing"),
+        ("args: {batch_size: 3}\nmodel: 5", "b.yaml", "model must hold keys"),
+    ],
+)
+def test_of_several_files_the_one_that_holds_the_mistake_is_named(tmp_path, second, culprit, words):
+    texts = {"a.yaml": "args: {batch_size: two}", "b.yaml": second, "c.yaml": "args: {seed: 1}"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=words) as failure:
+        parse_config(SamplingArgs, "test", ["--base", *(str(tmp_path / name) for name in texts)])
+    assert [name for name in texts if name in str(failure.value)] == [culprit]

@@ -19,6 +19,7 @@ SHIPPED = {
     "cogvideox_tiny_infer.yaml": (SamplingArgs, [], []),
     "cogvideox_2b_sft.yaml": (TrainingArgs, [], []),
     "cogvideox_tiny_sft.yaml": (TrainingArgs, [], []),
+    "cogvideox_tiny_lora.yaml": (TrainingArgs, ["cogvideox_tiny_sft.yaml"], []),
     "cogvideox_tiny_train.yaml": (TrainingArgs, ["cogvideox_tiny_infer.yaml"], ["tools"]),
 }
 

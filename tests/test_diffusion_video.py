@@ -1,13 +1,15 @@
 """The engine: its training loss, the way into latents and back, and what is trained."""
 
 import math
+import weakref
 
 import pytest
 import torch
 
 from diffusion_video import NetworkWrapper, SATVideoDiffusionEngine
 from sgm.errors import UserError
-from sgm.util import check_params
+from sgm.models.first_stage import encode_moments
+from sgm.util import check_params, instantiate_from_config
 
 SCALE = 1.15258426
 
@@ -181,3 +183,65 @@ def test_training_mode_leaves_the_autoencoder_in_evaluation(build):
     assert engine.model.training and engine.conditioner.training
     assert not engine.first_stage_model.training
     assert not any(module.training for module in engine.first_stage_model.modules())
+
+
+def test_kept_moments_and_embeddings_give_the_input_of_the_video_to_the_bit(build, video):
+    whole, cached = build().train(), build(cached_input=True).train()
+    for engine in (whole, cached):
+        engine.conditioner.ucg_rates = [0.5]
+    kept = {
+        "moments": encode_moments(whole.first_stage_model, video),
+        "crossattn": whole.conditioner.eval()({"txt": TEXTS})["crossattn"],
+    }
+    whole.train()
+    for seed in range(4):  # of which some drop the text and some do not
+        torch.manual_seed(seed)
+        latents, cond = whole.get_input({"mp4": video, "txt": TEXTS})
+        after = torch.rand(())
+        torch.manual_seed(seed)
+        same_latents, same_cond = cached.get_input(kept)
+        assert torch.equal(same_latents, latents) and torch.equal(torch.rand(()), after)
+        assert torch.equal(same_cond["crossattn"], cond["crossattn"])
+        assert not latents.requires_grad and not cond["crossattn"].requires_grad
+
+
+def test_what_one_sample_becomes_does_not_depend_on_the_others(build, video):
+    engine = build().eval()
+    moments = encode_moments(engine.first_stage_model, video)
+    alone = encode_moments(engine.first_stage_model, video[1:])
+    assert torch.equal(moments[1:], alone)
+    both = engine.conditioner({"txt": TEXTS})["crossattn"]
+    assert torch.equal(both[1:], engine.conditioner({"txt": TEXTS[1:]})["crossattn"])
+
+
+def test_with_cached_input_no_file_of_the_encoders_is_read(build, small_model):
+    small_model["first_stage_config"]["params"]["ckpt_path"] = "no such file"
+    embedder = small_model["conditioner_config"]["params"]["emb_models"][0]
+    embedder["params"]["model_dir"] = "no such folder"
+    engine = build(cached_input=True)
+    assert engine.first_stage_model is None and not list(engine.conditioner.parameters())
+    for node in ("first_stage_config", "conditioner_config"):  # so the above does tell
+        with pytest.raises(UserError, match="no such"):
+            instantiate_from_config(small_model[node])
+
+
+def test_the_autoencoder_is_there_while_it_is_needed(build, video):
+    engine, whole = build(cached_input=True), build()
+    with engine.loaded_first_stage():
+        assert not any(weight.requires_grad for weight in engine.first_stage_model.parameters())
+        engine.first_stage_model.load_state_dict(whole.first_stage_model.state_dict())
+        latents = torch.randn(1, 3, 4, 4, 6)
+        decoded = list(engine.decode_first_stage(latents))
+        gone = weakref.ref(next(engine.first_stage_model.parameters()))
+    assert engine.first_stage_model is None and gone() is None
+    assert torch.equal(decoded[0], next(whole.decode_first_stage(latents)))
+    kept = whole.first_stage_model
+    with whole.loaded_first_stage():
+        assert whole.first_stage_model is kept
+    assert whole.first_stage_model is kept
+
+
+def test_the_text_encoder_may_be_on_another_device(build):
+    engine = build(text_device="meta")
+    (encoder,) = {weight.device.type for weight in engine.conditioner.parameters()}
+    assert encoder == "meta" and engine.device.type == "cpu"

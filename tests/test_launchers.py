@@ -20,6 +20,8 @@ STUB = """import json, os, sys
 print(json.dumps([os.path.basename(sys.argv[0]), sys.argv[1:], os.getcwd()]))
 sys.exit(7)
 """
+# What the launchers read of the environment, kept from the tests.
+LAUNCHING = {"NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"}
 CONFIG_2B = "args: {load: weights/transformer}\n"
 CONFIG_2B_SFT = "args: {load: weights/transformer, train_data: [my clips]}\n"
 
@@ -34,6 +36,7 @@ def copy(tmp_path: Path) -> Path:
     (root / "requirements.txt").write_text("# nothing\n")
     (root / "sample_video.py").write_text(STUB)
     (root / "train_video.py").write_text(STUB)
+    (root / "tools" / "teach_tiny.py").write_text(STUB)
     (root / "configs").mkdir()
     (root / "configs" / "cogvideox_2b_infer.yaml").write_text(CONFIG_2B)
     (root / "configs" / "cogvideox_2b_sft.yaml").write_text(CONFIG_2B_SFT)
@@ -41,8 +44,8 @@ def copy(tmp_path: Path) -> Path:
 
 
 def run(command: list[str], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if name != "NPROC"}
-    environment = kept | {"PYTHON": sys.executable} | variables
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHING}
+    environment = kept | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | variables
     return subprocess.run(
         ["bash", *command], cwd=cwd, env=environment, capture_output=True, text=True
     )
@@ -99,12 +102,25 @@ def test_configurations_are_found_from_another_folder(copy, tmp_path):
     assert json.loads(done.stdout) == ["sample_video.py", arguments, str(copy)]
 
 
-def test_finetune_without_weights_or_data_trains_the_bundled_model_and_says_why(copy):
+def test_finetune_without_weights_or_data_teaches_the_bundled_model_and_says_why(copy, tmp_path):
     (copy / "weights" / "transformer").mkdir(parents=True)
-    done = run(["finetune.sh", "--train-iters", "5"], copy)
-    arguments = ["--base", "configs/cogvideox_tiny_sft.yaml", "--train-iters", "5"]
-    assert json.loads(done.stdout) == ["train_video.py", arguments, str(copy)]
+    done = run([str(copy / "finetune.sh"), "--train-iters", "5"], tmp_path)
+    assert json.loads(done.stdout) == ["teach_tiny.py", ["--train-iters", "5"], str(copy)]
     assert "my clips" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_finetune_without_weights_takes_the_data_that_is_given(copy):
+    (copy / "mine").mkdir()
+    done = run(["finetune.sh", "--train-data", "mine"], copy)
+    arguments = ["--base", "configs/cogvideox_tiny_sft.yaml", "--train-data", "mine"]
+    assert json.loads(done.stdout) == ["train_video.py", arguments, str(copy)]
+
+
+@pytest.mark.parametrize("script", ["inference.sh", "finetune.sh"])
+def test_a_path_given_that_does_not_exist_is_one_sentence(copy, script):
+    done = run([script, "--load", "absent"], copy)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: --load absent does not exist; check the path\n"
 
 
 def test_finetune_with_weights_and_data_trains_the_2b_model_from_any_folder(copy, tmp_path):
@@ -122,20 +138,101 @@ def test_finetune_trains_what_it_is_told_to(copy):
     assert done.stderr == ""
 
 
+def launched(copy: Path, script: str, *flags: str, gpus: int = 0, **variables: str) -> list[str]:
+    """The command that run_script would run, on a machine with so many GPUs."""
+    programs = copy / "bin"
+    programs.mkdir(exist_ok=True)
+    smi = programs / "nvidia-smi"
+    # As on a machine with a GPU cut in parts, whose lines are indented.
+    lines = [f"GPU {i}: NVIDIA H100 (UUID: GPU-1{i})\n  MIG 1g.10gb (UUID: m)" for i in range(gpus)]
+    smi.write_text("#!/bin/sh\ncat <<END\n" + "\n".join(lines or ["No devices found"]) + "\nEND\n")
+    smi.chmod(0o755)
+    hidden = "" if "CUDA_VISIBLE_DEVICES" in variables else "unset CUDA_VISIBLE_DEVICES; "
+    shell = (
+        f'{hidden}source tools/launch.sh; python=echo; split_arguments "$@"; run_script {script}'
+    )
+    path = f"{programs}:{os.environ['PATH']}"
+    done = run(
+        ["-c", f"set -euo pipefail; {shell}", "bash", "a.yaml", *flags],
+        copy,
+        PATH=path,
+        **variables,
+    )
+    assert done.stderr == "", done.stderr
+    return done.stdout.split()
+
+
+def torchrun(processes: int, *meeting: str) -> list[str]:
+    meeting = meeting or ("--standalone",)
+    return ["-m", "torch.distributed.run", *meeting, "--nproc-per-node", str(processes)]
+
+
 def test_nproc_starts_torchrun(copy):
-    script = 'source tools/launch.sh; python=echo; split_arguments "$@"; run_script sample_video.py'
-    done = run(["-c", script, "bash", "a.yaml", "--fp16"], copy, NPROC="2")
-    assert done.stdout.split() == [
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("sample_video.py", "--base", "a.yaml", "--fp16"),
-    ]
+    command = ["sample_video.py", "--base", "a.yaml", "--fp16"]
+    assert launched(copy, "sample_video.py", "--fp16", NPROC="2") == torchrun(2) + command
 
 
-@pytest.mark.parametrize("number", ["0", "two", "-1", "1.5"])
-def test_a_wrong_nproc_is_one_sentence(copy, number):
-    done = run(["inference.sh", "a.yaml"], copy, NPROC=number)
+@pytest.mark.parametrize(
+    ("gpus", "visible", "processes"),
+    [
+        *((0, None, 1), (1, None, 1), (4, None, 4)),
+        *((4, "1,3", 2), (4, "GPU-10,GPU-11,-1,0", 2), (4, "", 1), (4, "-1", 1), (0, "0,1", 1)),
+    ],
+)
+def test_training_takes_all_visible_gpus(copy, gpus, visible, processes):
+    variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    command = ["train_video.py", "--base", "a.yaml"]
+    expected = command if processes == 1 else torchrun(processes) + command
+    assert launched(copy, "train_video.py", gpus=gpus, **variables) == expected
+
+
+def test_nproc_and_the_cpu_overrule_the_number_of_gpus(copy):
+    command = ["train_video.py", "--base", "a.yaml"]
+    assert launched(copy, "train_video.py", gpus=4, NPROC="1") == command
+    assert launched(copy, "train_video.py", gpus=2, NPROC="4") == torchrun(4) + command
+    for flags in (["--device", "cpu"], ["--device=cpu"], ["--help"]):
+        assert launched(copy, "train_video.py", *flags, gpus=4) == command + flags
+    flags = ["--device", "cpu"]
+    assert launched(copy, "train_video.py", *flags, NPROC="2") == torchrun(2) + command + flags
+
+
+def test_sampling_runs_in_one_process_however_many_gpus_there_are(copy):
+    assert launched(copy, "sample_video.py", gpus=4) == ["sample_video.py", "--base", "a.yaml"]
+
+
+def test_several_machines_meet_at_the_master(copy):
+    nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
+    meeting = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "10.0.0.1", "--master-port"]
+    command = ["train_video.py", "--base", "a.yaml"]
+    expected = torchrun(1, *meeting, "29500") + command
+    assert launched(copy, "train_video.py", gpus=1, **nodes) == expected
+    expected = torchrun(8, *meeting, "1234") + command
+    assert launched(copy, "train_video.py", gpus=8, MASTER_PORT="1234", **nodes) == expected
+    alone = {"NNODES": "1", "MASTER_ADDR": "10.0.0.1"}
+    assert launched(copy, "train_video.py", gpus=2, **alone) == torchrun(2) + command
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        *(({"NPROC": number}, f"NPROC={number}: ") for number in ("0", "two", "-1", "1.5", "08")),
+        ({"NNODES": "1:2"}, "NNODES=1:2: it must be a whole number from 1"),
+        ({"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2, but MASTER_ADDR is not set"),
+        ({"NNODES": "2", "MASTER_ADDR": "h"}, "NNODES=2, but NODE_RANK is not set"),
+        (
+            {"NNODES": "2", "MASTER_ADDR": "h", "NODE_RANK": "2"},
+            "NODE_RANK=2: with NNODES=2 it must be below 2",
+        ),
+        (
+            {"NNODES": "2", "MASTER_ADDR": "h", "NODE_RANK": "0", "MASTER_PORT": "x"},
+            "MASTER_PORT=x: it must be",
+        ),
+    ],
+)
+def test_a_wrong_number_of_processes_or_machines_is_one_sentence(copy, variables, words):
+    done = run(["finetune.sh", "a.yaml"], copy, **variables)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: NPROC={number}") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {words}") and done.stderr.count("\n") == 1
 
 
 def test_an_old_or_absent_python_is_one_sentence(copy, tmp_path):

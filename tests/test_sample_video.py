@@ -1,5 +1,6 @@
 """The sampling command as its users meet it, on small random weights."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,12 +10,16 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 import sample_video
+from sgm.checkpoint import is_lora_matrix, load_transformer, lora_record
+from sgm.checkpoint.transformer import MODEL_PREFIX
 from sgm.cli import run_command
 from sgm.errors import UserError
 from sgm.inference import video_io
+from sgm.util import instantiate_from_config
 from tools import make_random_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,6 +160,60 @@ def test_a_prompt_that_is_too_long_gives_a_warning_that_quotes_the_rest(base, tm
     assert "longer than 32 tokens" in warning and "zebra'" in warning
 
 
+@pytest.fixture(scope="session")
+def loras(base, tmp_path_factory):
+    """A folder with two LoRA runs for these weights: one that never took a step, and another."""
+    folder = tmp_path_factory.mktemp("loras")
+    config = OmegaConf.to_container(OmegaConf.load(base[1]))
+    node = config["model"]["network_config"]
+    lora = {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 2}}
+    node["params"]["modules"]["lora_config"] = lora
+    with torch.device("meta"):
+        network = instantiate_from_config(node)
+    load = config["args"]["load"]
+    weights = load_transformer(network, load, dtype=torch.float32, device="cpu")
+    for name in ("untrained", "trained"):
+        (folder / name / "5").mkdir(parents=True)
+        (folder / name / "latest").write_text("5")
+        matrices = {MODEL_PREFIX + n: w for n, w in network.named_parameters() if is_lora_matrix(n)}
+        state = {"module": matrices, "lora": lora_record(network, weights)}
+        torch.save(state, folder / name / "5" / "mp_rank_00_model_states.pt")
+        for layer in network.transformer.layers:
+            for matrix in layer.attention.dense.matrix_B:
+                matrix.data.fill_(1.0)
+    return folder
+
+
+def test_a_lora_that_learned_nothing_changes_nothing_and_another_does(
+    base, loras, sampled, tmp_path, capfd
+):
+    place = Path("0_a red circle") / "0"
+    expected = (sampled / place / "000000.mp4").read_bytes()
+    # A lora_config in the same file is for training; here the LoRA is merged.
+    lora = "lora_config: {target: sat.model.finetune.lora2.LoraMixin, params: {r: 9}}"
+    overlay = write(tmp_path / "lora.yaml", f"model: {{{lora}}}".encode())
+    for name in ("untrained", "trained"):
+        flags = ["--lora", str(loras / name)]
+        assert sample([*base, overlay], tmp_path, *flags, prompts=PROMPTS[:1]) == 0
+        video = (tmp_path / "out" / place / "000000.mp4").read_bytes()
+        assert (video == expected) == (name == "untrained")
+        record = json.loads((tmp_path / "out" / place / "run.json").read_text())
+        assert record["args"]["lora"] == str(loras / name)
+    assert "was trained on other weights" not in capfd.readouterr().err
+
+
+def test_a_wrong_lora_is_found_before_anything_is_loaded(base, loras, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sample_video, "load_engine", None)
+    whole = OmegaConf.load(base[1]).args.load
+    assert sample(base, tmp_path, "--lora", str(tmp_path / "none")) == 1
+    assert "error: lora: " in capfd.readouterr().err
+    assert sample(base, tmp_path, "--lora", whole) == 1
+    assert "is a whole model, not a LoRA" in capfd.readouterr().err
+    monkeypatch.undo()
+    assert sample(base, tmp_path, "--load", str(loras / "trained")) == 1
+    assert "is a LoRA, not a whole model; use load: for the base" in capfd.readouterr().err
+
+
 def run_cli(*flags, stdin=None):
     return subprocess.run(
         [sys.executable, "sample_video.py", *flags],
@@ -172,6 +231,12 @@ def test_prompts_can_be_typed(base, tmp_path):
     assert ready.startswith("model ready on ") and len(videos) == 2
     assert all(line.startswith(str(tmp_path / "out")) for line in videos)
     assert run.stdout == ""
+
+
+def test_nothing_typed_is_one_sentence(base, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert sample(base, tmp_path, "--input-type", "cli") == 1
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: no prompt was typed")
 
 
 def write(path, content):
@@ -215,6 +280,7 @@ def test_a_mistyped_flag_exits_with_2(base):
 
 
 YAML_MISTAKES = {
+    "model: {lora: run}": "lora stands under model in the configuration; put it under args",
     "model: {scale_facto: 1.0}": "did you mean 'scale_factor'",
     "model: {sampler_config: {params: {num_step: 5}}}": "did you mean 'num_steps'",
     "model: {network_config: {params: {num_layer: 5}}}": "did you mean 'num_layers'",

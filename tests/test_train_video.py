@@ -14,9 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 
 import train_video
 from arguments import TrainingArgs, parse_config
-from sgm.checkpoint import load_transformer
+from sgm.checkpoint import load_transformer, merge_lora
 from sgm.errors import UserError
 from sgm.inference.weights import check_weight_paths
+from sgm.training.batches import checked_batches
+from sgm.training.deepspeed_engine import start_deepspeed
+from sgm.training.optimizer import sat_optimizer
 from sgm.util import instantiate_from_config
 from tools import make_random_weights
 from tools.tiny.draw_clips import write_clips
@@ -74,27 +77,27 @@ def runs(tmp_path_factory):
 
 def weights(config, load):
     """The transformer's weights as inference reads them from `load`."""
-    node = OmegaConf.to_container(config.model.network_config)
-    if "lora_config" in config.model:
-        node["params"]["modules"]["lora_config"] = OmegaConf.to_container(config.model.lora_config)
     with torch.device("meta"):
-        network = instantiate_from_config(node)
+        network = instantiate_from_config(OmegaConf.to_container(config.model.network_config))
     load_transformer(network, load, dtype=torch.float32, device="cpu")
     return {name: weight.detach() for name, weight in network.named_parameters()}
 
 
 def losses(log):
-    return [float(value) for value in re.findall(r"step \d of 2: loss (\S+),", log)]
+    return [float(value) for value in re.findall(r"step \d of 2: loss (\S+) ", log)]
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_run_logs_finite_losses_and_leaves_a_checkpoint(runs, kind):
     config, log, run = runs[kind]
     assert len(losses(log)) == 2 and all(math.isfinite(value) for value in losses(log))
-    assert re.search(r"step 2: validation loss \d", log)
+    assert re.search(r"step 0: validation loss \d.*\n(.*\n)+step 2: validation loss \d", log)
+    videos = sorted((run / "validation").rglob("*.mp4"))
+    assert [video.parent.name for video in videos] == ["000000", "000002"]
     assert "3 of 3 clips can be used" in log
     assert (run / "latest").read_text() == "2"
-    assert sorted(path.name for path in (run / "2").iterdir()) == ["mp_rank_00_model_states.pt"]
+    files = ["mp_rank_00_model_states.pt", "training_state.pt"]
+    assert sorted(path.name for path in (run / "2").iterdir()) == files
     assert OmegaConf.load(run / "training_config.yaml").model == config.model
 
 
@@ -110,14 +113,21 @@ def test_fine_tuning_changes_the_transformer_and_saves_nothing_else(runs):
     assert all(name.startswith("model.diffusion_model.") for name in saved)
 
 
-def test_lora_changes_its_matrices_only(runs):
+def test_a_lora_run_leaves_its_matrices_which_inference_merges(runs):
     config, _, run = runs["lora"]
-    before, after = weights(config, config.args.load), weights(config, run)
-    matrices = [name for name in after if ".matrix_B." in name]
-    assert matrices
-    assert all(not before[name].any() and after[name].any() for name in matrices)
-    rest = [name for name in after if ".matrix_" not in name]
-    assert len(rest) > 20 and all(torch.equal(before[name], after[name]) for name in rest)
+    path = run / "2" / "mp_rank_00_model_states.pt"
+    saved = torch.load(path)
+    assert saved["lora"]["r"] == 2
+    assert all(".matrix_" in name for name in saved["module"]) and saved["module"]
+    assert path.stat().st_size < 100_000
+    before = weights(config, config.args.load)
+    with torch.device("meta"):
+        network = instantiate_from_config(OmegaConf.to_container(config.model.network_config))
+    base = load_transformer(network, config.args.load, dtype=torch.float32, device="cpu")
+    merge_lora(network, run, base=base)
+    wrapped = ("query_key_value.weight", "attention.dense.weight")
+    for name, weight in network.named_parameters():
+        assert torch.equal(weight, before[name]) != name.endswith(wrapped)
 
 
 def test_lora_starts_as_the_model_itself(runs):
@@ -156,7 +166,15 @@ WRONG = {
     "args.load": [None, "none"],
     "deepspeed.train_micro_batch_size_per_gpu": [0, True, "auto", 1.5],
     "deepspeed.zero_optimization": [3, [1]],
-    "deepspeed.zero_optimization.stage": ["two", 3, True, -1],
+    "deepspeed.zero_optimization.elastic_checkpoint": [True],
+    "deepspeed.bf16": [True],
+    "deepspeed.gradient_clipping": ["a", True, -1],
+    "args.experiment_name": ["a/b", ""],
+    "args.bf16": [True],
+    "args.warmup": [-0.1, 1.1],
+    "args.ema_decay": [1.0],
+    "args.lr_decay_ratio": [0.0],
+    "deepspeed.zero_optimization.stage": ["two", 4, True, -1],
     "deepspeed.optimizer": ["Adam", None],
     "deepspeed.optimizer.params": [[1]],
     "deepspeed.optimizer.type": [None, "sat.ops.LayerNorm", "sat.ops.os.system"],
@@ -229,21 +247,11 @@ def test_activations_are_recomputed_only_where_both_keys_say_so(small_model, in_
     network.setdefault("transformer_args", {})["checkpoint_activations"] = in_network
     config.model = small_model | {"loss_fn_config": config.model["loss_fn_config"]}
     config.args.mode, config.args.checkpoint_activations = "pretrain", in_args
+    config.args.checkpoint_keep = "attention"
     engine = train_video.load_engine(config, torch.device("cpu"))
-    mixin = engine.model.diffusion_model.mixins["adaln_layer"]
-    assert mixin.checkpoint_activations == (in_args and in_network)
-
-
-def test_other_ranks_take_the_folder_that_rank_0_made(tmp_path, monkeypatch):
-    def receive(names, src, device):
-        assert src == 0
-        names[0] = "made by rank 0"
-
-    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
-    monkeypatch.setattr("torch.distributed.broadcast_object_list", receive)
-    args = TrainingArgs(save=str(tmp_path))
-    assert train_video.make_run_folder(args) == tmp_path / "made by rank 0"
-    assert list(tmp_path.iterdir()) == []
+    train_video.set_up_activations(engine, config)
+    expected = "attention" if in_args and in_network else None
+    assert engine.model.diffusion_model.checkpointing == expected
 
 
 @pytest.mark.parametrize("kind", [TypeError, AttributeError, ImportError, KeyError, ValueError])
@@ -254,7 +262,7 @@ def test_what_deepspeed_refuses_is_one_sentence(monkeypatch, kind):
     monkeypatch.setattr("deepspeed.initialize", refuse)
     config = parse_config(TrainingArgs, "", ["--base", CONFIG])
     with pytest.raises(UserError, match=f"deepspeed refuses its settings: {kind.__name__}: .*lr"):
-        train_video.start_deepspeed(torch.nn.Linear(1, 1), config)
+        start_deepspeed(torch.nn.Linear(1, 1), config.deepspeed, config.args)
 
 
 @pytest.mark.parametrize("kind", [IndexError, OSError, RuntimeError])
@@ -264,14 +272,14 @@ def test_an_optimizer_that_cannot_be_compiled_is_one_sentence(monkeypatch, kind)
 
     monkeypatch.setattr("sat.ops.FusedEmaAdam", fail)
     with pytest.raises(UserError, match="sat.ops.FusedEmaAdam cannot be compiled.*use type: AdamW"):
-        train_video.build_sat_optimizer([], lr=1)
+        sat_optimizer({"lr": 1})([])
 
 
 def test_clips_of_different_lengths_in_a_batch_end_in_one_sentence() -> None:
     clips = [{"mp4": torch.zeros(length, 3, 8, 8), "txt": "a"} for length in (5, 9)]
     loader = DataLoader(clips, batch_size=2)
-    with pytest.raises(UserError, match="different lengths cannot share a batch of 2"):
-        next(train_video.checked_batches(loader))
+    with pytest.raises(UserError, match="different lengths cannot share a batch"):
+        next(checked_batches(loader))
 
 
 class Unusable(Dataset):
@@ -286,5 +294,5 @@ class Unusable(Dataset):
 
 def test_a_workers_sentence_arrives_without_its_stack_trace() -> None:
     with pytest.raises(UserError) as failure:
-        next(train_video.checked_batches(DataLoader(Unusable(), num_workers=1)))
+        next(checked_batches(DataLoader(Unusable(), num_workers=1)))
     assert str(failure.value) == "none of the clips can be decoded"

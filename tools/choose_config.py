@@ -5,7 +5,7 @@
 
 That is the 2B model's where the weights that it names (and the training data) exist, and else the
 bundled model's, after saying on stderr what is missing. Run from the repository, to which the
-paths are relative.
+paths are relative. A path that a flag names must exist.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ FULL = "configs/cogvideox_2b_infer.yaml"
 BUNDLED = "configs/cogvideox_tiny_infer.yaml"
 FULL_TRAIN = "configs/cogvideox_2b_sft.yaml"
 BUNDLED_TRAIN = "configs/cogvideox_tiny_sft.yaml"
+LESSON = "configs/cogvideox_tiny_lora.yaml"  # draws its own data; see tools/teach_tiny.py
 
 
 def weight_paths(config: Any, load: str | None = None) -> list[str]:
@@ -59,16 +60,30 @@ def choose_config(
 
     Args:
         load, train_data: the flags of these names.
-        train: choose for training, which needs data too.
+        train: choose for training, which needs data too. The bundled model takes the data that is
+            given, and without any the lesson that draws its own.
+
+    Raises:
+        ValueError: a path that a flag names does not exist.
     """
-    full, bundled = (FULL_TRAIN, BUNDLED_TRAIN) if train else (FULL, BUNDLED)
+    for flag, given in (("--load", [load]), ("--train-data", train_data or [])):
+        for path in given:
+            if path and _is_missing(path):
+                raise ValueError(f"{flag} {path} does not exist; check the path")
+    full, bundled = FULL, BUNDLED
+    if train:
+        full, bundled = FULL_TRAIN, BUNDLED_TRAIN if train_data else LESSON
     try:
         config = OmegaConf.load(full)
         paths = weight_paths(config, load) + (data_paths(config, train_data) if train else [])
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException):
         return full, []
-    missing = [path for path in paths if not Path(path).expanduser().exists()]
+    missing = [path for path in paths if _is_missing(path)]
     return (bundled if missing else full), missing
+
+
+def _is_missing(path: str) -> bool:
+    return not Path(path).expanduser().exists()
 
 
 def main() -> None:
@@ -78,13 +93,16 @@ def main() -> None:
     parser.add_argument("--load", nargs="?")
     parser.add_argument("--train-data", "--train_data", nargs="*")
     flags, _ = parser.parse_known_args()
-    config, missing = choose_config(flags.load, train=flags.train, train_data=flags.train_data)
+    try:
+        config, missing = choose_config(flags.load, train=flags.train, train_data=flags.train_data)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if missing:
         full, what = (FULL_TRAIN, "weights or data") if flags.train else (FULL, "weights")
+        instead = "Teaching the bundled model a new word" if config == LESSON else "The bundled model"
         print(
             f"{full} names {what} that are not there: {', '.join(missing)}. How to get the "
-            f"weights: 'Getting the 2B weights' in README.md. Running the bundled model, {config}, "
-            "instead",
+            f"weights: 'Getting the 2B weights' in README.md. {instead} instead, with {config}",
             file=sys.stderr,
         )
     print(config)

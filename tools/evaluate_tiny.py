@@ -1,12 +1,13 @@
 """How well CogVideoX-tiny does what its captions say.
 
     python tools/evaluate_tiny.py [--device cuda …]
+    python tools/evaluate_tiny.py --lora ckpts/tiny-lora-… --output-dir outputs/known
     python tools/evaluate_tiny.py --videos outputs
 
 Renders the 44 combinations that training never saw, in two wordings each, with sample_video.py,
 measures colour, shape, direction and background in each mp4, and the fidelity of the autoencoder on
-fresh clips. Flags that are not listed here go to sample_video.py. With --videos, mp4s that exist
-are measured instead.
+fresh clips. Flags that are not listed here go to sample_video.py: with --lora it tells whether a
+fine-tuned model still draws what it knew. With --videos, mp4s that exist are measured instead.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,8 +77,13 @@ def render(base: Sequence[str], prompts: Path, folder: Path, flags: Sequence[str
         raise UserError("some prompts failed (see above), so nothing is measured")
 
 
-def read_results(folder: Path) -> list[Result]:
+def read_results(
+    folder: Path, *, parse: Callable[[str], ShapeSpec] = parse_caption
+) -> list[Result]:
     """Measure every video that sample_video.py wrote under `folder`, in the order of prompts.
+
+    Args:
+        parse: tells what a prompt asks for; ValueError where it does not understand it.
 
     Raises:
         UserError: there is none, one cannot be read, or a prompt is not a caption of the toy world.
@@ -91,7 +97,7 @@ def read_results(folder: Path) -> list[Result]:
     for path, record in sorted(records, key=lambda item: (item[1]["line"], item[1]["sample"])):
         video = path.with_name("000000.mp4")
         try:
-            spec = parse_caption(record["prompt"])
+            spec = parse(record["prompt"])
             frames = iio.imread(video, plugin="FFMPEG")
             results.append(Result(spec, frames, measure(frames)))
         except (OSError, ValueError) as error:
@@ -120,17 +126,17 @@ def describe_errors(result: Result) -> str:
     return ", ".join(f"{name} {value}" for name, value in found.items())
 
 
-def draw_sheet(results: Sequence[Result]) -> Image.Image:
+def draw_sheet(results: Sequence[Result], *, columns: int = SHEET_COLUMNS) -> Image.Image:
     """All videos in a grid, a few frames of each in a row; captions of wrong ones are in red."""
     _, height, width, _ = results[0].frames.shape
     frame_step = width + FRAME_GAP
     cell_width, cell_height = SHEET_FRAMES * frame_step + GAP, height + LABEL_HEIGHT + GAP
-    num_rows = -(-len(results) // SHEET_COLUMNS)
-    sheet = Image.new("RGB", (SHEET_COLUMNS * cell_width, num_rows * cell_height), "white")
+    num_rows = -(-len(results) // columns)
+    sheet = Image.new("RGB", (columns * cell_width, num_rows * cell_height), "white")
     draw = ImageDraw.Draw(sheet)
     for index, result in enumerate(results):
-        left = index % SHEET_COLUMNS * cell_width
-        top = index // SHEET_COLUMNS * cell_height
+        left = index % columns * cell_width
+        top = index // columns * cell_height
         label = " ".join(result.spec.combination)
         if not result.is_right:
             label += f"  [{describe_errors(result)}]"

@@ -214,16 +214,27 @@ def read_checkpoint(path: str | Path) -> Any:
     return _read_torch(path, is_zip=kind == "zip")
 
 
+def _is_plain(tensor: torch.Tensor) -> bool:
+    is_dense = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
+    return is_dense and not (tensor.is_meta or tensor.is_complex())
+
+
 def tensors_of(state: Any, path: Path, *, wrapper: str) -> dict[str, torch.Tensor]:
     """The name → tensor dict in what `read_checkpoint` returned, under the key `wrapper` if there.
 
     Raises:
-        UserError: there is no such dict.
+        UserError: there is no such dict, or a tensor in it is not dense and real.
     """
     if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
         state = state[wrapper]
     if isinstance(state, dict):
         tensors = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
+        for name, tensor in tensors.items():
+            if not _is_plain(tensor):
+                raise UserError(
+                    f"{path}: {name!r} is not a dense tensor of real numbers, as weights are; "
+                    "download or copy it again"
+                )
         if tensors:
             return tensors
     raise UserError(

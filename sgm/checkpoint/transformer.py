@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -27,38 +28,45 @@ OTHER_PARTS = ("conditioner.", "first_stage_model.", "loss.", "loss_fn.", "denoi
 POSITION_TABLE = "mixins.pos_embed.pos_embedding"
 _LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
 _HINT = "use the configuration that belongs to these weights"
+_EXPECTED = {
+    "load": "the transformer's folder (with the file 'latest' in it) or its .pt file; README tells "
+    "where to get the weights",
+    "lora": "the folder of a LoRA run (with the file 'latest' in it), of one of its checkpoints, "
+    "or a file",
+}
 
 
-def find_transformer_file(load: str | Path) -> Path:
+def find_transformer_file(load: str | Path, *, key: Literal["load", "lora"] = "load") -> Path:
     """The file that `load` means: a file itself, a folder with ``latest``, or the folder it names.
+
+    Args:
+        load: the path.
+        key: the argument that gave the path, for messages.
 
     Raises:
         UserError: there is no such file; says which one was looked for.
     """
     try:
-        return _find_transformer_file(load)
+        return _find_transformer_file(load, key)
     except OSError as error:  # a name that is too long, a folder of somebody else …
         raise UserError(
-            f"load: {str(load)[:_LONGEST_QUOTE]!r} cannot be looked up ({error.strerror}); check "
+            f"{key}: {str(load)[:_LONGEST_QUOTE]!r} cannot be looked up ({error.strerror}); check "
             "the path and its permissions"
         ) from None
 
 
-def _find_transformer_file(load: str | Path) -> Path:
+def _find_transformer_file(load: str | Path, key: str) -> Path:
     path = Path(os.path.expanduser(load))
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(
-            f"load: {load} does not exist; it must be the transformer's folder (with the file "
-            "'latest' in it) or its .pt file; README tells where to get the weights"
-        )
+        raise UserError(f"{key}: {load} does not exist; it must be {_EXPECTED[key]}")
     folder = path
     if (path / "latest").is_file():
         tag = (path / "latest").read_text(encoding="utf-8", errors="replace").strip()
         if any(mark in tag for mark in "/\n\0"):
             raise UserError(
-                f"load: {path}/latest holds {tag[:_LONGEST_QUOTE]!r}, not just the name of a "
+                f"{key}: {path}/latest holds {tag[:_LONGEST_QUOTE]!r}, not just the name of a "
                 "folder beside it; write or download it again"
             )
         folder = path / tag
@@ -66,13 +74,40 @@ def _find_transformer_file(load: str | Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise UserError(
-        f"load: {folder / MODEL_FILES[0]} does not exist; expected are {path}/latest with the name "
-        f"of a folder, and {MODEL_FILES[0]} in that folder"
+        f"{key}: {folder / MODEL_FILES[0]} does not exist; expected are {path}/latest with the "
+        f"name of a folder, and {MODEL_FILES[0]} in that folder"
     )
 
 
+def is_lora_matrix(name: str) -> bool:
+    """Whether a weight of this name is a matrix of LoRA."""
+    return ".matrix_A." in name or ".matrix_B." in name
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Identity of a model's weights: 16 hexadecimal digits, the same for float32 and float16.
+
+    Only the vectors (biases, scales of norms) take part, rounded to float16, so little is read of
+    a mapped file, and nothing changes where LoRA wraps a layer. A copy rounded to bfloat16 counts
+    as another model.
+
+    Args:
+        tensors: name → tensor of the transformer, with or without the checkpoint's prefix.
+    """
+    vectors = {
+        name.removeprefix(MODEL_PREFIX).replace(".original.", "."): tensor
+        for name, tensor in tensors.items()
+        if tensor.ndim == 1 and not name.startswith(OTHER_PARTS)
+    }
+    digest = hashlib.sha256()
+    for name in sorted(vectors):
+        digest.update(f"{name}\0".encode())
+        digest.update(vectors[name].detach().half().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def sort_keys(
-    tensors: Mapping[str, Tensor], path: Path
+    tensors: Mapping[str, Tensor], path: Path, *, key: Literal["load", "lora"] = "load"
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The transformer's tensors of a checkpoint, as (base weights, LoRA matrices).
 
@@ -96,32 +131,40 @@ def sort_keys(
     if not any(name.startswith(("transformer.", "mixins.")) for name in own):
         raise UserError(
             f"{path} holds no transformer of SAT format (first key: {next(iter(tensors))!r}); "
-            "load must name the transformer's weights"
+            f"{key} must be {_EXPECTED[key]}"
         )
-    lora = {n: t for n, t in own.items() if ".matrix_A." in n or ".matrix_B." in n}
+    lora = {n: t for n, t in own.items() if is_lora_matrix(n)}
     base = {n.replace(".original.", "."): t for n, t in own.items() if n not in lora}
     return base, lora
 
 
-def _load_lora(network: DiffusionTransformer, lora: dict[str, Tensor], path: Path) -> None:
-    """Wrap the layers that LoRA changes, and fill the matrices if the file holds them."""
-    if not network.lora_config:
-        if lora:
-            name, matrix = next((n, t) for n, t in lora.items() if ".matrix_A." in n)
-            raise UserError(
-                f"{path} holds LoRA matrices of rank {matrix.shape[0]} ({name} …), but the "
-                "configuration has no lora_config; add it under model with that r"
-            )
-        return
-    network.add_lora()
-    if not lora:
-        logger.info("%s holds no LoRA matrices: LoRA starts from zero", path)
-        return
-    wanted = {n: p for n, p in network.named_parameters() if ".matrix_" in n}
+def fill_lora(network: DiffusionTransformer, lora: Mapping[str, Tensor], path: str | Path) -> None:
+    """Copy the matrices of the file `path` into a network that has its LoRA layers.
+
+    Raises:
+        UserError: they are of other layers or another rank.
+    """
+    wanted = {n: p for n, p in network.named_parameters() if is_lora_matrix(n)}
     check_fit(lora, wanted, path=path, hint=_HINT)
     with torch.no_grad():
         for name, matrix in lora.items():
             wanted[name].copy_(matrix)
+
+
+def _add_lora(network: DiffusionTransformer, lora: Mapping[str, Tensor], path: Path) -> None:
+    """Wrap the layers that LoRA changes, and fill the matrices if the file holds them."""
+    if network.lora_config:
+        network.add_lora()
+        if lora:
+            fill_lora(network, lora, path)
+        else:
+            logger.info("%s holds no LoRA matrices: LoRA starts from zero", path)
+    elif lora:
+        name, matrix = next(iter(lora.items()))
+        raise UserError(
+            f"{path} holds LoRA matrices of rank {min(matrix.shape)} ({name} …), but the "
+            "configuration has no lora_config; add it under model with that r"
+        )
 
 
 def load_transformer(
@@ -130,21 +173,30 @@ def load_transformer(
     *,
     dtype: torch.dtype,
     device: str | torch.device,
-) -> None:
+) -> str:
     """Fill a transformer that was built on the meta device with weights in SAT format.
 
     Tensors go from the mapped file straight to `device` and `dtype`, one by one, so that host
     memory never holds a second copy. Layers are wrapped for LoRA afterwards, where configured.
+
+    Returns:
+        The `fingerprint` of the file's weights, which `dtype` has not rounded yet.
 
     Raises:
         UserError: no such file, not weights, or weights of another model.
     """
     path = find_transformer_file(load)
     base, lora = sort_keys(tensors_of(read_checkpoint(path), path, wrapper="module"), path)
+    if lora and not base:
+        raise UserError(
+            f"{path} is a LoRA, not a whole model; use load: for the base model and lora: for this "
+            "(to train on, --resume)"
+        )
     wanted = network.state_dict()
     if POSITION_TABLE not in base and POSITION_TABLE in wanted:
         base[POSITION_TABLE] = network.mixins["pos_embed"].compute_table()
     check_fit(base, wanted, path=path, hint=_HINT)
     placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in base.items()}
     network.load_state_dict(placed, assign=True)
-    _load_lora(network, lora, path)
+    _add_lora(network, lora, path)
+    return fingerprint(base)

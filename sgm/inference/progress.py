@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -20,21 +22,32 @@ class Progress:
     Args:
         total: number of steps in all; None where the end is not known.
         unit: what a step is called.
+        done: steps that were done before, for work that is resumed.
+        lines: whether to log lines where there is no terminal; not for work that has its own.
     """
 
-    def __init__(self, total: int | None, *, unit: str = "step") -> None:
+    def __init__(
+        self, total: int | None, *, unit: str = "step", done: int = 0, lines: bool = True
+    ) -> None:
         self._total = total
         self._unit = unit
-        self._done = 0
+        self._done = self._done_before = done
+        self._lines = lines
         self._started = self._last_line = time.monotonic()
         # Of several ranks, the first one's progress stands for all.
         on_terminal = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-        self._bar = tqdm(total=total, unit=unit, leave=False) if on_terminal else None
+        self._bar = None
+        if on_terminal:
+            self._bar = tqdm(total=total, unit=unit, initial=done, leave=False)
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
 
@@ -52,6 +65,18 @@ class Progress:
         else:
             logger.error("%s", message)
 
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Take the bar off the terminal while other work shows its own lines or bar."""
+        if self._bar is None:
+            yield
+            return
+        self._bar.clear()
+        try:
+            yield
+        finally:
+            self._bar.refresh()
+
     def step(self, description: str) -> None:
         """One more step is done; `description` says of what."""
         self._done += 1
@@ -60,11 +85,12 @@ class Progress:
             self._bar.update()
             return
         now = time.monotonic()
-        if now - self._last_line < _SECONDS_BETWEEN_LINES:
+        if not self._lines or now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
         left = ""
         if self._total is not None:
-            seconds = (now - self._started) / self._done * (self._total - self._done)
+            seconds = (now - self._started) / (self._done - self._done_before)
+            seconds *= self._total - self._done
             left = f" of {self._total}, {seconds:.0f} s left"
         logger.info("%s: %s %d%s", description, self._unit, self._done, left)

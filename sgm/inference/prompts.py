@@ -54,16 +54,23 @@ def read_prompt_file(path: str | Path) -> list[Prompt]:
 
 
 def read_typed_prompts() -> Iterator[Prompt]:
-    """Prompts from standard input until its end, numbered from 0; asks for each on a terminal."""
+    """Prompts from standard input until its end, numbered from 0; asks for each on a terminal.
+
+    Raises:
+        UserError: the input ends without any.
+    """
     if hasattr(sys.stdin, "reconfigure"):  # bytes that are no text must not end the session
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-    line = 0
+    line, found = 0, False
     while True:
         if sys.stdin.isatty():
             print("prompt (Ctrl-D ends): ", end="", file=sys.stderr, flush=True)
         text = sys.stdin.readline()
         if not text:
-            return
+            break
         if text.strip():
+            found = True
             yield Prompt(line, text.strip())
         line += 1
+    if not found:
+        raise UserError("no prompt was typed; type one on each line, or use input_type: txt")

@@ -13,15 +13,20 @@ T5_EMBEDDER = "sgm.modules.encoders.modules.FrozenT5Embedder"
 
 
 def check_weight_paths(
-    model: Mapping[str, Any], load: str | None, *, random_transformer: bool = False
+    model: Mapping[str, Any],
+    load: str | None,
+    *,
+    lora: str | None = None,
+    random_transformer: bool = False,
 ) -> None:
-    """Check `load`, the autoencoder's `ckpt_path` and every T5 embedder's `model_dir`.
+    """Check `load`, `lora`, the autoencoder's `ckpt_path` and every T5 embedder's `model_dir`.
 
     A part without a file would start from random weights, and its output would be noise.
 
     Args:
         model: the `model` section; with ``latent_input: true`` no autoencoder is needed.
         load: `args.load`.
+        lora: `args.lora`, merged into these weights; that it holds a LoRA is checked too.
         random_transformer: `load` is not needed, the transformer is trained from nothing.
 
     Raises:
@@ -36,6 +41,10 @@ def check_weight_paths(
                 "args.load is not set: it must name the folder of the transformer's weights"
             )
         find_transformer_file(load)
+    if lora is not None:
+        from sgm.checkpoint import read_lora
+
+        read_lora(lora)
     if not model.get("latent_input"):
         path = _path(model.get("first_stage_config"), "ckpt_path", where="first_stage_config")
         if not path.is_file():

@@ -18,6 +18,8 @@ from sat.model.transformer import BaseTransformer
 from torch import Tensor, nn
 
 from sgm.errors import UserError, nearest_name
+from sgm.modules.transformer.attention import Kernel
+from sgm.modules.transformer.checkpointing import Keep
 from sgm.modules.transformer.sat_runtime import ensure_process_groups, quiet_sat
 from sgm.util import instantiate_from_config
 
@@ -72,8 +74,8 @@ class DiffusionTransformer(BaseModel):
         modules: the nodes ``{pos_embed,patch_embed,adaln_layer,final_layer}_config`` and, for
             LoRA, ``lora_config``.
         transformer_args: settings of SAT's transformer; of interest are `checkpoint_activations`
-            (recompute each block in the backward pass) and `skip_init` (leave SAT's weights
-            uninitialised).
+            (recompute each block in the backward pass; see `set_checkpointing`) and `skip_init`
+            (leave SAT's weights uninitialised).
         elementwise_affine: the layer norms have weight and bias.
         dtype: type of all weights.
 
@@ -158,6 +160,23 @@ class DiffusionTransformer(BaseModel):
         """Type of the weights."""
         return self.time_embed[0].weight.dtype
 
+    @property
+    def checkpointing(self) -> Keep | None:
+        """What training keeps of each block for the backward pass; None for everything."""
+        return self.mixins["adaln_layer"].checkpoint_keep
+
+    def set_checkpointing(self, keep: Keep | None) -> None:
+        """Keep of each block its input ("block"), the attention's result too, or all (None)."""
+        self.mixins["adaln_layer"].checkpoint_keep = keep
+
+    def set_attention(self, kernel: Kernel | None) -> None:
+        """Compute attention with this kernel; None (the default) takes the fastest there is."""
+        self.mixins["adaln_layer"].attention_kernel = kernel
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks, all to one graph; the first step then takes about a minute."""
+        self.mixins["adaln_layer"].compile_blocks()
+
     def add_lora(self) -> None:
         """Put the LoRA layers around the weights, which are then used as the fixed part.
 
@@ -195,8 +214,8 @@ class DiffusionTransformer(BaseModel):
             sinusoidal_embedding(timesteps, self.hidden_size).to(self.dtype)
         )  # (b, time_embed_dim)
         # SAT's transformer calls the hooks of the mixins in this order: patch_embed makes the
-        # tokens (text first), pos_embed says where they are, adaln_layer runs each block and its
-        # attention, and after SAT's last norm final_layer makes frames of the video tokens.
+        # tokens (text first), pos_embed says where they are, adaln_layer runs each block, and after
+        # SAT's last norm final_layer makes frames of the video tokens.
         prediction, *_ = super().forward(
             x.to(self.dtype),
             position_ids=None,

@@ -22,16 +22,19 @@ class GeneralConditioner(nn.Module):
             `input_key` names the entry of the batch it reads, `is_trainable` whether its weights
             are trained, `ucg_rate` (0 to 1) how often a training sample's embedding is replaced
             by zeros, which teaches the network its unconditional prediction.
+        with_embedders: without them no weights are read: batches bring their embedding along.
         dtype, device: of the embedders' weights.
 
     Raises:
-        UserError: an unknown key in an embedder's node.
+        UserError: an unknown key in an embedder's node; or several embedders, where there are to
+            be none: the parts of an embedding that each of them drops are not known then.
     """
 
     def __init__(
         self,
         emb_models: Sequence[Mapping[str, Any]],
         *,
+        with_embedders: bool = True,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -39,6 +42,11 @@ class GeneralConditioner(nn.Module):
         self.embedders = nn.ModuleList()
         self.input_keys: list[str] = []
         self.ucg_rates: list[float] = []
+        if not with_embedders and len(emb_models) != 1:
+            raise UserError(
+                f"conditioner_config: emb_models has {len(emb_models)} embedders; embeddings can "
+                "be kept of exactly one, so leave cache_dir out"
+            )
         for node in emb_models:
             for key in node:
                 if key not in _EMBEDDER_KEYS:
@@ -46,13 +54,20 @@ class GeneralConditioner(nn.Module):
                         f"conditioner_config: unknown key {key!r} in emb_models; "
                         f"{nearest_name(key, _EMBEDDER_KEYS)}"
                     )
+            self.input_keys.append(node.get("input_key", "txt"))
+            self.ucg_rates.append(float(node.get("ucg_rate", 0.0)))
+            if not with_embedders:
+                continue
             config = {"target": node.get("target"), "params": node.get("params")}
             embedder = instantiate_from_config(config, dtype=dtype, device=device)
             if not node.get("is_trainable", False):
                 embedder.eval().requires_grad_(False)
             self.embedders.append(embedder)
-            self.input_keys.append(node.get("input_key", "txt"))
-            self.ucg_rates.append(float(node.get("ucg_rate", 0.0)))
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether an embedder's weights are trained."""
+        return any(weight.requires_grad for weight in self.parameters())
 
     def train(self, mode: bool = True) -> GeneralConditioner:
         """Switch to training; embedders that are not trained stay as in inference."""
@@ -63,24 +78,35 @@ class GeneralConditioner(nn.Module):
         return self
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Embed a batch.
+        """Conditioning of a batch: of its texts, or with its ``crossattn`` (b, n_text, d_text).
 
         In training mode each sample's embedding is zeroed with the embedder's `ucg_rate`, drawn
-        from torch's global generator.
+        from torch's global generator, after everything is embedded.
 
         Returns:
             ``{"crossattn": (b, n_text, d_text)}``; several embedders are joined along d_text.
         """
-        outputs = []
-        for embedder, key, ucg_rate in zip(
-            self.embedders, self.input_keys, self.ucg_rates, strict=True
-        ):
-            embedding = embedder(batch[key])  # (b, n, d)
+        embeddings = [batch["crossattn"]] if "crossattn" in batch else self._embed(batch)
+        return {"crossattn": torch.cat(self._drop(embeddings), dim=-1)}
+
+    def _embed(self, batch: Mapping[str, Any]) -> list[Tensor]:
+        """The output (b, n_text, d) of each embedder."""
+        if not self.embedders:
+            raise RuntimeError("this conditioner has no embedders: a batch must bring 'crossattn'")
+        return [
+            embedder(batch[key])
+            for embedder, key in zip(self.embedders, self.input_keys, strict=True)
+        ]
+
+    def _drop(self, embeddings: Sequence[Tensor]) -> list[Tensor]:
+        """Of each embedder's output (b, n_text, d) the samples that are not dropped, else zeros."""
+        dropped = []
+        for embedding, ucg_rate in zip(embeddings, self.ucg_rates, strict=True):
             if self.training and ucg_rate > 0:
                 kept = torch.rand(embedding.shape[0], 1, 1) >= ucg_rate
                 embedding = embedding * kept.to(embedding)
-            outputs.append(embedding)
-        return {"crossattn": torch.cat(outputs, dim=-1)}
+            dropped.append(embedding)
+        return dropped
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -23,15 +23,23 @@ _LEAST = {
     "eval_interval": 1,
     "eval_batch_size": 1,
     "save_interval": 1,
+    "save_total_limit": 0,
     "log_interval": 1,
     "num_workers": 0,
+    "nonfinite_limit": 1,
+    "auto_warmup_steps": 0,
+    "valid_videos": 0,
+    "warmup": 0,
+    "ema_decay": 0,
 }
+# Greatest values.
+_MOST = {"warmup": 1, "ema_decay": 0.999999, "lr_decay_ratio": 1}
 # What torch.manual_seed takes, less the room that ranks and epochs, added to it, need.
 _SEED_LIMIT = 2**63
 
 
 def check_args(args: Any) -> None:
-    """Check the numbers of `TrainingArgs`.
+    """Check the values of `TrainingArgs`.
 
     Raises:
         UserError: one is out of its range.
@@ -39,6 +47,18 @@ def check_args(args: Any) -> None:
     for key, least in _LEAST.items():
         if getattr(args, key) < least:
             raise UserError(f"{key}={getattr(args, key)}: it must be at least {least}")
+    for key, most in _MOST.items():
+        if getattr(args, key) > most:
+            raise UserError(f"{key}={getattr(args, key)}: it must be at most {most}")
+    if args.lr_decay_ratio <= 0:
+        raise UserError(f"lr_decay_ratio={args.lr_decay_ratio}: it must be above 0")
+    if args.lr_decay_iters is not None and args.lr_decay_iters < 1:
+        raise UserError(f"lr_decay_iters={args.lr_decay_iters}: it must be at least 1")
+    if "/" in args.experiment_name or not args.experiment_name:
+        raise UserError(
+            f"experiment_name={args.experiment_name!r}: it must be the name of a folder in `save`, "
+            "without a slash"
+        )
     if not -_SEED_LIMIT <= args.seed < _SEED_LIMIT:
         raise UserError(f"seed={args.seed}: it must be from -2**63 to 2**63 - 1")
 
@@ -55,6 +75,9 @@ def check_deepspeed(settings: Mapping[str, Any]) -> None:
             f"deepspeed.train_micro_batch_size_per_gpu: {batch_size!r} must be a whole number "
             "from 1 ('auto' is not supported)"
         )
+    clipping = settings.get("gradient_clipping", 0.0)
+    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0:
+        raise UserError(f"deepspeed.gradient_clipping: {clipping!r} must be a number from 0")
     optimizer = _section(settings.get("optimizer"), "optimizer")
     _section(optimizer.get("params"), "optimizer.params")
     if not optimizer:
@@ -66,9 +89,31 @@ def check_deepspeed(settings: Mapping[str, Any]) -> None:
         raise UserError(
             f"deepspeed.optimizer.type: {kind!r} is not supported; of SAT's only {SAT_OPTIMIZER} is"
         )
-    stage = _section(settings.get("zero_optimization"), "zero_optimization").get("stage", 0)
-    if not _is_int(stage) or not 0 <= stage <= 2:
-        raise UserError(f"deepspeed.zero_optimization.stage: {stage!r} may be 0, 1 or 2")
+    for name in ("bf16", "fp16"):
+        _section(settings.get(name), name)
+    zero = _section(settings.get("zero_optimization"), "zero_optimization")
+    stage = zero.get("stage", 0)
+    if not _is_int(stage) or not 0 <= stage <= 3:
+        raise UserError(f"deepspeed.zero_optimization.stage: {stage!r} may be 0, 1, 2 or 3")
+    if zero.get("elastic_checkpoint"):
+        raise UserError(
+            "deepspeed.zero_optimization: elastic_checkpoint is not supported; remove it"
+        )
+
+
+def check_precision(args: Any, settings: Mapping[str, Any]) -> None:
+    """Check that `fp16` and `bf16` of `args`, where they are set, agree with `deepspeed`.
+
+    Raises:
+        UserError: they do not; the precision of training is DeepSpeed's.
+    """
+    for name in ("fp16", "bf16"):
+        enabled = (settings.get(name) or {}).get("enabled")
+        if getattr(args, name) and not enabled:
+            raise UserError(
+                f"{name} is set, but training has the precision of the section deepspeed; set "
+                f"deepspeed.{name}.enabled there instead"
+            )
 
 
 def check_video_data(data: Mapping[str, Any], model: Mapping[str, Any]) -> None:

@@ -19,6 +19,13 @@ def test_typed_prompts_end_with_the_input(monkeypatch):
     assert list(read_typed_prompts()) == [Prompt(0, "a cat"), Prompt(2, "a dog")]
 
 
+@pytest.mark.parametrize("text", ["", "\n  \n"])
+def test_typing_nothing_is_an_error(monkeypatch, text):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    with pytest.raises(UserError, match="no prompt was typed"):
+        list(read_typed_prompts())
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [(b"", "holds no prompt"), (b" \n\n", "holds no prompt"), (b"a caf\xe9", "not UTF-8")],

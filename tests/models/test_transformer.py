@@ -12,6 +12,7 @@ from torch import Tensor
 from sgm.errors import UserError
 from sgm.models.transformer import DiffusionTransformer, sinusoidal_embedding
 from sgm.modules.transformer import adaln
+from sgm.modules.transformer.checkpointing import Keep
 from sgm.util import instantiate_from_config
 
 TABLE = "mixins.pos_embed.pos_embedding"
@@ -166,41 +167,91 @@ def gradients(model: DiffusionTransformer) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def trained_model(
+    config: dict[str, Any], randomize: Callable[..., None], *, lora: bool
+) -> DiffusionTransformer:
+    """A model with noise for weights; in LoRA training nothing before the blocks has a gradient."""
+    model = DiffusionTransformer(**config)
+    randomize(model)
+    if lora:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".matrix_" in name)
+    return model
+
+
+@pytest.mark.parametrize("keep", ["block", "attention"])
+@pytest.mark.parametrize("lora", [None, {"r": 4, "lora_dropout": 0.3}])
 def test_checkpointing_gives_the_same_gradients(
     small_config: Config,
     randomize: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     lora: dict[str, Any] | None,
+    keep: Keep,
 ) -> None:
-    checkpointed_blocks = []
-    original = adaln.checkpoint
+    kept = []
+    original = adaln.run_checkpointed
 
-    def counting(block: Any, *args: Any, **kwargs: Any) -> Any:
-        checkpointed_blocks.append(block)
-        return original(block, *args, **kwargs)
+    def counting(*args: Any, keep: Keep) -> Any:
+        kept.append(keep)
+        return original(*args, keep=keep)
 
-    monkeypatch.setattr(adaln, "checkpoint", counting)
+    monkeypatch.setattr(adaln, "run_checkpointed", counting)
+    model = trained_model(small_config(lora=lora), randomize, lora=lora is not None)
     found = {}
-    for enabled in (False, True):
-        settings = {"checkpoint_activations": enabled}
-        model = DiffusionTransformer(**small_config(lora=lora, transformer_args=settings))
-        randomize(model)
-        if lora is not None:  # as in LoRA training: nothing before the blocks has a gradient
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(".matrix_" in name)
-        found[enabled] = gradients(model)
-        assert len(checkpointed_blocks) == 2 * enabled
+    for setting in (None, keep):
+        model.set_checkpointing(setting)
+        torch.manual_seed(0)  # of the dropout
+        found[setting] = gradients(model)
+    assert kept == [keep] * 2  # the layers
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert found[True].keys() == found[False].keys() == trainable
-    for name, gradient in found[False].items():
+    assert found[keep].keys() == found[None].keys() == trainable
+    for name, gradient in found[None].items():
         assert gradient.any(), name
         # The same operations on the same numbers.
-        torch.testing.assert_close(found[True][name], gradient, rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(found[keep][name], gradient, rtol=0, atol=0, msg=name)
 
     with torch.no_grad():
         model(**inputs(model))
-    assert len(checkpointed_blocks) == 2  # nothing is recomputed where no gradient is asked for
+    assert len(kept) == 2  # nothing is recomputed where no gradient is asked for
+
+
+def test_configuration_turns_checkpointing_on(small_config: Config) -> None:
+    found = [
+        DiffusionTransformer(
+            **small_config(transformer_args={"checkpoint_activations": enabled})
+        ).checkpointing
+        for enabled in (False, True)
+    ]
+    assert found == [None, "block"]
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_compiled_blocks_are_one_graph_of_all_layers(
+    small_config: Config,
+    randomize: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    lora: dict[str, Any] | None,
+) -> None:
+    compile_with = torch.compile
+
+    def without_code_generation(function: Any, *, dynamic: bool) -> Any:
+        # Tracing as always, but operators as they are; a break of the graph is an error.
+        return compile_with(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+
+    model = trained_model(small_config(lora=lora, num_layers=3), randomize, lora=lora is not None)
+    model.set_checkpointing("attention")
+    expected = gradients(model)
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", without_code_generation)
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    model.compile_blocks()
+    found = gradients(model)
+    assert graphs["unique_graphs"] == 1
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # Sums in another order, of numbers up to 60.
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4, msg=name)
 
 
 # ---- LoRA ----

@@ -74,6 +74,26 @@ def test_training_drops_whole_embeddings_at_the_rate_and_inference_none(node):
     assert (conditioner.eval()(batch)["crossattn"] == 1).all()
 
 
+def test_a_kept_embedding_is_dropped_as_a_fresh_one_is_without_any_embedder(node):
+    nodes = [node(ucg_rate=0.5)]
+    fresh, kept = GeneralConditioner(nodes), GeneralConditioner(nodes, with_embedders=False)
+    assert not list(kept.parameters())
+    texts = ["a"] * 64
+    torch.manual_seed(3)
+    expected = fresh.train()({"txt": texts})["crossattn"]
+    torch.manual_seed(3)
+    found = kept.train()({"crossattn": torch.ones(64, 3, 4)})["crossattn"]
+    assert torch.equal(found, expected) and 0 < found.sum() < found.numel()
+    assert (kept.eval()({"crossattn": torch.ones(64, 3, 4)})["crossattn"] == 1).all()
+
+
+def test_without_embedders_there_are_no_texts_and_no_second_embedder(node):
+    with pytest.raises(RuntimeError, match="must bring 'crossattn'"):
+        GeneralConditioner([node()], with_embedders=False)({"txt": ["a"]})
+    with pytest.raises(UserError, match="has 2 embedders.*leave cache_dir out"):
+        GeneralConditioner([node(), node()], with_embedders=False)
+
+
 def test_without_a_rate_nothing_is_dropped_in_training(node):
     conditioner = GeneralConditioner([node()]).train()
     assert (conditioner({"txt": ["a"] * 100})["crossattn"] == 1).all()

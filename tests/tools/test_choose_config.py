@@ -12,6 +12,7 @@ from tools.choose_config import (
     BUNDLED_TRAIN,
     FULL,
     FULL_TRAIN,
+    LESSON,
     data_paths,
     weight_paths,
 )
@@ -52,7 +53,14 @@ def test_the_flag_load_wins_over_the_file(folder):
     (folder / "mine").mkdir()
     shutil.rmtree(folder / "weights" / "transformer")
     assert choose_config.choose_config("mine") == (FULL, [])
-    assert choose_config.choose_config("absent") == (BUNDLED, ["absent"])
+
+
+def test_a_path_that_a_flag_names_must_exist(folder, monkeypatch, capsys):
+    for flags in (["--load", "absent"], ["--train", "--train-data", "weights", "absent"]):
+        monkeypatch.setattr("sys.argv", ["choose_config.py", *flags])
+        with pytest.raises(SystemExit, match="^error: --[a-z-]+ absent does not exist"):
+            choose_config.main()
+        assert capsys.readouterr() == ("", "")
 
 
 def test_training_needs_the_data_as_well(folder):
@@ -60,21 +68,25 @@ def test_training_needs_the_data_as_well(folder):
     (folder / FULL_TRAIN).write_text(training)
     (folder / "clips").mkdir()
     choose = choose_config.choose_config
-    assert choose(train=True) == (BUNDLED_TRAIN, ["more"])
+    assert choose(train=True) == (LESSON, ["more"])
     assert choose(train=True, train_data=["clips"]) == (FULL_TRAIN, [])
     assert choose() == (FULL, [])
     shutil.rmtree(folder / "weights" / "t5")
-    assert choose(train=True) == (BUNDLED_TRAIN, ["weights/t5", "more"])
+    assert choose(train=True) == (LESSON, ["weights/t5", "more"])
+    # The bundled model takes the data that is given.
+    assert choose(train=True, train_data=["clips"]) == (BUNDLED_TRAIN, ["weights/t5"])
 
 
 def test_the_flags_of_training_are_understood(folder, monkeypatch, capsys):
     (folder / FULL_TRAIN).write_text(CONFIG)
-    argv = ["choose_config.py", "--train", "--train-data", "absent", "--lr", "3"]
+    (folder / "clips").mkdir()
+    shutil.rmtree(folder / "weights" / "t5")
+    argv = ["choose_config.py", "--train", "--train-data", "clips", "--lr", "3"]
     monkeypatch.setattr("sys.argv", argv)
     choose_config.main()
     said = capsys.readouterr()
     assert said.out == f"{BUNDLED_TRAIN}\n"
-    assert FULL_TRAIN in said.err and "absent" in said.err
+    assert FULL_TRAIN in said.err and "weights/t5" in said.err and "clips" not in said.err
 
 
 def test_what_is_missing_is_said_beside_the_choice(folder, monkeypatch, capsys):

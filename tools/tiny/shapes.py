@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -230,17 +231,26 @@ class ShapeClips(Dataset):
     """Clips drawn on the fly; item `index` depends on (seed, index) alone, in any process.
 
     Items: ``{"mp4": float32 (17, 3, 64, 96) in [-1, 1], "txt": caption}``. Combinations are drawn
-    uniformly from the 172 of training, or from the held-out 44. Part of the captions say size or
-    speed, or use another wording.
+    uniformly from the 172 of training, from the held-out 44, or from those that are given. Part of
+    the captions say size or speed, or use another wording.
     """
 
     MENTION_PROBABILITY = 0.25
     CANONICAL_PROBABILITY = 0.6
 
-    def __init__(self, num_clips: int, seed: int, *, held_out: bool = False) -> None:
+    def __init__(
+        self,
+        num_clips: int,
+        seed: int,
+        *,
+        held_out: bool = False,
+        combinations: Sequence[ShapeSpec] | None = None,
+    ) -> None:
         self.num_clips = num_clips
         self.seed = seed
-        self.combinations = held_out_combinations() if held_out else training_combinations()
+        if combinations is None:
+            combinations = held_out_combinations() if held_out else training_combinations()
+        self.combinations = combinations
 
     def __len__(self) -> int:
         return self.num_clips

@@ -61,6 +61,12 @@ class T5Tokenizer:
         return self._pieces.decode(self._pieces.encode(text)[self.max_length - 1 :])
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of weights that are used, sorted; empty where there are none."""
+    weights = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+    return sorted(weights)
+
+
 def _check_folder(folder: Path) -> None:
     """Say what of a T5 folder is absent or broken before anything large is loaded.
 
@@ -77,14 +83,25 @@ def _check_folder(folder: Path) -> None:
         if not (folder / name).is_file():
             raise UserError(f"the T5 folder {folder} lacks {name}; copy it there from the original")
         check_kind(folder / name)
-    weights = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+    weights = _weight_files(folder)
     if not weights:
         raise UserError(
             f"the T5 folder {folder} holds no weights (*.safetensors or pytorch_model*.bin; "
             "tf_model.h5 is not used); in a git clone run 'git lfs pull'"
         )
-    for path in sorted(weights):
+    for path in weights:
         check_weight_file(path)
+
+
+def embedding_files(model_dir: str) -> list[Path]:
+    """The files of a T5 folder that embeddings depend on, sorted.
+
+    Raises:
+        UserError: the folder is not a T5 folder.
+    """
+    folder = Path(model_dir).expanduser()
+    _check_folder(folder)
+    return [folder / "config.json", folder / "spiece.model", *_weight_files(folder)]
 
 
 def _load_encoder(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
@@ -167,6 +184,11 @@ class FrozenT5Embedder(nn.Module):
             )
 
     def forward(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings (b, max_length, d_text) of b texts."""
-        ids = self.tokenizer(texts).to(self.transformer.device)
-        return self.transformer(input_ids=ids).last_hidden_state
+        """Embeddings (b, max_length, d_text) of b texts.
+
+        One text at a time, so that an embedding is the same to the last bit whatever else is in
+        the batch, and kept ones can stand for it.
+        """
+        ids = self.tokenizer(texts).to(self.transformer.device)  # (b, max_length)
+        parts = [self.transformer(input_ids=row).last_hidden_state for row in ids.split(1)]
+        return torch.cat(parts)

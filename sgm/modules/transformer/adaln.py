@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from sat.model.base_model import BaseMixin
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from sgm.modules.transformer.attention import Kernel, attend, choose_kernel
+from sgm.modules.transformer.checkpointing import Keep, run_checkpointed
+from sgm.modules.transformer.projection import project
 
 QK_NORM_EPSILON = 1e-6
 
@@ -27,7 +29,11 @@ class Modulation:
 
 @dataclass(frozen=True)
 class JointModulation:
-    """The modulation of one sub-layer; the first `text_length` tokens are text, the rest video."""
+    """The modulation of one sub-layer; the first `text_length` tokens are text, the rest video.
+
+    One by one, operations are fastest on text and video apart. Compiled, they become one kernel
+    with the norms around them, if each token chooses its values instead.
+    """
 
     text: Modulation
     video: Modulation
@@ -35,6 +41,9 @@ class JointModulation:
 
     def modulate(self, normed: Tensor) -> Tensor:
         """The input of the sub-layer: ``normed * (1 + scale) + shift``, (b, n, d)."""
+        if torch.compiler.is_compiling():
+            shift, scale = self._of_tokens("shift", normed), self._of_tokens("scale", normed)
+            return modulate(normed, shift, scale=scale)
         text, video = normed[:, : self.text_length], normed[:, self.text_length :]
         return torch.cat(
             [
@@ -46,6 +55,8 @@ class JointModulation:
 
     def add_gated(self, tokens: Tensor, update: Tensor) -> Tensor:
         """The sub-layer's result: ``tokens + gate * update``, (b, n, d)."""
+        if torch.compiler.is_compiling():
+            return torch.addcmul(tokens, self._of_tokens("gate", tokens), update)
         text, video = tokens[:, : self.text_length], tokens[:, self.text_length :]
         text_update, video_update = update[:, : self.text_length], update[:, self.text_length :]
         return torch.cat(
@@ -56,9 +67,15 @@ class JointModulation:
             dim=1,
         )
 
+    def _of_tokens(self, name: str, tokens: Tensor) -> Tensor:
+        """Shift, scale or gate of each token, (b, n, d)."""
+        is_text = torch.arange(tokens.shape[1], device=tokens.device) < self.text_length
+        text, video = getattr(self.text, name), getattr(self.video, name)
+        return torch.where(is_text[:, None], text, video)
+
 
 def modulate(normed: Tensor, shift: Tensor, *, scale: Tensor) -> Tensor:
-    """``normed * (1 + scale) + shift``; normed (b, n, d), shift and scale (b, 1, d)."""
+    """``normed * (1 + scale) + shift``; normed (b, n, d), shift and scale broadcast to it."""
     return torch.addcmul(shift, normed, 1 + scale)
 
 
@@ -70,6 +87,9 @@ class AdaLNMixin(BaseMixin):
     zero, so that a fresh block is the identity (adaLN-Zero; Peebles and Xie, "Scalable Diffusion
     Models with Transformers", section 3.2).
 
+    A block calls the Linears of SAT's layer, or the LoRA layers in their place, and none of
+    SAT's hooks within a layer, so that it compiles as a whole.
+
     Args:
         num_layers: blocks of the transformer.
         hidden_size: width d of a token.
@@ -79,6 +99,10 @@ class AdaLNMixin(BaseMixin):
         elementwise_affine: these norms have weight and bias.
         checkpoint_activations: keep only the input of each block for the backward pass and
             compute the rest again there.
+
+    Attributes:
+        checkpoint_keep: what is kept of a block for the backward pass; None for everything.
+        attention_kernel: what computes the attention; None for the fastest that there is.
     """
 
     def __init__(
@@ -93,8 +117,11 @@ class AdaLNMixin(BaseMixin):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        self.checkpoint_activations = checkpoint_activations
+        self.checkpoint_keep: Keep | None = "block" if checkpoint_activations else None
+        self.attention_kernel: Kernel | None = None
         self.qk_ln = qk_ln
+        self.head_size = head_size
+        self._run_block = run_block
         self.adaLN_modulations = nn.ModuleList(
             nn.Sequential(nn.SiLU(), nn.Linear(time_embed_dim, 12 * hidden_size))
             for _ in range(num_layers)
@@ -108,6 +135,14 @@ class AdaLNMixin(BaseMixin):
             )
             self.query_layernorm_list = nn.ModuleList(head_norm() for _ in range(num_layers))
             self.key_layernorm_list = nn.ModuleList(head_norm() for _ in range(num_layers))
+
+    def compile_blocks(self) -> None:
+        """Compile the block, once for all layers: its first call takes about a minute.
+
+        Each shape of the tokens, and evaluation beside training, costs a compilation of its own;
+        past PyTorch's limit of 8 further ones run as they are.
+        """
+        self._run_block = torch.compile(run_block, dynamic=False)
 
     def layer_forward(
         self,
@@ -124,65 +159,100 @@ class AdaLNMixin(BaseMixin):
         `mask` is what SAT hands on; attention here is full and does not read it.
         """
         # SAT gives the layer as a CPU tensor; int() of it waits for no GPU.
-        block = partial(self._block, layer_id=int(layer_id), text_length=text_length, mask=mask)
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            # SAT has a loop for this, but it is re-entrant (it needs an input with gradient) and
-            # on a machine with a GPU it is DeepSpeed's, which recomputes outside autocast and
-            # moves a CPU model's tensors to the GPU.
-            return checkpoint(block, hidden_states, time_embedding, use_reentrant=False)
-        return block(hidden_states, time_embedding)
-
-    def _block(
-        self,
-        tokens: Tensor,
-        time_embedding: Tensor,
-        *,
-        layer_id: int,
-        text_length: int,
-        mask: Tensor,
-    ) -> Tensor:
-        layer = self.transformer.layers[layer_id]
-        for_attention, for_mlp = self._modulations(
-            layer_id, time_embedding, text_length=text_length
+        parts = self.block_parts(int(layer_id))
+        tokens = hidden_states
+        if self._run_block is not run_block and torch.is_grad_enabled():
+            # With LoRA the first layer's input has no gradient; one that is thrown away costs less
+            # than to compile a second graph.
+            tokens = tokens if tokens.requires_grad else tokens.detach().requires_grad_()
+        return self._run_block(
+            tokens,
+            time_embedding,
+            parts,
+            text_length=text_length,
+            head_size=self.head_size,
+            kernel=self.attention_kernel or choose_kernel(hidden_states),
+            keep=self.checkpoint_keep if torch.is_grad_enabled() else None,
         )
 
-        attention_input = for_attention.modulate(layer.input_layernorm(tokens))
-        attended = layer.attention(attention_input, mask, layer_id=layer_id)
-        tokens = for_attention.add_gated(tokens, attended)
-
-        mlp_input = for_mlp.modulate(layer.post_attention_layernorm(tokens))
-        return for_mlp.add_gated(tokens, layer.mlp(mlp_input, layer_id=layer_id))
-
-    def _modulations(
-        self, layer_id: int, time_embedding: Tensor, *, text_length: int
-    ) -> tuple[JointModulation, JointModulation]:
-        """Modulations of a block's attention and of its MLP, from (b, time_embed_dim)."""
-        video, text = rearrange(
-            self.adaLN_modulations[layer_id](time_embedding),
-            "b (kind sublayer part d) -> kind sublayer part b 1 d",
-            kind=2,
-            sublayer=2,
-            part=3,
-        )  # each (2, 3, b, 1, d)
-        attention, mlp = (
-            JointModulation(
-                text=Modulation(*text[sublayer]),
-                video=Modulation(*video[sublayer]),
-                text_length=text_length,
-            )
-            for sublayer in range(2)
-        )
-        return attention, mlp
-
-    def attention_fn(
-        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, layer_id: int, **__: Any
-    ) -> Tensor:
-        """Full attention over text and video together, (b, heads, n, head_size) each.
-
-        Neither the mask nor the dropout that SAT passes is read: looking into a mask would make
-        the CPU wait for the GPU, and this model has neither.
-        """
+    def block_parts(self, layer_id: int) -> BlockParts:
+        """The modules of a block: SAT's layer and what this mixin adds to it."""
+        norms = (nn.Identity(), nn.Identity())
         if self.qk_ln:
-            query = self.query_layernorm_list[layer_id](query)
-            key = self.key_layernorm_list[layer_id](key)
-        return F.scaled_dot_product_attention(query, key, value)
+            norms = (self.query_layernorm_list[layer_id], self.key_layernorm_list[layer_id])
+        return BlockParts(
+            self.transformer.layers[layer_id], self.adaLN_modulations[layer_id], *norms
+        )
+
+
+class BlockParts(NamedTuple):
+    """The modules of one block."""
+
+    layer: nn.Module
+    modulation: nn.Module
+    query_norm: nn.Module
+    key_norm: nn.Module
+
+
+def run_block(
+    tokens: Tensor,
+    time_embedding: Tensor,
+    parts: BlockParts,
+    *,
+    text_length: int,
+    head_size: int,
+    kernel: Kernel,
+    keep: Keep | None,
+) -> Tensor:
+    """A block on tokens (b, n, d); of its inner results only `keep` stays for the backward pass.
+
+    A function of all that it needs: compiled, it is the same graph for every layer.
+    """
+    block = partial(
+        _block, parts=parts, text_length=text_length, head_size=head_size, kernel=kernel
+    )
+    if keep is None:
+        return block(tokens, time_embedding)
+    return run_checkpointed(block, tokens, time_embedding, keep=keep)
+
+
+def _block(
+    tokens: Tensor,
+    time_embedding: Tensor,
+    *,
+    parts: BlockParts,
+    text_length: int,
+    head_size: int,
+    kernel: Kernel,
+) -> Tensor:
+    layer = parts.layer
+    for_attention, for_mlp = modulations(parts.modulation(time_embedding), text_length=text_length)
+
+    attention_input = for_attention.modulate(layer.input_layernorm(tokens))
+    query, key, value = (
+        part.unflatten(-1, (-1, head_size))  # (b, n, heads, head_size)
+        for part in project(layer.attention.query_key_value, attention_input, num_parts=3)
+    )
+    attended = attend(parts.query_norm(query), parts.key_norm(key), value, kernel=kernel)
+    (attended,) = project(layer.attention.dense, attended.flatten(-2), num_parts=1)
+    tokens = for_attention.add_gated(tokens, attended)
+
+    mlp_input = for_mlp.modulate(layer.post_attention_layernorm(tokens))
+    hidden = layer.mlp.activation_func(layer.mlp.dense_h_to_4h(mlp_input))  # (b, n, 4d)
+    return for_mlp.add_gated(tokens, layer.mlp.dense_4h_to_h(hidden))
+
+
+def modulations(values: Tensor, *, text_length: int) -> tuple[JointModulation, JointModulation]:
+    """Modulations of a block's attention and of its MLP, from (b, 12 d)."""
+    video, text = rearrange(
+        values, "b (kind sublayer part d) -> kind sublayer part b 1 d", kind=2, sublayer=2, part=3
+    )  # each (2, 3, b, 1, d)
+    attention, mlp = (
+        JointModulation(
+            text=Modulation(*text[sublayer]),
+            video=Modulation(*video[sublayer]),
+            text_length=text_length,
+        )
+        for sublayer in range(2)
+    )
+    return attention, mlp

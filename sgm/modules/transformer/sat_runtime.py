@@ -15,19 +15,19 @@ def ensure_process_groups() -> None:
     """Create the process groups that SAT's layers ask for their size, unless they exist.
 
     A training run has made them already, and nothing happens. A process on its own gets a group
-    of one, whose store lives in its memory: it takes no port and meets no other job, and as it
-    has nobody to talk to, gloo will do on a GPU too. Under torchrun (``WORLD_SIZE`` above 1) the
-    ranks meet at the address that torchrun gives them, with NCCL for GPU tensors where there is
-    a GPU; every rank holds the whole model. Unlike SAT's own start-up for single models, this
+    of one, whose store lives in its memory: it takes no port and meets no other job. Under torchrun
+    (``WORLD_SIZE`` above 1) the ranks meet at the address that torchrun gives them; every rank
+    holds the whole model. GPU tensors go through NCCL: gloo would take each by way of the host,
+    even with nobody to send it to. Unlike SAT's own start-up for single models, this
     leaves the random generators alone.
     """
     if not torch.distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             torch.distributed.init_process_group(backend)
         else:
             store = torch.distributed.HashStore()
-            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     if not mpu.model_parallel_is_initialized():
         with quiet_sat():
             mpu.initialize_model_parallel(1)

@@ -1,0 +1,142 @@
+"""Names of cache entries: each says all that the entry's content depends on.
+
+A name is a digest of contents, never of paths or times of files, so an entry is found again after
+files were moved, and not after one was changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgm.errors import UserError
+from sgm.modules.encoders.modules import FrozenT5Embedder, embedding_files
+from sgm.util import get_class
+
+# To be raised when other code makes another content: which frames are taken, how they are scaled,
+# what the autoencoder or the text encoder compute, how an entry is written.
+VERSION = 1
+
+_CHUNK_BYTES = 1 << 20
+# A file above this size is known by samples of it: T5-XXL's may have 44 GB, and would be read
+# whole at every start.
+WHOLE_BYTES = 1 << 30
+# One sample for each stretch of this size. T5-XXL's matrices are larger, so each is met.
+_STRETCH_BYTES = 8 << 20
+_SAMPLE_BYTES = 1 << 12
+
+
+def _digest(*parts: Any) -> str:
+    """40 hexadecimal digits for values as JSON knows them."""
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """The digest of a file's whole content.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    state = hashlib.blake2b(digest_size=20)
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def hash_weights(path: Path) -> str:
+    """The digest of a file of weights: of all of it, or of samples where it is above 1 GiB.
+
+    Samples are its size, its first and last MiB and 4 KiB of every 8 MiB. They hold the names,
+    types and shapes (safetensors' head), the check sums of all tensors (in the last MiB of what
+    torch.save wrote) and a part of every large tensor. So other weights, or weights that were
+    trained on, have another digest; an edit of a few numbers in a safetensors file need not.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    if size <= WHOLE_BYTES:
+        return hash_file(path)
+    state = hashlib.blake2b(str(size).encode(), digest_size=20)
+    with path.open("rb", buffering=0) as file:
+        state.update(file.read(_CHUNK_BYTES))
+        for start in range(_STRETCH_BYTES, size - _CHUNK_BYTES, _STRETCH_BYTES):
+            file.seek(start)
+            state.update(file.read(_SAMPLE_BYTES))
+        file.seek(size - _CHUNK_BYTES)
+        state.update(file.read(_CHUNK_BYTES))
+    return state.hexdigest()
+
+
+def _identity(node: Mapping[str, Any], files: Sequence[Path], *, path_key: str) -> str:
+    """The digest of a part of the model: its node, with its files' content for their path."""
+    params = {name: value for name, value in node["params"].items() if name != path_key}
+    try:
+        contents = [hash_weights(path) for path in files]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    return _digest(node["target"], params, contents)
+
+
+def first_stage_identity(config: Mapping[str, Any]) -> str:
+    """The digest of the autoencoder that a node describes.
+
+    Raises:
+        UserError: it has no file of weights, or that cannot be read.
+    """
+    path = (config.get("params") or {}).get("ckpt_path")
+    if not path:
+        raise UserError(
+            "first_stage_config.params.ckpt_path is not set; latents of random weights are not "
+            "worth keeping: set it, or leave cache_dir out"
+        )
+    return _identity(config, [Path(path).expanduser()], path_key="ckpt_path")
+
+
+def text_identity(config: Mapping[str, Any]) -> str:
+    """The digest of the text encoder in the conditioner's node.
+
+    Raises:
+        UserError: there is not exactly one embedder, it is not T5 or is trained, or its files
+            cannot be read.
+    """
+    nodes = (config.get("params") or {}).get("emb_models") or []
+    if len(nodes) != 1 or get_class(nodes[0].get("target")) is not FrozenT5Embedder:
+        raise UserError(
+            "cache_dir: embeddings are kept of one FrozenT5Embedder in conditioner_config, and "
+            "this configuration has something else; leave cache_dir out"
+        )
+    (node,) = nodes
+    if node.get("is_trainable"):
+        raise UserError(
+            "cache_dir: embeddings of a text encoder with is_trainable cannot be kept; set it to "
+            "false, or leave cache_dir out"
+        )
+    return _identity(node, embedding_files(node["params"]["model_dir"]), path_key="model_dir")
+
+
+def latents_key(
+    content: str, settings: Mapping[str, Any], *, identity: str, dtype: torch.dtype
+) -> str:
+    """The name of a clip's entry.
+
+    It depends on the digest of its file, the frame settings, the autoencoder and its dtype.
+    """
+    return _digest(VERSION, "moments", content, settings, identity, str(dtype))
+
+
+def embedding_key(text: str, *, identity: str, dtype: torch.dtype) -> str:
+    """The name of a text's entry, which depends on the text, the text encoder and its dtype."""
+    return _digest(VERSION, "crossattn", text, identity, str(dtype))
+
+
+def window_position(key: str) -> float:
+    """Where the window of an entry begins in a longer clip: from 0 to below 1, drawn by its key."""
+    return int(key[:12], 16) / 16**12

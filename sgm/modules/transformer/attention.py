@@ -1,0 +1,102 @@
+"""Full attention between tokens: PyTorch's own, or FlashAttention-4 where that is installed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# What computes the attention: "flash" is FlashAttention-4, "sdpa" is PyTorch.
+Kernel = Literal["flash", "sdpa"]
+
+_FLASH_CAPABILITIES = ((9, 0), (10, 0))  # Hopper and Blackwell, for which it is written
+
+
+def choose_kernel(tokens: Tensor) -> Kernel:
+    """The fastest kernel that there is for tokens of this device and type."""
+    half = tokens.dtype in (torch.float16, torch.bfloat16)
+    return "flash" if half and tokens.is_cuda and _flash_runs_on(tokens.device) else "sdpa"
+
+
+@functools.lru_cache
+def _flash_runs_on(device: torch.device) -> bool:
+    if torch.cuda.get_device_capability(device) not in _FLASH_CAPABILITIES:
+        return False
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ModuleNotFoundError:  # of flash_attn itself
+        return False
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, *, kernel: Kernel) -> Tensor:
+    """Attention without mask or dropout, (b, n, heads, head_size) each and for the result."""
+    if kernel == "flash":
+        return flash_attention(query, key, value)[0]
+    # Each head is a batch of its own there: (b, heads, n, head_size).
+    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
+@torch.library.custom_op("cogvideox::flash_attention", mutates_args=())
+def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """FlashAttention-4: the result (b, n, heads, head_size), log-sum-exp (b, heads, n) float32.
+
+    An operator of its own, so that `torch.compile` takes it as a whole and checkpointing can keep
+    its result. Source: Shah et al., "FlashAttention-3" (Hopper), and its successor for Blackwell.
+    """
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    result, log_sum_exp, *_ = _flash_attn_fwd(query, key, value, return_lse=True)
+    return result, log_sum_exp
+
+
+@flash_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    b, n, heads, _ = query.shape
+    return query.new_empty(value.shape), query.new_empty((b, heads, n), dtype=torch.float32)
+
+
+@torch.library.custom_op("cogvideox::flash_attention_backward", mutates_args=())
+def flash_attention_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, log_sum_exp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, given that of the result."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    of_query, of_key, of_value = _flash_attn_bwd(
+        query, key, value, result, gradient.contiguous(), log_sum_exp
+    )
+    return of_query, of_key, of_value
+
+
+@flash_attention_backward.register_fake
+def _(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, log_sum_exp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _save_for_backward(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx, gradient: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return flash_attention_backward(gradient, *ctx.saved_tensors)
+
+
+flash_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+# The operators whose results checkpointing can keep; which of them PyTorch calls, it decides.
+ATTENTION_OPERATORS = frozenset(
+    {
+        torch.ops.cogvideox.flash_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)

@@ -1,0 +1,125 @@
+"""DeepSpeed's engine around the training objective."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgm.errors import UserError
+from sgm.training.checks import SAT_OPTIMIZER
+from sgm.training.gradient_checks import fuse_gradient_checks
+from sgm.training.optimizer import parameter_groups, sat_optimizer
+from sgm.training.schedule import build_schedule
+
+logger = logging.getLogger(__name__)
+
+# What DeepSpeed raises for settings it refuses, besides its own error.
+_REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError)
+
+
+def weight_dtype(settings: Mapping[str, Any]) -> torch.dtype:
+    """The precision that DeepSpeed's sections ``bf16`` and ``fp16`` give the weights."""
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if (settings.get(name) or {}).get("enabled") is True:
+            return dtype
+    return torch.float32
+
+
+def start_deepspeed(objective: nn.Module, settings: Mapping[str, Any], args: Any) -> Any:
+    """DeepSpeed's engine around `objective`, with the `deepspeed` section as its settings.
+
+    The learning rate follows SAT's schedule unless the section has a ``scheduler`` of its own.
+
+    Raises:
+        UserError: nothing is trained, or DeepSpeed refuses its settings.
+    """
+    import deepspeed
+
+    # DeepSpeed insists on what launchers set, also for a process that was started without one.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    settings = dict(settings)
+    params = settings["optimizer"].get("params") or {}
+    learning_rate = params.get("lr", 1e-3)  # the default of Adam in PyTorch
+    groups = parameter_groups(objective)
+    schedule = None
+    if settings.get("scheduler"):
+        groups = [{k: value for k, value in group.items() if k != "lr"} for group in groups]
+    else:
+
+        def schedule(optimizer: torch.optim.Optimizer) -> Any:
+            return build_schedule(optimizer, args, learning_rate=learning_rate)
+
+    optimizer = None
+    if settings["optimizer"]["type"] == SAT_OPTIMIZER:
+        # DeepSpeed knows its own and PyTorch's optimizers by name; SAT's is handed to it ready.
+        del settings["optimizer"]
+        optimizer = sat_optimizer(params)
+    try:
+        wrapped, *_ = deepspeed.initialize(
+            model=objective,
+            model_parameters=groups,
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            config=settings,
+        )
+    except (*_REFUSALS, deepspeed.DeepSpeedConfigError) as error:
+        logger.debug("deepspeed.initialize", exc_info=True)
+        reason = textwrap.shorten(str(error), 300, placeholder=" …") or "no reason given"
+        raise UserError(
+            f"deepspeed refuses its settings: {type(error).__name__}: {reason}; change them in "
+            "the section deepspeed"
+        ) from None
+    fuse_gradient_checks(wrapped.optimizer)
+    return wrapped
+
+
+@contextlib.contextmanager
+def gathered(wrapped: Any, weights: list[nn.Parameter]) -> Iterator[None]:
+    """Within it `weights` are whole on every process, also where ZeRO-3 divides them."""
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    with GatheredParameters(weights, enabled=wrapped.zero_optimization_stage() == 3):
+        yield
+
+
+@contextlib.contextmanager
+def outside_forward(wrapped: Any) -> Iterator[None]:
+    """Within it parts of the model may be called by themselves, not through DeepSpeed's engine.
+
+    ZeRO-3 brings a weight together when its module is called. Those that are read otherwise, such
+    as the position table and LoRA's matrices, it looks for in its own forward pass only, unless
+    told to as here.
+    """
+    from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
+
+    divided = [
+        module._parameters
+        for module in wrapped.module.modules()
+        if isinstance(module._parameters, ZeROOrderedDict)
+    ]
+    for weights in divided:
+        weights._in_forward = True
+    try:
+        yield
+    finally:
+        for weights in divided:
+            weights._in_forward = False
+
+
+def gradient_norm(wrapped: Any) -> float | Tensor | None:
+    """Norm of all gradients before clipping; DeepSpeed's where it computes one.
+
+    To be called between the last backward pass of a step and the step: without ZeRO in float32
+    DeepSpeed keeps no norm, and after the step the gradients are gone.
+    """
+    if hasattr(wrapped.optimizer, "_global_grad_norm") or wrapped.zero_optimization_stage():
+        return None
+    gradients = [w.grad for w in wrapped.module.parameters() if w.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)

@@ -1,0 +1,80 @@
+"""Gradients of the loss against those through diffusers' transformer with the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffusion_video import NetworkWrapper
+from sgm.models.transformer import DiffusionTransformer
+from sgm.util import instantiate_from_config
+from tests.models.test_transformer_diffusers import to_diffusers
+
+diffusers = pytest.importorskip("diffusers")
+
+MODULES = "sgm.modules.diffusionmodules"
+TABLE = {
+    "target": f"{MODULES}.discretizer.ZeroSNRDDPMDiscretization",
+    "params": {"shift_scale": 3.0},
+}
+DENOISER = {
+    "target": f"{MODULES}.denoiser.DiscreteDenoiser",
+    "params": {
+        "num_idx": 1000,
+        "weighting_config": {"target": f"{MODULES}.denoiser_weighting.EpsWeighting"},
+        "scaling_config": {"target": f"{MODULES}.denoiser_scaling.VideoScaling"},
+        "discretization_config": TABLE,
+    },
+}
+SAMPLING = {
+    "target": f"{MODULES}.sigma_sampling.DiscreteSampling",
+    "params": {"num_idx": 1000, "discretization_config": TABLE},
+}
+
+
+@pytest.fixture
+def networks(small_config, randomize) -> tuple[nn.Module, nn.Module]:
+    ours = DiffusionTransformer(**small_config())
+    randomize(ours)
+    theirs = diffusers.CogVideoXTransformer3DModel(
+        num_layers=2, num_attention_heads=2, attention_head_dim=32, in_channels=16,
+        out_channels=16, time_embed_dim=32, text_embed_dim=48, max_text_seq_length=10,
+        sample_width=12, sample_height=8, sample_frames=9, temporal_compression_ratio=4,
+        patch_size=2, spatial_interpolation_scale=1.875, use_rotary_positional_embeddings=False,
+    )  # fmt: skip
+    theirs.load_state_dict(to_diffusers(ours.state_dict(), num_layers=2))
+    return ours, theirs
+
+
+def gradients(
+    predict: Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor], module: nn.Module
+) -> dict[str, Tensor]:
+    params = {"sigma_sampler_config": SAMPLING}
+    loss_fn = instantiate_from_config(
+        {"target": f"{MODULES}.loss.VideoDiffusionLoss", "params": params}
+    )
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 3, 16, 8, 12, generator=generator)
+    cond = {"crossattn": torch.randn(2, 10, 48, generator=generator)}
+    denoiser = instantiate_from_config(DENOISER)
+    loss_fn(predict, denoiser, x, cond, generator=generator).mean().backward()
+    return {name: w.grad for name, w in module.named_parameters() if w.grad is not None}
+
+
+def test_gradients_equal_those_through_diffusers(networks):
+    ours, theirs = networks
+    found = to_diffusers(gradients(NetworkWrapper(ours), ours), num_layers=2)
+    expected = gradients(
+        lambda x, timesteps, cond: theirs(x, cond["crossattn"], timesteps).sample, theirs
+    )
+    assert found.keys() == expected.keys() and len(found) > 50
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        # Float32 rounding, relative to a weight's largest gradient: 2e-5 here. The bias of the norm
+        # of the keys changes no prediction, so its gradient is nothing but rounding.
+        bound = max(1e-4 * float(gradient.abs().max()), 1e-6 * largest)
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=bound, msg=name)

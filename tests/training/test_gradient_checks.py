@@ -1,0 +1,47 @@
+"""The fused checks against DeepSpeed's own."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from sgm.modules.transformer.sat_runtime import ensure_process_groups
+from sgm.training.gradient_checks import fuse_gradient_checks
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_norm_and_overflow_are_those_of_deepspeed(stage: int) -> None:
+    import deepspeed
+
+    ensure_process_groups()
+    os.environ.setdefault("LOCAL_RANK", "0")
+    torch.manual_seed(0)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": 0.0}},
+    }
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=list(model.parameters()), config=settings
+    )
+    optimizer = engine.optimizer
+    x = torch.randn(4, 5, dtype=torch.bfloat16)
+
+    def step(factor: float) -> tuple[float, bool]:
+        engine.backward((engine(x) * factor).sum())
+        engine.step()
+        return float(optimizer._global_grad_norm), optimizer.overflow
+
+    expected = [step(factor) for factor in (1.0, float("inf"))]
+    fuse_gradient_checks(optimizer)
+    found = [step(factor) for factor in (1.0, float("inf"))]
+    assert [overflow for _, overflow in found] == [False, True]
+    assert [overflow for _, overflow in expected] == [False, True]
+    assert found[0][0] > 1
+    assert found[0][0] == pytest.approx(expected[0][0], rel=1e-6)
+    assert found[1] == expected[1]

@@ -1,0 +1,135 @@
+"""A run that is stopped, or killed at any moment, goes on as if nothing had been."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+import train_video
+from sgm.cli import run_command
+from tests.training.conftest import LORA, module_of
+
+NUM_KILLS = int(os.environ.get("NUM_KILLS", "5"))
+EMA = ("--ema-decay", "0.9")
+SETTINGS = {
+    "accumulation": {"deepspeed": {"gradient_accumulation_steps": 2}},
+    "zero-2 in bf16": {"deepspeed": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}},
+    "zero-3": {"deepspeed": {"zero_optimization": {"stage": 3}}},
+    "lora with zero-1": {
+        "model": LORA,
+        "deepspeed": {"zero_optimization": {"stage": 1}},
+    },
+}
+
+
+def same(one, other):
+    weights = module_of(one), module_of(other)
+    assert weights[0].keys() == weights[1].keys()
+    return all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def steps(caplog):
+    """What was logged of each step, without its timing."""
+    lines = [record.getMessage() for record in caplog.records]
+    return [line.rpartition(", peak")[0].rsplit(",", 2)[0] for line in lines if "step " in line]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_resumed_run_ends_with_the_same_bits(small, tmp_path, caplog, monkeypatch, name):
+    monkeypatch.setattr(train_video, "set_up_logging", lambda: None)  # caplog keeps its handler
+    caplog.set_level("INFO")
+    file = small.file("resume", SETTINGS[name])
+    flags = ("--train-iters", "3", "--save-interval", "2", *EMA)
+    whole = small.train(file, tmp_path / "whole", *flags)
+    straight = steps(caplog)
+    caplog.clear()
+    part = tmp_path / "part" / whole.name
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "3")
+    shutil.rmtree(part / "3-ema")
+    (part / "latest").write_text("2")
+    small.train(file, part.parent, *flags, "--resume", str(part))
+    assert [line.split(":")[0] for line in straight] == [f"step {n} of 3" for n in (1, 2, 3)]
+    assert steps(caplog) == straight[2:]
+    assert same(whole / "3", part / "3") and same(whole / "3-ema", part / "3-ema")
+    assert not same(whole / "2", whole / "3") and not same(whole / "3", whole / "3-ema")
+
+
+def test_a_text_encoder_that_is_trained_is_saved_and_gone_on_with(small, tmp_path):
+    node = dict(small.config.model.conditioner_config.params.emb_models[0], is_trainable=True)
+    file = small.file("t5", {"model": {"conditioner_config": {"params": {"emb_models": [node]}}}})
+    whole = small.train(file, tmp_path / "whole", "--train-iters", "2", "--save-interval", "1")
+    run = small.train(file, tmp_path / "part", "--train-iters", "1")
+    small.train(file, run.parent, "--train-iters", "2", "--resume", str(run))
+    moved = module_of(whole / "1"), module_of(whole / "2")
+    names = [name for name in moved[0] if name.startswith("conditioner.")]
+    assert sum(not torch.equal(moved[0][name], moved[1][name]) for name in names) > 5
+    assert same(whole / "2", run / "2")
+
+
+def test_whoever_resumes_with_other_settings_is_told(small, tmp_path, capsys):
+    divided = small.file("divided", {"deepspeed": {"zero_optimization": {"stage": 1}}})
+    run = small.train(divided, tmp_path, "--train-iters", "1")
+    resume = ["--device", "cpu", "--resume", str(run), "--train-iters", "2"]
+
+    def error(*argv):
+        assert run_command(lambda: train_video.main(list(argv))) == 1
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "another stage of zero_optimization" in error("--base", small.file("base"), *resume)
+    lora = small.file("lora", {"model": LORA, "deepspeed": {"zero_optimization": {"stage": 1}}})
+    assert "1 cannot be resumed" in error("--base", lora, *resume)
+    again = ["--base", divided, *resume]
+    assert "so the moving average cannot be gone on with" in error(*again, *EMA)
+    state = run / "1" / "training_state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    assert "training_state.pt is not a whole file" in error(*again)
+    state.unlink()
+    assert "the run cannot be gone on with" in error(*again)
+
+
+def _train(argv):
+    torch.set_num_threads(1)
+    raise SystemExit(run_command(lambda: train_video.main(argv)))
+
+
+def test_a_run_that_is_killed_at_any_moment_resumes(small, tmp_path):
+    """NUM_KILLS=20 in the environment kills as often; the suite has no time for more than a few."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.training.test_resume", "deepspeed", "diffusion_video"])
+    fresh = ["--base", small.file("base"), "--device", "cpu", "--save", str(tmp_path)]
+    fresh += ["--save-interval", "2", "--save-total-limit", "2", "--train-iters", "100000", *EMA]
+    draw = random.Random(0)
+    reached = []
+    for _ in range(NUM_KILLS):
+        argv = fresh + (["--resume", "latest"] if reached else [])
+        process = processes.Process(target=_train, args=(argv,))
+        process.start()
+        deadline = time.monotonic() + 60
+        newest = reached[-1] if reached else 0
+        while latest(tmp_path) <= newest:  # it is under way
+            assert process.is_alive() and time.monotonic() < deadline, process.exitcode
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.5))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        reached.append(latest(tmp_path))
+        (run,) = tmp_path.iterdir()
+        for name in (f"{reached[-1]}", f"{reached[-1]}-ema"):
+            assert len(module_of(run / name)) > 50
+    assert all(later > earlier for earlier, later in zip(reached, reached[1:], strict=False))
+    last = str(reached[-1] + 1)
+    train_video.main([*fresh, "--resume", "latest", "--train-iters", last])
+    assert latest(tmp_path) == int(last)
+    assert not list(run.glob("*.partial"))
+    assert len([path for path in run.iterdir() if path.name.isdecimal()]) == 2
+
+
+def latest(folder):
+    found = [int(path.read_text()) for path in folder.glob("*/latest")]
+    return found[0] if found else 0

@@ -1,0 +1,102 @@
+"""Folders of runs: finding a checkpoint, giving it its name, and clearing old ones away."""
+
+import os
+
+import pytest
+
+from arguments import TrainingArgs
+from sgm.errors import UserError
+from sgm.training import run_folder
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda *_, **__: None)
+
+
+def saved(run, *iterations):
+    for iteration in iterations:
+        for name in (f"{iteration}", f"{iteration}-ema"):
+            (run_folder.new_partial(run, name) / "weights").write_text(name)
+        run_folder.publish(run, f"{iteration}-ema", f"{iteration}")
+        run_folder.point_latest(run, iteration)
+    return run
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_two_runs_in_one_minute_do_not_share_a_folder(tmp_path):
+    args = TrainingArgs(save=str(tmp_path), experiment_name="a")
+    run = run_folder.start_run(args)
+    assert run.is_dir() and run.name.startswith("a-")
+    run.with_name(run.name).mkdir(exist_ok=True)
+    with pytest.raises(UserError, match="belongs to another run"):
+        for _ in range(2):  # two, should the minute turn in between
+            run_folder.start_run(args)
+
+
+def test_other_ranks_take_the_folder_that_rank_0_made(tmp_path, monkeypatch):
+    def receive(found, src, device):
+        assert src == 0
+        found[0] = "made by rank 0"
+
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", receive)
+    args = TrainingArgs(save=str(tmp_path))
+    assert run_folder.start_run(args) == tmp_path / "made by rank 0"
+    assert names(tmp_path) == []
+
+
+def test_latest_means_the_newest_run_of_this_name_that_has_a_checkpoint(tmp_path):
+    times = {"a-01-02-03-04": 1000, "a-01-02-03-03": 999, "b-01-02-03-04": 2000}
+    times["a-b-01-02-03-04"] = 2000  # of the experiment "a-b"
+    for name, time in times.items():
+        os.utime(saved(tmp_path / name, 5, 10) / "latest", (time, time))
+    (tmp_path / "a-01-02-03-05").mkdir()  # died before its first checkpoint
+    args = TrainingArgs(save=str(tmp_path), experiment_name="a", resume="latest")
+    assert run_folder.find_checkpoint(args) == tmp_path / "a-01-02-03-04" / "10"
+
+
+def test_a_path_may_name_a_run_or_one_of_its_iterations(tmp_path):
+    run = saved(tmp_path / "a", 5, 10)
+    for given, found in ((run, "10"), (run / "5", "5")):
+        args = TrainingArgs(resume=str(given))
+        assert run_folder.find_checkpoint(args) == run / found
+
+
+@pytest.mark.parametrize("content", ["../..", "7", "a\0b", ""])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    (tmp_path / "latest").write_text(content)
+    with pytest.raises(UserError, match="resume: .* is no checkpoint of a run"):
+        run_folder.find_checkpoint(TrainingArgs(resume=str(tmp_path)))
+    with pytest.raises(UserError, match="resume: latest: no run named finetune-"):
+        run_folder.find_checkpoint(TrainingArgs(resume="latest", save=str(tmp_path)))
+
+
+def test_names_that_are_too_long_are_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="resume: aaa.* cannot be looked up .File name too long"):
+        run_folder.find_checkpoint(TrainingArgs(resume="a" * 300))
+    with pytest.raises(UserError, match="cannot be made .File name too long.*experiment_name"):
+        run_folder.start_run(TrainingArgs(save=str(tmp_path), experiment_name="a" * 300))
+
+
+def test_only_the_newest_are_kept_and_half_written_ones_cleared(tmp_path):
+    run = saved(tmp_path / "a", 2, 4, 10)
+    (run / "12.partial").mkdir()
+    run_folder.prune(run, 2, up_to=10)
+    run_folder.clear_partial(run)
+    assert names(run) == ["10", "10-ema", "4", "4-ema", "latest"]
+    run_folder.prune(run, 0, up_to=10)
+    assert len(names(run)) == 5
+
+
+def test_a_checkpoint_takes_the_place_of_one_of_the_same_iteration(tmp_path):
+    run = saved(tmp_path / "a", 2)
+    (run / "2" / "old").touch()
+    saved(run, 2)
+    assert names(run / "2") == ["weights"]
+    assert names(run) == ["2", "2-ema", "latest"]

@@ -1,0 +1,163 @@
+"""What a step changes and what not, alone and shared by two processes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sample_video
+import train_video
+from arguments import TrainingArgs, parse_config
+from diffusion_video import SATVideoDiffusionEngine
+from sgm.checkpoint import find_transformer_file, read_checkpoint
+from sgm.errors import UserError
+from sgm.modules.transformer.sat_runtime import ensure_process_groups
+from sgm.training.deepspeed_engine import start_deepspeed
+from sgm.training.objective import TrainingObjective
+from tests.training.conftest import LORA, ROOT, module_of
+
+CPU = torch.device("cpu")
+SAMPLING = {
+    "args": {
+        "input_type": "txt",
+        "latent_channels": 8,
+        "sampling_num_frames": 1,
+        "sampling_image_size": [64, 96],
+    },
+    "model": {"sampler_config": {"params": {"num_steps": 2}}},
+}
+
+
+def start_of(small):
+    """The weights that runs start from."""
+    return read_checkpoint(find_transformer_file(small.folder / "transformer"))["module"]
+
+
+def test_a_step_with_learning_rate_0_changes_no_weight_and_no_video(small, tmp_path):
+    still = small.file("still", {"deepspeed": {"optimizer": {"params": {"lr": 0.0}}}})
+    run = small.train(still, tmp_path / "runs", "--train-iters", "1")
+    after = module_of(run / "1")
+    assert all(torch.equal(after[n], w.float()) for n, w in start_of(small).items())
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    videos = []
+    for name, load in (("before", small.folder / "transformer"), ("after", run)):
+        outputs = tmp_path / name
+        argv = ["--base", small.file("sample", SAMPLING), "--device", "cpu", "--load", str(load)]
+        argv += ["--output-dir", str(outputs), "--input-file", str(tmp_path / "prompts.txt")]
+        assert sample_video.main(argv) == 0
+        (video,) = outputs.rglob("*.mp4")
+        videos.append(video.read_bytes())
+    assert videos[0] == videos[1]
+
+
+def test_a_lora_step_changes_nothing_but_its_matrices(small):
+    config = parse_config(TrainingArgs, "", ["--base", small.file("lora", {"model": LORA})])
+    ensure_process_groups()
+    engine = train_video.load_engine(config, CPU)
+    before = {name: tensor.clone() for name, tensor in engine.state_dict().items()}
+    wrapped = start_deepspeed(TrainingObjective(engine), config.deepspeed, config.args)
+    latents, cond = engine.get_input({"mp4": torch.zeros(1, 5, 3, 64, 96), "txt": ["a"]})
+    wrapped.backward(wrapped(latents, cond))
+    wrapped.step()
+    changed = {n for n, tensor in engine.state_dict().items() if not torch.equal(tensor, before[n])}
+    # B starts at zero, so A has no gradient in the first step.
+    assert changed == {n for n in before if ".matrix_B." in n} and changed
+    assert len(before) > 100
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_processes_give_the_result_of_one(small, tmp_path, stage):
+    # Levels of noise that depend on the rank would make a better, but another run.
+    alike = {"model": {"loss_fn_config": {"params": {"sigma_sampler_config": {}}}}}
+    sampling = alike["model"]["loss_fn_config"]["params"]["sigma_sampler_config"]
+    sampling["params"] = {"uniform_sampling": False}
+    zero = {"zero_optimization": {"stage": stage}}
+    flags = ["--train-iters", "2", "--save-interval", "2", "--ema-decay", "0.9"]
+    accumulated = {"deepspeed": {**zero, "gradient_accumulation_steps": 2}}
+    one = small.train(small.file("one", alike, accumulated), tmp_path / "one", *flags)
+    base = small.file("two", alike, {"deepspeed": zero})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [ROOT / "train_video.py", "--base", base, "--device", "cpu"]
+    command += ["--save", tmp_path / "two", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (two,) = (tmp_path / "two").iterdir()
+    assert (two / "2" / "optimizer_rank_01.pt").is_file()
+    for name in ("2", "2-ema"):
+        found, expected = module_of(two / name), module_of(one / name)
+        for key, tensor in expected.items():
+            # Sums of gradients in another order; Adam magnifies their rounding.
+            torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-5)
+        moved = [n for n, w in start_of(small).items() if (expected[n] - w).abs().max() > 1e-4]
+        assert len(moved) > 20
+    resume = [*command, "--resume", str(two), "--train-iters", "3"]
+    alone = [str(part) for part in resume[5:]]
+    with pytest.raises(UserError, match="saved by 2 processes .* NPROC=2, or start a new run"):
+        train_video.main(alone[1:])
+
+
+def test_a_loss_that_is_not_finite_skips_its_step_and_ends_the_run_at_the_limit(
+    small, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(train_video, "set_up_logging", lambda: None)
+    whole, calls = SATVideoDiffusionEngine.get_input, iter(range(100))
+
+    def broken(self, batch):
+        latents, cond = whole(self, batch)
+        return (latents * torch.nan if next(calls) in (1, 3, 4) else latents), cond
+
+    monkeypatch.setattr(SATVideoDiffusionEngine, "get_input", broken)
+    flags = ("--save-interval", "1", "--train-iters", "9", "--nonfinite-limit", "2")
+    with pytest.raises(UserError, match="not finite for 2 steps in a row, up to step 5"):
+        small.train(small.file("base"), tmp_path, *flags)
+    (run,) = tmp_path.iterdir()
+    weights = [module_of(run / str(step)) for step in (1, 2, 3, 4)]
+    name = "model.diffusion_model.time_embed.0.weight"
+    assert torch.equal(weights[0][name], weights[1][name])
+    assert not torch.equal(weights[1][name], weights[2][name])
+    assert weights[2][name].isfinite().all()
+    assert "step 2: the loss is not finite; the step is skipped (1 of at most 2" in caplog.text
+
+
+def test_weights_that_are_not_finite_are_not_saved(small, tmp_path, monkeypatch):
+    whole, calls = SATVideoDiffusionEngine.get_input, iter(range(100))
+
+    def ruin(self, batch):
+        if next(calls) == 1:
+            next(self.model.parameters()).data.fill_(torch.nan)
+        return whole(self, batch)
+
+    monkeypatch.setattr(SATVideoDiffusionEngine, "get_input", ruin)
+    with pytest.raises(UserError, match="is not finite any more, so nothing is saved"):
+        small.train(small.file("base"), tmp_path, "--save-interval", "1", "--train-iters", "3")
+    (run,) = tmp_path.iterdir()
+    assert (run / "latest").read_text() == "1"
+    assert not (run / "2").exists()
+
+
+def test_validation_before_the_first_step_is_the_same_with_divided_weights(
+    small, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(train_video, "set_up_logging", lambda: None)
+    caplog.set_level("INFO")
+    valid = {"args": {"valid_data": [str(small.folder / "clips")], "valid_videos": 0}}
+    # 0: not even small weights, such as LoRA's, stay whole.
+    divided = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    for name, zero in (("whole", {"stage": 0}), ("divided", divided)):
+        file = small.file(name, valid, {"model": LORA, "deepspeed": {"zero_optimization": zero}})
+        small.train(file, tmp_path / name, "--train-iters", "1")
+    lines = [record.getMessage() for record in caplog.records]
+    whole, divided = (line for line in lines if line.startswith("step 0: validation loss"))
+    assert whole == divided
+
+
+def test_every_optimizer_that_scales_the_loss_tells_its_scale():
+    """Steps in float16 need a GPU, but the report reads this of whichever of them is used."""
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    kinds = (FP16_Optimizer, FP16_UnfusedOptimizer, DeepSpeedZeroOptimizer)
+    assert all(hasattr(kind, "loss_scale") for kind in (*kinds, DeepSpeedZeroOptimizer_Stage3))
