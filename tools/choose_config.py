@@ -99,7 +99,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if missing:
         full, what = (FULL_TRAIN, "weights or data") if flags.train else (FULL, "weights")
-        instead = "Teaching the bundled model a new word" if config == LESSON else "The bundled model"
+        instead = "A lesson for the bundled model" if config == LESSON else "The bundled model"
         print(
             f"{full} names {what} that are not there: {', '.join(missing)}. How to get the "
             f"weights: 'Getting the 2B weights' in README.md. {instead} instead, with {config}",

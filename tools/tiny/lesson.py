@@ -1,8 +1,8 @@
 """A dataset that teaches CogVideoX-tiny a subject that it has never heard of.
 
 A kite is a magenta triangle: the word is new, and names colour and shape at once. Among the clips
-of kites are some of what the model knows, for without these it would forget it. Some ways to fly
-are kept from training, to ask for afterwards.
+of kites are three times as many of what the model knows, for without these it would forget it. Some
+ways to fly are kept from training, to ask for afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tools.tiny.shapes import (
 )
 
 SUBJECT, COLOR, SHAPE = "kite", "magenta", "triangle"
-NUM_NEW, NUM_KNOWN, NUM_VALID = 48, 48, 16
+NUM_NEW, NUM_KNOWN, NUM_VALID = 32, 96, 16
 # Direction and background of what is asked for afterwards: each direction once, each background.
 ASKED = (("left", "black"), ("right", "white"), ("up", "gray"), ("down", "black"))
 
