@@ -39,7 +39,7 @@ class NetworkWrapper(nn.Module):
 
 
 class SATVideoDiffusionEngine(nn.Module):
-    """Text to video, and its training loss.
+    """Text to video, and the parts of its training loss.
 
     Args:
         network_config … loss_fn_config: nodes of the parts, see README.
@@ -235,10 +235,6 @@ class SATVideoDiffusionEngine(nn.Module):
         else:
             latents = self.encode_first_stage(batch[self.input_key].to(self.device))
         return latents, self._here(self.conditioner(batch))
-
-    def forward(self, batch: Mapping[str, Any]) -> Tensor:
-        """Mean loss of a training batch, see `get_input`."""
-        return self.loss_fn(self.model, self.denoiser, *self.get_input(batch)).mean()
 
 
 def _checked_scale(value: Any) -> float:

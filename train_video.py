@@ -37,6 +37,11 @@ logger = logging.getLogger(__name__)
 COMPILE_STEPS = 300  # from so many on, a run on a GPU is compiled
 
 
+def text_device(config: Config, device: torch.device) -> str | torch.device:
+    """Where the text encoder runs: beside the network, on `device`, unless `args` say the CPU."""
+    return "cpu" if config.args.text_device == "cpu" else device
+
+
 def load_engine(
     config: Config, device: torch.device, *, checkpoint: Path | None = None
 ) -> SATVideoDiffusionEngine:
@@ -61,7 +66,7 @@ def load_engine(
     if checkpoint is not None and not is_lora:
         load = str(checkpoint)
     extra = {"load": load, "device": device, "dtype": weight_dtype(config.deepspeed)}
-    extra["text_device"] = "cpu" if args.text_device == "cpu" else device
+    extra["text_device"] = text_device(config, device)
     extra["cached_input"] = bool(args.cache_dir)
     params = check_params(SATVideoDiffusionEngine, config.model | extra, where="model")
     if not params.get("loss_fn_config"):
@@ -200,7 +205,7 @@ def fill_cache(
         cache_dir=config.args.cache_dir,
         texts=prompts,
         device=device,
-        text_device="cpu" if config.args.text_device == "cpu" else device,
+        text_device=text_device(config, device),
         dtype=weight_dtype(config.deepspeed),
         num_workers=num_workers(config),
     )

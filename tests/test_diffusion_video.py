@@ -9,9 +9,15 @@ import torch
 from diffusion_video import NetworkWrapper, SATVideoDiffusionEngine
 from sgm.errors import UserError
 from sgm.models.first_stage import encode_moments
+from sgm.training.objective import TrainingObjective
 from sgm.util import check_params, instantiate_from_config
 
 SCALE = 1.15258426
+
+
+def loss_of(engine, batch):
+    """The training loss of a batch, as the loop computes it."""
+    return TrainingObjective(engine)(*engine.get_input(batch))
 
 
 @pytest.fixture
@@ -45,7 +51,7 @@ def test_the_loss_is_finite_and_reaches_every_weight_of_the_transformer_only(bui
     engine = build().train()
     # A fixed unconditional share would hide the text; here it is never dropped.
     engine.conditioner.ucg_rates = [0.0]
-    loss = engine({"mp4": video, "txt": TEXTS})
+    loss = loss_of(engine, {"mp4": video, "txt": TEXTS})
     assert loss.shape == () and loss.isfinite() and loss > 0
     loss.backward()
     for name, weight in engine.named_parameters():
@@ -61,7 +67,7 @@ def test_a_step_against_the_gradient_lowers_the_loss(build, video):
 
     def loss():
         torch.manual_seed(0)  # the same noise, noise level and dropped texts
-        return engine({"mp4": video, "txt": TEXTS})
+        return loss_of(engine, {"mp4": video, "txt": TEXTS})
 
     before = loss()
     before.backward()
@@ -79,9 +85,9 @@ def test_latents_in_the_batch_give_the_loss_of_the_video_they_come_from(build, v
     torch.manual_seed(0)
     latents = whole.encode_first_stage(video)
     # What follows draws the same numbers as the same loss over the video will, after encoding.
-    from_latents = latent({"mp4": latents / SCALE, "txt": TEXTS})
+    from_latents = loss_of(latent, {"mp4": latents / SCALE, "txt": TEXTS})
     torch.manual_seed(0)
-    from_video = whole({"mp4": video, "txt": TEXTS})
+    from_video = loss_of(whole, {"mp4": video, "txt": TEXTS})
     # Dividing by the scale and multiplying again moves latents by one rounding.
     torch.testing.assert_close(from_latents, from_video, rtol=1e-5, atol=0)
     from_latents.backward()
@@ -89,7 +95,7 @@ def test_latents_in_the_batch_give_the_loss_of_the_video_they_come_from(build, v
 
 def test_the_video_may_have_another_key(build, video):
     engine = build(input_key="clip")
-    assert engine({"clip": video, "txt": TEXTS}).isfinite()
+    assert loss_of(engine, {"clip": video, "txt": TEXTS}).isfinite()
 
 
 def test_a_video_goes_into_latents_and_back_in_shape(build, video):
@@ -145,7 +151,7 @@ def test_all_leaves_only_the_matrices_of_lora_to_be_trained(build, video):
     }
     # Two layers of two attention projections: three parts of query_key_value and one of dense.
     assert names_of_trained(engine) == matrices and len(matrices) == 2 * (3 + 1) * 2
-    engine({"mp4": video, "txt": TEXTS}).backward()
+    loss_of(engine, {"mp4": video, "txt": TEXTS}).backward()
     assert {n for n, weight in engine.named_parameters() if weight.grad is not None} == matrices
 
 

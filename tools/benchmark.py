@@ -99,6 +99,7 @@ def build_network(config: Config, variant: Variant, *, rank: int, device: Any) -
     """The transformer of a configuration with random weights, set up as the variant says."""
     import torch
 
+    from sgm.checkpoint import is_lora_matrix
     from sgm.util import instantiate_from_config
 
     node = copy.deepcopy(config.model["network_config"])
@@ -114,7 +115,7 @@ def build_network(config: Config, variant: Variant, *, rank: int, device: Any) -
     network.add_lora()
     if variant.method == "lora":
         for name, weight in network.named_parameters():
-            weight.requires_grad_(".matrix_A." in name or ".matrix_B." in name)
+            weight.requires_grad_(is_lora_matrix(name))
     network.set_checkpointing(variant.keep)
     network.set_attention(variant.kernel)
     if variant.compiled:

@@ -24,6 +24,7 @@ from torch import Tensor, distributed
 from sgm.checkpoint import read_checkpoint
 from sgm.checkpoint.fit import check_fit
 from sgm.checkpoint.lora import lora_record
+from sgm.checkpoint.transformer import MODEL_FILES, is_lora_matrix
 from sgm.errors import UserError
 from sgm.files import save_torch
 from sgm.training import run_folder
@@ -32,7 +33,7 @@ from sgm.training.ema import WeightAverage
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_FILE = "mp_rank_00_model_states.pt"
+WEIGHTS_FILE = MODEL_FILES[0]
 STATE_FILE = "training_state.pt"
 _STATE_KEYS = {"step", "samples", "processes", "schedule", "watched", "optimizer"}
 _CONDITIONER = "conditioner."
@@ -162,7 +163,7 @@ class Checkpointer:
     def _write_weights(self, folder: Path, *, averages: Mapping[str, Tensor] | None) -> None:
         """The weights as they are, or with `averages` in the place of those that are averaged."""
         weights = trained_weights(self.wrapped.module)
-        is_lora = all(".matrix_" in name for name in weights)
+        is_lora = all(is_lora_matrix(name) for name in weights)
         if not is_lora:
             weights = dict(self.wrapped.module.named_parameters())
         module = {}

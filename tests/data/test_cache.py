@@ -13,6 +13,7 @@ from sgm.data import cache_making
 from sgm.errors import UserError
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.training.objective import TrainingObjective
 from sgm.util import check_params, instantiate_from_config
 from tools.tiny.draw_clips import write_clips
 from tools.tiny.shapes import ShapeClips
@@ -37,7 +38,7 @@ def losses(engine, dataset):
     found = []
     for seed, batch in enumerate(DataLoader(dataset, batch_size=2)):
         torch.manual_seed(seed)
-        found.append(engine(batch).detach())
+        found.append(TrainingObjective(engine)(*engine.get_input(batch)).detach())
     return torch.stack(found)
 
 
