@@ -23,6 +23,7 @@ from omegaconf.grammar_parser import parse as parse_interpolation
 from yaml import YAMLError
 
 from sgm.errors import UserError, nearest_name
+from sgm.lora_choice import LoraChoice, lora_from_text, loras_from_yaml
 
 # What the loader raises: ValueError for text that is not UTF-8 or a number that is none,
 # RecursionError for a list within itself.
@@ -50,7 +51,9 @@ class CommonArgs:
     mode: Literal["inference", "finetune", "pretrain"] = _option(
         "inference", "what the file is for; a training run starts from `load` in 'finetune'"
     )
-    load: str | None = _option(None, "folder of the transformer's weights in SAT layout, or a file")
+    load: str | None = _option(
+        None, "the transformer's weights: a folder of SAT or diffusers, a file"
+    )
     seed: int = _option(42, "seed of all random numbers")
     fp16: bool = _option(False, "run in float16")
     bf16: bool = _option(False, "run in bfloat16")
@@ -71,7 +74,9 @@ class SamplingArgs(CommonArgs):
     sampling_image_size: list[int] = _option([480, 720], "height and width of the video in pixels")
     sampling_fps: int = _option(8, "frames per second of the mp4")
     output_dir: str = _option("outputs", "folder for the videos")
-    lora: str | None = _option(None, "a LoRA run's folder, or a file, merged into the weights")
+    lora: list[LoraChoice] = _option(
+        [], "LoRAs merged into the weights: folders or files, PATH:0.8 for another strength than 1"
+    )
 
 
 @dataclass
@@ -139,6 +144,9 @@ def _value_type(annotation: Any) -> tuple[type, tuple[Any, ...], bool]:
     return annotation, (), False
 
 
+_FROM_TEXT = {LoraChoice: lora_from_text}  # of a flag, where it is not the type itself
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with one sentence for a mistake, and flags in full, with - or _ between words."""
 
@@ -189,7 +197,7 @@ def build_parser(args_class: type[CommonArgs], description: str) -> argparse.Arg
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
-            settings |= {"type": kind, "choices": choices or None}
+            settings |= {"type": _FROM_TEXT.get(kind, kind), "choices": choices or None}
             settings |= {"nargs": "+"} if is_list else {}
         parser.add_argument(_flag(option.name), **settings)
     for name, reason in IGNORED_ARGS.items():
@@ -287,6 +295,11 @@ def _checked_value(name: str, value: Any, annotation: Any, *, file: str) -> Any:
         UserError: it is of another type or not among the choices.
     """
     kind, choices, is_list = _value_type(annotation)
+    if kind is LoraChoice:
+        try:
+            return loras_from_yaml(value)
+        except UserError as error:
+            raise UserError(f"configuration {file}: args.{name}: {error}") from None
     values = value if is_list and isinstance(value, list) else [value]
     # bool is an int in Python, but true is no number here.
     for one in values:

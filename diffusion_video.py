@@ -11,7 +11,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sgm.checkpoint import fingerprint, is_lora_matrix, load_transformer, merge_lora
+from sgm.checkpoint import (
+    LoraChoice,
+    fingerprint,
+    is_lora_matrix,
+    load_transformer,
+    merge_loras,
+)
 from sgm.errors import UserError, nearest_name
 from sgm.models.first_stage import build_first_stage, draw_latents, encode_moments
 from sgm.util import instantiate_from_config
@@ -51,9 +57,8 @@ class SATVideoDiffusionEngine(nn.Module):
         latent_input: batches hold unscaled latents; the autoencoder is then not built.
         cached_input: batches come from a cache (see sgm/data/cache.py); neither the autoencoder
             nor the text encoder is then built.
-        load: weights of the transformer in SAT format; None starts from random ones.
-        lora: file or folder of a LoRA that is merged into these weights; a `lora_config` is then
-            without effect.
+        load: weights of the transformer, of SAT or diffusers; None starts from random ones.
+        lora: LoRAs that are merged into these weights; a `lora_config` is then without effect.
         dtype, device: of all parts.
         text_device: of the text encoder, if it is another.
 
@@ -80,7 +85,7 @@ class SATVideoDiffusionEngine(nn.Module):
         latent_input: bool = False,
         cached_input: bool = False,
         load: str | None = None,
-        lora: str | None = None,
+        lora: Sequence[LoraChoice] = (),
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         text_device: str | torch.device | None = None,
@@ -90,10 +95,10 @@ class SATVideoDiffusionEngine(nn.Module):
         self.not_trainable_prefixes = _checked_prefixes(not_trainable_prefixes)
         self.input_key = input_key
         self.latent_input = latent_input
-        config = _network_config(network_config, lora_config, with_lora=lora is None)
+        config = _network_config(network_config, lora_config, with_lora=not lora)
         network, self.base_fingerprint = _build_network(config, load, dtype=dtype, device=device)
-        if lora is not None:
-            merge_lora(network, lora, base=self.base_fingerprint)
+        if lora:
+            merge_loras(network, lora, base=self.base_fingerprint)
         self.model = NetworkWrapper(network)
         self.denoiser = instantiate_from_config(denoiser_config)
         self.sampler = instantiate_from_config(sampler_config) if sampler_config else None

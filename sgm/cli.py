@@ -22,8 +22,8 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
-def set_up_logging() -> None:
-    """Plain lines on stderr: everything on rank 0, only warnings on the other ranks.
+def set_up_logging(level: int = logging.INFO) -> None:
+    """Plain lines on stderr: from `level` on at rank 0, only warnings on the other ranks.
 
     To be called before SAT, DeepSpeed or transformers are imported: what they would report of
     their own start is held back.
@@ -32,7 +32,7 @@ def set_up_logging() -> None:
         os.environ.setdefault(name, value)
     # DeepSpeed sets the level of its logger itself, at import; a filter outlives that.
     logging.getLogger("DeepSpeed").addFilter(_is_news)
-    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
+    level = level if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from arguments import SamplingArgs, TrainingArgs, parse_config
 from sgm.errors import UserError
+from sgm.lora_choice import LoraChoice
 
 BASE = "args:\n  batch_size: 2\n  fp16: true\n  load: weights\nmodel:\n  scale_factor: 1.0\n"
 
@@ -158,3 +159,51 @@ def test_of_several_files_the_one_that_holds_the_mistake_is_named(tmp_path, seco
     with pytest.raises(UserError, match=words) as failure:
         parse_config(SamplingArgs, "test", ["--base", *(str(tmp_path / name) for name in texts)])
     assert [name for name in texts if name in str(failure.value)] == [culprit]
+
+
+ONE, HALF = LoraChoice("run"), LoraChoice("run", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("value", "loras"),
+    [
+        ("", []),
+        ("run", [ONE]),
+        ("run:0.5", [HALF]),
+        ("{path: run}", [ONE]),
+        ("{path: run, scale: 0.5}", [HALF]),
+        ("[run, {path: run, scale: 0.5}, 'run:1']", [ONE, HALF, ONE]),
+        ("[{path: run, scale: -1}]", [LoraChoice("run", -1.0)]),
+    ],
+)
+def test_loras_are_paths_with_or_without_a_scale(parse, value, loras):
+    assert parse(f"args: {{lora: {value}}}").args.lora == loras
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("3", "3 is not a LoRA: write a path"),
+        ("[[run]]", "is not a LoRA: write a path"),
+        ("{path: run, scal: 1}", "unknown key 'scal' in .*did you mean 'scale'"),
+        ("{scale: 1}", "has no path"),
+        ("{path: 3}", "has no path"),
+        ("{path: run, scale: .nan}", "scale nan of run must be a finite number"),
+        ("{path: run, scale: strong}", "scale 'strong' of run must be a finite number"),
+        ("{path: run, scale: true}", "scale True of run must be a finite number"),
+        ("'run:inf'", "scale inf of run:inf must be a finite number"),
+    ],
+)
+def test_a_wrong_lora_is_refused_with_its_file(parse, value, words):
+    with pytest.raises(UserError, match=rf"^configuration .*yaml: args.lora: .*{words}"):
+        parse(f"args: {{lora: {value}}}")
+
+
+def test_the_flag_for_loras_takes_several_and_replaces_the_files(parse, tmp_path):
+    there = tmp_path / "run:2"
+    there.mkdir()
+    flags = ["--lora", "run", "run:0.5", str(there), f"{there}:-1e-1", "C:run"]
+    paths = [LoraChoice(str(there)), LoraChoice(str(there), -0.1), LoraChoice("C:run")]
+    assert parse("args: {lora: other}", *flags).args.lora == [ONE, HALF, *paths]
+    with pytest.raises(UserError, match="scale nan of run:nan must be a finite number"):
+        parse(BASE, "--lora", "run:nan")

@@ -192,13 +192,16 @@ def test_a_lora_that_learned_nothing_changes_nothing_and_another_does(
     # A lora_config in the same file is for training; here the LoRA is merged.
     lora = "lora_config: {target: sat.model.finetune.lora2.LoraMixin, params: {r: 9}}"
     overlay = write(tmp_path / "lora.yaml", f"model: {{{lora}}}".encode())
-    for name in ("untrained", "trained"):
-        flags = ["--lora", str(loras / name)]
+    untrained, trained = (
+        {"path": str(loras / name), "scale": 1.0} for name in ("untrained", "trained")
+    )
+    for choices in ([untrained, trained | {"scale": 0.0}], [trained]):
+        flags = ["--lora", *(f"{choice['path']}:{choice['scale']}" for choice in choices)]
         assert sample([*base, overlay], tmp_path, *flags, prompts=PROMPTS[:1]) == 0
         video = (tmp_path / "out" / place / "000000.mp4").read_bytes()
-        assert (video == expected) == (name == "untrained")
+        assert (video == expected) == (len(choices) == 2)
         record = json.loads((tmp_path / "out" / place / "run.json").read_text())
-        assert record["args"]["lora"] == str(loras / name)
+        assert record["args"]["lora"] == choices
     assert "was trained on other weights" not in capfd.readouterr().err
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import train_video
 from arguments import TrainingArgs, parse_config
-from sgm.checkpoint import load_transformer, merge_lora
+from sgm.checkpoint import LoraChoice, load_transformer, merge_loras
 from sgm.errors import UserError
 from sgm.inference.weights import check_weight_paths
 from sgm.training.batches import checked_batches
@@ -124,7 +124,7 @@ def test_a_lora_run_leaves_its_matrices_which_inference_merges(runs):
     with torch.device("meta"):
         network = instantiate_from_config(OmegaConf.to_container(config.model.network_config))
     base = load_transformer(network, config.args.load, dtype=torch.float32, device="cpu")
-    merge_lora(network, run, base=base)
+    merge_loras(network, [LoraChoice(str(run))], base=base)
     wrapped = ("query_key_value.weight", "attention.dense.weight")
     for name, weight in network.named_parameters():
         assert torch.equal(weight, before[name]) != name.endswith(wrapped)
@@ -197,10 +197,10 @@ def test_a_wrong_value_is_named_before_a_folder_is_made_or_data_read(
 
 
 @pytest.fixture
-def placed(tmp_path):
+def placed(t5_folder, tmp_path):
     """A `model` section whose weights are there, and `load`."""
     model = parse_config(TrainingArgs, "", ["--base", CONFIG]).model
-    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5").symlink_to(t5_folder)
     (tmp_path / "vae.pt").touch()
     (tmp_path / "transformer.pt").touch()
     embedder = model["conditioner_config"]["params"]["emb_models"][0]
@@ -226,7 +226,7 @@ def test_each_absent_weight_is_named(placed, tmp_path, monkeypatch):
     model, embedder, load = placed
     with pytest.raises(UserError, match="args.load is not set"):
         check_weight_paths(model, None)
-    (tmp_path / "t5").rmdir()
+    (tmp_path / "t5").unlink()
     with pytest.raises(UserError, match=rf"emb_models\[0\].params.model_dir: .*{tmp_path}/t5 does"):
         check_weight_paths(model, load)
     embedder["params"] = None

@@ -12,6 +12,23 @@ from sgm.errors import UserError
 _NUM_NAMED = 3  # keys of each kind that the message names
 
 
+def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Names of a file's weights, `found`, that are not as in a model, `wanted`.
+
+    Returns:
+        Names "of another shape", each with both shapes, "missing" ones and "unknown" ones.
+    """
+    return {
+        "of another shape": [
+            f"{name} is {list(found[name].shape)} in the file, {list(tensor.shape)} in the model"
+            for name, tensor in wanted.items()
+            if name in found and found[name].shape != tensor.shape
+        ],
+        "missing": [name for name in wanted if name not in found],
+        "unknown": [name for name in found if name not in wanted],
+    }
+
+
 def check_fit(
     found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, path: str | Path, hint: str
 ) -> None:
@@ -26,19 +43,10 @@ def check_fit(
     Raises:
         UserError: names or shapes differ; it names the first few of each kind.
     """
-    problems = {
-        "of another shape": [
-            f"{name} is {list(found[name].shape)} in the file, {list(tensor.shape)} in the model"
-            for name, tensor in wanted.items()
-            if name in found and found[name].shape != tensor.shape
-        ],
-        "missing": [name for name in wanted if name not in found],
-        "unknown": [name for name in found if name not in wanted],
-    }
     clauses = [
         f"{len(names)} {kind} ({', '.join(names[:_NUM_NAMED])}"
         f"{', …' if len(names) > _NUM_NAMED else ''})"
-        for kind, names in problems.items()
+        for kind, names in differences(found, wanted).items()
         if names
     ]
     if clauses:

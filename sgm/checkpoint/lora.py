@@ -7,8 +7,10 @@ Source of the method: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Mo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,17 @@ import torch
 from torch import Tensor
 
 from sgm.checkpoint.fit import check_fit
+from sgm.checkpoint.lora_formats import (
+    LARGEST_ALPHA,
+    NUM_PAIRS,
+    find_foreign_file,
+    is_alpha,
+    is_foreign,
+    other_alpha,
+    to_sat_lora,
+)
 from sgm.checkpoint.reading import read_checkpoint, tensors_of
+from sgm.checkpoint.table import LazyTensors, on_meta
 from sgm.checkpoint.transformer import (
     fill_lora,
     find_transformer_file,
@@ -25,6 +37,7 @@ from sgm.checkpoint.transformer import (
     sort_keys,
 )
 from sgm.errors import UserError
+from sgm.lora_choice import LoraChoice
 
 if TYPE_CHECKING:
     from sgm.models.transformer import DiffusionTransformer
@@ -32,11 +45,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DEFAULT_ALPHA = 1.0  # of SAT's LoraMixin
-_LARGEST_ALPHA = 1e9  # no sensible one comes near
-# The layers that SAT wraps, and into how many parts it cuts their outputs: q, k and v have a pair
-# of matrices each.
-_NUM_PAIRS = {"query_key_value": 3, "dense": 1}
 _HINT = "load must name the base model that the LoRA was trained on, with its configuration"
+_WHOLE_MODEL = "time_embed.0.weight", "transformer_blocks.0.norm1.norm.weight"  # SAT, diffusers
 
 
 @dataclass(frozen=True)
@@ -73,32 +83,73 @@ def lora_record(network: DiffusionTransformer, base: str | None) -> dict[str, An
     return asdict(record)
 
 
-def read_lora(path: str | Path) -> tuple[dict[str, Tensor], LoraRecord]:
+def read_lora(
+    path: str | Path, *, alpha: float | None = None, tell: bool = True
+) -> tuple[dict[str, Tensor], LoraRecord]:
     """The matrices of a LoRA, mapped from disk, by their names in the network; and the record.
 
     Args:
-        path: a run's folder (with ``latest``), the folder of an iteration, or a file. Older files
-            hold the base model beside the matrices and have no record; what can be told of it is
-            then taken from the tensors.
+        path: of SAT a run's folder (with ``latest``), the folder of an iteration, or a file; of
+            diffusers or peft the folder or the file (see `to_sat_lora`). Older files of SAT hold
+            the base model beside the matrices and have no record; what can be told of it is then
+            taken from the tensors.
+        alpha: lora_alpha where the file does not tell it. Without it the record of a file of
+            diffusers or peft gets the rank, as diffusers itself takes it, and SAT's keeps None.
+        tell: log it where the rank is taken.
 
     Raises:
-        UserError: no such file, not a LoRA, or a damaged record.
+        UserError: no such file, not a LoRA, a damaged record, or the file tells another alpha.
     """
-    path = find_transformer_file(path, key="lora")
-    state = read_checkpoint(path)
-    tensors = tensors_of(state, path, wrapper="module")
-    base, matrices = sort_keys(tensors, path, key="lora")
+    if alpha is not None and not is_alpha(alpha):
+        raise UserError(f"lora_alpha={alpha} must be a number of at most {LARGEST_ALPHA:g}")
+    file = find_lora_file(path)
+    state = read_checkpoint(file)
+    tensors = tensors_of(state, file, wrapper="module")
+    if not any(is_lora_matrix(name) for name in tensors) and is_foreign(tensors):
+        return _read_foreign(tensors, file, alpha=alpha, tell=tell)
+    if any(name.endswith(_WHOLE_MODEL) for name in tensors) and not any(
+        is_lora_matrix(name) for name in tensors
+    ):
+        raise UserError(f"{file} is a whole model, not a LoRA; name it in load instead of lora")
+    base, matrices = sort_keys(tensors, file, key="lora")
     if not matrices:
-        if "time_embed.0.weight" in base:
-            raise UserError(f"{path} is a whole model, not a LoRA; name it in load instead of lora")
         raise UserError(
-            f"{path} holds no LoRA of SAT format: no name has matrix_A or matrix_B (first key: "
+            f"{file} holds no LoRA of SAT format: no name has matrix_A or matrix_B (first key: "
             f"{next(iter(tensors))!r}); lora must name a run that trained with lora_config"
         )
-    record = state.get("lora")
-    if not isinstance(record, Mapping):
-        record = {"r": _rank(matrices), "base": fingerprint(base) if base else None}
-    return matrices, _checked_record(record, path, rank=_rank(matrices))
+    stored = state.get("lora")
+    if not isinstance(stored, Mapping):
+        stored = {"r": _rank(matrices), "base": fingerprint(base) if base else None}
+    record = _checked_record(stored, file, rank=_rank(matrices))
+    if alpha is None or alpha == record.lora_alpha:
+        return matrices, record
+    if record.lora_alpha is not None:
+        raise other_alpha(file, record.lora_alpha, alpha)
+    return matrices, replace(record, lora_alpha=alpha)
+
+
+def find_lora_file(path: str | Path) -> Path:
+    """The file that a LoRA's `path` means: itself, or in a folder of SAT, diffusers or peft.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(os.path.expanduser(path))
+    file = find_foreign_file(folder)
+    if file is not None:
+        return file
+    if os.path.isfile(folder / "model_index.json") or os.path.isfile(folder / "config.json"):
+        raise UserError(f"{path} is a whole model, not a LoRA; name it in load instead of lora")
+    return find_transformer_file(path, key="lora")
+
+
+def _read_foreign(
+    tensors: Mapping[str, Tensor], path: Path, *, alpha: float | None, tell: bool
+) -> tuple[dict[str, Tensor], LoraRecord]:
+    lora = to_sat_lora(tensors, path, alpha=alpha)
+    if tell and alpha is None and not lora.tells_alpha:
+        logger.info("%s does not tell its alpha; its rank is taken, as diffusers does", path)
+    return lora.matrices, LoraRecord(lora.r, lora.lora_alpha, lora.layer_range, base=None)
 
 
 def _rank(matrices: Mapping[str, Tensor]) -> int:
@@ -112,8 +163,7 @@ def _checked_record(record: Mapping[str, Any], path: Path, *, rank: int) -> Lora
     r, alpha, layers, base = (record.get(field.name) for field in fields(LoraRecord))
     sound = {
         "r": type(r) is int and r == rank and rank >= 1,
-        "lora_alpha": alpha is None
-        or (type(alpha) in (int, float) and abs(alpha) <= _LARGEST_ALPHA),
+        "lora_alpha": alpha is None or is_alpha(alpha),
         "layer_range": layers is None
         or (isinstance(layers, list) and all(type(number) is int for number in layers)),
         "base": base is None or isinstance(base, str),
@@ -141,7 +191,7 @@ def _layers(record: LoraRecord, names: Iterable[str]) -> list[str]:
     """Names of the layers that the LoRA changes."""
     if record.layer_range is not None:
         blocks = [f"transformer.layers.{number}.attention" for number in record.layer_range]
-        return [f"{block}.{part}" for block in blocks for part in _NUM_PAIRS]
+        return [f"{block}.{part}" for block in blocks for part in NUM_PAIRS]
     return sorted({name.rsplit(".matrix_", 1)[0] for name in names})
 
 
@@ -151,7 +201,7 @@ def _expected_matrices(
     """Name → meta tensor of the shape that each matrix must have, for layers of the network."""
     expected = {}
     for layer in layers:
-        num_pairs = _NUM_PAIRS.get(layer.rpartition(".")[2])
+        num_pairs = NUM_PAIRS.get(layer.rpartition(".")[2])
         weight = weights.get(f"{layer}.weight")
         if num_pairs is None or weight is None:  # its matrices are unknown keys then
             continue
@@ -162,52 +212,151 @@ def _expected_matrices(
     return expected
 
 
-@torch.no_grad()
-def merge_lora(
-    network: DiffusionTransformer,
-    path: str | Path,
+def check_matrices(
+    matrices: Mapping[str, Tensor],
+    record: LoraRecord,
+    weights: Mapping[str, Tensor],
     *,
-    base: str | None = None,
-    scale: float = 1.0,
+    path: str | Path,
+    hint: str = _HINT,
 ) -> None:
-    """Add a LoRA to the weights of a network without LoRA layers: W + scale · alpha / r · B A.
+    """Check that the matrices of a LoRA are all there and fit the base model's `weights`.
+
+    Args:
+        matrices, record: as from `read_lora`.
+        weights: name as in the plain model → tensor, which may be on the meta device.
+        path: the LoRA's, for the message.
+        hint: end of the message.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    expected = _expected_matrices(_layers(record, matrices), weights, record.r)
+    check_fit(matrices, expected, path=path, hint=hint)
+
+
+def check_complete(matrices: Mapping[str, Tensor], record: LoraRecord, path: str | Path) -> None:
+    """As `check_matrices` without the base model: query, key, value and dense map width to width.
+
+    Raises:
+        UserError: some are missing, unknown or of another shape than the first one tells.
+    """
+    width = next((m.shape[-1] for name, m in matrices.items() if ".matrix_A." in name), 0)
+    weights = {}
+    for layer in _layers(record, matrices):
+        num_parts = NUM_PAIRS.get(layer.rpartition(".")[2], 1)
+        weights[f"{layer}.weight"] = torch.empty(num_parts * width, width, device="meta")
+    check_matrices(matrices, record, weights, path=path, hint="it is damaged, copy it again")
+
+
+def alpha_of(record: LoraRecord, path: str | Path) -> float:
+    """lora_alpha of the LoRA in `path`; where it does not tell, SAT's default and a warning."""
+    if record.lora_alpha is not None:
+        return record.lora_alpha
+    logger.warning("%s does not tell its lora_alpha; %g is taken", path, _DEFAULT_ALPHA)
+    return _DEFAULT_ALPHA
+
+
+@dataclass(frozen=True)
+class _Update:
+    """A LoRA to merge: its matrices, and the factor of B A, which is scale · alpha / r."""
+
+    matrices: Mapping[str, Tensor]
+    layers: frozenset[str]
+    factor: float
+
+
+def _read_update(
+    choice: LoraChoice, weights: Mapping[str, Tensor], *, base: str, hint: str
+) -> _Update:
+    """Read a LoRA and compare it with the weights that it is to change.
+
+    Raises:
+        UserError: it is no LoRA, or one of another model.
+    """
+    matrices, record = read_lora(choice.path)
+    check_matrices(matrices, record, weights, path=choice.path, hint=hint)
+    _warn_of_other_base(record, base, choice.path)
+    layers = frozenset(name.rsplit(".matrix_", 1)[0] for name in matrices)
+    return _Update(matrices, layers, choice.scale * alpha_of(record, choice.path) / record.r)
+
+
+def _updated(weight: Tensor, layer: str, updates: Iterable[_Update]) -> Tensor:
+    """A layer's weight (out, in) and the updates, summed in float32 on its device, rounded once.
+
+    Without any update that is not zero it is the weight itself: adding 0 would turn -0 into 0.
+    """
+    total = None
+    for update in updates:
+        if layer not in update.layers or not update.factor:
+            continue
+        products = []
+        for i in range(NUM_PAIRS[layer.rpartition(".")[2]]):
+            down, up = (
+                update.matrices[f"{layer}.matrix_{kind}.{i}"].to(weight.device, torch.float32)
+                for kind in "AB"
+            )  # (r, in), (out / parts, r)
+            products.append(up @ down)
+        change = torch.cat(products)  # (out, in)
+        if change.any():
+            change *= update.factor
+            total = change if total is None else total.add_(change)
+    return weight if total is None else (weight.float() + total).to(weight.dtype)
+
+
+@torch.no_grad()
+def merge_loras(
+    network: DiffusionTransformer, loras: Sequence[LoraChoice], *, base: str | None = None
+) -> None:
+    """Add LoRAs to the weights of a network without LoRA layers: W + Σ scale · alpha / r · B A.
 
     The sum is taken in float32 on the weight's device and rounded once to its type. Matrices that
     are zero leave every bit as it was.
 
     Args:
         network: the base model.
-        path: as in `read_lora`.
+        loras: what to add, and how strongly; paths as in `read_lora`.
         base: `fingerprint` of the file that the weights came from; None takes the network's own,
             which is another one if the weights have been rounded to bfloat16 since.
-        scale: strength of the LoRA; 1 is as trained.
 
     Raises:
-        UserError: the file is not a LoRA, or one of another model.
+        UserError: a file is not a LoRA, or one of another model; nothing is changed then.
     """
-    matrices, record = read_lora(path)
     weights = dict(network.named_parameters())
     if any(is_lora_matrix(name) for name in weights):
-        raise RuntimeError("merge_lora: the network has LoRA layers of its own")
-    expected = _expected_matrices(_layers(record, matrices), weights, record.r)
-    check_fit(matrices, expected, path=path, hint=_HINT)
-    _warn_of_other_base(record, base or fingerprint(weights), path)
-    alpha = record.lora_alpha
-    if alpha is None:
-        logger.warning("%s does not tell its lora_alpha; %g is taken", path, _DEFAULT_ALPHA)
-        alpha = _DEFAULT_ALPHA
-    for layer in {name.rsplit(".matrix_", 1)[0]: None for name in expected}:
+        raise RuntimeError("merge_loras: the network has LoRA layers of its own")
+    base = base or fingerprint(weights)
+    updates = [_read_update(choice, weights, base=base, hint=_HINT) for choice in loras]
+    for layer in frozenset[str]().union(*(update.layers for update in updates)):
         weight = weights[f"{layer}.weight"]
-        products = []
-        for i in range(_NUM_PAIRS[layer.rpartition(".")[2]]):
-            down, up = (
-                matrices[f"{layer}.matrix_{kind}.{i}"].to(weight.device, torch.float32)
-                for kind in "AB"
-            )  # (r, in), (out / parts, r)
-            products.append(up @ down)
-        update = torch.cat(products)  # (out, in)
-        if update.any():  # else -0 would become 0
-            weight.copy_(weight.float() + scale * alpha / record.r * update)
+        weight.copy_(_updated(weight, layer, updates))
+
+
+def merged_tensors(
+    base: Mapping[str, Tensor], loras: Sequence[LoraChoice], *, where: str | Path
+) -> Mapping[str, Tensor]:
+    """The tensors of a base model with LoRAs added, each computed when it is asked for.
+
+    Args:
+        base: name as in the plain model → tensor; those that no LoRA changes come back as they are.
+        loras: as in `merge_loras`, whose sums these are.
+        where: the file or folder of `base`, for messages.
+
+    Raises:
+        UserError: as `merge_loras`, at once.
+    """
+    hint = f"is {where} the base model that the LoRA was trained on?"
+    known, shapes = fingerprint(base), on_meta(base)
+    updates = [_read_update(choice, shapes, base=known, hint=hint) for choice in loras]
+    layers = frozenset[str]().union(*(update.layers for update in updates))
+
+    @torch.no_grad()
+    def merged(layer: str) -> Tensor:
+        return _updated(base[f"{layer}.weight"], layer, updates)
+
+    makers = {name: partial(base.__getitem__, name) for name in base}
+    makers |= {f"{layer}.weight": partial(merged, layer) for layer in layers}
+    return LazyTensors(makers, meta=lambda: shapes)
 
 
 def load_lora(network: DiffusionTransformer, path: str | Path, *, base: str | None = None) -> None:
@@ -217,7 +366,9 @@ def load_lora(network: DiffusionTransformer, path: str | Path, *, base: str | No
     network over.
 
     Args:
-        network, path, base: as in `merge_lora`.
+        network: has a ``lora_config``.
+        path: as in `read_lora`.
+        base: as in `merge_loras`.
 
     Raises:
         UserError: the file is not a LoRA, or its rank, alpha or layers are not those of

@@ -45,6 +45,10 @@ HARMLESS_GLOBALS = (
 )
 
 
+# Under which key files of SAT format keep their tensors: transformers, and autoencoders.
+_WRAPPERS = ("module", "state_dict")
+
+
 class _Inert:
     """Takes the place of an object in a checkpoint: accepts any construction and does nothing."""
 
@@ -125,12 +129,13 @@ def check_weight_file(path: Path) -> None:
     if kind == "zip":
         _check_zip(path)
     elif kind == "safetensors":
-        with _whole_safetensors(path), safe_open(path, framework="pt"):
+        with whole_safetensors(path), safe_open(path, framework="pt"):
             pass
 
 
 @contextmanager
-def _whole_safetensors(path: Path) -> Iterator[None]:
+def whole_safetensors(path: Path) -> Iterator[None]:
+    """Around reading a safetensors file: UserError where it is damaged or cut off."""
     try:
         yield
     except (SafetensorError, OSError, struct.error) as error:
@@ -140,7 +145,7 @@ def _whole_safetensors(path: Path) -> Iterator[None]:
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    with _whole_safetensors(path):
+    with whole_safetensors(path):
         return load_file(path)
 
 
@@ -149,7 +154,7 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, EOFError):
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, struct.error):
         raise UserError(
             f"{path} is not a whole file (its end is missing or damaged); download or copy it again"
         ) from None
@@ -222,11 +227,14 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 def tensors_of(state: Any, path: Path, *, wrapper: str) -> dict[str, torch.Tensor]:
     """The name → tensor dict in what `read_checkpoint` returned, under the key `wrapper` if there.
 
+    Under the other kind's key too, so that whoever sorts the names can tell what the file is.
+
     Raises:
         UserError: there is no such dict, or a tensor in it is not dense and real.
     """
-    if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-        state = state[wrapper]
+    if isinstance(state, dict):
+        wrapped = (state.get(key) for key in (wrapper, *_WRAPPERS))
+        state = next((inner for inner in wrapped if isinstance(inner, dict)), state)
     if isinstance(state, dict):
         tensors = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
         for name, tensor in tensors.items():

@@ -6,14 +6,17 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from sgm.checkpoint.diffusers_folder import find_diffusers_part, read_diffusers_part
 from sgm.checkpoint.fit import check_fit
 from sgm.checkpoint.reading import read_checkpoint, tensors_of
+from sgm.checkpoint.table import on_meta, to_sat
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,8 +32,8 @@ POSITION_TABLE = "mixins.pos_embed.pos_embedding"
 _LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
 _HINT = "use the configuration that belongs to these weights"
 _EXPECTED = {
-    "load": "the transformer's folder (with the file 'latest' in it) or its .pt file; README tells "
-    "where to get the weights",
+    "load": "the transformer's folder (with the file 'latest' in it), its .pt file or a diffusers "
+    "folder; README tells where to get the weights",
     "lora": "the folder of a LoRA run (with the file 'latest' in it), of one of its checkpoints, "
     "or a file",
 }
@@ -41,7 +44,8 @@ def find_transformer_file(load: str | Path, *, key: Literal["load", "lora"] = "l
 
     Args:
         load: the path.
-        key: the argument that gave the path, for messages.
+        key: the argument that gave the path. With ``load`` it may also be a diffusers folder, of
+            a pipeline or of its transformer, and the transformer's folder is returned.
 
     Raises:
         UserError: there is no such file; says which one was looked for.
@@ -73,9 +77,14 @@ def _find_transformer_file(load: str | Path, key: str) -> Path:
     for name in MODEL_FILES:
         if (folder / name).is_file():
             return folder / name
+    if key == "load" and folder == path:
+        found = find_diffusers_part(path, "transformer")
+        if found is not None:
+            return found
+    or_else = "; or a diffusers folder with its config.json" if key == "load" else ""
     raise UserError(
         f"{key}: {folder / MODEL_FILES[0]} does not exist; expected are {path}/latest with the "
-        f"name of a folder, and {MODEL_FILES[0]} in that folder"
+        f"name of a folder, and {MODEL_FILES[0]} in that folder{or_else}"
     )
 
 
@@ -95,14 +104,14 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         tensors: name → tensor of the transformer, with or without the checkpoint's prefix.
     """
     vectors = {
-        name.removeprefix(MODEL_PREFIX).replace(".original.", "."): tensor
-        for name, tensor in tensors.items()
+        name.removeprefix(MODEL_PREFIX).replace(".original.", "."): name
+        for name, tensor in on_meta(tensors).items()
         if tensor.ndim == 1 and not name.startswith(OTHER_PARTS)
     }
     digest = hashlib.sha256()
-    for name in sorted(vectors):
-        digest.update(f"{name}\0".encode())
-        digest.update(vectors[name].detach().half().cpu().numpy().tobytes())
+    for plain_name, name in sorted(vectors.items()):
+        digest.update(f"{plain_name}\0".encode())
+        digest.update(tensors[name].detach().half().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -128,6 +137,10 @@ def sort_keys(
             logger.warning("%s: %d unknown keys are not used: %s …", path, len(rest), rest[0])
     else:
         own = {n: tensor for n, tensor in tensors.items() if not n.startswith(OTHER_PARTS)}
+    if any(name.startswith("transformer_blocks.") for name in own):
+        raise UserError(
+            f"{path} has diffusers' names; {key} must name its folder, with config.json beside it"
+        )
     if not any(name.startswith(("transformer.", "mixins.")) for name in own):
         raise UserError(
             f"{path} holds no transformer of SAT format (first key: {next(iter(tensors))!r}); "
@@ -167,6 +180,40 @@ def _add_lora(network: DiffusionTransformer, lora: Mapping[str, Tensor], path: P
         )
 
 
+def read_transformer(
+    load: str | Path, *, key: Literal["load", "lora"] = "load"
+) -> tuple[Path, Mapping[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a transformer in whichever format, under the names of the plain model.
+
+    Args:
+        load, key: as in `find_transformer_file`.
+
+    Returns:
+        The file, or the folder of diffusers' transformer; the base weights, mapped from disk or
+        put together when asked for; the LoRA matrices.
+
+    Raises:
+        UserError: no such file, not weights, or no CogVideoX-2B.
+    """
+    path = find_transformer_file(load, key=key)
+    if path.is_dir():
+        _, tensors = read_diffusers_part(path, "transformer")
+        return path, to_sat(tensors, "transformer", where=path), {}
+    base, lora = sort_keys(tensors_of(read_checkpoint(path), path, wrapper="module"), path, key=key)
+    return path, base, lora
+
+
+def check_transformer(load: str | Path) -> None:
+    """Find out early whether `load` leads to weights, as far as that takes no time.
+
+    Raises:
+        UserError: it does not, or to a diffusers folder of another model or with something absent.
+    """
+    path = find_transformer_file(load)
+    if path.is_dir():
+        read_transformer(path)
+
+
 def load_transformer(
     network: DiffusionTransformer,
     load: str | Path,
@@ -174,7 +221,7 @@ def load_transformer(
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> str:
-    """Fill a transformer that was built on the meta device with weights in SAT format.
+    """Fill a transformer that was built on the meta device with weights of SAT or diffusers.
 
     Tensors go from the mapped file straight to `device` and `dtype`, one by one, so that host
     memory never holds a second copy. Layers are wrapped for LoRA afterwards, where configured.
@@ -185,18 +232,21 @@ def load_transformer(
     Raises:
         UserError: no such file, not weights, or weights of another model.
     """
-    path = find_transformer_file(load)
-    base, lora = sort_keys(tensors_of(read_checkpoint(path), path, wrapper="module"), path)
+    path, base, lora = read_transformer(load)
     if lora and not base:
         raise UserError(
             f"{path} is a LoRA, not a whole model; use load: for the base model and lora: for this "
             "(to train on, --resume)"
         )
     wanted = network.state_dict()
+    computed = {}
     if POSITION_TABLE not in base and POSITION_TABLE in wanted:
-        base[POSITION_TABLE] = network.mixins["pos_embed"].compute_table()
-    check_fit(base, wanted, path=path, hint=_HINT)
-    placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in base.items()}
+        computed[POSITION_TABLE] = network.mixins["pos_embed"].compute_table()
+    check_fit({**on_meta(base), **computed}, wanted, path=path, hint=_HINT)
+    placed = {
+        name: tensor.to(device=device, dtype=dtype)
+        for name, tensor in chain(base.items(), computed.items())
+    }
     network.load_state_dict(placed, assign=True)
     _add_lora(network, lora, path)
     return fingerprint(base)

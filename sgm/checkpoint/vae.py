@@ -1,4 +1,4 @@
-"""The weights of the video autoencoder: ``{"state_dict": {…}}`` in ``3d-vae.pt``."""
+"""The weights of the video autoencoder: SAT's ``3d-vae.pt``, or a folder in diffusers' layout."""
 
 from __future__ import annotations
 
@@ -8,38 +8,90 @@ from pathlib import Path
 
 import torch
 
+from sgm.checkpoint.diffusers_folder import (
+    diffusers_files,
+    find_diffusers_part,
+    read_diffusers_part,
+)
 from sgm.checkpoint.reading import read_checkpoint, tensors_of
+from sgm.checkpoint.table import to_sat
 from sgm.errors import UserError
 
 # Where a checkpoint of the whole engine keeps the autoencoder.
 ENGINE_PREFIX = "first_stage_model."
+_EXPECTED = (
+    "first_stage_config.params.ckpt_path must name the 3d-vae.pt file or the folder vae of "
+    "CogVideoX-2B in diffusers' layout"
+)
+
+
+def _find(path: str | Path) -> Path:
+    """The file of SAT format, or the folder of diffusers' autoencoder.
+
+    Raises:
+        UserError: nothing of the kind is there.
+    """
+    place = Path(os.path.expanduser(path))
+    if not os.path.isdir(place):
+        return place
+    folder = find_diffusers_part(place, "vae")
+    if folder is None:
+        raise UserError(f"{place} is a folder without a diffusers autoencoder in it; {_EXPECTED}")
+    return folder
+
+
+def vae_files(path: str | Path) -> list[Path]:
+    """The files that the autoencoder's tensors come from: the file itself, or a folder's, sorted.
+
+    Raises:
+        UserError: `path` is a folder without an autoencoder in diffusers' layout, or one of another
+            model, or a file of it is absent or damaged.
+    """
+    place = _find(path)
+    if not os.path.isdir(place):
+        return [place]
+    read_diffusers_part(place, "vae")
+    return diffusers_files(place)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    if path.is_dir():
+        _, tensors = read_diffusers_part(path, "vae")
+        # Copies, since each tensor as it is would keep a mapping of the whole file of its own.
+        return {name: tensor.clone() for name, tensor in to_sat(tensors, "vae", where=path).items()}
+    tensors = tensors_of(read_checkpoint(path), path, wrapper="state_dict")
+    if any(name.startswith(ENGINE_PREFIX) for name in tensors):
+        return {
+            name.removeprefix(ENGINE_PREFIX): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(ENGINE_PREFIX)
+        }
+    return tensors
 
 
 def load_vae_state(
     path: str | Path, ignore_keys: str | Sequence[str] = ("loss",)
 ) -> dict[str, torch.Tensor]:
-    """Name → tensor of the autoencoder in a ``.pt`` or ``.safetensors`` file, mapped from disk.
+    """Name → tensor of the autoencoder under SAT's names; of a file, mapped from disk.
 
-    Keys that begin with one of `ignore_keys` (or with it, if it is a single text) are left out: the
-    discriminator's, for one. Of a checkpoint of the whole engine only the autoencoder's part is
-    returned.
+    Args:
+        path: a ``.pt`` or ``.safetensors`` file of SAT format, of a checkpoint of the whole engine
+            too, or a diffusers folder, of a pipeline or of its autoencoder.
+        ignore_keys: beginnings of names (or one of them as a text) that are left out: the
+            discriminator's, for one.
 
     Raises:
         UserError: the file cannot be read (see `read_checkpoint`) or holds no autoencoder.
     """
-    path = Path(os.path.expanduser(path))
-    tensors = tensors_of(read_checkpoint(path), path, wrapper="state_dict")
-    if any(name.startswith(ENGINE_PREFIX) for name in tensors):
-        tensors = {
-            name.removeprefix(ENGINE_PREFIX): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(ENGINE_PREFIX)
-        }
+    place = _find(path)
+    tensors = _read(place)
     ignored = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(ignore_keys)
     kept = {k: v for k, v in tensors.items() if not k.startswith(ignored)}
+    if "encoder.mid_block.resnets.0.conv1.conv.weight" in kept and place.is_file():
+        raise UserError(f"{place} has diffusers' names; ckpt_path must name its folder")
     if not any(name.startswith(("encoder.", "decoder.")) for name in kept):
         raise UserError(
-            f"{path} holds no video autoencoder (first key: {next(iter(tensors))!r}); "
-            "first_stage_config.params.ckpt_path must name the 3d-vae.pt file"
+            f"{place} holds no video autoencoder of SAT format (first key: "
+            f"{next(iter(tensors))!r}); {_EXPECTED}"
         )
     return kept

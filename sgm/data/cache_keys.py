@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sgm.checkpoint import vae_files
 from sgm.errors import UserError
 from sgm.modules.encoders.modules import FrozenT5Embedder, embedding_files
 from sgm.util import get_class
@@ -89,7 +90,7 @@ def first_stage_identity(config: Mapping[str, Any]) -> str:
     """The digest of the autoencoder that a node describes.
 
     Raises:
-        UserError: it has no file of weights, or that cannot be read.
+        UserError: it has no weights, or they cannot be read.
     """
     path = (config.get("params") or {}).get("ckpt_path")
     if not path:
@@ -97,7 +98,7 @@ def first_stage_identity(config: Mapping[str, Any]) -> str:
             "first_stage_config.params.ckpt_path is not set; latents of random weights are not "
             "worth keeping: set it, or leave cache_dir out"
         )
-    return _identity(config, [Path(path).expanduser()], path_key="ckpt_path")
+    return _identity(config, vae_files(path), path_key="ckpt_path")
 
 
 def text_identity(config: Mapping[str, Any]) -> str:

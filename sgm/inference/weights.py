@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sgm.errors import UserError
+from sgm.lora_choice import LoraChoice
 from sgm.util import TARGET_ALIASES
 
 T5_EMBEDDER = "sgm.modules.encoders.modules.FrozenT5Embedder"
@@ -16,7 +17,7 @@ def check_weight_paths(
     model: Mapping[str, Any],
     load: str | None,
     *,
-    lora: str | None = None,
+    lora: Sequence[LoraChoice] = (),
     random_transformer: bool = False,
 ) -> None:
     """Check `load`, `lora`, the autoencoder's `ckpt_path` and every T5 embedder's `model_dir`.
@@ -26,7 +27,7 @@ def check_weight_paths(
     Args:
         model: the `model` section; with ``latent_input: true`` no autoencoder is needed.
         load: `args.load`.
-        lora: `args.lora`, merged into these weights; that it holds a LoRA is checked too.
+        lora: `args.lora`, merged into these weights; that they hold LoRAs is checked too.
         random_transformer: `load` is not needed, the transformer is trained from nothing.
 
     Raises:
@@ -34,23 +35,29 @@ def check_weight_paths(
     """
     if not random_transformer:
         # Imports PyTorch, which a mistake on the command line need not wait for.
-        from sgm.checkpoint import find_transformer_file
+        from sgm.checkpoint import check_transformer
 
         if not load:
             raise UserError(
                 "args.load is not set: it must name the folder of the transformer's weights"
             )
-        find_transformer_file(load)
-    if lora is not None:
+        check_transformer(load)
+    if lora:
         from sgm.checkpoint import read_lora
 
-        read_lora(lora)
+        for choice in lora:
+            read_lora(choice.path, tell=False)  # whoever merges it tells
     if not model.get("latent_input"):
         path = _path(model.get("first_stage_config"), "ckpt_path", where="first_stage_config")
-        if not path.is_file():
+        if path.is_dir():
+            from sgm.checkpoint import vae_files
+
+            vae_files(path)
+        elif not path.is_file():
             raise UserError(
                 f"model.first_stage_config.params.ckpt_path: the file {path} does not exist; it "
-                "must be the autoencoder's weights, 3d-vae.pt; README tells where to get them"
+                "must be the autoencoder's weights, 3d-vae.pt or a diffusers folder; README tells "
+                "where to get them"
             )
     conditioner = model.get("conditioner_config")
     params = conditioner.get("params") if isinstance(conditioner, Mapping) else None
@@ -66,6 +73,9 @@ def check_weight_paths(
                 f"model.{where}.params.model_dir: the T5 folder {path} does not exist (model_dir "
                 f"{str(path)!r} is not a folder); README tells where to get it"
             )
+        from sgm.modules.encoders.modules import find_t5
+
+        find_t5(path)
 
 
 def _path(node: Any, key: str, *, where: str) -> Path:

@@ -8,13 +8,16 @@ from safetensors.torch import save_file
 
 from diffusion_video import SATVideoDiffusionEngine
 from sgm.checkpoint import (
+    LoraChoice,
     fingerprint,
     load_lora,
     load_transformer,
     lora_record,
-    merge_lora,
+    merge_loras,
+    merged_tensors,
     read_lora,
 )
+from sgm.checkpoint.table import LazyTensors
 from sgm.checkpoint.transformer import MODEL_PREFIX, is_lora_matrix
 from sgm.errors import UserError
 from sgm.util import check_params, instantiate_from_config
@@ -55,6 +58,10 @@ def predict(network):
         )
 
 
+def merge_lora(network, path, base=None, scale=1.0):
+    merge_loras(network, [LoraChoice(str(path), scale)], base=base)
+
+
 def save(network, path, base=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     matrices = {MODEL_PREFIX + n: w for n, w in network.named_parameters() if is_lora_matrix(n)}
@@ -85,6 +92,62 @@ def test_the_scale_is_the_share_of_the_update(build, tmp_path):
     torch.testing.assert_close(weights[1] - weights[0], (weights[2] - weights[0]) / 2)
 
 
+@pytest.fixture
+def two(build, tmp_path):
+    """Two LoRAs of different ranks and blocks, with their strengths."""
+    one = save(build({"r": 2, "lora_alpha": 3}), tmp_path / "one.pt")
+    other = save(build({"r": 5, "lora_alpha": 4, "layer_range": [1]}), tmp_path / "other.pt")
+    return [LoraChoice(str(one), 0.7), LoraChoice(str(other), -0.3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_are_summed_in_float32_and_rounded_once(build, two, dtype):
+    network = build().to(dtype)
+    merge_loras(network, two)
+    layer = "transformer.layers.1.attention.query_key_value"
+    expected = build().to(dtype).get_parameter(f"{layer}.weight").detach().double()
+    for choice, factor in zip(two, (0.7 * 3 / 2, -0.3 * 4 / 5), strict=True):
+        matrices, _ = read_lora(choice.path)
+        for i in range(3):  # q, k, v
+            up, down = (matrices[f"{layer}.matrix_{kind}.{i}"].double() for kind in "BA")
+            expected[64 * i : 64 * (i + 1)] += factor * up @ down
+    found = network.get_parameter(f"{layer}.weight")
+    assert found.dtype == dtype
+    # Float32: rounding of a few sums. Bfloat16: half of its step of 2**-7, once.
+    limit = 1e-6 if dtype == torch.float32 else 2**-8 * 1.001
+    torch.testing.assert_close(found.double(), expected, rtol=limit, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_tensors_are_what_the_network_gets(build, two, dtype):
+    network = build().to(dtype)
+    base = {name: weight.clone() for name, weight in network.state_dict().items()}
+    asked = []
+    lazy = LazyTensors(
+        {name: lambda name=name: asked.append(name) or base[name] for name in base},
+        meta=lambda: {name: tensor.to("meta") for name, tensor in base.items()},
+    )
+    merged = merged_tensors(lazy, two, where="base")
+    # Before anything is asked for, vectors only, for the fingerprint.
+    assert all(base[name].ndim == 1 for name in asked)
+    merge_loras(network, two)
+    assert merged.keys() == base.keys()
+    for name, weight in network.state_dict().items():
+        assert merged[name].equal(weight), name
+    bias = "transformer.layers.0.attention.dense.bias"
+    assert merged[bias] is base[bias]
+
+
+def test_nothing_is_merged_if_one_of_several_is_wrong(build, two, tmp_path):
+    network = build()
+    wide = save(build({"r": 2}, hidden_size=96), tmp_path / "wide.pt")
+    with pytest.raises(UserError, match="wide.pt does not fit"):
+        merge_loras(network, [*two, LoraChoice(str(wide))])
+    assert torch.equal(predict(network), predict(build()))
+    with pytest.raises(UserError, match="is some/base the base model that the LoRA was trained"):
+        merged_tensors(network.state_dict(), [LoraChoice(str(wide))], where="some/base")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_zero_lora_changes_no_bit(build, tmp_path, dtype):
     trained = build({"r": 2})
@@ -95,6 +158,7 @@ def test_a_zero_lora_changes_no_bit(build, tmp_path, dtype):
         if ".matrix_B." in name:
             weight.data.zero_()
     merge_lora(network, save(trained, tmp_path / "lora.pt"))
+    merge_lora(network, save(build({"r": 2}), tmp_path / "strong.pt"), scale=0)
     bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
     for name, weight in network.state_dict().items():
         assert weight.dtype == dtype and torch.equal(weight.view(bits), before[name].view(bits))
@@ -202,7 +266,7 @@ def edit_of(kind, state, build):
 SPOILT = [
     ("whole model", "is a whole model, not a LoRA; name it in load"),
     ("no matrices", "holds no LoRA of SAT format"),
-    ("other format", "holds no transformer of SAT format.*lora must be"),
+    ("other format", "is a LoRA of another model than CogVideoX: it changes unet"),
     ("no tensors", "holds no tensors"),
     ("a matrix less", r"1 missing \(transformer.layers.0.attention.*load must name the base"),
     ("empty matrices", "r=2; the file is damaged"),
@@ -291,7 +355,7 @@ def test_the_engine_merges_and_adds_no_layers_of_its_own(build, small_model, tmp
     if place != "in modules":
         small_model["network_config"]["params"]["modules"].pop("lora_config", None)
     model = small_model | own | {"load": str(tmp_path / "base.pt"), "not_trainable_prefixes": []}
-    model["lora"] = str(save(trained, tmp_path / "lora.pt"))
+    model["lora"] = [LoraChoice(str(save(trained, tmp_path / "lora.pt")))]
     engine = SATVideoDiffusionEngine(**check_params(SATVideoDiffusionEngine, model, where="model"))
     network = engine.model.diffusion_model.eval()
     assert not any(".matrix_" in name for name, _ in network.named_parameters())

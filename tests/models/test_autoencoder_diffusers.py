@@ -1,10 +1,9 @@
 """The autoencoder against the independent one of diffusers, with the same random weights."""
 
-import re
-
 import pytest
 import torch
 
+from sgm.checkpoint.table import to_diffusers
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 
 diffusers = pytest.importorskip("diffusers")
@@ -13,20 +12,6 @@ diffusers = pytest.importorskip("diffusers")
 TOLERANCE = 1e-4
 
 LEVELS = 4
-RENAMES = (
-    (r"mid\.block_(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}"),
-    (r"down\.(\d)\.block", r"down_blocks.\1.resnets"),
-    (r"down\.(\d)\.downsample", r"down_blocks.\1.downsamplers.0"),
-    (r"up\.(\d)\.block", lambda m: f"up_blocks.{LEVELS - 1 - int(m[1])}.resnets"),
-    (r"up\.(\d)\.upsample", lambda m: f"up_blocks.{LEVELS - 1 - int(m[1])}.upsamplers.0"),
-    (r"nin_shortcut", "conv_shortcut"),
-)
-
-
-def renamed(name: str) -> str:
-    for pattern, replacement in RENAMES:
-        name = re.sub(rf"\b{pattern}\b", replacement, name)
-    return name
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +38,7 @@ def pair():
     for name, parameter in ours.named_parameters():
         if "norm" in name:  # away from ones and zeros, so that each of them matters
             torch.nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.2)
-    theirs.load_state_dict({renamed(name): value for name, value in ours.state_dict().items()})
+    theirs.load_state_dict(dict(to_diffusers(ours.state_dict(), "vae", where="ours")))
     return ours.eval().requires_grad_(False), theirs.eval().requires_grad_(False)
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_video import NetworkWrapper
+from sgm.checkpoint.table import to_diffusers
 from sgm.models.transformer import DiffusionTransformer
 from sgm.util import instantiate_from_config
-from tests.models.test_transformer_diffusers import to_diffusers
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -46,7 +46,7 @@ def networks(small_config, randomize) -> tuple[nn.Module, nn.Module]:
         sample_width=12, sample_height=8, sample_frames=9, temporal_compression_ratio=4,
         patch_size=2, spatial_interpolation_scale=1.875, use_rotary_positional_embeddings=False,
     )  # fmt: skip
-    theirs.load_state_dict(to_diffusers(ours.state_dict(), num_layers=2))
+    theirs.load_state_dict(dict(to_diffusers(ours.state_dict(), "transformer", where="ours")))
     return ours, theirs
 
 
@@ -67,7 +67,7 @@ def gradients(
 
 def test_gradients_equal_those_through_diffusers(networks):
     ours, theirs = networks
-    found = to_diffusers(gradients(NetworkWrapper(ours), ours), num_layers=2)
+    found = to_diffusers(gradients(NetworkWrapper(ours), ours), "transformer", where="ours")
     expected = gradients(
         lambda x, timesteps, cond: theirs(x, cond["crossattn"], timesteps).sample, theirs
     )

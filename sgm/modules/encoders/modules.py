@@ -1,9 +1,10 @@
-"""The T5 text encoder and its tokenizer, read from a Hugging Face folder."""
+"""The T5 text encoder and its tokenizer, read from Hugging Face's or diffusers' folders."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
+from sgm.checkpoint.diffusers_folder import find_in_pipeline, read_json
 from sgm.checkpoint.reading import check_kind, check_weight_file
 from sgm.errors import UserError
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
 logger = logging.getLogger(__name__)
+
+_VARIANT = ".fp16"  # in the names of files that diffusers may have instead of the plain ones
+_LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
 
 
 class T5Tokenizer:
@@ -64,25 +69,52 @@ class T5Tokenizer:
 def _weight_files(folder: Path) -> list[Path]:
     """The files of weights that are used, sorted; empty where there are none."""
     weights = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
-    return sorted(weights)
+    return sorted([path for path in weights if _VARIANT not in path.name] or weights)
 
 
-def _check_folder(folder: Path) -> None:
-    """Say what of a T5 folder is absent or broken before anything large is loaded.
+@dataclass(frozen=True)
+class T5Files:
+    """Where a text encoder is: its folder, its sentencepiece model and its files of weights."""
+
+    folder: Path
+    tokenizer: Path
+    weights: Sequence[Path]
+
+
+def find_t5(model_dir: str | Path) -> T5Files:
+    """The files of a text encoder, after saying what is absent or broken, before any is loaded.
+
+    Args:
+        model_dir: a T5 folder of Hugging Face's, the folder ``text_encoder`` of a diffusers
+            pipeline, with ``tokenizer`` beside it, or the pipeline's.
 
     Raises:
         UserError: the folder, its config, its sentencepiece model or its weights are absent, or
             one of its files is not what its name says.
     """
+    folder = Path(model_dir).expanduser()
+    folder = find_in_pipeline(folder, "text_encoder") or folder
     if not folder.is_dir():
         raise UserError(
             f"model_dir {str(folder)!r} is not a folder; it must name the T5 folder "
             "(for the 2B model a clone of https://huggingface.co/google/t5-v1_1-xxl)"
         )
-    for name in ("config.json", "spiece.model"):
-        if not (folder / name).is_file():
-            raise UserError(f"the T5 folder {folder} lacks {name}; copy it there from the original")
-        check_kind(folder / name)
+    tokenizers = [folder, folder.parent / "tokenizer"]
+    tokenizers = [place / "spiece.model" for place in tokenizers]
+    tokenizer = next((path for path in tokenizers if path.is_file()), tokenizers[0])
+    for path in (folder / "config.json", tokenizer):
+        if not path.is_file():
+            raise UserError(
+                f"the T5 folder {folder} lacks {path.name}; copy it there from the original"
+            )
+        check_kind(path)
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type", config.get("_class_name"))
+    if kind != "t5":
+        raise UserError(
+            f"{folder} holds {str(kind)[:_LONGEST_QUOTE]!r}, not a T5 encoder; model_dir must name "
+            "the T5 folder, or the folder text_encoder of a diffusers pipeline"
+        )
     weights = _weight_files(folder)
     if not weights:
         raise UserError(
@@ -91,21 +123,21 @@ def _check_folder(folder: Path) -> None:
         )
     for path in weights:
         check_weight_file(path)
+    return T5Files(folder, tokenizer, weights)
 
 
 def embedding_files(model_dir: str) -> list[Path]:
-    """The files of a T5 folder that embeddings depend on, sorted.
+    """The files of a T5 folder that embeddings depend on, in a fixed order.
 
     Raises:
         UserError: the folder is not a T5 folder.
     """
-    folder = Path(model_dir).expanduser()
-    _check_folder(folder)
-    return [folder / "config.json", folder / "spiece.model", *_weight_files(folder)]
+    files = find_t5(model_dir)
+    return [files.folder / "config.json", files.tokenizer, *files.weights]
 
 
-def _load_encoder(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
-    """The encoder with the weights of a folder, on the CPU.
+def _load_encoder(files: T5Files, dtype: torch.dtype) -> T5EncoderModel:
+    """The encoder with its weights, on the CPU.
 
     Raises:
         UserError: transformers cannot load it, or some of its weights are not in the folder.
@@ -113,12 +145,14 @@ def _load_encoder(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
     # Imported here, since it takes seconds and only this function needs it.
     from transformers import T5EncoderModel
 
+    folder = files.folder
     again = "copy the folder from the original again"
     try:
         # Without ignore_mismatched_sizes it would fail with a reference to its own log.
         encoder, found = T5EncoderModel.from_pretrained(
             folder,
             dtype=dtype,
+            variant=_VARIANT[1:] if _VARIANT in files.weights[0].name else None,
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -148,7 +182,7 @@ class FrozenT5Embedder(nn.Module):
 
     Args:
         model_dir: folder in Hugging Face's layout, with ``config.json``, ``spiece.model`` and
-            weights as safetensors or .bin shards.
+            weights as safetensors or .bin shards; or as in `find_t5`.
         max_length: number of tokens that every text is padded or cut to.
         dtype, device: of the weights.
 
@@ -170,10 +204,9 @@ class FrozenT5Embedder(nn.Module):
         device: str | torch.device = "cpu",
     ) -> None:
         super().__init__()
-        folder = Path(model_dir).expanduser()
-        _check_folder(folder)
-        self.tokenizer = T5Tokenizer(folder / "spiece.model", max_length=max_length)
-        self.transformer = _load_encoder(folder, dtype).to(device)
+        files = find_t5(model_dir)
+        self.tokenizer = T5Tokenizer(files.tokenizer, max_length=max_length)
+        self.transformer = _load_encoder(files, dtype).to(device)
 
     def warn_if_cut(self, text: str) -> None:
         """Log a warning that quotes the end of `text` that the encoder will not see."""

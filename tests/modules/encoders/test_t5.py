@@ -11,7 +11,7 @@ from transformers import T5EncoderModel, T5ForConditionalGeneration
 from transformers import T5Tokenizer as ReferenceTokenizer
 
 from sgm.errors import UserError
-from sgm.modules.encoders.modules import FrozenT5Embedder, T5Tokenizer
+from sgm.modules.encoders.modules import FrozenT5Embedder, T5Tokenizer, embedding_files
 from tools.make_random_weights import write_t5
 
 MAX_LENGTH = 24
@@ -57,6 +57,22 @@ def test_embeddings_are_those_of_transformers_without_a_mask(t5, embedder):
     torch.testing.assert_close(embedder(TEXTS), expected, rtol=0, atol=1e-6)
     masked = reference(**rows).last_hidden_state
     assert (masked - expected).abs().max() > 1e-2  # so the above does tell the two apart
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_a_diffusers_pipeline_and_its_text_encoder_give_the_same(t5, embedder, tmp_path, variant):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "CogVideoXPipeline"}')
+    (tmp_path / "tokenizer").mkdir()
+    folder = shutil.copytree(t5, tmp_path / "text_encoder")
+    (folder / "spiece.model").rename(tmp_path / "tokenizer" / "spiece.model")
+    (folder / "model.safetensors").rename(folder / f"model{variant}.safetensors")
+    for place in (tmp_path, folder):
+        found = FrozenT5Embedder(str(place), MAX_LENGTH).eval()
+        assert torch.equal(found(TEXTS), embedder(TEXTS))
+    expected = ["text_encoder/config.json", "tokenizer/spiece.model"]
+    expected.append(f"text_encoder/model{variant}.safetensors")
+    assert embedding_files(str(tmp_path)) == [tmp_path / name for name in expected]
 
 
 def test_ids_are_those_of_transformers(t5, embedder):
@@ -127,7 +143,8 @@ def cut(path):
 MISTAKES = {
     "no folder": (shutil.rmtree, "is not a folder"),
     "no config": (lambda f: (f / "config.json").unlink(), "lacks config.json"),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), "valid JSON"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "not an object in JSON"),
+    "another model": (lambda f: edit_config(f, model_type="umt5"), "holds 'umt5', not a T5"),
     "no tokenizer": (lambda f: (f / "spiece.model").unlink(), "lacks spiece.model"),
     "tokenizer pointer": (
         lambda f: (f / "spiece.model").write_text(POINTER),

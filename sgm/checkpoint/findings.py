@@ -1,0 +1,274 @@
+"""What is to be said of a transformer, an autoencoder, a LoRA or a text encoder."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from shlex import quote
+
+from torch import Tensor
+
+from sgm.checkpoint.blueprint import sizes_of
+from sgm.checkpoint.diffusers_folder import read_json
+from sgm.checkpoint.known_models import Comparison, KnownModel, compare
+from sgm.checkpoint.lora import check_complete, read_lora
+from sgm.checkpoint.reading import read_checkpoint, tensors_of
+from sgm.checkpoint.table import Part, on_meta
+from sgm.checkpoint.transformer import fingerprint, read_transformer
+from sgm.checkpoint.vae import load_vae_state
+from sgm.errors import UserError
+from sgm.modules.encoders.modules import find_t5
+
+_NUM_NAMED = 3  # names that a line repeats
+_NOT_IN_SUMMARY = ("checkpoints", "file", "fingerprint", "on disk", "channels", "text", "blocks")
+_FIVE_B = ("42", "3072, 48 heads of 64")  # layers and width of CogVideoX-5B and of 1.5
+_TEXT_WEIGHT = "mixins.patch_embed.text_proj.weight"
+
+
+@dataclass
+class Finding:
+    """What is known of a file or folder.
+
+    Args:
+        kind: what it is, as a noun.
+        facts: (name, value) in the order in which they are shown.
+        use: how it loads, or what it is a part of; empty where it does not load.
+        problem: why it does not load; empty where it does.
+        next_steps: lines of a configuration and commands that use it.
+    """
+
+    kind: str
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    use: str = ""
+    problem: str = ""
+    next_steps: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """Kind and facts in one line."""
+        facts = (f"{name} {value}" for name, value in self.facts if name not in _NOT_IN_SUMMARY)
+        return ", ".join([self.kind, *facts])
+
+
+def few(names: Sequence[str]) -> str:
+    """The first of `names`, and how many there are if these are not all."""
+    more = f", … ({len(names)})" if len(names) > _NUM_NAMED else ""
+    return f"{', '.join(names[:_NUM_NAMED])}{more}"
+
+
+def describe_transformer(path: Path, known: Sequence[KnownModel], *, given: str | Path) -> Finding:
+    """A transformer of SAT or diffusers.
+
+    Args:
+        path: the file, or diffusers' folder.
+        known: the models to compare with.
+        given: what to name in commands.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    place, base, lora = read_transformer(path)
+    shapes = on_meta(base)
+    comparison = compare(shapes, "transformer", known)
+    folder = place.is_dir()
+    finding = Finding(
+        f"transformer in {'diffusers' if folder else 'SAT'} format",
+        [*_sizes("transformer", shapes), *_amounts(shapes), ("fingerprint", fingerprint(base))],
+    )
+    _judge(finding, comparison)
+    if lora:
+        rank = min(next(iter(lora.values())).shape, default=0)
+        finding.facts.append(("LoRA", f"{len(lora)} matrices of rank {rank} beside the weights"))
+        if finding.use:
+            finding.use += f" and a lora_config with r: {rank} under model"
+    if comparison.fits:
+        finding.next_steps.append(
+            f"bash inference.sh {comparison.known.config} --load {quote(str(given))}"
+        )
+    if comparison.is_whole and not folder:
+        finding.next_steps.append(
+            f"python tools/convert_weight_sat2hf.py --transformer_ckpt_path {quote(str(given))} "
+            f"--output_path DIR --base {comparison.known.config}"
+        )
+    return finding
+
+
+def describe_vae(path: Path, known: Sequence[KnownModel], *, given: str | Path) -> Finding:
+    """A video autoencoder of SAT or diffusers; as `describe_transformer`."""
+    shapes = on_meta(load_vae_state(path))
+    comparison = compare(shapes, "vae", known)
+    kind = "diffusers" if path.is_dir() else "SAT"
+    finding = Finding(f"video autoencoder (VAE) in {kind} format")
+    finding.facts = [*_sizes("vae", shapes), *_amounts(shapes)]
+    _judge(finding, comparison)
+    if comparison.fits:
+        finding.next_steps.append(
+            f"first_stage_config.params.ckpt_path: {quote(str(given))} in {comparison.known.config}"
+        )
+    return finding
+
+
+def _sizes(part: Part, shapes: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """The facts on sizes; none where the weights do not tell them."""
+    try:
+        sizes = sizes_of(shapes, part, "")
+    except UserError:
+        return []
+    if part == "vae":
+        widths = sizes["block_out_channels"]
+        return [
+            ("levels", f"{len(widths)} of width {', '.join(map(str, widths))}"),
+            ("blocks", f"{sizes['layers_per_block']} a level"),
+            ("latents", f"{sizes['latent_channels']} channels"),
+        ]
+    heads, head = sizes["num_attention_heads"], sizes["attention_head_dim"]
+    return [
+        ("layers", str(sizes["num_layers"])),
+        ("width", f"{heads * head}, {heads} heads of {head}"),
+        ("channels", f"{sizes['in_channels']} in, {sizes['out_channels']} out"),
+        ("text", f"embeddings of width {sizes['text_embed_dim']}"),
+    ]
+
+
+def _amounts(shapes: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """Parameters, bytes and precision."""
+    parameters = sum(shape.numel() for shape in shapes.values())
+    size = sum(shape.numel() * shape.element_size() for shape in shapes.values())
+    dtypes = Counter(str(shape.dtype).removeprefix("torch.") for shape in shapes.values())
+    told = [f"{dtype} ({count} tensors)" for dtype, count in dtypes.most_common()]
+    return [
+        ("parameters", f"{_rounded(parameters)}, {_rounded(size, ' kMG')}B"),
+        ("dtype", next(iter(dtypes), "none") if len(dtypes) < 2 else ", ".join(told)),
+    ]
+
+
+def _rounded(number: int, units: str = " kMB") -> str:
+    """A number of three digits and a letter, of which there is one per factor of a thousand."""
+    largest = len(units) - 1
+    power = next((i for i in range(largest) if number < 999.5 * 1000**i), largest)
+    return f"{number / 1000**power:.3g} {units[power]}".rstrip()
+
+
+def _judge(finding: Finding, comparison: Comparison) -> None:
+    """What is absent or extra, and whether it loads."""
+    missing, extra, misshapen = (
+        comparison.differences[kind] for kind in ("missing", "unknown", "of another shape")
+    )
+    finding.facts.append(("absent", few(missing) or "nothing"))
+    finding.facts.append(("extra", few(extra) or "nothing"))
+    if misshapen:
+        finding.facts.append(("other shape", few(misshapen)))
+    nearest = comparison.known.config
+    facts = dict(finding.facts)
+    if comparison.fits:
+        finding.use = f"with {nearest}"
+    elif (facts.get("layers"), facts.get("width")) == _FIVE_B:
+        finding.problem = "these are CogVideoX-5B's sizes, and only 2B's positions are known here"
+    elif comparison.is_whole:
+        finding.use = (
+            "with a configuration of these sizes; no file of configs/ has them, the nearest is "
+            f"{nearest}"
+        )
+    else:
+        finding.problem = f"it differs from the model that is nearest, {nearest}, as said above"
+
+
+def describe_lora(
+    path: Path, known: Sequence[KnownModel], *, given: str | Path, is_sat: bool
+) -> Finding:
+    """A LoRA of SAT, or else of diffusers or peft; as `describe_transformer`."""
+    matrices, record = read_lora(path, tell=False)
+    width = next((m.shape[-1] for name, m in matrices.items() if ".matrix_A." in name), 0)
+    numbers = (re.search(r"\.layers\.([0-9]{1,4})\.", name) for name in matrices)
+    blocks = sorted({int(number[1]) for number in numbers if number})
+    alpha = record.lora_alpha
+    finding = Finding(
+        f"LoRA in {'SAT' if is_sat else 'diffusers or peft'} format",
+        [
+            ("rank", str(record.r)),
+            (
+                "alpha",
+                "not told, so 1 is taken"
+                if alpha is None
+                else f"{alpha:g}, so the update is {alpha / record.r:g} · B A",
+            ),
+            ("layers", _ranges(blocks)),
+            ("width", str(width)),
+            *_amounts(on_meta(matrices)),
+            ("base model", _named_base(record.base, known)),
+        ],
+    )
+    try:
+        check_complete(matrices, record, given)
+    except UserError as error:
+        finding.problem = str(error)
+        return finding
+    model = next((model for model in known if _takes_lora(model, width, blocks)), None)
+    if model is None:
+        finding.use = f"on a CogVideoX-2B of width {width}; no file of configs/ describes one"
+        return finding
+    finding.use = f"on the model of {model.config}"
+    finding.next_steps.append(f"bash inference.sh {model.config} --lora {quote(str(given))}")
+    finding.next_steps.append(
+        f"python tools/export_sat_lora_weight.py --sat_pt_path {quote(str(given))} "
+        "--lora_save_directory DIR"
+        if is_sat
+        else f"python tools/import_lora.py --lora_path {quote(str(given))} --output_path DIR"
+    )
+    return finding
+
+
+def _takes_lora(model: KnownModel, width: int, blocks: Sequence[int]) -> bool:
+    layer = f"transformer.layers.{max(blocks, default=0)}.input_layernorm.weight"
+    return layer in model.transformer and model.transformer[layer].shape == (width,)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """How many, and from where to where."""
+    if not numbers:
+        return "none"
+    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"{len(numbers)}, {'' if whole else 'among '}{numbers[0]} to {numbers[-1]}"
+
+
+def _named_base(base: str | None, known: Sequence[KnownModel]) -> str:
+    """The fingerprint of the model that a LoRA was trained on, and where that model is."""
+    if base is None:
+        return "not told"
+    for model in known:
+        if model.load and Path(model.load).exists():
+            try:
+                _, weights, _ = read_transformer(model.load)
+            except UserError:  # it is not what is inspected
+                continue
+            if fingerprint(weights) == base:
+                return f"{base} (that in {model.load})"
+    return base
+
+
+def describe_t5(folder: Path, known: Sequence[KnownModel], *, given: str | Path) -> Finding:
+    """A folder with T5; `given` is its model_dir, the others as in `describe_transformer`."""
+    files = find_t5(given)
+    shapes: dict[str, Tensor] = {}
+    for path in files.weights:
+        shapes |= on_meta(tensors_of(read_checkpoint(path), path, wrapper="state_dict"))
+    config = read_json(folder / "config.json")
+    finding = Finding(
+        "T5 text encoder",
+        [
+            ("layers", str(config.get("num_layers"))),
+            ("width", f"{config.get('d_model')}, {config.get('num_heads')} heads"),
+            *_amounts(shapes),
+        ],
+    )
+    for model in known:
+        if model.transformer[_TEXT_WEIGHT].shape[1] == config.get("d_model"):
+            finding.use = f"with {model.config}"
+            finding.next_steps = [f"model_dir: {quote(str(given))} in {model.config}"]
+            return finding
+    finding.use = (
+        f"with a transformer for text of width {config.get('d_model')}; no file of configs/ has one"
+    )
+    return finding

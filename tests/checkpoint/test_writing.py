@@ -1,0 +1,172 @@
+"""Weights are written whole or not at all, and read back bit for bit."""
+
+import json
+import os
+import resource
+import shutil
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sgm.checkpoint.reading import read_checkpoint
+from sgm.checkpoint.table import LazyTensors
+from sgm.checkpoint.writing import (
+    in_dtype,
+    new_folder,
+    own_storage,
+    save_sat_transformer,
+    save_sharded,
+)
+from sgm.errors import UserError
+
+TENSORS = {
+    "a": torch.randn(3, 5),
+    "b": torch.randn(7).half(),  # an odd number of two bytes: what follows must be aligned
+    "c": torch.randn(4, 4).bfloat16().T,
+    "d": torch.tensor(2.5, dtype=torch.float64),
+    "e": torch.zeros(0, 3),
+    "f": torch.arange(5),
+}
+
+
+def same(found, expected):
+    return found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def test_one_file_is_what_safetensors_itself_reads(tmp_path):
+    save_sharded(tmp_path, TENSORS)
+    assert os.listdir(tmp_path) == ["diffusion_pytorch_model.safetensors"]
+    found = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert found.keys() == TENSORS.keys()
+    assert all(same(found[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_every_tensor_begins_at_a_multiple_of_its_elements(tmp_path):
+    save_sharded(tmp_path, TENSORS)
+    content = (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    assert size % 8 == 0
+    for name, tensor in TENSORS.items():
+        assert header[name]["data_offsets"][0] % tensor.element_size() == 0
+
+
+def test_shards_hold_no_more_than_asked_and_the_index_finds_each_tensor(tmp_path):
+    tensors = {str(i): torch.randn(10) for i in range(7)} | {"large": torch.randn(40)}
+    save_sharded(tmp_path, tensors, max_shard_bytes=100)  # two of 40 bytes, or the large one
+    index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == [f"diffusion_pytorch_model-0000{i}-of-00005.safetensors" for i in range(1, 6)]
+    assert index["metadata"]["total_size"] == 7 * 40 + 160
+    for file in files:
+        held = load_file(tmp_path / file)
+        assert sum(t.nbytes for t in held.values()) <= 100 or list(held) == ["large"]
+        assert {name for name, place in index["weight_map"].items() if place == file} == set(held)
+        assert all(same(tensor, tensors[name]) for name, tensor in held.items())
+
+
+def test_one_tensor_is_made_at_a_time(tmp_path):
+    alive = []
+
+    def make(i):
+        assert not any(reference() is not None for reference in alive)
+        tensor = torch.full((4,), float(i))
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    makers = {str(i): (lambda i=i: make(i)) for i in range(3)}
+    metas = dict.fromkeys(makers, torch.empty(4, device="meta"))
+    save_sharded(tmp_path, LazyTensors(makers, meta=lambda: metas))
+    found = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert [found[str(i)][0].item() for i in range(3)] == [0, 1, 2]
+
+
+def test_sat_layout_holds_what_was_given_and_no_more(tmp_path):
+    whole = torch.randn(100, 100)
+    save_sat_transformer(tmp_path / "t", {"x": whole[:1]}, tag="7", lora={"r": 1})
+    assert (tmp_path / "t" / "latest").read_text() == "7"
+    path = tmp_path / "t" / "7" / "mp_rank_00_model_states.pt"
+    state = read_checkpoint(path)
+    assert torch.equal(state["module"]["model.diffusion_model.x"], whole[:1])
+    assert state["lora"] == {"r": 1}
+    assert path.stat().st_size < whole.nbytes / 4
+
+
+def test_a_view_is_copied_and_a_whole_tensor_is_not():
+    whole = torch.randn(4, 4)
+    assert own_storage(whole).data_ptr() == whole.data_ptr()
+    assert own_storage(whole[1:]).untyped_storage().nbytes() == 48
+
+
+def test_precision_changes_when_asked_and_overflow_is_named():
+    tensors = {"w": torch.tensor([1.5, 7e4]), "n": torch.arange(2)}
+    found = in_dtype(tensors, torch.bfloat16, where="file")
+    assert found["w"].dtype is torch.bfloat16 and found["n"].dtype is torch.int64
+    assert in_dtype(tensors, None, where="file") is tensors
+    with pytest.raises(UserError, match="file: w holds values beyond the range of float16"):
+        in_dtype(tensors, torch.float16, where="file")["w"]
+
+
+def test_new_folder_appears_whole_and_nothing_beside_it(tmp_path):
+    with new_folder(tmp_path / "up" / "out") as folder:
+        (folder / "a").write_text("1")
+        assert not (tmp_path / "up" / "out").exists()
+    assert os.listdir(tmp_path / "up") == ["out"]
+    assert (tmp_path / "up" / "out" / "a").read_text() == "1"
+
+
+def test_a_failure_leaves_nothing_not_even_the_folders_above(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with new_folder(tmp_path / "up" / "out") as folder:
+            (folder / "a").write_text("1")
+            raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_what_exists_is_left_alone(tmp_path, kind):
+    path = tmp_path / "out"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("mine")
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(UserError, match="out exists already"):
+        with new_folder(path):
+            pass
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_within_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        with new_folder(tmp_path / "file" / "out"):
+            pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.fixture
+def no_room():
+    """No file may grow beyond 4 KiB, which writing meets as it meets a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("save", [save_sharded, save_sat_transformer])
+def test_a_failing_disk_is_one_sentence_and_leaves_nothing(tmp_path, no_room, save):
+    with pytest.raises(UserError, match="out cannot be written: .*; free some space"):
+        with new_folder(tmp_path / "out") as folder:
+            save(folder, {"w": torch.zeros(4096)})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_is_called_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(UserError, match="no space left on device"):
+        with new_folder(tmp_path / "out"):
+            raise OSError("torch.save failed")

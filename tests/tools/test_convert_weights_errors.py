@@ -1,0 +1,145 @@
+"""What the converters of weights refuse: one sentence each, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sgm.checkpoint.writing import save_sat_transformer
+from tests.small_weights import CHECKPOINT, Small, hf2sat, nothing_new, refused
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Small:
+    return Small(tmp_path / "small")
+
+
+def test_wrong_weights_are_refused_before_anything_is_written(small, capsys):
+    for changes, options, fragments in (
+        ({}, ["--num_layers", 42, "--num_attention_heads", 48], ["--num_layers is 42", "has 2"]),
+        ({}, ["--num_attention_heads", 48], ["--num_attention_heads is 48", "has 2"]),
+        ({"transformer_ckpt_path": small.vae}, [], ["vae.pt"]),
+        ({"vae_ckpt_path": small.transformer / CHECKPOINT}, [], ["no video autoencoder"]),
+        ({"transformer_ckpt_path": small.folder / "absent"}, [], ["absent does not exist"]),
+        ({"base": None}, [], ["num_layers=2", "num_layers=30", "2b_infer.yaml", "--base"]),
+        ({"base": small.folder / "no.yaml"}, [], ["no.yaml: no such file"]),
+        ({"output_path": small.vae}, [], ["vae.pt exists already"]),
+        ({"output_path": small.vae / "out"}, [], ["cannot be written: Not a directory"]),
+        ({"output_path": small.transformer}, [], ["transformer exists already"]),
+        ({}, ["--text_encoder_path", small.folder / "t5"], ["t5"]),
+    ):
+        refused(capsys, small.convert(*options, **changes), *fragments)
+        nothing_new(small.folder, "small.yaml", "transformer", "vae.pt")
+
+
+def test_a_file_that_lacks_a_tensor_is_refused(small, capsys):
+    del small.base["transformer.layers.1.mlp.dense_h_to_4h.bias"]
+    shutil.rmtree(small.transformer)
+    save_sat_transformer(small.transformer, small.base)
+    refused(capsys, small.convert(), "missing", "transformer.layers.1.mlp.dense_h_to_4h.bias")
+
+
+def test_what_diffusers_cannot_express_is_refused(small, capsys):
+    small.model["sampler_config"]["target"] = "sgm.modules.diffusionmodules.sampling.Other"
+    small.write_config()
+    refused(capsys, small.convert(), "no scheduler for the sampler")
+    position = small.model["network_config"]["params"]["modules"]["pos_embed_config"]["params"]
+    position["width_interpolation"] = 1.25
+    small.write_config()
+    refused(capsys, small.convert(), "1.875", "1.25")
+
+
+def test_a_t5_folder_that_lacks_something_is_refused(small, t5_folder, tmp_path, capsys):
+    for absent in ("config.json", "spiece.model", "model.safetensors", "shard"):
+        t5 = tmp_path / absent
+        shutil.copytree(t5_folder, t5)
+        if absent == "shard":
+            index = {"weight_map": {"a": "model-00009-of-00009.safetensors"}}
+            (t5 / "model.safetensors.index.json").write_text(json.dumps(index))
+        else:
+            (t5 / absent).unlink()
+        fragment = {"shard": "model-00009", "model.safetensors": "no weights"}.get(absent, absent)
+        refused(capsys, small.convert("--text_encoder_path", t5), "T5 folder", fragment)
+        nothing_new(small.folder, "small.yaml", "transformer", "vae.pt")
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_wrong_diffusers_folders_are_refused(small, tmp_path, capsys):
+    assert small.convert(vae_ckpt_path=None) == 0
+    out, target = small.folder / "out", tmp_path / "back"
+
+    def broken(name: str) -> Path:
+        shutil.copytree(out, tmp_path / name)
+        return tmp_path / name
+
+    rotary, layers, shard, lacking = map(broken, ("rotary", "layers", "shard", "lacking"))
+    edit_json(rotary / "transformer" / "config.json", use_rotary_positional_embeddings=True)
+    edit_json(layers / "transformer" / "config.json", num_layers=42)
+    weights = shard / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    weights.unlink()
+    index = {
+        "weight_map": dict.fromkeys(tensors, "diffusion_pytorch_model-00001-of-00002.safetensors")
+    }
+    weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
+    tensors.pop("transformer_blocks.1.ff.net.2.bias")
+    save_file(tensors, lacking / "transformer" / weights.name)
+    (tmp_path / "empty").mkdir()
+    known = sorted(os.listdir(tmp_path))
+    for source, fragments in (
+        (rotary, ["use_rotary_positional_embeddings"]),
+        (layers, ["num_layers=2", "42"]),
+        (shard, ["lacks the shard diffusion_pytorch_model-00001-of-00002"]),
+        (lacking, ["missing (transformer.layers.1.mlp.dense_4h_to_h.bias)"]),
+        (small.transformer, ["no diffusers folder"]),
+        (small.vae, ["is not a folder"]),
+        (out / "scheduler", ["no diffusers folder"]),
+        (tmp_path / "empty", ["no diffusers folder"]),
+    ):
+        refused(capsys, hf2sat(source, target), *fragments)
+        nothing_new(tmp_path, *known)
+    refused(capsys, hf2sat(out, out), "exists already")
+    refused(capsys, hf2sat(out, small.vae / "back"), "cannot be written")
+
+
+def test_a_full_disk_leaves_nothing(small, capsys, monkeypatch):
+    def fill(state: Any, path: Path) -> None:
+        path.write_text("half")
+        raise RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0")
+
+    assert small.convert(vae_ckpt_path=None) == 0
+    known = os.listdir(small.folder)
+    monkeypatch.setattr(torch, "save", fill)
+    code = hf2sat(small.folder / "out", small.folder / "back")
+    refused(capsys, code, "back cannot be written", "free some space")
+    nothing_new(small.folder, *known)
+
+
+def test_as_a_program_it_ends_with_one_line_and_1(small):
+    script = ROOT / "tools" / "convert_weight_sat2hf.py"
+    command = [
+        sys.executable,
+        str(script),
+        "--transformer_ckpt_path",
+        "absent",
+        "--output-path",
+        "o",
+    ]
+    done = subprocess.run(command, cwd=small.folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: load: absent does not exist")
+    nothing_new(small.folder, "small.yaml", "transformer", "vae.pt")

@@ -1,0 +1,386 @@
+"""The inspection command on every kind of file and folder, and on what only looks like one."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sgm.checkpoint import fingerprint, load_vae_state, read_transformer
+from sgm.checkpoint.blueprint import model_of
+from sgm.checkpoint.table import to_diffusers
+from sgm.checkpoint.transformer import MODEL_PREFIX, POSITION_TABLE
+from sgm.cli import run_command
+from tools import inspect_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+WEIGHTS = ROOT / "CogVideoX-tiny-sat"
+TINY = "configs/cogvideox_tiny_infer.yaml"
+
+
+@pytest.fixture
+def inspect(capsys: pytest.CaptureFixture[str]) -> Callable[[Path], tuple[int, dict[str, str]]]:
+    """Runs the command: its exit code, and what it shows, by name."""
+
+    def run(path: Path) -> tuple[int, dict[str, str]]:
+        code = run_command(lambda: inspect_checkpoint.main([str(path)]))
+        captured = capsys.readouterr()
+        shown: dict[str, str] = {"error": captured.err}
+        name = ""
+        for line in captured.out.splitlines():
+            key, _, value = line.partition("  ")
+            name = key or name
+            shown[name] = f"{shown[name]}\n{value.strip()}" if not key else value.strip()
+        return code, shown
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def base() -> dict[str, Tensor]:
+    """The bundled transformer's tensors under SAT's names."""
+    return dict(read_transformer(WEIGHTS / "transformer")[1])
+
+
+def save_sat(folder: Path, tensors: dict[str, Tensor], **beside: Any) -> Path:
+    (folder / "1").mkdir(parents=True)
+    module = {MODEL_PREFIX + name: tensor for name, tensor in tensors.items()}
+    torch.save({"module": module, **beside}, folder / "1" / "mp_rank_00_model_states.pt")
+    (folder / "latest").write_text("1")
+    return folder
+
+
+def lora_matrices(width: int = 192, rank: int = 4) -> dict[str, Tensor]:
+    matrices = {}
+    for layer in range(8):
+        for part, num_pairs in {"query_key_value": 3, "dense": 1}.items():
+            for i in range(num_pairs):
+                name = f"transformer.layers.{layer}.attention.{part}.matrix"
+                matrices[f"{name}_A.{i}"] = torch.ones(rank, width)
+                matrices[f"{name}_B.{i}"] = torch.ones(width, rank)
+    return matrices
+
+
+def test_published_folder(inspect: Callable[..., Any]) -> None:
+    code, shown = inspect(WEIGHTS)
+    assert code == 0
+    assert shown["will load"] == f"yes, with {TINY}"
+    assert "layers 8, width 192, 6 heads of 32" in shown["transformer"]
+    assert "T5" in shown["t5"] and "VAE" in shown["vae/3d-vae.pt"]
+
+
+def test_sat_transformer(inspect: Callable[..., Any]) -> None:
+    code, shown = inspect(WEIGHTS / "transformer")
+    assert code == 0
+    assert shown["what"] == "transformer in SAT format"
+    assert (shown["layers"], shown["width"]) == ("8", "192, 6 heads of 32")
+    assert (shown["parameters"], shown["dtype"]) == ("6.07 M, 12.1 MB", "float16")
+    assert (shown["absent"], shown["extra"]) == ("nothing", "nothing")
+    assert shown["will load"] == f"yes, with {TINY}"
+    assert f"--load {WEIGHTS / 'transformer'}" in shown["next"]
+
+
+def test_run_with_training_state(
+    inspect: Callable[..., Any], base: dict[str, Tensor], tmp_path: Path
+) -> None:
+    # As DeepSpeed of older runs writes it, with an entry for the optimizer beside the weights.
+    folder = save_sat(tmp_path / "run", base, optimizer=None, lora=None)
+    state = folder / "1" / "training_state.pt"
+    torch.save({"step": 7, "optimizer": {}, "schedule": {}}, state)
+    code, shown = inspect(folder)
+    assert code == 0
+    assert shown["checkpoints"] == "1; latest is 1"
+    assert f"--resume {folder}" in shown["next"]
+    code, shown = inspect(state)
+    assert code == 0
+    assert shown["what"].startswith("state of a training") and shown["step"] == "7"
+
+
+def test_whole_engine(inspect: Callable[..., Any], base: dict[str, Tensor], tmp_path: Path) -> None:
+    tensors = {MODEL_PREFIX + name: tensor for name, tensor in base.items()}
+    vae = load_vae_state(WEIGHTS / "vae" / "3d-vae.pt")
+    tensors |= {f"first_stage_model.{name}": tensor for name, tensor in vae.items()}
+    path = tmp_path / "engine.pt"
+    torch.save({"module": tensors}, path)
+    code, shown = inspect(path)
+    assert code == 0
+    assert shown["beside it"] == f"autoencoder, {len(vae)} tensors"
+    assert shown["will load"] == f"yes, with {TINY}"
+
+
+def test_shallower_model_needs_its_own_configuration(
+    inspect: Callable[..., Any], base: dict[str, Tensor], tmp_path: Path
+) -> None:
+    # No other number in a name is above 2.
+    few = {n: t for n, t in base.items() if not any(f".{i}" in n for i in (5, 6, 7))}
+    code, shown = inspect(save_sat(tmp_path / "run", few))
+    assert code == 0
+    assert shown["layers"] == "5"
+    assert "no file of configs/ has them" in shown["will load"]
+
+
+def test_absent_and_extra_weights_are_named(
+    inspect: Callable[..., Any], base: dict[str, Tensor], tmp_path: Path
+) -> None:
+    tensors = dict(base)
+    del tensors["transformer.layers.3.mlp.dense_h_to_4h.bias"]
+    tensors["mixins.unheard.of"] = torch.zeros(1)
+    code, shown = inspect(save_sat(tmp_path / "run", tensors))
+    assert code == 1
+    assert shown["absent"] == "transformer.layers.3.mlp.dense_h_to_4h.bias"
+    assert shown["extra"] == "mixins.unheard.of"
+    assert shown["will load"].startswith("no: ")
+
+
+def test_weights_of_5b_do_not_load(inspect: Callable[..., Any], tmp_path: Path) -> None:
+    sizes = {"num_layers": 42, "num_attention_heads": 48, "attention_head_dim": 64}
+    sizes |= {"in_channels": 16, "out_channels": 16, "patch_size": 2}
+    sizes |= {"text_embed_dim": 4096, "time_embed_dim": 512}
+    shapes = model_of(sizes, "transformer", where="").state_dict()
+    # One stored number each, repeated by a stride of 0.
+    tensors = {n: torch.zeros(1).expand(t.shape) for n, t in shapes.items() if n != POSITION_TABLE}
+    code, shown = inspect(save_sat(tmp_path / "run", tensors))
+    assert code == 1
+    assert shown["layers"] == "42"
+    assert "CogVideoX-5B" in shown["will load"]
+
+
+def test_vae(inspect: Callable[..., Any]) -> None:
+    code, shown = inspect(WEIGHTS / "vae" / "3d-vae.pt")
+    assert code == 0
+    assert shown["levels"] == "4 of width 32, 32, 64, 64"
+    assert shown["latents"] == "8 channels"
+    assert shown["will load"] == f"yes, with {TINY}"
+
+
+@pytest.fixture(scope="module")
+def diffusers_folder(base: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model as a diffusers pipeline, its transformer in two shards."""
+    folder = tmp_path_factory.mktemp("diffusers") / "model"
+    for name, content in {
+        "model_index.json": {"_class_name": "CogVideoXPipeline"},
+        "transformer/config.json": {"_class_name": "CogVideoXTransformer3DModel"},
+        "vae/config.json": {"_class_name": "AutoencoderKLCogVideoX"},
+        "scheduler/scheduler_config.json": {"_class_name": "CogVideoXDDIMScheduler"},
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    transformer = to_diffusers(base, "transformer", where="")
+    shards: dict[str, dict[str, Tensor]] = {"first.safetensors": {}, "second.safetensors": {}}
+    for i, name in enumerate(transformer):
+        shards[list(shards)[i % 2]][name] = transformer[name].contiguous().clone()
+    for name, tensors in shards.items():
+        save_file(tensors, folder / "transformer" / name)
+    index = {"weight_map": {n: shard for shard, tensors in shards.items() for n in tensors}}
+    name = "diffusion_pytorch_model.safetensors.index.json"
+    (folder / "transformer" / name).write_text(json.dumps(index))
+    vae = to_diffusers(load_vae_state(WEIGHTS / "vae" / "3d-vae.pt"), "vae", where="")
+    tensors = {name: vae[name].contiguous().clone() for name in vae}
+    save_file(tensors, folder / "vae" / "diffusion_pytorch_model.safetensors")
+    shutil.copytree(WEIGHTS / "t5", folder / "text_encoder")
+    (folder / "tokenizer").mkdir()
+    os.replace(folder / "text_encoder" / "spiece.model", folder / "tokenizer" / "spiece.model")
+    return folder
+
+
+def test_diffusers_pipeline(inspect: Callable[..., Any], diffusers_folder: Path) -> None:
+    code, shown = inspect(diffusers_folder)
+    assert code == 0
+    assert shown["what"] == "diffusers pipeline"
+    assert shown["transformer"].startswith("transformer in diffusers format, layers 8, width 192")
+    assert "T5" in shown["text_encoder"] and "T5" in shown["tokenizer"]
+    assert "CogVideoXDDIMScheduler" in shown["scheduler"]
+    assert shown["will load"] == f"yes, with {TINY}"
+    assert f"convert_weight_hf2sat.py --input_path {diffusers_folder}" in shown["next"]
+
+
+def test_parts_of_diffusers(inspect: Callable[..., Any], diffusers_folder: Path) -> None:
+    code, shown = inspect(diffusers_folder / "transformer")
+    assert code == 0
+    assert shown["what"] == "transformer in diffusers format"
+    assert (shown["layers"], shown["will load"]) == ("8", f"yes, with {TINY}")
+    code, shown = inspect(diffusers_folder / "vae")
+    assert code == 0
+    assert shown["what"] == "video autoencoder (VAE) in diffusers format"
+    # A file of such a folder: its folder is what can be loaded.
+    code, shown = inspect(diffusers_folder / "transformer" / "first.safetensors")
+    assert code == 0
+    assert shown["folder"].startswith(str(diffusers_folder / "transformer"))
+
+
+def test_pipeline_with_a_missing_shard(
+    inspect: Callable[..., Any], diffusers_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(diffusers_folder, folder)
+    (folder / "transformer" / "second.safetensors").unlink()
+    code, shown = inspect(folder)
+    assert code == 1
+    assert "second.safetensors" in shown["will load"]
+    assert shown["vae"].startswith("video autoencoder")
+
+
+@pytest.mark.parametrize("kind", ["t5", "spiece.model"])
+def test_text_encoder_and_tokenizer(inspect: Callable[..., Any], tmp_path: Path, kind: str) -> None:
+    if kind == "t5":
+        code, shown = inspect(WEIGHTS / "t5")
+        assert shown["what"] == "T5 text encoder" and shown["layers"] == "3"
+        assert shown["next"] == f"model_dir: {WEIGHTS / 't5'} in {TINY}"
+    else:
+        shutil.copy(WEIGHTS / "t5" / kind, tmp_path)
+        code, shown = inspect(tmp_path)
+        assert shown["what"] == "tokenizer of T5"
+    assert code == 0
+
+
+def test_sat_lora(inspect: Callable[..., Any], base: dict[str, Tensor], tmp_path: Path) -> None:
+    record = {"r": 4, "lora_alpha": 8.0, "layer_range": list(range(8)), "base": fingerprint(base)}
+    code, shown = inspect(save_sat(tmp_path / "run", lora_matrices(), lora=record))
+    assert code == 0
+    assert shown["what"] == "LoRA in SAT format"
+    assert (shown["rank"], shown["layers"], shown["width"]) == ("4", "8, 0 to 7", "192")
+    assert shown["alpha"] == "8, so the update is 2 · B A"
+    assert shown["base model"].startswith(fingerprint(base))
+    assert shown["base model"].endswith("CogVideoX-tiny-sat/transformer)")
+    assert shown["will load"] == f"yes, on the model of {TINY}"
+    assert f"--lora {tmp_path / 'run'}" in shown["next"]
+
+
+def test_lora_of_another_width_fits_no_configuration(
+    inspect: Callable[..., Any], tmp_path: Path
+) -> None:
+    code, shown = inspect(save_sat(tmp_path / "run", lora_matrices(width=320)))
+    assert code == 0
+    assert shown["alpha"] == "not told, so 1 is taken"
+    assert "no file of configs/" in shown["will load"]
+
+
+def test_lora_of_diffusers(inspect: Callable[..., Any], tmp_path: Path) -> None:
+    tensors = to_diffusers(lora_matrices(), "lora", where="")
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({f"transformer.{name}": tensors[name].contiguous() for name in tensors}, path)
+    for place in (path, tmp_path):
+        code, shown = inspect(place)
+        assert code == 0
+        assert shown["what"] == "LoRA in diffusers or peft format"
+        assert (shown["rank"], shown["alpha"]) == ("4", "4, so the update is 1 · B A")
+        assert f"import_lora.py --lora_path {place}" in shown["next"]
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+def test_code_in_a_file_is_not_run(inspect: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"module": {"a": torch.zeros(1)}, "evil": Evil(tmp_path / "ran")}, path)
+    code, shown = inspect(path)
+    assert code == 1
+    assert "pickled code" in shown["error"]
+    assert not (tmp_path / "ran").exists()
+
+
+def truncated() -> bytes:
+    return (WEIGHTS / "vae" / "3d-vae.pt").read_bytes()[:50_000]
+
+
+def zip_of_text() -> bytes:
+    with io.BytesIO() as buffer:
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr("läs.txt", "hello")
+        return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><html>quota exceeded</html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs"),
+        (b"\0\0\0\x20ftypisom" + bytes(100), "a video"),
+        (b"\x1a\x45\xdf\xa3" + bytes(100), "a video"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "a picture"),
+        (b"GGUF\x03" + bytes(100), "GGUF"),
+        ("args:\n  load: weights # 配置\n".encode(), "a text file"),
+        (bytes(range(256)) * 20, "not"),
+        (struct.pack("<Q", 1 << 40) + b'{"a":', "not a whole safetensors file"),
+        (truncated(), "not a whole file"),
+        (zip_of_text(), "zip archive of something else"),
+        (zip_of_text().replace("läs".encode(), b"l\xff\xffs"), "not a whole file"),
+    ],
+)
+def test_what_is_no_weight_file_is_called_by_its_name(
+    inspect: Callable[..., Any], tmp_path: Path, content: bytes, said: str
+) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content)
+    code, shown = inspect(path)
+    assert code == 1
+    assert said in shown["error"] and str(path) in shown["error"]
+    assert shown["error"].count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["unet.down.weight"],
+        ["transformer.layers.999999999.x.weight", "mixins.y"],
+        ["transformer.layers.9999.input_layernorm.weight"],
+        ["transformer.layers.0.attention.query_key_value.matrix_A.0"],
+        ["encoder.down.0.block.0.conv1.conv.weight"],
+        ["shared.weight"],
+        ["transformer_blocks.0.norm1.norm.weight"],
+        ["encoder.down_blocks.0.resnets.0.conv1.conv.weight"],
+        ["lora_te1_text_model.lora_down.weight"],
+    ],
+)
+def test_odd_names_end_in_a_sentence(
+    inspect: Callable[..., Any], tmp_path: Path, names: list[str]
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({name: torch.zeros(2, 3) for name in names}, path)
+    code, shown = inspect(path)
+    assert code == 1
+    assert shown["error"].startswith("error: ") or shown["will load"].startswith("no: ")
+
+
+def test_names_cannot_command_the_terminal(inspect: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({"mixins.\x1b[2J": torch.zeros(2)}, path)
+    code, shown = inspect(path)
+    assert code == 1
+    assert "\\x1b[2J" in shown["extra"] and "\x1b" not in shown["extra"]
+
+
+def test_folders_of_something_else(inspect: Callable[..., Any], tmp_path: Path) -> None:
+    code, shown = inspect(tmp_path)
+    assert code == 1 and "it holds nothing" in shown["error"]
+    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    code, shown = inspect(tmp_path)
+    assert code == 1 and "FluxTransformer2DModel" in shown["error"]
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    code, shown = inspect(tmp_path)
+    assert code == 1 and "FluxPipeline" in shown["error"]
+    code, shown = inspect(tmp_path / "nowhere")
+    assert code == 1 and "does not exist" in shown["error"]
+
+
+def test_a_wrong_flag_is_refused() -> None:
+    with pytest.raises(SystemExit) as caught:
+        inspect_checkpoint.main(["--nonsense", "x"])
+    assert caught.value.code == 2

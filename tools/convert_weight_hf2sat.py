@@ -1,0 +1,173 @@
+"""Weights of a local diffusers folder of CogVideoX-2B to SAT's layout.
+
+    python tools/convert_weight_hf2sat.py --input_path DIR --output_path DIR [--link_text_encoder]
+
+The input is a pipeline's folder, or that of a transformer or an autoencoder alone. Written are
+``transformer/latest``, ``transformer/1000/mp_rank_00_model_states.pt``, ``vae/3d-vae.pt`` and
+``t5-v1_1-xxl/``, as far as the input has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sgm.cli import run_command, set_up_logging
+from sgm.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sgm.modules.encoders.modules import T5Files
+
+logger = logging.getLogger(__name__)
+
+T5_FOLDER = "t5-v1_1-xxl"  # as the user's guide lays the parts out
+_PARTS = ("transformer", "vae")
+
+
+def _parts_in(source: Path) -> dict[str, Path]:
+    """Part → folder of what the input holds."""
+    from sgm.checkpoint.diffusers_folder import PART_CLASSES, find_diffusers_part, read_json
+
+    if not source.is_dir():
+        raise UserError(
+            f"{source} is not a folder; --input_path must name a local diffusers folder of "
+            "CogVideoX-2B (with model_index.json in it)"
+        )
+    if (source / "model_index.json").is_file():
+        found = {
+            part: find_diffusers_part(source, part) for part in _PARTS if (source / part).is_dir()
+        }
+        if not found:
+            raise UserError(
+                f"{source} has neither a folder transformer nor a folder vae; copy it whole"
+            )
+        return {part: folder for part, folder in found.items() if folder is not None}
+    if not (source / "config.json").is_file():
+        raise UserError(
+            f"{source} is no diffusers folder: it has neither model_index.json nor config.json; "
+            "for weights in SAT's layout nothing needs converting"
+        )
+    name = read_json(source / "config.json").get("_class_name")
+    for part, class_name in PART_CLASSES.items():
+        if name == class_name:
+            return {part: source}
+    raise UserError(
+        f"{source} holds {str(name)[:60]!r}; converted are a CogVideoXPipeline, a "
+        f"{' and a '.join(PART_CLASSES.values())}"
+    )
+
+
+class Conversion:
+    """Reads and checks the parts of a diffusers folder, then writes them.
+
+    Args:
+        source: the folder.
+        dtype: of the transformer; None keeps its own.
+
+    Raises:
+        UserError: something is absent, damaged or of another model.
+    """
+
+    def __init__(self, source: Path, *, dtype: torch.dtype | None = None) -> None:
+        from sgm.checkpoint.blueprint import check_complete
+        from sgm.checkpoint.diffusers_folder import read_diffusers_part
+        from sgm.checkpoint.table import to_sat
+        from sgm.checkpoint.text_encoder import find_whole_t5
+        from sgm.checkpoint.writing import in_dtype
+
+        self._tensors: dict[str, Mapping[str, Tensor]] = {}
+        self.sizes: dict[str, dict[str, Any]] = {}
+        for part, folder in _parts_in(source).items():
+            config, tensors = read_diffusers_part(folder, part)
+            tensors = to_sat(tensors, part, where=folder)
+            self.sizes[part] = check_complete(tensors, part, config, where=folder)
+            own_dtype = dtype if part == "transformer" else None
+            self._tensors[part] = in_dtype(tensors, own_dtype, where=folder)
+        self.text_encoder: T5Files | None = None
+        if (source / "text_encoder").is_dir():
+            self.text_encoder = find_whole_t5(source)
+
+    def write(self, folder: Path, *, link_text_encoder: bool) -> None:
+        """Write all parts into `folder`, which is within `new_folder`."""
+        from sgm.checkpoint.text_encoder import copy_text_encoder, copy_tokenizer_files
+        from sgm.checkpoint.writing import own_storage, save_sat_transformer, write_torch
+
+        if "transformer" in self._tensors:
+            logger.info("writing transformer")
+            save_sat_transformer(folder / "transformer", self._tensors["transformer"])
+        if "vae" in self._tensors:
+            logger.info("writing vae")
+            state = {name: own_storage(tensor) for name, tensor in self._tensors["vae"].items()}
+            (folder / "vae").mkdir()
+            write_torch({"state_dict": state}, folder / "vae" / "3d-vae.pt")
+        if self.text_encoder is not None:
+            logger.info("%s text_encoder", "linking" if link_text_encoder else "copying")
+            copy_text_encoder(self.text_encoder, folder / T5_FOLDER, link=link_text_encoder)
+            copy_tokenizer_files(self.text_encoder, folder / T5_FOLDER)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of this command; each option is spelt with _ or -."""
+    parser = argparse.ArgumentParser(
+        description="Convert a diffusers folder of CogVideoX-2B to SAT's layout.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--input_path", "--input-path", required=True, type=Path, metavar="DIR", help="what is read"
+    )
+    parser.add_argument(
+        "--output_path", "--output-path", required=True, metavar="DIR", help="the new folder"
+    )
+    parser.add_argument(
+        "--link_text_encoder",
+        "--link-text-encoder",
+        action="store_true",
+        help="link T5's files instead of copying them",
+    )
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", action="store_true", help="the transformer in float16")
+    precision.add_argument("--bf16", action="store_true", help="the transformer in bfloat16")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, convert, say what was written; returns the exit code."""
+    options = build_parser().parse_args(argv)
+    set_up_logging()
+    import torch
+
+    from sgm.checkpoint.writing import new_folder, refuse_existing
+
+    output = Path(options.output_path).expanduser()
+    refuse_existing(output)
+    half = torch.float16 if options.fp16 else torch.bfloat16
+    conversion = Conversion(
+        options.input_path.expanduser(), dtype=half if options.fp16 or options.bf16 else None
+    )
+    with new_folder(output) as folder:
+        conversion.write(folder, link_text_encoder=options.link_text_encoder)
+    print(f"wrote {output}; in a configuration:")
+    if "transformer" in conversion.sizes:
+        sizes = conversion.sizes["transformer"]
+        print(
+            f"  args.load: {output / 'transformer'}  # {sizes['num_layers']} layers, "
+            f"{sizes['num_attention_heads']} heads"
+        )
+    if "vae" in conversion.sizes:
+        print(f"  model.first_stage_config.params.ckpt_path: {output / 'vae' / '3d-vae.pt'}")
+    if conversion.text_encoder is not None:
+        print(f"  model_dir of the FrozenT5Embedder: {output / T5_FOLDER}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

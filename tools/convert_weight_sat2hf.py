@@ -1,0 +1,325 @@
+"""Weights in SAT's layout to a folder that diffusers' CogVideoXPipeline loads.
+
+    python tools/convert_weight_sat2hf.py --transformer_ckpt_path RUN --vae_ckpt_path 3d-vae.pt \
+        --text_encoder_path t5-v1_1-xxl --output_path DIR [--bf16] [--lora PATH[:SCALE] …]
+
+What the weights do not tell (size of a clip, sampler …) is in a configuration: `--base`, or else
+the training_config.yaml of a run, or else the 2B model's. Without any path all paths come from it.
+A part that is not named is not written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import math
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from arguments import Config
+from sgm.cli import run_command, set_up_logging
+from sgm.errors import UserError
+from sgm.lora_choice import LoraChoice, lora_from_text
+from tools.choose_config import BUNDLED
+from tools.conversion_sources import ROOT, Sources, choose_sources, select
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sgm.modules.encoders.modules import T5Files
+
+logger = logging.getLogger(__name__)
+
+_SHIFT_SCALE = "model.sampler_config.params.discretization_config.params.shift_scale"
+
+
+@dataclass
+class _Part:
+    """What becomes a folder: transformer or vae."""
+
+    name: str
+    config: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+class Conversion:
+    """Reads and checks the parts, then writes them.
+
+    Args:
+        config: what the weights do not tell.
+        sources: the parts.
+        loras: merged into the transformer.
+        dtype: of the transformer; None keeps its own. The autoencoder is written in float32.
+        scaling_factor: of the latents; None takes the configuration's.
+        snr_shift_scale: of the noise levels; None takes the configuration's.
+        num_layers, num_attention_heads: what the transformer must have; None for anything.
+
+    Raises:
+        UserError: something is absent, damaged, of another model, or does not go together.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        sources: Sources,
+        *,
+        loras: Sequence[LoraChoice] = (),
+        dtype: torch.dtype | None = None,
+        scaling_factor: float | None = None,
+        snr_shift_scale: float | None = None,
+        num_layers: int | None = None,
+        num_attention_heads: int | None = None,
+    ) -> None:
+        from sgm.checkpoint.blueprint import build_on_meta, geometry_of
+        from sgm.checkpoint.text_encoder import find_whole_t5
+
+        self._config = config
+        self._described_by = " + ".join(_shown(file) for file in config.files)
+        self._scaling_factor = scaling_factor or float(select(config, "model.scale_factor", 1.0))
+        self._network = build_on_meta(config.model.get("network_config"))
+        self._geometry = geometry_of(config.model["network_config"]["params"])
+        self.scheduler = self._scheduler(snr_shift_scale)
+        self.text_encoder: T5Files | None = None
+        if sources.text_encoder:
+            self.text_encoder = find_whole_t5(sources.text_encoder)
+        self.parts: list[_Part] = []
+        wanted = {"num_layers": num_layers, "num_attention_heads": num_attention_heads}
+        if sources.transformer:
+            self._add_transformer(sources.transformer, loras, dtype=dtype, wanted=wanted)
+        elif loras:
+            raise UserError("--lora changes a transformer; name one in --transformer_ckpt_path")
+        vae = sources.vae or _vae_within(sources.transformer)
+        if vae:
+            self._add_vae(vae)
+
+    def _scheduler(self, snr_shift_scale: float | None) -> dict[str, Any]:
+        from sgm.checkpoint.diffusers_configs import SCHEDULERS, scheduler_config
+
+        target = str(select(self._config, "model.sampler_config.target", "none"))
+        name = SCHEDULERS.get(target.rpartition(".")[2])
+        if name is None:
+            raise UserError(
+                f"{self._described_by}: diffusers has no scheduler for the sampler {target!r}; "
+                f"known are {' and '.join(SCHEDULERS)}"
+            )
+        shift = snr_shift_scale or float(select(self._config, _SHIFT_SCALE, 1.0))
+        return scheduler_config(name, snr_shift_scale=shift)
+
+    def _add_transformer(
+        self,
+        source: str,
+        loras: Sequence[LoraChoice],
+        *,
+        dtype: torch.dtype | None,
+        wanted: Mapping[str, int | None],
+    ) -> None:
+        from sgm.checkpoint.blueprint import check_weights, sizes_of
+        from sgm.checkpoint.diffusers_configs import transformer_config
+        from sgm.checkpoint.lora import merged_tensors
+        from sgm.checkpoint.table import to_diffusers
+        from sgm.checkpoint.transformer import read_transformer
+        from sgm.checkpoint.writing import in_dtype
+
+        path, base, matrices = read_transformer(source)
+        if not base:
+            raise UserError(
+                f"{path} is a LoRA, not a whole model; name its base model in "
+                "--transformer_ckpt_path and this in --lora"
+            )
+        if matrices and not loras:
+            raise UserError(
+                f"{path} holds LoRA matrices besides the base model; add --lora {source} to merge "
+                "them, or convert the base model that it was trained on"
+            )
+        sizes = sizes_of(base, "transformer", path)
+        for key, value in wanted.items():
+            if value is not None and value != sizes[key]:
+                raise UserError(
+                    f"--{key} is {value}, but {path} has {sizes[key]}; leave the option out, or "
+                    "name the weights that it belongs to (only CogVideoX-2B's kind is converted)"
+                )
+        check_weights(
+            base, "transformer", self._network, where=path, described_by=self._described_by
+        )
+        tensors = merged_tensors(base, loras, where=path) if loras else base
+        tensors = in_dtype(to_diffusers(tensors, "transformer", where=path), dtype, where=path)
+        config = transformer_config(sizes, self._geometry)
+        self.parts.append(_Part("transformer", config, tensors))
+
+    def _add_vae(self, source: str) -> None:
+        import torch
+
+        from sgm.checkpoint.blueprint import build_on_meta, check_weights
+        from sgm.checkpoint.diffusers_configs import vae_config
+        from sgm.checkpoint.table import to_diffusers
+        from sgm.checkpoint.vae import load_vae_state
+        from sgm.checkpoint.writing import in_dtype
+
+        state = load_vae_state(source)
+        vae = build_on_meta(self._config.model.get("first_stage_config"))
+        sizes = check_weights(state, "vae", vae, where=source, described_by=self._described_by)
+        tensors = in_dtype(to_diffusers(state, "vae", where=source), torch.float32, where=source)
+        config = vae_config(sizes, self._geometry, scaling_factor=self._scaling_factor)
+        self.parts.append(_Part("vae", config, tensors))
+
+    def write(self, folder: Path, *, link_text_encoder: bool) -> None:
+        """Write all parts into `folder`, which is within `new_folder`; to be called once."""
+        from sgm.checkpoint.diffusers_configs import model_index, tokenizer_config
+        from sgm.checkpoint.text_encoder import copy_text_encoder, place
+        from sgm.checkpoint.writing import save_json, save_sharded
+
+        names = {part.name for part in self.parts}
+        while self.parts:  # a part that is written gives its mapped file back
+            part = self.parts.pop(0)
+            logger.info("writing %s", part.name)
+            (folder / part.name).mkdir()
+            save_json(folder / part.name / "config.json", part.config)
+            save_sharded(folder / part.name, part.tensors)
+            del part
+            if self.parts:
+                gc.collect()  # torch.load leaves cycles that hold the mapped file
+        for name in ("scheduler", "tokenizer"):
+            (folder / name).mkdir()
+        save_json(folder / "scheduler" / "scheduler_config.json", self.scheduler)
+        if self.text_encoder is None:
+            (folder / "tokenizer").rmdir()
+        else:
+            logger.info("%s text_encoder", "linking" if link_text_encoder else "copying")
+            copy_text_encoder(self.text_encoder, folder / "text_encoder", link=link_text_encoder)
+            place(self.text_encoder.tokenizer, folder / "tokenizer" / "spiece.model", link=False)
+            config = tokenizer_config(self._geometry.text_length)
+            save_json(folder / "tokenizer" / "tokenizer_config.json", config)
+        index = model_index(
+            self.scheduler["_class_name"],
+            transformer="transformer" in names,
+            vae="vae" in names,
+            text=self.text_encoder is not None,
+        )
+        save_json(folder / "model_index.json", index)
+
+
+def _shown(file: str) -> str:
+    """A shipped configuration by its name in the repository."""
+    path = Path(file)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else file
+
+
+def _vae_within(transformer: str | None) -> str | None:
+    """The file of `transformer`, if it is a checkpoint of the whole engine with an autoencoder."""
+    from sgm.checkpoint.reading import read_checkpoint, tensors_of
+    from sgm.checkpoint.transformer import find_transformer_file
+    from sgm.checkpoint.vae import ENGINE_PREFIX
+
+    if transformer is None:
+        return None
+    path = find_transformer_file(transformer)
+    if path.is_dir():
+        return None
+    names = tensors_of(read_checkpoint(path), path, wrapper="module")
+    return str(path) if any(name.startswith(ENGINE_PREFIX) for name in names) else None
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError
+    return value
+
+
+_positive.__name__ = "positive number"  # argparse names it in its message
+
+
+def _loading_call(output: Path, present: Collection[str]) -> str:
+    """How diffusers loads the folder; of what is absent it must be told."""
+    options = {
+        "transformer": "--transformer_ckpt_path",
+        "vae": "--vae_ckpt_path",
+        "text_encoder": "--text_encoder_path",
+        "tokenizer": "--text_encoder_path",
+    }
+    absent = [name for name in options if name not in present]
+    call = ", ".join([repr(str(output)), *(f"{name}=None" for name in absent)])
+    call = f"CogVideoXPipeline.from_pretrained({call})"
+    if not absent:
+        return call
+    given_by = ", ".join(dict.fromkeys(options[name] for name in absent))
+    return f"{call}, or with your own instead of None (not written without {given_by})"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of this command; each option is spelt with _ or -."""
+    parser = argparse.ArgumentParser(
+        description="Convert weights of SAT to diffusers.", allow_abbrev=False
+    )
+
+    def add(name: str, **settings: Any) -> None:
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **settings)
+
+    add("transformer_ckpt_path", metavar="PATH", help="the transformer: a run, its folder, a file")
+    add("vae_ckpt_path", metavar="PATH", help="the autoencoder, 3d-vae.pt")
+    add("text_encoder_path", metavar="DIR", help="the T5 folder")
+    add("output_path", metavar="DIR", help="the new folder")
+    parser.add_argument("--base", nargs="+", metavar="YAML", help="what the weights do not tell")
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        default=[],
+        type=lora_from_text,
+        metavar="PATH[:SCALE]",
+        help="LoRAs to merge; a scale of 1 is as trained",
+    )
+    add("link_text_encoder", action="store_true", help="link T5's files instead of copying them")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", action="store_true", help="the transformer in float16")
+    precision.add_argument("--bf16", action="store_true", help="the transformer in bfloat16")
+    for name in ("num_layers", "num_attention_heads"):
+        add(name, type=int, help="only compared with the weights")
+    add("scaling_factor", type=_positive, help="of the latents; default: the configuration's")
+    add("snr_shift_scale", type=_positive, help="of the noise; default: the configuration's")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, convert, say what was written; returns the exit code."""
+    options = build_parser().parse_args(argv)
+    set_up_logging()
+    import torch
+
+    from sgm.checkpoint.writing import new_folder, refuse_existing
+
+    given = Sources(options.transformer_ckpt_path, options.vae_ckpt_path, options.text_encoder_path)
+    config, sources = choose_sources(given, options.base)
+    is_bundled = config.files == [str(ROOT / BUNDLED)]
+    output = Path(
+        options.output_path or f"CogVideoX-{'tiny' if is_bundled else '2b'}-diffusers"
+    ).expanduser()
+    refuse_existing(output)
+    half = torch.float16 if options.fp16 else torch.bfloat16
+    conversion = Conversion(
+        config,
+        sources,
+        loras=options.lora,
+        dtype=half if options.fp16 or options.bf16 else None,
+        scaling_factor=options.scaling_factor,
+        snr_shift_scale=options.snr_shift_scale,
+        num_layers=options.num_layers,
+        num_attention_heads=options.num_attention_heads,
+    )
+    present = {part.name for part in conversion.parts}
+    if conversion.text_encoder is not None:
+        present |= {"text_encoder", "tokenizer"}
+    with new_folder(output) as folder:
+        conversion.write(folder, link_text_encoder=options.link_text_encoder)
+    print(f"wrote {output}; in diffusers: {_loading_call(output, present)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,104 @@
+"""A LoRA of diffusers or peft in SAT's layout, for ``lora:`` and to train on.
+
+    python tools/import_lora.py --lora_path LORA --output_path DIR [--load BASE]
+
+Writes ``DIR/latest`` and ``DIR/1/mp_rank_00_model_states.pt`` as a LoRA run does. (``lora:`` may
+also name the LoRA of diffusers itself.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sgm.cli import run_command, set_up_logging
+
+TAG = "1"
+
+
+def import_lora(
+    path: str | Path,
+    folder: str | Path,
+    *,
+    alpha: float | None = None,
+    load: str | Path | None = None,
+) -> str:
+    """Write the LoRA in `path` to the new `folder`, in SAT's layout with its record.
+
+    Args:
+        path: as in `sgm.checkpoint.read_lora`.
+        folder: must not exist.
+        alpha: lora_alpha, where the file does not tell it; without it the rank is taken.
+        load: the base model, of SAT or diffusers; its shapes are compared, and it is recorded.
+
+    Returns:
+        A sentence on what was written.
+
+    Raises:
+        UserError: `path` holds no LoRA that SAT can hold, or one of another model; or `folder`
+            exists or cannot be written.
+    """
+    from sgm.checkpoint.lora import check_complete, check_matrices, read_lora
+    from sgm.checkpoint.table import on_meta
+    from sgm.checkpoint.transformer import fingerprint, read_transformer
+    from sgm.checkpoint.writing import new_folder, save_sat_transformer
+
+    with new_folder(folder) as made:
+        matrices, record = read_lora(path, alpha=alpha)
+        check_complete(matrices, record, path)
+        if load is not None:
+            found, base, _ = read_transformer(load)
+            hint = f"is {found} the base model that the LoRA was trained on?"
+            check_matrices(matrices, record, on_meta(base), path=path, hint=hint)
+            record = dataclasses.replace(record, base=fingerprint(base))
+        save_sat_transformer(made, matrices, tag=TAG, lora=dataclasses.asdict(record))
+    strength = "not told" if record.lora_alpha is None else f"{record.lora_alpha:g}"
+    return f"wrote {folder}: rank {record.r}, lora_alpha {strength}; for videos: --lora {folder}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of this command."""
+    parser = argparse.ArgumentParser(
+        description="Import a LoRA of diffusers or peft into SAT's layout.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--lora_path",
+        "--lora-path",
+        required=True,
+        metavar="PATH",
+        help="pytorch_lora_weights.safetensors, the folder it is in, or a folder of peft",
+    )
+    parser.add_argument(
+        "--output_path", "--output-path", required=True, metavar="DIR", help="the new folder"
+    )
+    parser.add_argument(
+        "--lora_alpha",
+        "--lora-alpha",
+        type=float,
+        metavar="X",
+        help="where the file does not tell it (default then: the rank, as in diffusers)",
+    )
+    parser.add_argument(
+        "--load",
+        metavar="BASE",
+        help="the base model: its shapes are compared, and the LoRA is recorded as made for it",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, import, say what was written; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    set_up_logging()
+    said = import_lora(args.lora_path, args.output_path, alpha=args.lora_alpha, load=args.load)
+    print(said)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,107 @@
+"""A base model with LoRAs merged into it, as full weights in SAT's layout.
+
+    python tools/merge_lora.py --load BASE --lora PATH[:SCALE] … --output_path DIR [--fp16|--bf16]
+
+Writes ``DIR/latest`` and ``DIR/1000/mp_rank_00_model_states.pt``, for ``load:``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sgm.cli import run_command, set_up_logging
+from sgm.errors import UserError
+from sgm.lora_choice import LoraChoice, lora_from_text
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+def merge_lora(
+    load: str | Path,
+    loras: Sequence[LoraChoice],
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the weights in `load` with `loras` added to the new `folder`, in SAT's layout.
+
+    Args:
+        load: the base model, of SAT or diffusers. An older LoRA run's file, which holds the base
+            model too, may be both this and one of `loras`.
+        loras: what to add, and how strongly.
+        folder: must not exist.
+        dtype: of what is written; None keeps the base model's.
+
+    Raises:
+        UserError: a file is not what it must be, a LoRA belongs to another model, or `folder`
+            exists or cannot be written.
+    """
+    from sgm.checkpoint.lora import merged_tensors
+    from sgm.checkpoint.transformer import read_transformer
+    from sgm.checkpoint.writing import in_dtype, new_folder, save_sat_transformer
+
+    with new_folder(folder) as made:
+        path, base, own = read_transformer(load)
+        if not base:
+            raise UserError(f"{path} is a LoRA, not a whole model; name it in --lora")
+        if own:
+            logger.warning(
+                "%s also holds LoRA matrices; they are merged if --lora names it too", path
+            )
+        merged = merged_tensors(base, loras, where=path)
+        save_sat_transformer(made, in_dtype(merged, dtype, where=path))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of this command."""
+    parser = argparse.ArgumentParser(
+        description="Merge LoRAs into a base model.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--load",
+        required=True,
+        metavar="BASE",
+        help="the base model: a folder or file of SAT, or a folder of diffusers",
+    )
+    parser.add_argument(
+        "--lora",
+        required=True,
+        nargs="+",
+        type=lora_from_text,
+        metavar="PATH[:SCALE]",
+        help="LoRAs of SAT, diffusers or peft; a scale of 1 is as trained",
+    )
+    parser.add_argument(
+        "--output_path", "--output-path", required=True, metavar="DIR", help="the new folder"
+    )
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", action="store_true", help="write float16")
+    precision.add_argument("--bf16", action="store_true", help="write bfloat16")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, merge, say what was written; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    set_up_logging()
+    import torch
+
+    half = torch.float16 if args.fp16 else torch.bfloat16
+    dtype = half if args.fp16 or args.bf16 else None
+    merge_lora(args.load, args.lora, args.output_path, dtype=dtype)
+    print(f"wrote {args.output_path}; for videos: --load {args.output_path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
