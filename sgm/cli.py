@@ -1,11 +1,13 @@
-"""What every command does alike: logging, and errors as one sentence with an exit code."""
+"""What commands do alike: options, logging, errors as one sentence with an exit code."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from sgm.errors import UserError
 
@@ -34,6 +36,24 @@ def set_up_logging(level: int = logging.INFO) -> None:
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     level = level if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
+
+
+def add_option(parser: argparse.ArgumentParser, name: str, **settings: Any) -> None:
+    """Add the option ``--{name}``, spelt with _ or -; `settings` as in `add_argument`."""
+    parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **settings)
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """Add ``--fp16`` and ``--bf16``: the result's `dtype` is the name of a torch.dtype, or None."""
+    group = parser.add_mutually_exclusive_group()
+    for flag, name in (("--fp16", "float16"), ("--bf16", "bfloat16")):
+        group.add_argument(
+            flag,
+            dest="dtype",
+            action="store_const",
+            const=name,
+            help=f"write the transformer in {name}; default: as it is",
+        )
 
 
 def run_command(main: Callable[[], int]) -> int:
