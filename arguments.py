@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar_parser import parse as parse_interpolation
 from yaml import YAMLError
 
+from sgm.cli import CommandParser
 from sgm.errors import UserError, nearest_name
 from sgm.lora_choice import LoraChoice, lora_from_text, loras_from_yaml
 
@@ -147,37 +147,9 @@ def _value_type(annotation: Any) -> tuple[type, tuple[Any, ...], bool]:
 _FROM_TEXT = {LoraChoice: lora_from_text}  # of a flag, where it is not the type itself
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with one sentence for a mistake, and flags in full, with - or _ between words."""
-
-    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
-        words = [self._with_hyphens(word) for word in (sys.argv[1:] if args is None else args)]
-        namespace, rest = self.parse_known_args(words)
-        if rest:
-            name = rest[0].split("=")[0]
-            hint = ""
-            if name.startswith("-"):
-                hint = f"; {nearest_name(name, self._option_string_actions)}"
-            if name.endswith((".yaml", ".yml")):
-                hint = "; configurations come before all flags"
-            self.error(f"unknown argument {rest[0]!r}{hint}")
-        return namespace
-
-    def _with_hyphens(self, word: str) -> str:
-        """``--batch_size=2`` as ``--batch-size=2``; what is no flag stays as it is."""
-        name, equals, value = word.partition("=")
-        hyphened = name.replace("_", "-")
-        is_flag = name.startswith("--") and hyphened in self._option_string_actions
-        return hyphened + equals + value if is_flag else word
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with 2 after one line, where argparse would put the list of all flags first."""
-        self.exit(2, f"error: {message} (--help lists all flags)\n")
-
-
-def build_parser(args_class: type[CommonArgs], description: str) -> argparse.ArgumentParser:
+def build_parser(args_class: type[CommonArgs], description: str) -> CommandParser:
     """The parser of a command whose `args` are `args_class`; both - and _ spell a flag."""
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = CommandParser(description=description)
     parser.add_argument(
         "--base", nargs="+", required=True, metavar="YAML", help="configurations, merged in order"
     )
@@ -256,7 +228,8 @@ def _read_yaml(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     sources: dict[str, str] = {}
     for name in files:
         if not Path(name).is_file():
-            raise UserError(f"configuration {name}: no such file; check its path")
+            place = "" if Path(name).is_absolute() else f" in {Path.cwd()}"
+            raise UserError(f"configuration {name}: no such file{place}; check its path")
         try:
             loaded = OmegaConf.load(name)
             plain = OmegaConf.to_container(loaded, resolve=False)

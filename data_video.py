@@ -7,7 +7,6 @@ inspects a folder without training: what each clip gives, what is skipped and wh
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from arguments import TrainingArgs, parse_config
-from sgm.cli import run_command, set_up_logging
+from sgm.cli import CommandParser, run_command, set_up_logging
 from sgm.data.decoding import OWN_CHILD
 from sgm.data.frames import ClipError, FrameSettings
 from sgm.data.inspection import check_sheet_path, report, write_sheet
@@ -174,9 +173,7 @@ def settings_from_config(data: Mapping[str, Any]) -> FrameSettings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Inspect a folder; returns the exit code, 0 if there are usable clips."""
-    parser = argparse.ArgumentParser(
-        description="What a folder of clips gives for training.", allow_abbrev=False
-    )
+    parser = CommandParser(description="What a folder of clips gives for training.")
     parser.add_argument("folder", metavar="DIR", type=Path, help="a folder of clips and captions")
     parser.add_argument(
         "--base", nargs="+", required=True, metavar="YAML", help="configurations, merged in order"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from sgm.errors import UserError
+from sgm.errors import UserError, nearest_name
 
 # What libraries would say among our lines; who wants it back sets the variable otherwise.
 _QUIET = {
@@ -36,6 +38,47 @@ def set_up_logging(level: int = logging.INFO) -> None:
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     level = level if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse with one sentence for a mistake, and flags in full, with - or _ between words."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        """As argparse; a flag that is unknown is named before what is absent."""
+        words = [self._with_hyphens(word) for word in (sys.argv[1:] if args is None else args)]
+        flags = itertools.takewhile(lambda word: word != "--", words)
+        for word in flags:
+            name = word.partition("=")[0]
+            is_flag = re.fullmatch(r"--[a-zA-Z]\S*", name)
+            if is_flag and name not in self._option_string_actions:
+                self._refuse(word)
+        namespace, rest = self.parse_known_args(words)
+        if rest:
+            self._refuse(rest[0])
+        return namespace
+
+    def _refuse(self, word: str) -> NoReturn:
+        name = word.partition("=")[0]
+        hint = ""
+        if name.startswith("-"):
+            hint = f"; {nearest_name(name, self._option_string_actions)}"
+        if name.endswith((".yaml", ".yml")) and "--base" in self._option_string_actions:
+            hint = "; configurations come before all flags"
+        self.error(f"unknown argument {word!r}{hint}")
+
+    def _with_hyphens(self, word: str) -> str:
+        """``--batch_size=2`` as ``--batch-size=2``; what is no flag stays as it is."""
+        name, equals, value = word.partition("=")
+        hyphened = name.replace("_", "-")
+        is_flag = name.startswith("--") and hyphened in self._option_string_actions
+        return hyphened + equals + value if is_flag else word
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2 after one line, where argparse would put the list of all flags first."""
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
 def add_option(parser: argparse.ArgumentParser, name: str, **settings: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 from sgm.errors import UserError
 
 _LOW_DISK_BYTES = 1 << 20
+_NOT_FULL = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 
 
 @contextmanager
@@ -103,11 +105,11 @@ def write_error(path: Path, error: OSError) -> UserError:
     """The sentence for a failure to write `path`; to be made before what was written is removed."""
     reason = error.strerror or "writing it failed"
     with suppress(OSError):  # raised where the folder itself is gone
-        if shutil.disk_usage(path.parent).free < _LOW_DISK_BYTES:
+        # A full disk has many names: no errno of torch, a broken pipe of ffmpeg.
+        if error.errno not in _NOT_FULL and shutil.disk_usage(path.parent).free < _LOW_DISK_BYTES:
             reason = "no space left on device"
-    return UserError(
-        f"{path} cannot be written: {reason}; free some space or choose another folder"
-    )
+    advice = "" if error.errno in _NOT_FULL else "free some space or "
+    return UserError(f"{path} cannot be written: {reason}; {advice}choose another folder")
 
 
 def write_torch(state: Any, path: Path) -> None:

@@ -33,15 +33,20 @@ def lora_from_text(text: str) -> LoraChoice:
     """``PATH`` or ``PATH:SCALE``; where a path of the whole text exists, it is meant.
 
     Raises:
-        UserError: the scale is not finite.
+        UserError: the scale is not finite, or no number.
     """
     path, colon, number = text.rpartition(":")
     if not colon or not path or os.path.exists(os.path.expanduser(text)):
         return LoraChoice(text)
     try:
         scale = float(number)
-    except ValueError:  # a colon of the path itself
-        return LoraChoice(text)
+    except ValueError:
+        if os.path.exists(os.path.expanduser(path)):
+            raise UserError(
+                f"--lora {text}: {colon + number!r} is no number; write the strength after the "
+                "colon, as in PATH:0.8"
+            ) from None
+        return LoraChoice(text)  # a colon of the path itself
     return LoraChoice(path, _checked_scale(scale, where=text))
 
 

@@ -1,5 +1,6 @@
 """Files and folders are whole or absent, and what went wrong is told as what it was."""
 
+import errno
 import os
 import shutil
 
@@ -98,3 +99,6 @@ def test_a_full_disk_is_called_full(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no space left on device"):
         with new_folder(tmp_path / "out"):
             raise OSError("torch.save failed")
+    with pytest.raises(UserError, match="cannot be written: Permission denied"):
+        with new_folder(tmp_path / "out"):
+            raise PermissionError(errno.EACCES, "Permission denied")

@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arguments import Config, TrainingArgs, parse_config
-from sgm.cli import run_command, set_up_logging
+from sgm.cli import CommandParser, run_command, set_up_logging
 from sgm.errors import UserError
 from sgm.files import replacing
 
@@ -314,9 +314,9 @@ SECTIONS: dict[str, Callable[[Config, argparse.Namespace], dict[str, Any]]] = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", nargs="+", required=True, help="configurations, merged in order")
     parser.add_argument("--only", choices=SECTIONS, default="train", help="what to measure")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))

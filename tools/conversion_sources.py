@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,10 @@ def _read_config(files: Sequence[str]) -> Config:
     return parse_config(SamplingArgs, "", ["--base", *files])
 
 
+def _exists(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))
+
+
 def choose_sources(given: Sources, base: Sequence[str] | None) -> tuple[Config, Sources]:
     """The configuration of a conversion, and what is converted.
 
@@ -102,7 +107,12 @@ def choose_sources(given: Sources, base: Sequence[str] | None) -> tuple[Config, 
     has_paths = any(given.paths())
     if base:
         config = _read_config(base)
-        return config, given if has_paths else _from_config(config)
+        sources = given if has_paths else _from_config(config)
+        missing = [path for path in sources.paths() if path and not _exists(path)]
+        if len(missing) > 1:
+            named_by = "the options" if has_paths else " + ".join(base)
+            raise UserError(f"{named_by}: {', '.join(missing)} do not exist; check the paths")
+        return config, sources
     if has_paths:
         return _read_config([_config_of_run(given) or str(ROOT / FULL)]), given
     config = _read_config([str(ROOT / FULL)])

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from sgm.cli import run_command
+from sgm.cli import CommandParser, run_command
 from sgm.errors import UserError
 from sgm.inference.prompts import read_prompt_file
 
@@ -204,7 +204,7 @@ def _write_file(path: Path, write: Callable[[TextIO], None]) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group(required=True)

@@ -9,16 +9,16 @@ The input is a pipeline's folder, or that of a transformer or an autoencoder alo
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sgm.cli import add_option, add_precision, run_command, set_up_logging
+from sgm.cli import CommandParser, add_option, add_precision, run_command, set_up_logging
 from sgm.errors import UserError
 from sgm.files import new_folder, refuse_existing, write_torch
 
@@ -34,10 +34,27 @@ T5_FOLDER = "t5-v1_1-xxl"  # as the user's guide lays the parts out
 _PARTS = ("transformer", "vae")
 
 
+def _refuse_lora_and_file(source: Path) -> None:
+    from sgm.checkpoint.lora_formats import find_foreign_file, is_foreign
+    from sgm.checkpoint.reading import read_checkpoint
+
+    if any((source / name).is_file() for name in ("model_index.json", "config.json")):
+        return
+    is_file = source.is_file() and source.suffix == ".safetensors"
+    if find_foreign_file(source) or (is_file and is_foreign(read_checkpoint(source))):
+        raise UserError(
+            f"{source} is a LoRA, which --lora takes as it is; for a file of SAT's layout: python "
+            f"tools/import_lora.py --lora_path {quote(str(source))} --output_path DIR"
+        )
+    if is_file and (source.parent / "config.json").is_file():
+        raise UserError(f"{source} is one file of a folder; --input_path must name {source.parent}")
+
+
 def _parts_in(source: Path) -> dict[str, Path]:
     """Part → folder of what the input holds."""
     from sgm.checkpoint.diffusers_folder import PART_CLASSES, find_diffusers_part, read_json
 
+    _refuse_lora_and_file(source)
     if not source.is_dir():
         raise UserError(
             f"{source} is not a folder; --input_path must name a local diffusers folder of "
@@ -116,11 +133,10 @@ class Conversion:
             copy_tokenizer_files(self.text_encoder, folder / T5_FOLDER)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The parser of this command; each option is spelt with _ or -."""
-    parser = argparse.ArgumentParser(
-        description="Convert a diffusers folder of CogVideoX-2B to SAT's layout.",
-        allow_abbrev=False,
+    parser = CommandParser(
+        description="Convert a diffusers folder of CogVideoX-2B to SAT's layout."
     )
     add_option(parser, "input_path", required=True, type=Path, metavar="DIR", help="what is read")
     add_option(parser, "output_path", required=True, metavar="DIR", help="the new folder")

@@ -10,12 +10,12 @@ A part that is not named is not written.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import logging
 import math
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arguments import Config
-from sgm.cli import add_option, add_precision, run_command, set_up_logging
+from sgm.cli import CommandParser, add_option, add_precision, run_command, set_up_logging
 from sgm.errors import UserError
 from sgm.files import new_folder, refuse_existing
 from sgm.lora_choice import LoraChoice, lora_from_text
@@ -36,10 +36,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from sgm.checkpoint.table import Part
     from sgm.modules.encoders.modules import T5Files
 
 logger = logging.getLogger(__name__)
 
+_USUAL_TEXT_LENGTH = 226  # diffusers' own default
 _SHIFT_SCALE = "model.sampler_config.params.discretization_config.params.shift_scale"
 
 
@@ -105,6 +107,11 @@ class Conversion:
         if vae:
             self._add_vae(vae, option=sources.name("vae"))
 
+    @property
+    def text_length(self) -> int:
+        """Tokens of a prompt, of which diffusers must be told at each call."""
+        return self._geometry.text_length
+
     def _scheduler(self, snr_shift_scale: float | None) -> dict[str, Any]:
         from sgm.checkpoint.diffusers_configs import SCHEDULERS, scheduler_config
 
@@ -129,13 +136,15 @@ class Conversion:
         """Returns the file or folder that the transformer is in."""
         from sgm.checkpoint.blueprint import check_weights, sizes_of
         from sgm.checkpoint.diffusers_configs import transformer_config
-        from sgm.checkpoint.lora import merged_tensors
+        from sgm.checkpoint.lora_merging import merged_tensors
         from sgm.checkpoint.table import to_diffusers
         from sgm.checkpoint.transformer import read_transformer
         from sgm.checkpoint.writing import in_dtype
 
         option = sources.name("transformer")
         path, base, matrices = read_transformer(sources.transformer, option=option)
+        if path.is_dir():
+            logger.info("%s is in diffusers' layout already; it is written anew", path)
         if matrices and not loras:
             raise UserError(
                 f"{path} holds LoRA matrices besides the base model; add "
@@ -151,9 +160,10 @@ class Conversion:
                     f"--{key} is {value}, but {path} has {sizes[key]}; leave the option out, or "
                     "name the weights that it belongs to (only CogVideoX-2B's kind is converted)"
                 )
-        check_weights(
-            base, "transformer", self._network, where=path, described_by=self._described_by
-        )
+        with self._naming_what_fits(base, "transformer"):
+            check_weights(
+                base, "transformer", self._network, where=path, described_by=self._described_by
+            )
         tensors = merged_tensors(base, loras, where=path) if loras else base
         tensors = in_dtype(to_diffusers(tensors, "transformer", where=path), dtype, where=path)
         config = transformer_config(sizes, self._geometry)
@@ -171,10 +181,27 @@ class Conversion:
 
         state = load_vae_state(source, option=option)
         vae = build_on_meta(self._config.model.get("first_stage_config"))
-        sizes = check_weights(state, "vae", vae, where=source, described_by=self._described_by)
+        with self._naming_what_fits(state, "vae"):
+            sizes = check_weights(state, "vae", vae, where=source, described_by=self._described_by)
         tensors = in_dtype(to_diffusers(state, "vae", where=source), torch.float32, where=source)
         config = vae_config(sizes, self._geometry, scaling_factor=self._scaling_factor)
         self.parts.append(_Part("vae", config, tensors))
+
+    @contextmanager
+    def _naming_what_fits(self, tensors: Mapping[str, Tensor], part: Part) -> Iterator[None]:
+        """Adds to an error the shipped configuration that the weights belong to, if there is."""
+        from sgm.checkpoint.known_models import compare
+        from sgm.checkpoint.table import on_meta
+        from tools.inspect_checkpoint import known_models
+
+        try:
+            yield
+        except UserError as error:
+            comparison = compare(on_meta(tensors), part, known_models())
+            if not comparison.fits:
+                raise
+            fitting = quote(_nearby(ROOT / comparison.known.config))
+            raise UserError(f"{error} ({fitting} fits)") from None
 
     def write(self, folder: Path, *, link_text_encoder: bool) -> None:
         """Write all parts into `folder`, which is within `new_folder`; to be called once."""
@@ -199,7 +226,8 @@ class Conversion:
             copy_text_encoder(self.text_encoder, folder / "text_encoder", link=link_text_encoder)
             tokenizer = folder / "tokenizer"
             tokenizer.mkdir()
-            place(self.text_encoder.tokenizer, tokenizer / "spiece.model", link=False)
+            tokens = self.text_encoder.tokenizer
+            place(tokens, tokenizer / tokens.name, link=False)
             config = tokenizer_config(self._geometry.text_length)
             save_json(tokenizer / "tokenizer_config.json", config)
         index = model_index(
@@ -215,6 +243,12 @@ def _shown(file: str) -> str:
     """A shipped configuration by its name in the repository."""
     path = Path(file)
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else file
+
+
+def _nearby(path: Path) -> str:
+    """A path as one would type it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def _positive(text: str) -> float:
@@ -244,11 +278,9 @@ def _loading_call(output: Path, present: Collection[str]) -> str:
     return f"{call}, or with your own instead of None (not written without {given_by})"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The parser of this command; each option is spelt with _ or -."""
-    parser = argparse.ArgumentParser(
-        description="Convert weights of SAT to diffusers.", allow_abbrev=False
-    )
+    parser = CommandParser(description="Convert weights of SAT to diffusers.")
     add = partial(add_option, parser)
     add("transformer_ckpt_path", metavar="PATH", help="the transformer: a run, its folder, a file")
     add("vae_ckpt_path", metavar="PATH", help="the autoencoder, 3d-vae.pt")
@@ -301,6 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with new_folder(output) as folder:
         conversion.write(folder, link_text_encoder=options.link_text_encoder)
     print(f"wrote {output}; in diffusers: {_loading_call(output, present)}")
+    if conversion.text_length != _USUAL_TEXT_LENGTH:
+        print(f"when calling it: max_sequence_length={conversion.text_length}")
     return 0
 
 

@@ -8,8 +8,8 @@ reads from release 0.35 on.
 
 from __future__ import annotations
 
-import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sgm.cli import add_option, run_command, set_up_logging
+from sgm.cli import CommandParser, add_option, run_command, set_up_logging
 from sgm.files import make_output_folder, new_folder, refuse_existing, replacing
 
 if TYPE_CHECKING:
@@ -30,18 +30,22 @@ if TYPE_CHECKING:
     from sgm.checkpoint.lora import LoraRecord
 
 
+logger = logging.getLogger(__name__)
+
+
 def adapter_metadata(record: LoraRecord, alpha: float, names: Sequence[str]) -> dict[str, str]:
     """The safetensors metadata that diffusers writes for a transformer's LoRA with these settings.
 
     diffusers hands the settings to peft's LoraConfig. Layers are named in full, so that a LoRA of
-    a few blocks stays on these.
+    a few blocks stays on these. The base model's fingerprint, where it is known, is added under a
+    key that diffusers does not read.
 
     Args:
-        record: tells the rank.
+        record: tells the rank and the base model.
         alpha: the update is ``alpha / r · B A``.
         names: of the matrices in diffusers.
     """
-    from sgm.checkpoint.lora_formats import DIFFUSERS_PREFIX, METADATA_KEY
+    from sgm.checkpoint.lora_formats import BASE_KEY, DIFFUSERS_PREFIX, METADATA_KEY
 
     settings: dict[str, Any] = {
         "r": record.r,
@@ -50,7 +54,9 @@ def adapter_metadata(record: LoraRecord, alpha: float, names: Sequence[str]) -> 
         "target_modules": sorted({name.rsplit(".lora_", 1)[0] for name in names}),
     }
     prefixed = {f"{DIFFUSERS_PREFIX}{name}": value for name, value in settings.items()}
-    return {"format": "pt", METADATA_KEY: json.dumps(prefixed, indent=2, sort_keys=True)}
+    base = {} if record.base is None else {BASE_KEY: record.base}
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(prefixed, indent=2, sort_keys=True)}
+    return metadata | base
 
 
 def export_lora(path: str | Path, folder: str | Path, *, alpha: float | None = None) -> Path:
@@ -67,7 +73,7 @@ def export_lora(path: str | Path, folder: str | Path, *, alpha: float | None = N
     Raises:
         UserError: `path` holds no LoRA, or not all of one; the file exists, or cannot be written.
     """
-    from sgm.checkpoint.lora import alpha_of, check_complete, read_lora
+    from sgm.checkpoint.lora import alpha_of, check_complete, is_sat_lora, read_lora
     from sgm.checkpoint.lora_formats import DIFFUSERS_FILE, DIFFUSERS_PREFIX
     from sgm.checkpoint.table import to_diffusers
     from sgm.checkpoint.writing import own_storage
@@ -76,6 +82,8 @@ def export_lora(path: str | Path, folder: str | Path, *, alpha: float | None = N
     refuse_existing(folder / DIFFUSERS_FILE)
     matrices, record = read_lora(path, alpha=alpha, option="--sat_pt_path")
     check_complete(matrices, record, path)
+    if not is_sat_lora(path, option="--sat_pt_path"):
+        logger.info("%s is in diffusers' or peft's format already; it is written anew", path)
     tensors = to_diffusers(matrices, "lora", where=path)
     metadata = adapter_metadata(record, alpha_of(record, path), list(tensors))
     prefixed = {f"{DIFFUSERS_PREFIX}{name}": own_storage(tensors[name]) for name in tensors}
@@ -105,11 +113,9 @@ def _save_safetensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[
         raise OSError(f"safetensors: {error}") from error
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The parser of this command."""
-    parser = argparse.ArgumentParser(
-        description="Export a LoRA of SAT format for diffusers.", allow_abbrev=False
-    )
+    parser = CommandParser(description="Export a LoRA of SAT format for diffusers.")
     add_option(
         parser,
         "sat_pt_path",

@@ -1,15 +1,15 @@
-"""A LoRA of diffusers or peft in SAT's layout, for ``lora:`` and to train on.
+"""A LoRA of diffusers or peft in SAT's layout.
 
     python tools/import_lora.py --lora_path LORA --output_path DIR [--load BASE]
 
-Writes ``DIR/latest`` and ``DIR/1/mp_rank_00_model_states.pt`` as a LoRA run does. (``lora:`` may
-also name the LoRA of diffusers itself.)
+Writes ``DIR/latest`` and ``DIR/1/mp_rank_00_model_states.pt`` as a LoRA run does, for ``lora:``
+(which may also name the LoRA of diffusers itself).
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +17,10 @@ from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sgm.cli import add_option, run_command, set_up_logging
+from sgm.cli import CommandParser, add_option, run_command, set_up_logging
 from sgm.files import new_folder, refuse_existing
+
+logger = logging.getLogger(__name__)
 
 TAG = "1"
 
@@ -39,13 +41,18 @@ def import_lora(
         load: the base model, of SAT or diffusers; its shapes are compared, and it is recorded.
 
     Returns:
-        A sentence on what was written.
+        What was written, and how to use it.
 
     Raises:
         UserError: `path` holds no LoRA that SAT can hold, or one of another model; or `folder`
             exists or cannot be written.
     """
-    from sgm.checkpoint.lora import check_complete, check_matrices, read_lora
+    from sgm.checkpoint.lora import (
+        check_complete,
+        check_matrices,
+        is_sat_lora,
+        read_lora,
+    )
     from sgm.checkpoint.table import on_meta
     from sgm.checkpoint.transformer import fingerprint, read_transformer
     from sgm.checkpoint.writing import save_sat_transformer
@@ -53,6 +60,8 @@ def import_lora(
     refuse_existing(Path(folder).expanduser())
     matrices, record = read_lora(path, alpha=alpha, option="--lora_path")
     check_complete(matrices, record, path)
+    if is_sat_lora(path, option="--lora_path"):
+        logger.info("%s is of SAT format already; it is written anew", path)
     if load is not None:
         found, base, _ = read_transformer(load, option="--load")
         hint = f"is {found} the base model that the LoRA was trained on?"
@@ -62,14 +71,17 @@ def import_lora(
         save_sat_transformer(made, matrices, tag=TAG, lora=dataclasses.asdict(record))
     strength = "not told" if record.lora_alpha is None else f"{record.lora_alpha:g}"
     use = f"--lora {quote(str(folder))}"
-    return f"wrote {folder}: rank {record.r}, lora_alpha {strength}; for videos: {use}"
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of this command."""
-    parser = argparse.ArgumentParser(
-        description="Import a LoRA of diffusers or peft into SAT's layout.", allow_abbrev=False
+    base_model = "BASE" if load is None else quote(str(load))
+    return (
+        f"wrote {folder}: rank {record.r}, lora_alpha {strength}; for videos: {use}\n"
+        f"to train on, merge it and name NEW in load: python tools/merge_lora.py --load "
+        f"{base_model} {use} --output_path NEW"
     )
+
+
+def build_parser() -> CommandParser:
+    """The parser of this command."""
+    parser = CommandParser(description="Import a LoRA of diffusers or peft into SAT's layout.")
     add_option(
         parser,
         "lora_path",

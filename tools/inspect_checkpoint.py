@@ -8,7 +8,6 @@ something else, or does not load.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arguments import SamplingArgs, parse_config
-from sgm.cli import run_command, set_up_logging
+from sgm.cli import CommandParser, run_command, set_up_logging
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def render(finding: Finding, path: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Inspect one path and say what it is; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Say what a file or folder of weights is, and whether it loads."
     )
     parser.add_argument("path", metavar="PATH", help="any file or folder")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from arguments import SamplingArgs, parse_config
 from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX, POSITION_TABLE
-from sgm.cli import run_command, set_up_logging
+from sgm.cli import CommandParser, run_command, set_up_logging
 from sgm.errors import UserError
 from sgm.util import instantiate_from_config
 
@@ -104,7 +104,7 @@ def write_t5(folder: Path, *, width: int, num_layers: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write all three; refuse to touch what exists."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", nargs="+", required=True, help="configurations, merged in order")
     parser.add_argument("--t5-layers", type=int, default=24, help="24 is XXL's number")
     options = parser.parse_args(argv)

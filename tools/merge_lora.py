@@ -7,7 +7,6 @@ Writes ``DIR/latest`` and ``DIR/1000/mp_rank_00_model_states.pt``, for ``load:``
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sgm.cli import add_option, add_precision, run_command, set_up_logging
+from sgm.cli import CommandParser, add_option, add_precision, run_command, set_up_logging
 from sgm.files import new_folder, refuse_existing
 from sgm.lora_choice import LoraChoice, lora_from_text
 
@@ -47,7 +46,7 @@ def merge_lora(
         UserError: a file is not what it must be, a LoRA belongs to another model, or `folder`
             exists or cannot be written.
     """
-    from sgm.checkpoint.lora import merged_tensors
+    from sgm.checkpoint.lora_merging import merged_tensors
     from sgm.checkpoint.transformer import read_transformer
     from sgm.checkpoint.writing import in_dtype, save_sat_transformer
 
@@ -60,11 +59,9 @@ def merge_lora(
         save_sat_transformer(made, in_dtype(merged, dtype, where=path))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The parser of this command."""
-    parser = argparse.ArgumentParser(
-        description="Merge LoRAs into a base model.", allow_abbrev=False
-    )
+    parser = CommandParser(description="Merge LoRAs into a base model.")
     parser.add_argument(
         "--load",
         required=True,

@@ -1,13 +1,11 @@
 """Reading weights: what a file is, what it holds, and whether it fits the model."""
 
 from sgm.checkpoint.lora import (
-    LoraChoice,
     load_lora,
     lora_record,
-    merge_loras,
-    merged_tensors,
     read_lora,
 )
+from sgm.checkpoint.lora_merging import merge_loras, merged_tensors
 from sgm.checkpoint.reading import read_checkpoint
 from sgm.checkpoint.transformer import (
     check_transformer,
@@ -18,6 +16,7 @@ from sgm.checkpoint.transformer import (
     read_transformer,
 )
 from sgm.checkpoint.vae import load_vae_state, vae_files
+from sgm.lora_choice import LoraChoice
 
 __all__ = [
     "LoraChoice",

@@ -181,7 +181,7 @@ def scheduler_config(class_name: str, *, snr_shift_scale: float) -> dict[str, An
 
 
 def tokenizer_config(text_length: int) -> dict[str, Any]:
-    """``tokenizer/tokenizer_config.json`` beside ``spiece.model``."""
+    """``tokenizer/tokenizer_config.json`` beside the tokenizer's own file."""
     return {
         "tokenizer_class": "T5Tokenizer",
         "model_max_length": text_length,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -97,21 +97,32 @@ def _quoted(value: object) -> str:
     return repr(value)[:_LONGEST_QUOTE]
 
 
-def find_in_pipeline(folder: Path, part: str) -> Path | None:
-    """The folder of a part in a diffusers pipeline's `folder`; None where that is no pipeline.
+def is_pipeline(folder: Path) -> bool:
+    """Whether `folder` is that of a diffusers pipeline.
 
     Raises:
-        UserError: it is another model's pipeline, lacks the part, or its index is damaged.
+        UserError: it is another model's pipeline, or its index is damaged.
     """
     index = folder / "model_index.json"
     if not os.path.isfile(index):
-        return None
+        return False
     pipeline = read_json(index).get("_class_name")
     if not (isinstance(pipeline, str) and pipeline.startswith(_PIPELINES)):
         raise UserError(
             f"{folder} is the diffusers folder of another pipeline ({_quoted(pipeline)}); needed "
             "is that of a CogVideoXPipeline, CogVideoX-2B's"
         )
+    return True
+
+
+def find_in_pipeline(folder: Path, part: str) -> Path | None:
+    """The folder of a part in a diffusers pipeline's `folder`; None where that is no pipeline.
+
+    Raises:
+        UserError: as `is_pipeline`, or it lacks the part.
+    """
+    if not is_pipeline(folder):
+        return None
     if not (folder / part).is_dir():
         raise UserError(f"the diffusers folder {folder} lacks the folder {part}; copy it whole")
     return folder / part
@@ -235,6 +246,15 @@ def _lazy(path: Path) -> tuple[Mapping[str, Callable[[], Tensor]], Mapping[str, 
     return {name: partial(_read_tensor, path, name) for name in shapes}, shapes
 
 
+def _refuse_unmerged(names: Iterable[str], folder: Path) -> None:
+    name = next((name for name in names if ".base_layer." in name or ".lora_A." in name), None)
+    if name:
+        raise UserError(
+            f"{folder} still holds the LoRA beside the weights ({name[:_LONGEST_QUOTE]}); call "
+            "unload_lora_weights() after fuse_lora() and save again"
+        )
+
+
 def read_diffusers_part(
     folder: Path, part: DiffusersPart
 ) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
@@ -256,8 +276,10 @@ def read_diffusers_part(
     path = _find_weights(folder)
     if path.suffix != ".json":
         makers, shapes = _lazy(path)
+        _refuse_unmerged(shapes, folder)
         return config, LazyTensors(makers, meta=lambda: shapes)
     weight_map = _read_index(path)
+    _refuse_unmerged(weight_map, folder)
     files = {file: _lazy(file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in files[file][1]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from sgm.checkpoint.blueprint import sizes_of
 from sgm.checkpoint.diffusers_folder import read_json
 from sgm.checkpoint.known_models import Comparison, KnownModel, compare
-from sgm.checkpoint.lora import check_complete, read_lora
+from sgm.checkpoint.lora import check_complete, find_lora_file, read_lora
 from sgm.checkpoint.reading import read_checkpoint, tensors_of
 from sgm.checkpoint.table import Part, on_meta
 from sgm.checkpoint.transformer import fingerprint, read_transformer
@@ -23,7 +23,7 @@ from sgm.errors import UserError
 from sgm.modules.encoders.modules import find_t5
 
 _NUM_NAMED = 3  # names that a line repeats
-_NOT_IN_SUMMARY = ("checkpoints", "file", "fingerprint", "on disk", "channels", "text", "blocks")
+_NOT_IN_SUMMARY = ("checkpoints", "file", "family", "on disk", "channels", "text", "blocks")
 _FIVE_B = ("42", "3072, 48 heads of 64")  # layers and width of CogVideoX-5B and of 1.5
 _TEXT_WEIGHT = "mixins.patch_embed.text_proj.weight"
 
@@ -73,9 +73,10 @@ def describe_transformer(path: Path, known: Sequence[KnownModel], *, given: str 
     shapes = on_meta(base)
     comparison = compare(shapes, "transformer", known)
     folder = place.is_dir()
+    family = f"{fingerprint(base)} (of biases and norms, which a merged LoRA leaves as they are)"
     finding = Finding(
         f"transformer in {'diffusers' if folder else 'SAT'} format",
-        [*_sizes("transformer", shapes), *_amounts(shapes), ("fingerprint", fingerprint(base))],
+        [*_sizes("transformer", shapes), *_amounts(shapes), ("family", family)],
     )
     _judge(finding, comparison)
     if lora:
@@ -105,7 +106,8 @@ def describe_vae(path: Path, known: Sequence[KnownModel], *, given: str | Path) 
     _judge(finding, comparison)
     if comparison.fits:
         finding.next_steps.append(
-            f"first_stage_config.params.ckpt_path: {quote(str(given))} in {comparison.known.config}"
+            f"model.first_stage_config.params.ckpt_path: {quote(str(given))} "
+            f"in {comparison.known.config}"
         )
     return finding
 
@@ -179,7 +181,12 @@ def describe_lora(
     path: Path, known: Sequence[KnownModel], *, given: str | Path, is_sat: bool
 ) -> Finding:
     """A LoRA of SAT, or else of diffusers or peft; as `describe_transformer`."""
-    matrices, record = read_lora(path, tell=False)
+    try:
+        matrices, record = read_lora(path, tell=False)
+    except UserError as error:
+        if is_sat:
+            raise
+        return _describe_other_lora(path, str(error))
     width = next((m.shape[-1] for name, m in matrices.items() if ".matrix_A." in name), 0)
     numbers = (re.search(r"\.layers\.([0-9]{1,4})\.", name) for name in matrices)
     blocks = sorted({int(number[1]) for number in numbers if number})
@@ -218,6 +225,23 @@ def describe_lora(
         else f"python tools/import_lora.py --lora_path {quote(str(given))} --output_path DIR"
     )
     return finding
+
+
+def _describe_other_lora(path: Path, problem: str) -> Finding:
+    """A LoRA of diffusers or peft that does not load, as far as its names tell."""
+    file = find_lora_file(path)
+    shapes = on_meta(tensors_of(read_checkpoint(file), file, wrapper="module"))
+    downs = {n: t for n, t in shapes.items() if ".lora_A." in n and t.ndim == 2}
+    ranks = sorted({tensor.shape[0] for tensor in downs.values()})
+    ends = sorted({re.sub(r"^.*?[0-9]+\.|\.lora_A\..*$", "", name) for name in downs})
+    is_dora = any("lora_magnitude_vector" in name or "dora_scale" in name for name in shapes)
+    facts = [
+        ("rank", ", ".join(map(str, ranks)) or "not told"),
+        ("layers", f"{len(downs)}: {few(ends)}" if downs else "not told"),
+        *_amounts(shapes),
+    ]
+    kind = f"{'DoRA' if is_dora else 'LoRA'} in diffusers or peft format"
+    return Finding(kind, facts, problem=problem)
 
 
 def _takes_lora(model: KnownModel, width: int, blocks: Sequence[int]) -> bool:

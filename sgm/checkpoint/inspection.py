@@ -12,7 +12,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from sgm.checkpoint.diffusers_folder import PART_CLASSES, find_in_pipeline, read_json
+from sgm.checkpoint.diffusers_folder import PART_CLASSES, is_pipeline, read_json
 from sgm.checkpoint.file_kinds import refuse_other_files
 from sgm.checkpoint.findings import (
     Finding,
@@ -32,9 +32,15 @@ from sgm.checkpoint.transformer import (
     find_transformer_file,
     is_lora_matrix,
 )
-from sgm.checkpoint.vae import ENGINE_PREFIX
+from sgm.checkpoint.vae import ENGINE_PREFIX, SAT_FILE
 from sgm.errors import UserError
+from sgm.modules.encoders.modules import T5Tokenizer, find_tokenizer
 
+_KEYS = {  # of a configuration, by the part of a pipeline that they name
+    "transformer": "args.load",
+    "vae": "model.first_stage_config.params.ckpt_path",
+    "text_encoder": "model.conditioner_config.params.emb_models[0].params.model_dir",
+}
 _PIPELINE_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 # Beginnings of names of other parts in a checkpoint of the whole engine.
@@ -80,7 +86,10 @@ def _inspect_folder(folder: Path, known: Sequence[KnownModel]) -> Finding:
         return _inspect_run(folder, known)
     if (folder / "config.json").is_file():
         return _inspect_part(folder, known)
-    if (folder / "spiece.model").is_file():
+    if (folder / SAT_FILE).is_file():
+        return _inspect_file(folder / SAT_FILE, known, given=folder)
+    if tokenizer := find_tokenizer(folder):
+        T5Tokenizer(tokenizer, max_length=1)  # refuses another one
         return Finding("tokenizer of T5", use="in a T5 folder or a diffusers pipeline")
     if (folder / "scheduler_config.json").is_file():
         name = read_json(folder / "scheduler_config.json").get("_class_name")
@@ -119,12 +128,22 @@ def _inspect_run(folder: Path, known: Sequence[KnownModel]) -> Finding:
 
 
 def _inspect_pipeline(folder: Path, known: Sequence[KnownModel]) -> Finding:
-    find_in_pipeline(folder, "transformer")  # refuses another model's
-    found = _inspect_parts(folder, _PIPELINE_PARTS, known)
-    finding = _united("diffusers pipeline", found)
+    is_pipeline(folder)  # refuses another model's
+    index = read_json(folder / "model_index.json")
+    absent = [
+        name
+        for name in _PIPELINE_PARTS
+        if index.get(name) == [None, None] and not (folder / name).exists()
+    ]
+    present = [name for name in _PIPELINE_PARTS if name not in absent]
+    finding = _united("diffusers pipeline", _inspect_parts(folder, present, known))
+    finding.facts += [(name, "not in this folder") for name in absent]
+    if absent and finding.use:
+        finding.use = f"{', '.join(present)}: {finding.use}"
     if not finding.problem:
+        keys = ", ".join(key for name, key in _KEYS.items() if name in present)
         finding.next_steps = [
-            f"load, ckpt_path and model_dir of a configuration: {quote(str(folder))}",
+            f"{keys}: {quote(str(folder))}",
             f"python tools/convert_weight_hf2sat.py --input_path {quote(str(folder))} "
             "--output_path DIR",
         ]
@@ -134,13 +153,13 @@ def _inspect_pipeline(folder: Path, known: Sequence[KnownModel]) -> Finding:
 def _inspect_published(folder: Path, known: Sequence[KnownModel]) -> Finding:
     """The folder of the whole model in SAT's layout, with T5 in it or not."""
     names = sorted(entry.name for entry in folder.iterdir())
-    places = [name for name in ("transformer", "vae/3d-vae.pt") if (folder / name).exists()]
+    places = [name for name in ("transformer", f"vae/{SAT_FILE}") if (folder / name).exists()]
     if not places:
         raise UserError(
             f"{folder} is no folder of weights (it holds {few(names) or 'nothing'}); name the "
             "file or folder that is"
         )
-    places += [name for name in names if (folder / name / "spiece.model").is_file()]
+    places += [name for name in names if find_tokenizer(folder / name)]
     return _united("whole model in SAT's layout", _inspect_parts(folder, places, known))
 
 

@@ -1,4 +1,4 @@
-"""LoRA on its own: the file of a LoRA run, and its two uses, merging and training on.
+"""LoRA on its own: the file of a LoRA run, what it holds, and training on.
 
 Such a file is ``{"module": {"model.diffusion_model.<layer>.matrix_A.0": …}, "lora": record}``.
 Source of the method: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,6 @@ from sgm.checkpoint.lora_formats import (
     to_sat_lora,
 )
 from sgm.checkpoint.reading import read_checkpoint, tensors_of
-from sgm.checkpoint.table import LazyTensors, on_meta
 from sgm.checkpoint.transformer import (
     fill_lora,
     find_transformer_file,
@@ -37,7 +35,6 @@ from sgm.checkpoint.transformer import (
     sort_keys,
 )
 from sgm.errors import UserError
-from sgm.lora_choice import LoraChoice
 
 if TYPE_CHECKING:
     from sgm.models.transformer import DiffusionTransformer
@@ -45,7 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DEFAULT_ALPHA = 1.0  # of SAT's LoraMixin
-_HINT = "load must name the base model that the LoRA was trained on, with its configuration"
+HINT = "load must name the base model that the LoRA was trained on, with its configuration"
 _WHOLE_MODEL = "time_embed.0.weight", "transformer_blocks.0.norm1.norm.weight"  # SAT, diffusers
 
 
@@ -128,6 +125,16 @@ def read_lora(
     return matrices, replace(record, lora_alpha=alpha)
 
 
+def is_sat_lora(path: str | Path, *, option: str = "lora") -> bool:
+    """Whether the LoRA in `path` is of SAT format; else it is one of diffusers or peft.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    file = find_lora_file(path, option=option)
+    return any(map(is_lora_matrix, tensors_of(read_checkpoint(file), file, wrapper="module")))
+
+
 def find_lora_file(path: str | Path, *, option: str = "lora") -> Path:
     """The file that a LoRA's `path` means: itself, or in a folder of SAT, diffusers or peft.
 
@@ -153,7 +160,7 @@ def _read_foreign(
     lora = to_sat_lora(tensors, path, alpha=alpha)
     if tell and alpha is None and not lora.tells_alpha:
         logger.info("%s does not tell its alpha; its rank is taken, as diffusers does", path)
-    return lora.matrices, LoraRecord(lora.r, lora.lora_alpha, lora.layer_range, base=None)
+    return lora.matrices, LoraRecord(lora.r, lora.lora_alpha, lora.layer_range, lora.base)
 
 
 def _rank(matrices: Mapping[str, Tensor]) -> int:
@@ -181,7 +188,8 @@ def _checked_record(record: Mapping[str, Any], path: Path, *, rank: int) -> Lora
     return LoraRecord(rank, None if alpha is None else float(alpha), layers, base)
 
 
-def _warn_of_other_base(record: LoraRecord, base: str, path: str | Path) -> None:
+def warn_of_other_base(record: LoraRecord, base: str, path: str | Path) -> None:
+    """Log a warning where the LoRA in `path` was trained on another model than `base`."""
     if record.base not in (None, base):
         logger.warning(
             "%s was trained on other weights than these (%s, not %s); what it learned may not show",
@@ -222,7 +230,7 @@ def check_matrices(
     weights: Mapping[str, Tensor],
     *,
     path: str | Path,
-    hint: str = _HINT,
+    hint: str = HINT,
     model: str = "the base model",
 ) -> None:
     """Check that the matrices of a LoRA are all there and fit the base model's `weights`.
@@ -264,108 +272,6 @@ def alpha_of(record: LoraRecord, path: str | Path) -> float:
     return _DEFAULT_ALPHA
 
 
-@dataclass(frozen=True)
-class _Update:
-    """A LoRA to merge: its matrices, and the factor of B A, which is scale · alpha / r."""
-
-    matrices: Mapping[str, Tensor]
-    layers: frozenset[str]
-    factor: float
-
-
-def _read_update(
-    choice: LoraChoice, weights: Mapping[str, Tensor], *, base: str, hint: str
-) -> _Update:
-    """Read a LoRA and compare it with the weights that it is to change.
-
-    Raises:
-        UserError: it is no LoRA, or one of another model.
-    """
-    matrices, record = read_lora(choice.path)
-    check_matrices(matrices, record, weights, path=choice.path, hint=hint)
-    _warn_of_other_base(record, base, choice.path)
-    layers = frozenset(name.rsplit(".matrix_", 1)[0] for name in matrices)
-    return _Update(matrices, layers, choice.scale * alpha_of(record, choice.path) / record.r)
-
-
-def _updated(weight: Tensor, layer: str, updates: Iterable[_Update]) -> Tensor:
-    """A layer's weight (out, in) and the updates, summed in float32 on its device, rounded once.
-
-    Without any update that is not zero it is the weight itself: adding 0 would turn -0 into 0.
-    """
-    total = None
-    for update in updates:
-        if layer not in update.layers or not update.factor:
-            continue
-        products = []
-        for i in range(NUM_PAIRS[layer.rpartition(".")[2]]):
-            down, up = (
-                update.matrices[f"{layer}.matrix_{kind}.{i}"].to(weight.device, torch.float32)
-                for kind in "AB"
-            )  # (r, in), (out / parts, r)
-            products.append(up @ down)
-        change = torch.cat(products)  # (out, in)
-        if change.any():
-            change *= update.factor
-            total = change if total is None else total.add_(change)
-    return weight if total is None else (weight.float() + total).to(weight.dtype)
-
-
-@torch.no_grad()
-def merge_loras(
-    network: DiffusionTransformer, loras: Sequence[LoraChoice], *, base: str | None = None
-) -> None:
-    """Add LoRAs to the weights of a network without LoRA layers: W + Σ scale · alpha / r · B A.
-
-    The sum is taken in float32 on the weight's device and rounded once to its type. Matrices that
-    are zero leave every bit as it was.
-
-    Args:
-        network: the base model.
-        loras: what to add, and how strongly; paths as in `read_lora`.
-        base: `fingerprint` of the file that the weights came from; None takes the network's own,
-            which is another one if the weights have been rounded to bfloat16 since.
-
-    Raises:
-        UserError: a file is not a LoRA, or one of another model; nothing is changed then.
-    """
-    weights = dict(network.named_parameters())
-    if any(is_lora_matrix(name) for name in weights):
-        raise RuntimeError("merge_loras: the network has LoRA layers of its own")
-    base = base or fingerprint(weights)
-    updates = [_read_update(choice, weights, base=base, hint=_HINT) for choice in loras]
-    for layer in frozenset[str]().union(*(update.layers for update in updates)):
-        weight = weights[f"{layer}.weight"]
-        weight.copy_(_updated(weight, layer, updates))
-
-
-def merged_tensors(
-    base: Mapping[str, Tensor], loras: Sequence[LoraChoice], *, where: str | Path
-) -> Mapping[str, Tensor]:
-    """The tensors of a base model with LoRAs added, each computed when it is asked for.
-
-    Args:
-        base: name as in the plain model → tensor; those that no LoRA changes come back as they are.
-        loras: as in `merge_loras`, whose sums these are.
-        where: the file or folder of `base`, for messages.
-
-    Raises:
-        UserError: as `merge_loras`, at once.
-    """
-    hint = f"is {where} the base model that the LoRA was trained on?"
-    known, shapes = fingerprint(base), on_meta(base)
-    updates = [_read_update(choice, shapes, base=known, hint=hint) for choice in loras]
-    layers = frozenset[str]().union(*(update.layers for update in updates))
-
-    @torch.no_grad()
-    def merged(layer: str) -> Tensor:
-        return _updated(base[f"{layer}.weight"], layer, updates)
-
-    makers = {name: partial(base.__getitem__, name) for name in base}
-    makers |= {f"{layer}.weight": partial(merged, layer) for layer in layers}
-    return LazyTensors(makers, meta=lambda: shapes)
-
-
 def load_lora(network: DiffusionTransformer, path: str | Path, *, base: str | None = None) -> None:
     """Fill the LoRA matrices of a network with a ``lora_config``, to train on.
 
@@ -396,4 +302,4 @@ def load_lora(network: DiffusionTransformer, path: str | Path, *, base: str | No
             )
     network.add_lora()
     fill_lora(network, matrices, path)
-    _warn_of_other_base(record, base or fingerprint(dict(network.named_parameters())), path)
+    warn_of_other_base(record, base or fingerprint(dict(network.named_parameters())), path)

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # of the safetensors header, where diffusers puts settings
+BASE_KEY = "sat_base_fingerprint"  # beside it, of LoRAs that were trained here
 DIFFUSERS_PREFIX = "transformer."
 LARGEST_ALPHA = 1e9  # no sensible one comes near
 # The layers that SAT wraps, and into how many parts it cuts their outputs: q, k and v have a pair
@@ -59,8 +60,8 @@ _OTHER_UPDATES = (
 # Ways to begin that change the base model's weights too, so that the matrices alone do not tell.
 _OTHER_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _MERGE_FIRST = (
-    "merge it in diffusers (load_lora_weights, fuse_lora, save_pretrained) and name that folder in "
-    "load"
+    "merge it in diffusers (load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained) "
+    "and name that folder in load"
 )
 _NUM_NAMED = 4  # layers that a message repeats
 
@@ -103,6 +104,7 @@ class ConvertedLora:
         matrices: name in SAT → matrix.
         r, lora_alpha, layer_range: as in `sgm.checkpoint.lora.LoraRecord`.
         tells_alpha: whether `lora_alpha` was stored with it.
+        base: `fingerprint` of the base model, of a LoRA that was exported here; else None.
     """
 
     matrices: dict[str, Tensor]
@@ -110,6 +112,7 @@ class ConvertedLora:
     lora_alpha: float
     layer_range: list[int]
     tells_alpha: bool
+    base: str | None
 
 
 def find_foreign_file(folder: str | Path) -> Path | None:
@@ -162,7 +165,14 @@ def to_sat_lora(tensors: Mapping[str, Tensor], path: Path, *, alpha: float | Non
         in_diffusers |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
     found = dict(to_sat(in_diffusers, "lora", where=path))
     blocks = sorted({int(name.split(".")[2]) for name in found})
-    return ConvertedLora(_completed(found, blocks), rank, common, blocks, stored is not None)
+    return ConvertedLora(
+        _completed(found, blocks),
+        rank,
+        common,
+        blocks,
+        tells_alpha=stored is not None,
+        base=_read_base(path),
+    )
 
 
 def _named_matrices(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
@@ -222,13 +232,22 @@ def _has_place(layer: str, path: Path) -> bool:
     return True
 
 
-def _read_settings(path: Path) -> _Settings:
-    """The settings in a file's own metadata, or in peft's file beside it; empty if neither is."""
+def _read_metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
-            stored = (file.metadata() or {}).get(METADATA_KEY)
-    except SafetensorError:  # a .bin file, which has no metadata
-        stored = None
+            return file.metadata() or {}
+    except SafetensorError:  # a .bin file, which has none
+        return {}
+
+
+def _read_base(path: Path) -> str | None:
+    base = _read_metadata(path).get(BASE_KEY, "")
+    return base if re.fullmatch(r"\w{1,64}", base) else None
+
+
+def _read_settings(path: Path) -> _Settings:
+    """The settings in a file's own metadata, or in peft's file beside it; empty if neither is."""
+    stored = _read_metadata(path).get(METADATA_KEY)
     where, text = f"the metadata of {path}", stored
     config = path.with_name(_CONFIG_FILE)
     if not stored and config.is_file():

@@ -9,10 +9,9 @@ from pathlib import Path
 from sgm.checkpoint.diffusers_folder import read_json
 from sgm.errors import UserError
 from sgm.inference.progress import Progress
-from sgm.modules.encoders.modules import T5Files, find_t5
+from sgm.modules.encoders.modules import TOKENIZER_FILES, T5Files, find_t5
 
-_TOKENIZER_FILES = ("spiece.model", "tokenizer_config.json", "special_tokens_map.json")
-_MORE_TOKENIZER_FILES = ("added_tokens.json", "tokenizer.json")
+_BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _VARIANT = ".fp16"  # in the names of weight files; an index is looked for without it
 
 
@@ -64,8 +63,8 @@ def copy_text_encoder(files: T5Files, folder: Path, *, link: bool) -> None:
 
 
 def copy_tokenizer_files(files: T5Files, folder: Path) -> None:
-    """The sentencepiece model and what libraries keep beside it, into the folder `folder`."""
-    for name in (*_TOKENIZER_FILES, *_MORE_TOKENIZER_FILES):
+    """The file of the tokenizer and what libraries keep beside it, into the folder `folder`."""
+    for name in (*TOKENIZER_FILES, *_BESIDE_TOKENIZER):
         source = files.tokenizer.with_name(name)
         if source.is_file():
             place(source, folder / name, link=False)

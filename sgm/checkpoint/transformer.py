@@ -32,12 +32,13 @@ OTHER_PARTS = ("conditioner.", "first_stage_model.", "loss.", "loss_fn.", "denoi
 POSITION_TABLE = "mixins.pos_embed.pos_embedding"
 _LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
 _HINT = "use the configuration that belongs to these weights"
+_FOREIGN_FILES = "pytorch_lora_weights.safetensors or adapter_model.safetensors"
 Kind = Literal["load", "lora"]
 _EXPECTED: Mapping[Kind, str] = {
     "load": "the transformer's folder (with the file 'latest' in it), its .pt file or a diffusers "
     "folder; README tells where to get the weights",
     "lora": "a LoRA: the folder of a run (with the file 'latest' in it), of one of its "
-    "checkpoints, a file, or a folder or file that diffusers or peft wrote",
+    f"checkpoints, a file, or what diffusers or peft wrote: {_FOREIGN_FILES}, or its folder",
 }
 
 
@@ -89,17 +90,22 @@ def _find_transformer_file(load: str | Path, kind: Kind, option: str) -> Path:
             return found
         if find_foreign_file(path):
             raise _is_no_base(path, option)
-    or_else = "diffusers folder with its config.json" if kind == "load" else "LoRA's file"
+        if any((path / "transformer" / name).is_file() for name in ("latest", *MODEL_FILES)):
+            raise UserError(
+                f"{option}: {path} is the folder of a whole model in SAT's layout; name "
+                f"{path / 'transformer'}"
+            )
+    or_else = "a diffusers folder with its config.json" if kind == "load" else _FOREIGN_FILES
     raise UserError(
         f"{option}: {folder / MODEL_FILES[0]} does not exist; expected are {path}/latest with the "
-        f"name of a folder, and {MODEL_FILES[0]} in that folder; or a {or_else}"
+        f"name of a folder, and {MODEL_FILES[0]} in that folder; or {or_else}"
     )
 
 
 def _is_no_base(path: Path, option: str) -> UserError:
     return UserError(
         f"{path} is a LoRA, not a whole model; {option} must name its base model, and --lora this "
-        "(to train it on: --resume)"
+        "(to go on with its run: --resume)"
     )
 
 

@@ -19,6 +19,7 @@ from sgm.errors import UserError
 
 # Where a checkpoint of the whole engine keeps the autoencoder.
 ENGINE_PREFIX = "first_stage_model."
+SAT_FILE = "3d-vae.pt"  # as published
 _OPTION = "model.first_stage_config.params.ckpt_path"
 _EXPECTED = (
     "the autoencoder's weights: 3d-vae.pt itself, or a diffusers folder; README tells where to get "
@@ -37,11 +38,12 @@ def _find(path: str | Path, option: str) -> Path:
         return place
     if not os.path.isdir(place):
         raise UserError(f"{option}: {place} does not exist; it must be {_EXPECTED}")
+    if os.path.isfile(place / SAT_FILE):
+        return place / SAT_FILE
     folder = find_diffusers_part(place, "vae")
     if folder is None:
         raise UserError(
-            f"{place} is a folder without a diffusers autoencoder in it; {option} must be "
-            f"{_EXPECTED}"
+            f"{place} is a folder without an autoencoder in it; {option} must be {_EXPECTED}"
         )
     return folder
 
@@ -90,7 +92,8 @@ def load_vae_state(
 
     Args:
         path: a ``.pt`` or ``.safetensors`` file of SAT format, of a checkpoint of the whole engine
-            too, or a diffusers folder, of a pipeline or of its autoencoder.
+            too, the folder of ``3d-vae.pt``, or a diffusers folder, of a pipeline or of its
+            autoencoder.
         ignore_keys: beginnings of names (or one of them as a text) that are left out: the
             discriminator's, for one.
         option: where the user gave the path, for messages.

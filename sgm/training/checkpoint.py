@@ -264,9 +264,12 @@ def _rank_file(rank: int) -> str:
 
 def _read_state(path: Path) -> dict[str, Any]:
     if not path.is_file():
+        load = path.parent
+        if holds_lora(path.parent):
+            load = f"what tools/merge_lora.py makes of the base model and {path.parent}"
         raise UserError(
             f"{path} does not exist, so the run cannot be gone on with; start a new one with "
-            f"load: {path.parent}"
+            f"load: {load}"
         )
     state = read_checkpoint(path)
     keys = _STATE_KEYS if path.name == STATE_FILE else set()

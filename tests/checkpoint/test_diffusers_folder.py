@@ -273,7 +273,7 @@ VAE_MISTAKES = {
     ),
     "no diffusers folder": (
         lambda p: (p / "model_index.json").unlink(),
-        "a folder without a diffusers autoencoder in it",
+        "a folder without an autoencoder in it",
     ),
 }
 

@@ -173,7 +173,7 @@ def write(path, names=(), *, rank=2, settings=None, raw=None):
 
 BLOCK = "transformer.transformer_blocks.0"
 REFUSED_NAMES = {
-    f"{BLOCK}.ff.net.0.proj": r"no place \(ff.net.0.proj\), as it holds to_q.*merge it in diff",
+    f"{BLOCK}.ff.net.0.proj": r"no place \(ff.net.0.proj\), as .* fuse_lora, unload_lora_w",
     f"{BLOCK}.norm1.linear": "no place .norm1.linear",
     "transformer.proj_out": "no place .proj_out",
     "text_encoder.encoder.block.0.layer.0.SelfAttention.q": "changes the text encoder too",
@@ -255,6 +255,14 @@ def test_a_lora_in_the_place_of_a_model_is_told_where_it_belongs(tmp_path, prefi
     for path in (tmp_path, tmp_path / FILE):
         with pytest.raises(UserError, match="is a LoRA, not a whole model; load must name"):
             read_transformer(path)
+
+
+def test_a_folder_that_was_saved_before_its_lora_was_unloaded_is_called_that(ours, tmp_path):
+    theirs = train(ours)
+    for name, save in {"one": {}, "shards": {"max_shard_size": "100KB"}}.items():
+        theirs.save_pretrained(tmp_path / name, **save)
+        with pytest.raises(UserError, match=r"still holds the LoRA .*unload_lora_weights\(\)"):
+            read_transformer(tmp_path / name)
 
 
 def test_a_whole_model_of_diffusers_is_told_where_it_belongs(ours, tmp_path):

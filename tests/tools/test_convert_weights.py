@@ -17,7 +17,7 @@ from arguments import SamplingArgs, TrainingArgs, parse_config
 from sgm.checkpoint.reading import read_checkpoint
 from sgm.checkpoint.transformer import MODEL_PREFIX, POSITION_TABLE
 from sgm.checkpoint.writing import save_sat_transformer
-from sgm.modules.encoders.modules import T5Tokenizer
+from sgm.modules.encoders.modules import T5Tokenizer, find_t5
 from sgm.training.run_folder import save_config
 from sgm.util import instantiate_from_config
 from tests.conftest import OLD_NAMES
@@ -286,6 +286,30 @@ def test_the_text_encoder_comes_along_in_any_form(small, t5_folder, tmp_path, fo
     assert torch.equal(found.shared.weight, expected["shared.weight"])
 
 
+def test_a_tokenizer_of_newer_transformers_is_carried_both_ways(bundled, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "pipeline"
+    shutil.copytree(bundled, folder)
+    tokenizer = transformers.T5Tokenizer.from_pretrained(bundled / "tokenizer")
+    shutil.rmtree(folder / "tokenizer")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    assert not (folder / "tokenizer" / "spiece.model").exists()
+
+    assert hf2sat(folder, tmp_path / "sat") == 0
+    t5 = tmp_path / "sat" / "t5-v1_1-xxl"
+    assert (t5 / "tokenizer.json").is_file() and not (t5 / "spiece.model").exists()
+    text = ["a red circle moving right on a black background"]
+    expected = T5Tokenizer(TINY / "t5" / "spiece.model", max_length=32)(text)
+    assert torch.equal(T5Tokenizer(find_t5(t5).tokenizer, max_length=32)(text), expected)
+
+    again = tmp_path / "again"
+    words = ["--text_encoder_path", t5, "--base", TINY_CONFIG, "--output_path", again]
+    assert sat2hf(*words) == 0
+    theirs = transformers.T5Tokenizer.from_pretrained(again / "tokenizer", local_files_only=True)
+    ids = theirs(text, padding="max_length", max_length=32, return_tensors="pt").input_ids
+    assert torch.equal(ids, expected)
+
+
 def test_one_part_alone_comes_back_and_a_snapshot_of_links_does(small, tmp_path):
     assert small.convert() == 0
     out, snapshot = small.folder / "out", tmp_path / "snapshot"
@@ -314,6 +338,26 @@ def test_without_options_the_bundled_model_is_converted_and_it_says_why(
     assert sat2hf() == 0
     assert "nowhere/transformer" in caplog.text and "The bundled model instead" in caplog.text
     assert (tmp_path / "CogVideoX-tiny-diffusers" / "text_encoder" / "config.json").is_file()
+
+
+def test_the_call_is_told_the_length_of_a_text(small, capsys):
+    assert small.convert() == 0
+    assert capsys.readouterr().out.endswith("when calling it: max_sequence_length=8\n")
+    position = small.model["network_config"]["params"]["modules"]["pos_embed_config"]["params"]
+    position["text_length"] = 226  # diffusers' own
+    small.write_config()
+    assert small.convert(output="usual", transformer_ckpt_path=None) == 0
+    assert "max_sequence_length" not in capsys.readouterr().out
+
+
+def test_a_transformer_of_diffusers_is_said_to_be_one(small, caplog, monkeypatch):
+    monkeypatch.setattr(convert_weight_sat2hf, "set_up_logging", lambda: None)
+    caplog.set_level(logging.INFO)
+    assert small.convert() == 0
+    assert "already" not in caplog.text
+    folder = small.folder / "out" / "transformer"
+    assert small.convert(transformer_ckpt_path=folder, vae_ckpt_path=None, output="again") == 0
+    assert f"{folder} is in diffusers' layout already" in caplog.text
 
 
 def full_without_weights(folder: Path) -> Path:

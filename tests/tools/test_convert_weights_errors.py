@@ -44,6 +44,44 @@ def test_wrong_weights_are_refused_before_anything_is_written(small, capsys):
         nothing_new(small.folder, "small.yaml", "transformer", "vae.pt")
 
 
+def test_a_shipped_configuration_that_fits_is_named(small, capsys, monkeypatch):
+    tiny = {"transformer_ckpt_path": ROOT / "CogVideoX-tiny-sat" / "transformer", "base": None}
+    config = "configs/cogvideox_tiny_infer.yaml"
+    monkeypatch.chdir(small.folder)
+    refused(capsys, small.convert(**tiny, vae_ckpt_path=None), f"--base ({ROOT / config} fits)")
+    monkeypatch.chdir(ROOT)
+    vae = {"vae_ckpt_path": ROOT / "CogVideoX-tiny-sat" / "vae", "transformer_ckpt_path": None}
+    refused(capsys, small.convert(**vae), f"({config} fits)")
+    refused(capsys, small.convert(base="no.yaml"), f"no.yaml: no such file in {ROOT};")
+
+
+def test_all_paths_that_do_not_exist_are_named(small, capsys):
+    small.sections["args"]["load"] = "absent/transformer"
+    small.model["first_stage_config"]["params"]["ckpt_path"] = "absent/vae.pt"
+    small.write_config()
+    code = small.convert(transformer_ckpt_path=None, vae_ckpt_path=None)
+    refused(capsys, code, "small.yaml: absent/transformer, absent/vae.pt", "do not exist")
+
+
+def test_the_folder_of_a_whole_model_is_told_from_its_transformer(small, capsys):
+    code = small.convert(transformer_ckpt_path=small.folder)
+    refused(capsys, code, "--transformer_ckpt_path", f"name {small.transformer}")
+
+
+def test_a_lora_or_one_file_is_told_where_it_belongs(small, tmp_path, capsys):
+    assert small.convert(vae_ckpt_path=None) == 0
+    lora = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    lora.parent.mkdir()
+    save_file({"transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(1)}, lora)
+    for source in (lora, lora.parent):
+        refused(capsys, hf2sat(source, tmp_path / "o"), "is a LoRA", f"--lora_path {source}")
+    folder = small.folder / "out" / "transformer"
+    code = hf2sat(folder / "diffusion_pytorch_model.safetensors", tmp_path / "o")
+    refused(capsys, code, f"--input_path must name {folder}")
+    shutil.copy(lora, small.folder / "out")  # beside a model it does not count
+    assert hf2sat(small.folder / "out", tmp_path / "o") == 0
+
+
 def test_a_file_that_lacks_a_tensor_is_refused(small, capsys):
     del small.base["transformer.layers.1.mlp.dense_h_to_4h.bias"]
     shutil.rmtree(small.transformer)

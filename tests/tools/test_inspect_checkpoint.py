@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import T5Tokenizer
 
 from sgm.checkpoint import fingerprint, load_vae_state, read_transformer
 from sgm.checkpoint.blueprint import model_of
@@ -84,6 +85,7 @@ def test_sat_transformer(inspect: Callable[..., Any]) -> None:
     code, shown = inspect(WEIGHTS / "transformer")
     assert code == 0
     assert shown["what"] == "transformer in SAT format"
+    assert "biases and norms" in shown["family"]
     assert (shown["layers"], shown["width"]) == ("8", "192, 6 heads of 32")
     assert (shown["parameters"], shown["dtype"]) == ("6.07 M, 12.1 MB", "float16")
     assert (shown["absent"], shown["extra"]) == ("nothing", "nothing")
@@ -156,9 +158,12 @@ def test_weights_of_5b_do_not_load(inspect: Callable[..., Any], tmp_path: Path) 
     assert "CogVideoX-5B" in shown["will load"]
 
 
-def test_vae(inspect: Callable[..., Any]) -> None:
-    code, shown = inspect(WEIGHTS / "vae" / "3d-vae.pt")
+@pytest.mark.parametrize("name", ["vae", "vae/3d-vae.pt"])
+def test_vae(inspect: Callable[..., Any], name: str) -> None:
+    code, shown = inspect(WEIGHTS / name)
     assert code == 0
+    assert f"ckpt_path: {WEIGHTS / name} in" in shown["next"]
+    assert load_vae_state(WEIGHTS / name)
     assert shown["levels"] == "4 of width 32, 32, 64, 64"
     assert shown["latents"] == "8 channels"
     assert shown["will load"] == f"yes, with {TINY}"
@@ -203,6 +208,7 @@ def test_diffusers_pipeline(inspect: Callable[..., Any], diffusers_folder: Path)
     assert "CogVideoXDDIMScheduler" in shown["scheduler"]
     assert shown["will load"] == f"yes, with {TINY}"
     assert f"convert_weight_hf2sat.py --input_path {diffusers_folder}" in shown["next"]
+    assert "params.ckpt_path, model.conditioner_config.params.emb_models[0]" in shown["next"]
 
 
 def test_parts_of_diffusers(inspect: Callable[..., Any], diffusers_folder: Path) -> None:
@@ -219,6 +225,25 @@ def test_parts_of_diffusers(inspect: Callable[..., Any], diffusers_folder: Path)
     assert shown["folder"].startswith(str(diffusers_folder / "transformer"))
 
 
+def test_pipeline_without_some_parts(
+    inspect: Callable[..., Any], diffusers_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(diffusers_folder, folder)
+    for part in ("vae", "tokenizer", "text_encoder"):
+        shutil.rmtree(folder / part)
+    code, shown = inspect(folder)
+    assert code == 1 and shown["vae"] == "not usable"  # the index says that it has them
+    index = dict.fromkeys(("vae", "tokenizer", "text_encoder"), [None, None])
+    text = json.dumps({"_class_name": "CogVideoXPipeline", **index})
+    (folder / "model_index.json").write_text(text)
+    code, shown = inspect(folder)
+    assert code == 0
+    assert shown["vae"] == shown["text_encoder"] == "not in this folder"
+    assert shown["will load"] == f"yes, transformer, scheduler: with {TINY}"
+    assert shown["next"].startswith(f"args.load: {folder}\n")
+
+
 def test_pipeline_with_a_missing_shard(
     inspect: Callable[..., Any], diffusers_folder: Path, tmp_path: Path
 ) -> None:
@@ -231,14 +256,17 @@ def test_pipeline_with_a_missing_shard(
     assert shown["vae"].startswith("video autoencoder")
 
 
-@pytest.mark.parametrize("kind", ["t5", "spiece.model"])
+@pytest.mark.parametrize("kind", ["t5", "spiece.model", "tokenizer.json"])
 def test_text_encoder_and_tokenizer(inspect: Callable[..., Any], tmp_path: Path, kind: str) -> None:
     if kind == "t5":
         code, shown = inspect(WEIGHTS / "t5")
         assert shown["what"] == "T5 text encoder" and shown["layers"] == "3"
         assert shown["next"] == f"model_dir: {WEIGHTS / 't5'} in {TINY}"
     else:
-        shutil.copy(WEIGHTS / "t5" / kind, tmp_path)
+        if kind == "spiece.model":
+            shutil.copy(WEIGHTS / "t5" / kind, tmp_path)
+        else:
+            T5Tokenizer.from_pretrained(WEIGHTS / "t5").save_pretrained(tmp_path)
         code, shown = inspect(tmp_path)
         assert shown["what"] == "tokenizer of T5"
     assert code == 0
@@ -276,6 +304,25 @@ def test_lora_of_diffusers(inspect: Callable[..., Any], tmp_path: Path) -> None:
         assert shown["what"] == "LoRA in diffusers or peft format"
         assert (shown["rank"], shown["alpha"]) == ("4", "4, so the update is 1 · B A")
         assert f"import_lora.py --lora_path {place}" in shown["next"]
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_lora_that_sat_cannot_hold(inspect: Callable[..., Any], tmp_path: Path, kind: str) -> None:
+    tensors = to_diffusers(lora_matrices(), "lora", where="")
+    tensors = {name: tensors[name].contiguous() for name in tensors}
+    block = "transformer_blocks.0"
+    if kind == "DoRA":
+        tensors[f"{block}.attn1.to_q.lora_magnitude_vector"] = torch.ones(192)
+    else:
+        tensors[f"{block}.ff.net.0.proj.lora_A.weight"] = torch.ones(4, 192)
+        tensors[f"{block}.ff.net.0.proj.lora_B.weight"] = torch.ones(768, 4)
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
+    code, shown = inspect(tmp_path)
+    assert code == 1
+    assert shown["what"] == f"{kind} in diffusers or peft format"
+    assert shown["rank"] == "4"
+    assert shown["layers"].startswith("32: attn1" if kind == "DoRA" else "33: attn1")
+    assert "merge it in diffusers" in shown["will load"]
 
 
 class Evil:

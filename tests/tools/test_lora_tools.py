@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sgm.checkpoint import LoraChoice, fingerprint, load_lora, merge_loras, read_lora
-from sgm.checkpoint.lora_formats import DIFFUSERS_FILE, METADATA_KEY
+from sgm.checkpoint.lora_formats import BASE_KEY, DIFFUSERS_FILE, METADATA_KEY
 from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX, read_transformer
 from sgm.cli import run_command
 from tests.lora_models import build, build_theirs, predict, randomize, save_base, save_run
@@ -80,7 +80,7 @@ def pipeline_with(network):
 @pytest.mark.parametrize("layer_range", [None, [1]])
 def test_diffusers_loads_an_exported_lora_with_its_strength(export, tmp_path, layer_range):
     lora = LORA | ({"layer_range": layer_range} if layer_range else {})
-    run = save_run(build(lora), tmp_path / "run")
+    run = save_run(build(lora), tmp_path / "run", base="0123456789abcdef")
     code, said, _, folder = export(run)
     assert code == 0 and f"pipe.load_lora_weights('{folder}')" in said
 
@@ -127,7 +127,7 @@ def test_the_metadata_is_what_diffusers_itself_writes(export, tmp_path):
 
 def matrices_in(dtype, rank, folder):
     """A LoRA run whose matrices have this type."""
-    run = save_run(build({"r": rank, "lora_alpha": 5}), folder)
+    run = save_run(build({"r": rank, "lora_alpha": 5}), folder, base="0123456789abcdef")
     file = run / "20" / MODEL_FILES[0]
     state = torch.load(file)
     state["module"] = {name: matrix.to(dtype) for name, matrix in state["module"].items()}
@@ -149,7 +149,12 @@ def test_there_and_back_no_bit_changes(export, bring_in, tmp_path, dtype, rank):
     *_, back = bring_in(out)
     (matrices, record), (again, record_again) = read_lora(run), read_lora(back)
     assert_same(matrices, again)
-    assert record_again == record and record.lora_alpha == 5 and record.r == rank
+    assert (
+        record_again == record
+        and record.base == "0123456789abcdef"
+        and record.lora_alpha == 5
+        and record.r == rank
+    )
     *_, out_again = export(back, to="again")
     assert_same(load_file(out / DIFFUSERS_FILE), load_file(out_again / DIFFUSERS_FILE))
     headers = []
@@ -215,6 +220,23 @@ def test_a_lora_of_peft_is_imported_merged_and_trained_on(bring_in, tmp_path):
     merge_loras(network, [LoraChoice(str(folder))])
     for ours in (network, trained_on):
         torch.testing.assert_close(predict(ours), expected, rtol=0, atol=1e-4)
+
+
+def test_what_is_in_the_wanted_format_already_is_said_to_be(export, bring_in, tmp_path):
+    run = save_run(build(LORA), tmp_path / "run")
+    _, _, notice, folder = export(run)
+    assert "already" not in notice + bring_in(folder)[2]
+    _, said, notice, _ = bring_in(run, to="sat")
+    assert "to train on, merge it" in said and "run is of SAT format already" in notice
+    assert "out is in diffusers' or peft's format already" in export(folder, to="again")[2]
+
+
+@pytest.mark.parametrize("base", ["\x1b[2J", "x" * 99, ""])
+def test_a_base_that_is_no_fingerprint_is_not_believed(export, tmp_path, base):
+    *_, folder = export(save_run(build(LORA), tmp_path / "run"))
+    file = folder / DIFFUSERS_FILE
+    save_file(load_file(file), file, metadata={BASE_KEY: base})
+    assert read_lora(folder)[1].base is None
 
 
 def test_an_import_without_alpha_takes_the_one_given(export, bring_in, tmp_path):
@@ -294,6 +316,8 @@ def wrong(tmp_path):
         ("merge run --lora run", "is a LoRA, not a whole model; --load must name its base"),
         ("bring_in run --load run", "is a LoRA, not a whole model; --load must name its base"),
         ("bring_in none", "--lora_path: .*none does not exist"),
+        ("bring_in none", "pytorch_lora_weights.safetensors or adapter_model.safetensors"),
+        ("merge base --lora run:abc", "':abc' is no number"),
         ("merge base --lora run:inf", "scale inf of .*run:inf must be a finite number"),
     ],
 )
@@ -301,7 +325,7 @@ def test_a_wrong_use_is_one_sentence_and_leaves_nothing(request, wrong, tmp_path
     before = sorted(tmp_path.rglob("*"))
     name, *arguments = line.split()
     paths = {word: str(path) for word, path in wrong.items()}
-    paths["run:inf"] = f"{paths['run']}:inf"
+    paths |= {f"run:{end}": f"{paths['run']}:{end}" for end in ("inf", "abc")}
     code, said, error, _ = request.getfixturevalue(name)(*(paths.get(w, w) for w in arguments))
     assert code == 1 and not said
     assert re.search(f"^error: .*{words}", error.splitlines()[-1]), error
@@ -345,3 +369,6 @@ def test_the_scripts_run_from_any_folder(tmp_path, tool):
     for flag, code in (("--help", 0), ("--lora_pat", 2)):
         done = subprocess.run([*run, flag], cwd=tmp_path, capture_output=True, check=False)
         assert done.returncode == code
+    error = done.stderr.decode()
+    assert error.startswith("error: unknown argument '--lora_pat'; did you mean '--lora")
+    assert error.count("\n") == 1

@@ -90,7 +90,17 @@ def test_whoever_resumes_with_other_settings_is_told(small, tmp_path, capsys):
     state.write_bytes(state.read_bytes()[:1000])
     assert "training_state.pt is not a whole file" in error(*again)
     state.unlink()
-    assert "the run cannot be gone on with" in error(*again)
+    assert f"start a new one with load: {run / '1'}" in error(*again)
+
+
+def test_a_lora_that_is_no_run_is_told_how_it_is_trained_on(small, tmp_path, capsys):
+    file = small.file("lora", {"model": LORA})
+    run = small.train(file, tmp_path, "--train-iters", "1")
+    (run / "1" / "training_state.pt").unlink()  # as tools/import_lora.py leaves it
+    argv = ["--base", file, "--device", "cpu", "--resume", str(run), "--train-iters", "2"]
+    assert run_command(lambda: train_video.main(argv)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"load: what tools/merge_lora.py makes of the base model and {run / '1'}" in error
 
 
 def _train(argv):

@@ -7,13 +7,12 @@ Writes data to try fine-tuning with; the bundled model itself is trained on clip
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sgm.cli import run_command, set_up_logging
+from sgm.cli import CommandParser, run_command, set_up_logging
 from sgm.errors import UserError
 from sgm.files import make_output_folder, replacing
 from sgm.inference.video_io import write_mp4
@@ -38,7 +37,7 @@ def write_clips(clips: ShapeClips, folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw and write; refuse to mix with what is there."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other clips")

@@ -7,7 +7,6 @@ The folder must hold the T5 folder that the run started from (see tools/tiny/mak
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from sgm.checkpoint.transformer import (
     POSITION_TABLE,
     find_transformer_file,
 )
-from sgm.cli import run_command, set_up_logging
+from sgm.cli import CommandParser, run_command, set_up_logging
 from sgm.errors import UserError
 from sgm.files import replacing, save_torch
 
@@ -65,7 +64,7 @@ def write_t5(state: dict[str, Tensor], path: Path) -> None:
 
 def main() -> int:
     """Split the checkpoint and write its parts."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--load", type=Path, required=True, help="the run's folder or a file")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tag", default="1000", help="name of the transformer's inner folder")

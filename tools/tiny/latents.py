@@ -5,7 +5,6 @@ python -m tools.tiny.latents --output latents.safetensors --count 30000
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sgm.cli import run_command, set_up_logging
+from sgm.cli import CommandParser, run_command, set_up_logging
 from sgm.files import replacing
 from sgm.inference.progress import Progress
 from sgm.util import instantiate_from_config
@@ -69,7 +68,7 @@ def encode(clips: ShapeClips, config: str, *, batch_size: int, num_workers: int)
 
 def main() -> int:
     """Draw, encode, save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--config", default=CONFIG, help="its autoencoder is used")
     parser.add_argument("--count", type=int, default=30000)

@@ -7,7 +7,6 @@ Its weights are trained together with the transformer and written back by tools/
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sgm.cli import run_command, set_up_logging
+from sgm.cli import CommandParser, run_command, set_up_logging
 from sgm.errors import UserError
 from tools.tiny.shapes import ShapeClips
 
@@ -55,7 +54,7 @@ def make_encoder(folder: Path) -> None:
 
 def main() -> int:
     """Make the folder; refuse to touch one that exists."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from sgm.cli import run_command, set_up_logging
+from sgm.cli import CommandParser, run_command, set_up_logging
 from sgm.files import save_torch
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from tools.tiny.shapes import NUM_FRAMES, ShapeClips
@@ -122,7 +122,7 @@ def save(vae: VideoAutoencoderInferenceWrapper, path: Path) -> None:
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--load", help="go on from these weights")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sgm.checkpoint.diffusers_folder import find_in_pipeline, read_json
 from sgm.checkpoint.reading import check_kind, check_weight_file
 from sgm.errors import UserError
+from sgm.modules.encoders.json_pieces import JsonPieces
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 _VARIANT = ".fp16"  # in the names of files that diffusers may have instead of the plain ones
 _LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
+_NUM_NAMED = 3  # names that a message repeats
+TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 
 
 class T5Tokenizer:
@@ -33,18 +36,17 @@ class T5Tokenizer:
     The model file itself decides how text is normalised and split, so ids are those that the
     text encoder was trained with, whatever the version of the libraries around it.
 
+    Args:
+        model_file: ``spiece.model``, or a ``tokenizer.json`` that was made from it.
+        max_length: number of ids of every text.
+
     Raises:
-        UserError: the file is no sentencepiece model, or one without end token and padding.
+        UserError: the file is neither, or one without end token and padding.
     """
 
     def __init__(self, model_file: Path, *, max_length: int) -> None:
         self.max_length = max_length
-        try:
-            self._pieces = SentencePieceProcessor(model_file=str(model_file))
-        except (OSError, RuntimeError):
-            raise UserError(
-                f"{model_file} is not a sentencepiece model; copy it from the original again"
-            ) from None
+        self._pieces = _read_pieces(model_file)
         self._eos_id = self._pieces.eos_id()
         self._pad_id = self._pieces.pad_id()
         if min(self._eos_id, self._pad_id) < 0:
@@ -63,7 +65,25 @@ class T5Tokenizer:
 
     def overflow(self, text: str) -> str:
         """The end of `text` that does not fit into `max_length` tokens; empty where all does."""
-        return self._pieces.decode(self._pieces.encode(text)[self.max_length - 1 :])
+        (ids,) = self._pieces.encode([text])
+        return self._pieces.decode(ids[self.max_length - 1 :])
+
+
+def _read_pieces(path: Path) -> SentencePieceProcessor | JsonPieces:
+    if path.suffix == ".json":
+        return JsonPieces(path)
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError):
+        raise UserError(
+            f"{path} is not a sentencepiece model; copy it from the original again"
+        ) from None
+
+
+def find_tokenizer(*folders: Path) -> Path | None:
+    """The first ``spiece.model`` in `folders`, or else the first ``tokenizer.json``, or None."""
+    paths = (folder / name for name in TOKENIZER_FILES for folder in folders)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -74,7 +94,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class T5Files:
-    """Where a text encoder is: its folder, its sentencepiece model and its files of weights."""
+    """Where a text encoder is: its folder, the file of its tokenizer and its files of weights."""
 
     folder: Path
     tokenizer: Path
@@ -90,8 +110,8 @@ def find_t5(model_dir: str | Path, *, option: str = "model_dir") -> T5Files:
         option: where the user gave the path, for messages.
 
     Raises:
-        UserError: the folder, its config, its sentencepiece model or its weights are absent, or
-            one of its files is not what its name says.
+        UserError: the folder, its config, its tokenizer or its weights are absent, or one of its
+            files is not what its name says.
     """
     folder = Path(model_dir).expanduser()
     folder = find_in_pipeline(folder, "text_encoder") or folder
@@ -100,14 +120,15 @@ def find_t5(model_dir: str | Path, *, option: str = "model_dir") -> T5Files:
             f"{option} {str(folder)!r} is not a folder; it must name the T5 folder "
             "(for the 2B model a clone of https://huggingface.co/google/t5-v1_1-xxl)"
         )
-    tokenizers = [folder, folder.parent / "tokenizer"]
-    tokenizers = [place / "spiece.model" for place in tokenizers]
-    tokenizer = next((path for path in tokenizers if path.is_file()), tokenizers[0])
+    tokenizer = find_tokenizer(folder, folder.parent / "tokenizer")
+    if not (folder / "config.json").is_file():
+        raise _without_config(folder, option)
+    if tokenizer is None:
+        raise UserError(
+            f"the T5 folder {folder} lacks {' or '.join(TOKENIZER_FILES)}; copy it there from the "
+            "original, or in diffusers' layout copy the folder tokenizer to lie beside it"
+        )
     for path in (folder / "config.json", tokenizer):
-        if not path.is_file():
-            raise UserError(
-                f"the T5 folder {folder} lacks {path.name}; copy it there from the original"
-            )
         check_kind(path)
     config = read_json(folder / "config.json")
     kind = config.get("model_type", config.get("_class_name"))
@@ -125,6 +146,17 @@ def find_t5(model_dir: str | Path, *, option: str = "model_dir") -> T5Files:
     for path in weights:
         check_weight_file(path)
     return T5Files(folder, tokenizer, weights)
+
+
+def _without_config(folder: Path, option: str) -> UserError:
+    names = {entry.name for entry in folder.iterdir()}
+    if {"3d-vae.pt", "latest", "transformer", "model_index.json"} & names:
+        shown = ", ".join(sorted(names)[:_NUM_NAMED])
+        return UserError(
+            f"{folder} is no T5 folder (it holds {shown}); {option} must name the one with "
+            "config.json and T5's weights in it"
+        )
+    return UserError(f"the T5 folder {folder} lacks config.json; copy it there from the original")
 
 
 def embedding_files(model_dir: str) -> list[Path]:
@@ -182,8 +214,8 @@ class FrozenT5Embedder(nn.Module):
     """Texts to the last hidden state of a T5 encoder.
 
     Args:
-        model_dir: folder in Hugging Face's layout, with ``config.json``, ``spiece.model`` and
-            weights as safetensors or .bin shards; or as in `find_t5`.
+        model_dir: folder in Hugging Face's layout, with ``config.json``, ``spiece.model`` (or
+            ``tokenizer.json``) and weights as safetensors or .bin shards; or as in `find_t5`.
         max_length: number of tokens that every text is padded or cut to.
         dtype, device: of the weights.
 

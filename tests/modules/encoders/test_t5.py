@@ -101,6 +101,75 @@ def test_a_text_that_just_fits_is_not_cut(t5):
     assert T5Tokenizer(t5 / "spiece.model", max_length=exact - 1).overflow(text) != ""
 
 
+@pytest.fixture
+def newer(broken):
+    """The folder as transformers saves it now: without the sentencepiece model."""
+    ReferenceTokenizer.from_pretrained(broken).save_pretrained(broken)
+    (broken / "spiece.model").unlink()
+    return broken
+
+
+@pytest.mark.parametrize("max_length", [1, 6, MAX_LENGTH])
+def test_a_tokenizer_json_gives_the_ids_of_the_sentencepiece_model(t5, newer, max_length):
+    ours = T5Tokenizer(t5 / "spiece.model", max_length=max_length)
+    theirs = T5Tokenizer(newer / "tokenizer.json", max_length=max_length)
+    texts = [*TEXTS, "  two   spaces,\tand a tab", "no </s>, no <pad> or <extra_id_0>"]
+    assert torch.equal(ours(texts), theirs(texts))
+    assert ours(texts).shape == (6, max_length)
+    # The number of spaces at the seam is not in the ids.
+    rests = [[words.overflow(text).strip() for text in TEXTS] for words in (ours, theirs)]
+    assert rests[0] == rests[1] and any(rests[0])
+
+
+def test_settings_of_a_tokenizer_json_do_not_cut_or_pad(t5, newer):
+    path = newer / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["truncation"] = {
+        "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0,
+    }  # fmt: skip
+    content["padding"] = {
+        "strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
+        "pad_type_id": 0, "pad_token": "<pad>",
+    }  # fmt: skip
+    path.write_text(json.dumps(content))
+    ours = T5Tokenizer(t5 / "spiece.model", max_length=MAX_LENGTH)
+    assert torch.equal(T5Tokenizer(path, max_length=MAX_LENGTH)(TEXTS), ours(TEXTS))
+
+
+def test_embeddings_are_the_same_with_a_tokenizer_json(newer, embedder):
+    with torch.no_grad():
+        assert torch.equal(FrozenT5Embedder(str(newer), MAX_LENGTH)(TEXTS), embedder(TEXTS))
+    assert embedding_files(str(newer))[1] == newer / "tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("hello", "not an object in JSON"),
+        ("{}", "not the tokenizer of a T5 encoder"),
+        ('{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "not the tokenizer of a T5"),
+        ('{"model": {"type": "Unigram"}}', r"can be read \(KeyError .vocab."),
+        ('{"model": {"type": "Unigram", "unk_id": null, "vocab": [["a", 0]]}}', "no end token"),
+        (
+            '{"model": {"type": "Unigram", "unk_id": null, "vocab": [["a", 0]]}, "normalizer": '
+            '{"type": "Precompiled", "precompiled_charsmap": "AAAA"}}',
+            "can be read .PanicException",
+        ),
+    ],
+)
+def test_a_tokenizer_json_of_something_else_is_refused(newer, content, words):
+    (newer / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=words) as failure:
+        FrozenT5Embedder(str(newer), MAX_LENGTH)
+    assert "tokenizer.json" in str(failure.value) and "\n" not in str(failure.value)
+
+
+def test_a_folder_of_something_else_is_called_that(tmp_path):
+    (tmp_path / "3d-vae.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"is no T5 folder \(it holds 3d-vae.pt\)"):
+        FrozenT5Embedder(str(tmp_path), MAX_LENGTH)
+
+
 def test_weights_come_in_the_type_asked_for(t5):
     embedder = FrozenT5Embedder(str(t5), MAX_LENGTH, dtype=torch.bfloat16)
     assert {weight.dtype for weight in embedder.parameters()} == {torch.bfloat16}
@@ -145,7 +214,10 @@ MISTAKES = {
     "no config": (lambda f: (f / "config.json").unlink(), "lacks config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "not an object in JSON"),
     "another model": (lambda f: edit_config(f, model_type="umt5"), "holds 'umt5', not a T5"),
-    "no tokenizer": (lambda f: (f / "spiece.model").unlink(), "lacks spiece.model"),
+    "no tokenizer": (
+        lambda f: (f / "spiece.model").unlink(),
+        "lacks spiece.model or tokenizer.json; .* the folder tokenizer",
+    ),
     "tokenizer pointer": (
         lambda f: (f / "spiece.model").write_text(POINTER),
         "spiece.model is a pointer of git-lfs",
