@@ -1,7 +1,8 @@
-"""What every command does alike: logging, and errors as one sentence with an exit code."""
+"""What commands do alike: options, logging, errors as one sentence with an exit code."""
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import gc
 import logging
@@ -9,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from sgm.errors import UserError
 
@@ -53,6 +55,24 @@ def no_garbage_collection() -> Iterator[None]:
         gc.freeze()
         atexit.register(gc.unfreeze)
         gc.enable()
+
+
+def add_option(parser: argparse.ArgumentParser, name: str, **settings: Any) -> None:
+    """Add the option ``--{name}``, spelt with _ or -; `settings` as in `add_argument`."""
+    parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **settings)
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """Add ``--fp16`` and ``--bf16``: the result's `dtype` is the name of a torch.dtype, or None."""
+    group = parser.add_mutually_exclusive_group()
+    for flag, name in (("--fp16", "float16"), ("--bf16", "bfloat16")):
+        group.add_argument(
+            flag,
+            dest="dtype",
+            action="store_const",
+            const=name,
+            help=f"write the transformer in {name}; default: as it is",
+        )
 
 
 def run_command(main: Callable[[], int]) -> int:

@@ -1,4 +1,4 @@
-"""Writing a file so that its name never stands for half of it."""
+"""Writing files and folders so that their names never stand for half of them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,6 @@ from typing import Any
 from sgm.errors import UserError
 
 _LOW_DISK_BYTES = 1 << 20
-
-
-def _is_full(folder: Path) -> bool:
-    try:
-        return shutil.disk_usage(folder).free < _LOW_DISK_BYTES
-    except OSError:  # the folder itself is gone
-        return False
 
 
 @contextmanager
@@ -41,15 +34,90 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        reason = error.strerror or "writing it failed"
-        if _is_full(path.parent):
-            reason = "no space left on device"
-        raise UserError(
-            f"{path} cannot be written: {reason}; free some space or choose another folder"
-        ) from error
+        raise write_error(path, error) from error
     finally:
         with suppress(OSError):  # where nothing could be written, nothing is left to remove
             partial.unlink()
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A hidden folder beside `path` to write into; renamed to `path` at the end.
+
+    After any failure nothing of it is left.
+
+    Args:
+        path: what is to be made; folders above it are made too.
+
+    Raises:
+        UserError: `path` exists, or writing failed with an OSError; says why.
+    """
+    path = Path(os.path.expanduser(path))
+    refuse_existing(path)
+    target = Path(os.path.abspath(path))  # "." and ".." have no name to put beside
+    hidden = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    made = _absent_parents(target)
+    finished = False
+    try:
+        hidden.mkdir(parents=True)
+        yield hidden
+        os.rename(hidden, target)
+        finished = True
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        if not finished:
+            shutil.rmtree(hidden, ignore_errors=True)
+            for folder in made:
+                with suppress(OSError):  # it was not made, or is in use by now
+                    folder.rmdir()
+
+
+def _absent_parents(path: Path) -> list[Path]:
+    """Folders above `path` that do not exist, the deepest first."""
+    absent = []
+    for folder in path.parents:
+        if folder.exists():
+            break
+        absent.append(folder)
+    return absent
+
+
+def refuse_existing(path: Path) -> None:
+    """Nothing that exists is written over.
+
+    Raises:
+        UserError: there is something at `path`, or it cannot be looked up.
+    """
+    try:
+        exists = path.exists() or path.is_symlink()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be looked up ({error.strerror}); choose another output"
+        ) from None
+    if exists:
+        raise UserError(f"{path} exists already and is left alone; remove it or name another")
+
+
+def write_error(path: Path, error: OSError) -> UserError:
+    """The sentence for a failure to write `path`; to be made before what was written is removed."""
+    reason = error.strerror or "writing it failed"
+    with suppress(OSError):  # raised where the folder itself is gone
+        if shutil.disk_usage(path.parent).free < _LOW_DISK_BYTES:
+            reason = "no space left on device"
+    return UserError(
+        f"{path} cannot be written: {reason}; free some space or choose another folder"
+    )
+
+
+def write_torch(state: Any, path: Path) -> None:
+    """torch.save that tells a full disk as an OSError; to be within `new_folder` or `replacing`."""
+    import torch  # here, since whoever writes only text need not wait for it
+
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # what torch makes of a full disk or an absent folder
+        raise OSError("torch.save failed") from error
 
 
 def save_torch(state: Any, path: Path) -> None:
@@ -58,13 +126,8 @@ def save_torch(state: Any, path: Path) -> None:
     Raises:
         UserError: the file cannot be written; says why.
     """
-    import torch  # here, since whoever writes only text need not wait for it
-
     with replacing(path) as partial:
-        try:
-            torch.save(state, partial)
-        except RuntimeError as error:  # what torch makes of a full disk or an absent folder
-            raise OSError("torch.save failed") from error
+        write_torch(state, partial)
 
 
 def make_output_folder(path: str | Path) -> Path:

@@ -1,12 +1,13 @@
-"""Files are whole or absent, and what went wrong is told as what it was."""
+"""Files and folders are whole or absent, and what went wrong is told as what it was."""
 
+import os
 import shutil
 
 import pytest
 import torch
 
 from sgm.errors import UserError
-from sgm.files import replacing, save_torch
+from sgm.files import new_folder, replacing, save_torch
 
 
 def test_an_error_that_is_not_the_disks_passes_and_leaves_no_file(tmp_path):
@@ -51,3 +52,49 @@ def test_torch_save_on_a_full_disk_is_one_sentence_and_keeps_the_old_file(tmp_pa
 def test_a_state_for_an_absent_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         save_torch({}, tmp_path / "absent" / "state.pt")
+
+
+def test_new_folder_appears_whole_and_nothing_beside_it(tmp_path):
+    with new_folder(tmp_path / "up" / "out") as folder:
+        (folder / "a").write_text("1")
+        assert not (tmp_path / "up" / "out").exists()
+    assert os.listdir(tmp_path / "up") == ["out"]
+    assert (tmp_path / "up" / "out" / "a").read_text() == "1"
+
+
+def test_a_failure_leaves_nothing_not_even_the_folders_above(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with new_folder(tmp_path / "up" / "out") as folder:
+            (folder / "a").write_text("1")
+            raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_what_exists_is_left_alone(tmp_path, kind):
+    path = tmp_path / "out"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("mine")
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(UserError, match="out exists already"):
+        with new_folder(path):
+            pass
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_within_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        with new_folder(tmp_path / "file" / "out"):
+            pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_is_called_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(UserError, match="no space left on device"):
+        with new_folder(tmp_path / "out"):
+            raise OSError("torch.save failed")

@@ -214,7 +214,7 @@ def test_a_wrong_lora_is_found_before_anything_is_loaded(base, loras, tmp_path, 
     assert "is a whole model, not a LoRA" in capfd.readouterr().err
     monkeypatch.undo()
     assert sample(base, tmp_path, "--load", str(loras / "trained")) == 1
-    assert "is a LoRA, not a whole model; use load: for the base" in capfd.readouterr().err
+    assert "is a LoRA, not a whole model; load must name its base" in capfd.readouterr().err
 
 
 def run_cli(*flags, stdin=None):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from arguments import Config, SamplingArgs, parse_config
+from sgm.errors import UserError
 from tools.choose_config import BUNDLED, FULL
 
 logger = logging.getLogger(__name__)
@@ -18,15 +20,33 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 _CKPT_PATH = "model.first_stage_config.params.ckpt_path"
 _EMBEDDERS = "model.conditioner_config.params.emb_models"
+_NAMES = {  # part → option, key of a configuration
+    "transformer": ("--transformer_ckpt_path", "args.load"),
+    "vae": ("--vae_ckpt_path", _CKPT_PATH),
+    "text_encoder": ("--text_encoder_path", "model_dir"),
+}
 
 
 @dataclass
 class Sources:
-    """Where the parts of a pipeline are; None for a part that is not written."""
+    """Where the parts of a pipeline are; None for a part that is not written.
+
+    `are_options` tells whether the user named them with options, or in a configuration.
+    """
 
     transformer: str | None
     vae: str | None
     text_encoder: str | None
+    are_options: bool = True
+
+    def paths(self) -> list[str | None]:
+        """Those of all parts."""
+        return [self.transformer, self.vae, self.text_encoder]
+
+    def name(self, part: str) -> str:
+        """What messages call the path of a part: an option, or a key of the configuration."""
+        option, key = _NAMES[part]
+        return option if self.are_options else key
 
 
 def select(config: Config, key: str, default: Any = None) -> Any:
@@ -36,17 +56,32 @@ def select(config: Config, key: str, default: Any = None) -> Any:
     return default if value is None else value
 
 
+def select_number(config: Config, key: str, default: float) -> float:
+    """As `select`, for a positive number.
+
+    Raises:
+        UserError: the value is something else.
+    """
+    value = select(config, key, default)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and value > 0):
+        raise UserError(f"{key}={value!r} of the configuration must be a positive number")
+    return float(value)
+
+
 def _from_config(config: Config) -> Sources:
     """The paths that a configuration names; those of shipped ones lie in the repository."""
-    embedders = select(config, _EMBEDDERS, [])
-    text = next((node.params.model_dir for node in embedders if "params" in node), None)
-    paths = [select(config, "args.load"), select(config, _CKPT_PATH), text]
+    embedders = select(config, _EMBEDDERS)
+    nodes = embedders if isinstance(embedders, ListConfig) else []
+    texts = [OmegaConf.select(n, "params.model_dir") for n in nodes if isinstance(n, DictConfig)]
+    text = next(filter(None, texts), None)
     found = []
-    for path in paths:
+    for value in (select(config, "args.load"), select(config, _CKPT_PATH), text):
+        path = str(value) if value else None
         own = Path(path).expanduser() if path else None
         is_shipped = own is not None and not own.exists() and (ROOT / own).exists()
         found.append(str(ROOT / own) if is_shipped else path)
-    return Sources(*found)
+    return Sources(*found, are_options=False)
 
 
 def _read_config(files: Sequence[str]) -> Config:
@@ -64,15 +99,15 @@ def choose_sources(given: Sources, base: Sequence[str] | None) -> tuple[Config, 
     Raises:
         UserError: a configuration is wrong, or the transformer does not exist.
     """
-    has_paths = any(vars(given).values())
+    has_paths = any(given.paths())
     if base:
         config = _read_config(base)
         return config, given if has_paths else _from_config(config)
     if has_paths:
-        return _read_config([_config_of_run(given.transformer) or str(ROOT / FULL)]), given
+        return _read_config([_config_of_run(given) or str(ROOT / FULL)]), given
     config = _read_config([str(ROOT / FULL)])
     sources = _from_config(config)
-    missing = [path for path in vars(sources).values() if not path or not Path(path).exists()]
+    missing = [path for path in sources.paths() if not path or not Path(path).exists()]
     if not missing:
         return config, sources
     logger.info(
@@ -86,13 +121,14 @@ def choose_sources(given: Sources, base: Sequence[str] | None) -> tuple[Config, 
     return config, _from_config(config)
 
 
-def _config_of_run(transformer: str | None) -> str | None:
-    """The training_config.yaml of the run that a checkpoint is of."""
+def _config_of_run(given: Sources) -> str | None:
+    """The training_config.yaml of the run that the transformer is of."""
     from sgm.checkpoint.transformer import find_transformer_file
 
-    if transformer is None:
+    if given.transformer is None:
         return None
-    for folder in list(find_transformer_file(transformer).parents)[:2]:
+    path = find_transformer_file(given.transformer, option=given.name("transformer"))
+    for folder in list(path.parents)[:2]:
         if (folder / "training_config.yaml").is_file():
             return str(folder / "training_config.yaml")
     return None

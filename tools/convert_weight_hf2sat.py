@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sgm.cli import run_command, set_up_logging
+from sgm.cli import add_option, add_precision, run_command, set_up_logging
 from sgm.errors import UserError
+from sgm.files import new_folder, refuse_existing, write_torch
 
 if TYPE_CHECKING:
     import torch
@@ -94,12 +95,12 @@ class Conversion:
             self._tensors[part] = in_dtype(tensors, own_dtype, where=folder)
         self.text_encoder: T5Files | None = None
         if (source / "text_encoder").is_dir():
-            self.text_encoder = find_whole_t5(source)
+            self.text_encoder = find_whole_t5(source, option="--input_path")
 
     def write(self, folder: Path, *, link_text_encoder: bool) -> None:
         """Write all parts into `folder`, which is within `new_folder`."""
         from sgm.checkpoint.text_encoder import copy_text_encoder, copy_tokenizer_files
-        from sgm.checkpoint.writing import own_storage, save_sat_transformer, write_torch
+        from sgm.checkpoint.writing import own_storage, save_sat_transformer
 
         if "transformer" in self._tensors:
             logger.info("writing transformer")
@@ -121,21 +122,15 @@ def build_parser() -> argparse.ArgumentParser:
         description="Convert a diffusers folder of CogVideoX-2B to SAT's layout.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--input_path", "--input-path", required=True, type=Path, metavar="DIR", help="what is read"
-    )
-    parser.add_argument(
-        "--output_path", "--output-path", required=True, metavar="DIR", help="the new folder"
-    )
-    parser.add_argument(
-        "--link_text_encoder",
-        "--link-text-encoder",
+    add_option(parser, "input_path", required=True, type=Path, metavar="DIR", help="what is read")
+    add_option(parser, "output_path", required=True, metavar="DIR", help="the new folder")
+    add_option(
+        parser,
+        "link_text_encoder",
         action="store_true",
         help="link T5's files instead of copying them",
     )
-    precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--fp16", action="store_true", help="the transformer in float16")
-    precision.add_argument("--bf16", action="store_true", help="the transformer in bfloat16")
+    add_precision(parser)
     return parser
 
 
@@ -145,14 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     import torch
 
-    from sgm.checkpoint.writing import new_folder, refuse_existing
-
     output = Path(options.output_path).expanduser()
     refuse_existing(output)
-    half = torch.float16 if options.fp16 else torch.bfloat16
-    conversion = Conversion(
-        options.input_path.expanduser(), dtype=half if options.fp16 or options.bf16 else None
-    )
+    dtype = options.dtype and getattr(torch, options.dtype)
+    conversion = Conversion(options.input_path.expanduser(), dtype=dtype)
     with new_folder(output) as folder:
         conversion.write(folder, link_text_encoder=options.link_text_encoder)
     print(f"wrote {output}; in a configuration:")

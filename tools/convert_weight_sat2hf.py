@@ -17,17 +17,20 @@ import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arguments import Config
-from sgm.cli import run_command, set_up_logging
+from sgm.cli import add_option, add_precision, run_command, set_up_logging
 from sgm.errors import UserError
+from sgm.files import new_folder, refuse_existing
 from sgm.lora_choice import LoraChoice, lora_from_text
 from tools.choose_config import BUNDLED
-from tools.conversion_sources import ROOT, Sources, choose_sources, select
+from tools.conversion_sources import ROOT, Sources, choose_sources, select, select_number
 
 if TYPE_CHECKING:
     import torch
@@ -79,25 +82,28 @@ class Conversion:
     ) -> None:
         from sgm.checkpoint.blueprint import build_on_meta, geometry_of
         from sgm.checkpoint.text_encoder import find_whole_t5
+        from sgm.checkpoint.vae import holds_autoencoder
 
         self._config = config
         self._described_by = " + ".join(_shown(file) for file in config.files)
-        self._scaling_factor = scaling_factor or float(select(config, "model.scale_factor", 1.0))
+        self._scaling_factor = scaling_factor or select_number(config, "model.scale_factor", 1.0)
         self._network = build_on_meta(config.model.get("network_config"))
         self._geometry = geometry_of(config.model["network_config"]["params"])
         self.scheduler = self._scheduler(snr_shift_scale)
         self.text_encoder: T5Files | None = None
         if sources.text_encoder:
-            self.text_encoder = find_whole_t5(sources.text_encoder)
+            option = sources.name("text_encoder")
+            self.text_encoder = find_whole_t5(sources.text_encoder, option=option)
         self.parts: list[_Part] = []
         wanted = {"num_layers": num_layers, "num_attention_heads": num_attention_heads}
+        vae = sources.vae
         if sources.transformer:
-            self._add_transformer(sources.transformer, loras, dtype=dtype, wanted=wanted)
+            path = self._add_transformer(sources, loras, dtype=dtype, wanted=wanted)
+            vae = vae or (str(path) if holds_autoencoder(path) else None)
         elif loras:
             raise UserError("--lora changes a transformer; name one in --transformer_ckpt_path")
-        vae = sources.vae or _vae_within(sources.transformer)
         if vae:
-            self._add_vae(vae)
+            self._add_vae(vae, option=sources.name("vae"))
 
     def _scheduler(self, snr_shift_scale: float | None) -> dict[str, Any]:
         from sgm.checkpoint.diffusers_configs import SCHEDULERS, scheduler_config
@@ -109,17 +115,18 @@ class Conversion:
                 f"{self._described_by}: diffusers has no scheduler for the sampler {target!r}; "
                 f"known are {' and '.join(SCHEDULERS)}"
             )
-        shift = snr_shift_scale or float(select(self._config, _SHIFT_SCALE, 1.0))
+        shift = snr_shift_scale or select_number(self._config, _SHIFT_SCALE, 1.0)
         return scheduler_config(name, snr_shift_scale=shift)
 
     def _add_transformer(
         self,
-        source: str,
+        sources: Sources,
         loras: Sequence[LoraChoice],
         *,
         dtype: torch.dtype | None,
         wanted: Mapping[str, int | None],
-    ) -> None:
+    ) -> Path:
+        """Returns the file or folder that the transformer is in."""
         from sgm.checkpoint.blueprint import check_weights, sizes_of
         from sgm.checkpoint.diffusers_configs import transformer_config
         from sgm.checkpoint.lora import merged_tensors
@@ -127,17 +134,16 @@ class Conversion:
         from sgm.checkpoint.transformer import read_transformer
         from sgm.checkpoint.writing import in_dtype
 
-        path, base, matrices = read_transformer(source)
-        if not base:
-            raise UserError(
-                f"{path} is a LoRA, not a whole model; name its base model in "
-                "--transformer_ckpt_path and this in --lora"
-            )
+        option = sources.name("transformer")
+        path, base, matrices = read_transformer(sources.transformer, option=option)
         if matrices and not loras:
             raise UserError(
-                f"{path} holds LoRA matrices besides the base model; add --lora {source} to merge "
-                "them, or convert the base model that it was trained on"
+                f"{path} holds LoRA matrices besides the base model; add "
+                f"--lora {quote(sources.transformer)} to merge them, or convert the base model "
+                "that it was trained on"
             )
+        if matrices:
+            logger.warning("%s holds LoRA matrices, merged if --lora names it too", path)
         sizes = sizes_of(base, "transformer", path)
         for key, value in wanted.items():
             if value is not None and value != sizes[key]:
@@ -152,8 +158,9 @@ class Conversion:
         tensors = in_dtype(to_diffusers(tensors, "transformer", where=path), dtype, where=path)
         config = transformer_config(sizes, self._geometry)
         self.parts.append(_Part("transformer", config, tensors))
+        return path
 
-    def _add_vae(self, source: str) -> None:
+    def _add_vae(self, source: str, *, option: str) -> None:
         import torch
 
         from sgm.checkpoint.blueprint import build_on_meta, check_weights
@@ -162,7 +169,7 @@ class Conversion:
         from sgm.checkpoint.vae import load_vae_state
         from sgm.checkpoint.writing import in_dtype
 
-        state = load_vae_state(source)
+        state = load_vae_state(source, option=option)
         vae = build_on_meta(self._config.model.get("first_stage_config"))
         sizes = check_weights(state, "vae", vae, where=source, described_by=self._described_by)
         tensors = in_dtype(to_diffusers(state, "vae", where=source), torch.float32, where=source)
@@ -185,17 +192,16 @@ class Conversion:
             del part
             if self.parts:
                 gc.collect()  # torch.load leaves cycles that hold the mapped file
-        for name in ("scheduler", "tokenizer"):
-            (folder / name).mkdir()
+        (folder / "scheduler").mkdir()
         save_json(folder / "scheduler" / "scheduler_config.json", self.scheduler)
-        if self.text_encoder is None:
-            (folder / "tokenizer").rmdir()
-        else:
+        if self.text_encoder is not None:
             logger.info("%s text_encoder", "linking" if link_text_encoder else "copying")
             copy_text_encoder(self.text_encoder, folder / "text_encoder", link=link_text_encoder)
-            place(self.text_encoder.tokenizer, folder / "tokenizer" / "spiece.model", link=False)
+            tokenizer = folder / "tokenizer"
+            tokenizer.mkdir()
+            place(self.text_encoder.tokenizer, tokenizer / "spiece.model", link=False)
             config = tokenizer_config(self._geometry.text_length)
-            save_json(folder / "tokenizer" / "tokenizer_config.json", config)
+            save_json(tokenizer / "tokenizer_config.json", config)
         index = model_index(
             self.scheduler["_class_name"],
             transformer="transformer" in names,
@@ -209,21 +215,6 @@ def _shown(file: str) -> str:
     """A shipped configuration by its name in the repository."""
     path = Path(file)
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else file
-
-
-def _vae_within(transformer: str | None) -> str | None:
-    """The file of `transformer`, if it is a checkpoint of the whole engine with an autoencoder."""
-    from sgm.checkpoint.reading import read_checkpoint, tensors_of
-    from sgm.checkpoint.transformer import find_transformer_file
-    from sgm.checkpoint.vae import ENGINE_PREFIX
-
-    if transformer is None:
-        return None
-    path = find_transformer_file(transformer)
-    if path.is_dir():
-        return None
-    names = tensors_of(read_checkpoint(path), path, wrapper="module")
-    return str(path) if any(name.startswith(ENGINE_PREFIX) for name in names) else None
 
 
 def _positive(text: str) -> float:
@@ -258,10 +249,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Convert weights of SAT to diffusers.", allow_abbrev=False
     )
-
-    def add(name: str, **settings: Any) -> None:
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **settings)
-
+    add = partial(add_option, parser)
     add("transformer_ckpt_path", metavar="PATH", help="the transformer: a run, its folder, a file")
     add("vae_ckpt_path", metavar="PATH", help="the autoencoder, 3d-vae.pt")
     add("text_encoder_path", metavar="DIR", help="the T5 folder")
@@ -276,9 +264,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="LoRAs to merge; a scale of 1 is as trained",
     )
     add("link_text_encoder", action="store_true", help="link T5's files instead of copying them")
-    precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--fp16", action="store_true", help="the transformer in float16")
-    precision.add_argument("--bf16", action="store_true", help="the transformer in bfloat16")
+    add_precision(parser)
     for name in ("num_layers", "num_attention_heads"):
         add(name, type=int, help="only compared with the weights")
     add("scaling_factor", type=_positive, help="of the latents; default: the configuration's")
@@ -292,8 +278,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     import torch
 
-    from sgm.checkpoint.writing import new_folder, refuse_existing
-
     given = Sources(options.transformer_ckpt_path, options.vae_ckpt_path, options.text_encoder_path)
     config, sources = choose_sources(given, options.base)
     is_bundled = config.files == [str(ROOT / BUNDLED)]
@@ -301,12 +285,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.output_path or f"CogVideoX-{'tiny' if is_bundled else '2b'}-diffusers"
     ).expanduser()
     refuse_existing(output)
-    half = torch.float16 if options.fp16 else torch.bfloat16
     conversion = Conversion(
         config,
         sources,
         loras=options.lora,
-        dtype=half if options.fp16 or options.bf16 else None,
+        dtype=options.dtype and getattr(torch, options.dtype),
         scaling_factor=options.scaling_factor,
         snr_shift_scale=options.snr_shift_scale,
         num_layers=options.num_layers,

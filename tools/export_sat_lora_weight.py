@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sgm.cli import run_command, set_up_logging
+from sgm.cli import add_option, run_command, set_up_logging
+from sgm.files import make_output_folder, new_folder, refuse_existing, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,11 +70,11 @@ def export_lora(path: str | Path, folder: str | Path, *, alpha: float | None = N
     from sgm.checkpoint.lora import alpha_of, check_complete, read_lora
     from sgm.checkpoint.lora_formats import DIFFUSERS_FILE, DIFFUSERS_PREFIX
     from sgm.checkpoint.table import to_diffusers
-    from sgm.checkpoint.writing import own_storage, refuse_existing
+    from sgm.checkpoint.writing import own_storage
 
     folder = Path(os.path.expanduser(folder))
     refuse_existing(folder / DIFFUSERS_FILE)
-    matrices, record = read_lora(path, alpha=alpha)
+    matrices, record = read_lora(path, alpha=alpha, option="--sat_pt_path")
     check_complete(matrices, record, path)
     tensors = to_diffusers(matrices, "lora", where=path)
     metadata = adapter_metadata(record, alpha_of(record, path), list(tensors))
@@ -86,9 +87,6 @@ def export_lora(path: str | Path, folder: str | Path, *, alpha: float | None = N
 @contextmanager
 def _new_file(folder: Path, name: str) -> Iterator[Path]:
     """A path to write to, which becomes the file `name` in a folder that is there or is made."""
-    from sgm.checkpoint.writing import new_folder
-    from sgm.files import make_output_folder, replacing
-
     if os.path.lexists(folder):
         with replacing(make_output_folder(folder) / name) as partial:
             yield partial
@@ -112,23 +110,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Export a LoRA of SAT format for diffusers.", allow_abbrev=False
     )
-    parser.add_argument(
-        "--sat_pt_path",
-        "--sat-pt-path",
+    add_option(
+        parser,
+        "sat_pt_path",
         required=True,
         metavar="PATH",
         help="a LoRA run's folder, that of one of its checkpoints, or a file",
     )
-    parser.add_argument(
-        "--lora_save_directory",
-        "--lora-save-directory",
+    add_option(
+        parser,
+        "lora_save_directory",
         required=True,
         metavar="DIR",
         help="folder for pytorch_lora_weights.safetensors",
     )
-    parser.add_argument(
-        "--lora_alpha",
-        "--lora-alpha",
+    add_option(
+        parser,
+        "lora_alpha",
         type=float,
         metavar="X",
         help="of an older file, which does not tell it (default then: 1, as in SAT)",

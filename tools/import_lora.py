@@ -13,10 +13,12 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sgm.cli import run_command, set_up_logging
+from sgm.cli import add_option, run_command, set_up_logging
+from sgm.files import new_folder, refuse_existing
 
 TAG = "1"
 
@@ -46,19 +48,21 @@ def import_lora(
     from sgm.checkpoint.lora import check_complete, check_matrices, read_lora
     from sgm.checkpoint.table import on_meta
     from sgm.checkpoint.transformer import fingerprint, read_transformer
-    from sgm.checkpoint.writing import new_folder, save_sat_transformer
+    from sgm.checkpoint.writing import save_sat_transformer
 
+    refuse_existing(Path(folder).expanduser())
+    matrices, record = read_lora(path, alpha=alpha, option="--lora_path")
+    check_complete(matrices, record, path)
+    if load is not None:
+        found, base, _ = read_transformer(load, option="--load")
+        hint = f"is {found} the base model that the LoRA was trained on?"
+        check_matrices(matrices, record, on_meta(base), path=path, hint=hint)
+        record = dataclasses.replace(record, base=fingerprint(base))
     with new_folder(folder) as made:
-        matrices, record = read_lora(path, alpha=alpha)
-        check_complete(matrices, record, path)
-        if load is not None:
-            found, base, _ = read_transformer(load)
-            hint = f"is {found} the base model that the LoRA was trained on?"
-            check_matrices(matrices, record, on_meta(base), path=path, hint=hint)
-            record = dataclasses.replace(record, base=fingerprint(base))
         save_sat_transformer(made, matrices, tag=TAG, lora=dataclasses.asdict(record))
     strength = "not told" if record.lora_alpha is None else f"{record.lora_alpha:g}"
-    return f"wrote {folder}: rank {record.r}, lora_alpha {strength}; for videos: --lora {folder}"
+    use = f"--lora {quote(str(folder))}"
+    return f"wrote {folder}: rank {record.r}, lora_alpha {strength}; for videos: {use}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,19 +70,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Import a LoRA of diffusers or peft into SAT's layout.", allow_abbrev=False
     )
-    parser.add_argument(
-        "--lora_path",
-        "--lora-path",
+    add_option(
+        parser,
+        "lora_path",
         required=True,
         metavar="PATH",
         help="pytorch_lora_weights.safetensors, the folder it is in, or a folder of peft",
     )
-    parser.add_argument(
-        "--output_path", "--output-path", required=True, metavar="DIR", help="the new folder"
-    )
-    parser.add_argument(
-        "--lora_alpha",
-        "--lora-alpha",
+    add_option(parser, "output_path", required=True, metavar="DIR", help="the new folder")
+    add_option(
+        parser,
+        "lora_alpha",
         type=float,
         metavar="X",
         help="where the file does not tell it (default then: the rank, as in diffusers)",

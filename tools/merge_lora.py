@@ -12,12 +12,13 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sgm.cli import run_command, set_up_logging
-from sgm.errors import UserError
+from sgm.cli import add_option, add_precision, run_command, set_up_logging
+from sgm.files import new_folder, refuse_existing
 from sgm.lora_choice import LoraChoice, lora_from_text
 
 if TYPE_CHECKING:
@@ -48,17 +49,14 @@ def merge_lora(
     """
     from sgm.checkpoint.lora import merged_tensors
     from sgm.checkpoint.transformer import read_transformer
-    from sgm.checkpoint.writing import in_dtype, new_folder, save_sat_transformer
+    from sgm.checkpoint.writing import in_dtype, save_sat_transformer
 
+    refuse_existing(Path(folder).expanduser())
+    path, base, own = read_transformer(load, option="--load")
+    if own:
+        logger.warning("%s also holds LoRA matrices; they are merged if --lora names it too", path)
+    merged = merged_tensors(base, loras, where=path)
     with new_folder(folder) as made:
-        path, base, own = read_transformer(load)
-        if not base:
-            raise UserError(f"{path} is a LoRA, not a whole model; name it in --lora")
-        if own:
-            logger.warning(
-                "%s also holds LoRA matrices; they are merged if --lora names it too", path
-            )
-        merged = merged_tensors(base, loras, where=path)
         save_sat_transformer(made, in_dtype(merged, dtype, where=path))
 
 
@@ -81,12 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH[:SCALE]",
         help="LoRAs of SAT, diffusers or peft; a scale of 1 is as trained",
     )
-    parser.add_argument(
-        "--output_path", "--output-path", required=True, metavar="DIR", help="the new folder"
-    )
-    precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--fp16", action="store_true", help="write float16")
-    precision.add_argument("--bf16", action="store_true", help="write bfloat16")
+    add_option(parser, "output_path", required=True, metavar="DIR", help="the new folder")
+    add_precision(parser)
     return parser
 
 
@@ -96,10 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     import torch
 
-    half = torch.float16 if args.fp16 else torch.bfloat16
-    dtype = half if args.fp16 or args.bf16 else None
+    dtype = args.dtype and getattr(torch, args.dtype)
     merge_lora(args.load, args.lora, args.output_path, dtype=dtype)
-    print(f"wrote {args.output_path}; for videos: --load {args.output_path}")
+    print(f"wrote {args.output_path}; for videos: --load {quote(args.output_path)}")
     return 0
 
 

@@ -16,6 +16,8 @@ from sgm.checkpoint.transformer import POSITION_TABLE
 from sgm.errors import UserError
 from sgm.util import instantiate_from_config
 
+_MOST_LAYERS = 200  # no model of this kind comes near, while a damaged file may claim any number
+
 
 def sizes_of(tensors: Mapping[str, Tensor], part: Part, where: str | Path) -> dict[str, Any]:
     """Sizes that the weights of a part tell, by the keys of diffusers' config.json.
@@ -70,7 +72,7 @@ def check_weights(
     """
     wanted = model.state_dict()
     if POSITION_TABLE not in tensors:
-        wanted.pop(POSITION_TABLE, None)
+        wanted = without_positions(wanted)
     found, expected = sizes_of(tensors, part, where), sizes_of(wanted, part, described_by)
     for key, value in found.items():
         if value != expected[key]:
@@ -127,11 +129,19 @@ def check_complete(
                 f"{where} has {key}={value}, but its config.json says {config[key]}; copy both "
                 "from the original again"
             )
-    shapes = model_of(sizes, part, where=where).state_dict()
-    shapes.pop(POSITION_TABLE, None)
-    found = {name: meta for name, meta in on_meta(tensors).items() if name != POSITION_TABLE}
-    check_fit(found, shapes, path=where, hint="copy it from the original again")
+    check_fit(
+        without_positions(on_meta(tensors)),
+        without_positions(model_of(sizes, part, where=where).state_dict()),
+        path=where,
+        model="a model of its sizes",
+        hint="copy it from the original again",
+    )
     return sizes
+
+
+def without_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All but the position table, which is computed where it is absent; clips tell its size."""
+    return {name: tensor for name, tensor in tensors.items() if name != POSITION_TABLE}
 
 
 def model_of(sizes: Mapping[str, Any], part: Part, *, where: str | Path) -> nn.Module:
@@ -140,7 +150,17 @@ def model_of(sizes: Mapping[str, Any], part: Part, *, where: str | Path) -> nn.M
     Raises:
         UserError: no model can have them.
     """
-    return _transformer_of(sizes) if part == "transformer" else _vae_of(sizes, where)
+    counts = [n for size in sizes.values() for n in (size if isinstance(size, list) else [size])]
+    layers = sizes["num_layers" if part == "transformer" else "layers_per_block"]
+    try:
+        if min(counts) < 1 or layers > _MOST_LAYERS:
+            raise ValueError
+        return _transformer_of(sizes) if part == "transformer" else _vae_of(sizes)
+    except (UserError, ValueError, ArithmeticError, LookupError, RuntimeError, AssertionError):
+        told = ", ".join(f"{key}={value}" for key, value in sizes.items())
+        raise UserError(
+            f"{where} is damaged or of another model: no CogVideoX-2B has {told}"
+        ) from None
 
 
 def _transformer_of(sizes: Mapping[str, int]) -> nn.Module:
@@ -180,14 +200,11 @@ def _transformer_of(sizes: Mapping[str, int]) -> nn.Module:
     )
 
 
-def _vae_of(sizes: Mapping[str, Any], where: str | Path) -> nn.Module:
-    """An autoencoder of these sizes on the meta device."""
+def _vae_of(sizes: Mapping[str, Any]) -> nn.Module:
+    """An autoencoder of these sizes on the meta device; its widths are multiples of the first."""
     widths = sizes["block_out_channels"]
     if any(width % widths[0] for width in widths):
-        raise UserError(
-            f"{where} has block_out_channels={widths}, which are no multiples of the first, as "
-            "those of CogVideoX-2B's autoencoder are"
-        )
+        raise ValueError
     node = {
         "ch": widths[0],
         "ch_mult": [width // widths[0] for width in widths],

@@ -30,7 +30,12 @@ def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
 
 
 def check_fit(
-    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, path: str | Path, hint: str
+    found: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    *,
+    path: str | Path,
+    hint: str,
+    model: str = "the model of the configuration",
 ) -> None:
     """Compare names and shapes of a file's weights, `found`, with a model's, `wanted`.
 
@@ -39,6 +44,7 @@ def check_fit(
         wanted: name → tensor of the model, which may be on the meta device.
         path: the file, for the message.
         hint: end of the message: what to do or to check.
+        model: what the message calls the model.
 
     Raises:
         UserError: names or shapes differ; it names the first few of each kind.
@@ -50,6 +56,4 @@ def check_fit(
         if names
     ]
     if clauses:
-        raise UserError(
-            f"{path} does not fit the model of the configuration: keys {'; '.join(clauses)}; {hint}"
-        )
+        raise UserError(f"{path} does not fit {model}: keys {'; '.join(clauses)}; {hint}")

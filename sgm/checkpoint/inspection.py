@@ -106,7 +106,7 @@ def _inspect_part(folder: Path, known: Sequence[KnownModel]) -> Finding:
 
 def _inspect_run(folder: Path, known: Sequence[KnownModel]) -> Finding:
     """SAT's layout: the folder with ``latest``, of a run for one, or that of an iteration."""
-    file = find_transformer_file(folder)
+    file = find_transformer_file(folder, option="PATH")
     finding = _inspect_file(file, known, given=folder)
     finding.facts.insert(0, ("file", str(file)))
     if (folder / "latest").is_file():

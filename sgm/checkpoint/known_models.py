@@ -9,12 +9,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from sgm.checkpoint.blueprint import build_on_meta, model_of, sizes_of
+from sgm.checkpoint.blueprint import build_on_meta, model_of, sizes_of, without_positions
 from sgm.checkpoint.fit import differences
 from sgm.checkpoint.transformer import POSITION_TABLE
 from sgm.errors import UserError
-
-_MOST_LAYERS = 200  # no model of this kind comes near, while a damaged file may claim any number
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,23 +71,17 @@ def compare(
         part: what they are.
         known: one at least.
     """
-    found = {model: differences(shapes, _wanted(getattr(model, part), shapes)) for model in known}
+    found = {}
+    for model in known:
+        wanted = getattr(model, part)
+        has_table = POSITION_TABLE in shapes
+        found[model] = differences(shapes, wanted if has_table else without_positions(wanted))
     nearest = min(known, key=lambda model: sum(map(len, found[model].values())))
     if not any(found[nearest].values()):
         return Comparison(nearest, True, found[nearest])
     try:
-        sizes = sizes_of(shapes, part, "")
-        if max(sizes.get("num_layers", 0), sizes.get("layers_per_block", 0)) > _MOST_LAYERS:
-            return Comparison(nearest, False, found[nearest])
-        own = model_of(sizes, part, where="").state_dict()
-    except (UserError, ValueError, ArithmeticError, LookupError, RuntimeError, AssertionError):
-        # They tell no sizes, or ones that no model can have.
+        own = model_of(sizes_of(shapes, part, ""), part, where="").state_dict()
+    except UserError:  # they tell no sizes, or ones that no model can have
         return Comparison(nearest, False, found[nearest])
-    own.pop(POSITION_TABLE, None)  # its size depends on the clip, too
-    rest = {name: shape for name, shape in shapes.items() if name != POSITION_TABLE}
-    return Comparison(nearest, False, differences(rest, own))
-
-
-def _wanted(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the position table, which is computed, where the weights have none."""
-    return {n: t for n, t in wanted.items() if n != POSITION_TABLE or n in found}
+    rest = differences(without_positions(shapes), without_positions(own))
+    return Comparison(nearest, False, rest)

@@ -84,7 +84,7 @@ def lora_record(network: DiffusionTransformer, base: str | None) -> dict[str, An
 
 
 def read_lora(
-    path: str | Path, *, alpha: float | None = None, tell: bool = True
+    path: str | Path, *, alpha: float | None = None, tell: bool = True, option: str = "lora"
 ) -> tuple[dict[str, Tensor], LoraRecord]:
     """The matrices of a LoRA, mapped from disk, by their names in the network; and the record.
 
@@ -96,26 +96,26 @@ def read_lora(
         alpha: lora_alpha where the file does not tell it. Without it the record of a file of
             diffusers or peft gets the rank, as diffusers itself takes it, and SAT's keeps None.
         tell: log it where the rank is taken.
+        option: where the user gave the path, for messages.
 
     Raises:
         UserError: no such file, not a LoRA, a damaged record, or the file tells another alpha.
     """
     if alpha is not None and not is_alpha(alpha):
         raise UserError(f"lora_alpha={alpha} must be a number of at most {LARGEST_ALPHA:g}")
-    file = find_lora_file(path)
+    file = find_lora_file(path, option=option)
     state = read_checkpoint(file)
     tensors = tensors_of(state, file, wrapper="module")
-    if not any(is_lora_matrix(name) for name in tensors) and is_foreign(tensors):
+    has_matrices = any(is_lora_matrix(name) for name in tensors)
+    if not has_matrices and is_foreign(tensors):
         return _read_foreign(tensors, file, alpha=alpha, tell=tell)
-    if any(name.endswith(_WHOLE_MODEL) for name in tensors) and not any(
-        is_lora_matrix(name) for name in tensors
-    ):
-        raise UserError(f"{file} is a whole model, not a LoRA; name it in load instead of lora")
-    base, matrices = sort_keys(tensors, file, key="lora")
+    if not has_matrices and any(name.endswith(_WHOLE_MODEL) for name in tensors):
+        raise _is_whole(file, option)
+    base, matrices = sort_keys(tensors, file, kind="lora", option=option)
     if not matrices:
         raise UserError(
             f"{file} holds no LoRA of SAT format: no name has matrix_A or matrix_B (first key: "
-            f"{next(iter(tensors))!r}); lora must name a run that trained with lora_config"
+            f"{next(iter(tensors))!r}); {option} must name a run that trained with lora_config"
         )
     stored = state.get("lora")
     if not isinstance(stored, Mapping):
@@ -128,7 +128,7 @@ def read_lora(
     return matrices, replace(record, lora_alpha=alpha)
 
 
-def find_lora_file(path: str | Path) -> Path:
+def find_lora_file(path: str | Path, *, option: str = "lora") -> Path:
     """The file that a LoRA's `path` means: itself, or in a folder of SAT, diffusers or peft.
 
     Raises:
@@ -139,8 +139,12 @@ def find_lora_file(path: str | Path) -> Path:
     if file is not None:
         return file
     if os.path.isfile(folder / "model_index.json") or os.path.isfile(folder / "config.json"):
-        raise UserError(f"{path} is a whole model, not a LoRA; name it in load instead of lora")
-    return find_transformer_file(path, key="lora")
+        raise _is_whole(path, option)
+    return find_transformer_file(path, kind="lora", option=option)
+
+
+def _is_whole(path: str | Path, option: str) -> UserError:
+    return UserError(f"{path} is a whole model, not a LoRA; name it in load, a LoRA in {option}")
 
 
 def _read_foreign(
@@ -219,6 +223,7 @@ def check_matrices(
     *,
     path: str | Path,
     hint: str = _HINT,
+    model: str = "the base model",
 ) -> None:
     """Check that the matrices of a LoRA are all there and fit the base model's `weights`.
 
@@ -227,12 +232,13 @@ def check_matrices(
         weights: name as in the plain model → tensor, which may be on the meta device.
         path: the LoRA's, for the message.
         hint: end of the message.
+        model: what the message calls the model.
 
     Raises:
         UserError: names or shapes differ.
     """
     expected = _expected_matrices(_layers(record, matrices), weights, record.r)
-    check_fit(matrices, expected, path=path, hint=hint)
+    check_fit(matrices, expected, path=path, hint=hint, model=model)
 
 
 def check_complete(matrices: Mapping[str, Tensor], record: LoraRecord, path: str | Path) -> None:
@@ -246,7 +252,8 @@ def check_complete(matrices: Mapping[str, Tensor], record: LoraRecord, path: str
     for layer in _layers(record, matrices):
         num_parts = NUM_PAIRS.get(layer.rpartition(".")[2], 1)
         weights[f"{layer}.weight"] = torch.empty(num_parts * width, width, device="meta")
-    check_matrices(matrices, record, weights, path=path, hint="it is damaged, copy it again")
+    hint, model = "it is damaged, copy it again", f"any model of width {width}"
+    check_matrices(matrices, record, weights, path=path, hint=hint, model=model)
 
 
 def alpha_of(record: LoraRecord, path: str | Path) -> float:

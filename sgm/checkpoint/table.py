@@ -197,12 +197,28 @@ def _find(name: str, part: Part, *, in_sat: bool) -> tuple[Row, str, re.Match[st
     return None
 
 
-def _refuse_unknown(names: Sequence[str], part: Part, where: str | Path, *, of: str) -> None:
-    if names:
-        more = ", …" if len(names) > _NUM_NAMED else ""
+def _matches(
+    tensors: Mapping[str, Tensor], part: Part, where: str | Path, *, in_sat: bool
+) -> Iterator[tuple[str, Row, str, re.Match[str]]]:
+    """Each name that is carried over, with what `_find` gives for it.
+
+    Raises:
+        UserError: at the end, if there were names that no row has.
+    """
+    unknown = []
+    for name in tensors:
+        if name in _COMPUTED:
+            continue
+        if found := _find(name, part, in_sat=in_sat):
+            yield name, *found
+        else:
+            unknown.append(name)
+    if unknown:
+        more = ", …" if len(unknown) > _NUM_NAMED else ""
         raise UserError(
-            f"{where}: {len(names)} names are not those of a CogVideoX-2B {part} in {of} format "
-            f"({', '.join(names[:_NUM_NAMED])}{more}); is it the {part} of another model?"
+            f"{where}: {len(unknown)} names are not those of a CogVideoX-2B {part} in "
+            f"{'SAT' if in_sat else 'diffusers'} format "
+            f"({', '.join(unknown[:_NUM_NAMED])}{more}); is it the {part} of another model?"
         )
 
 
@@ -280,19 +296,10 @@ def to_diffusers(
     """
     num_levels = _num_levels(tensors)
     sources: dict[str, tuple[str, Row, Sequence[int]]] = {}  # of a name in diffusers
-    unknown = []
-    for name in tensors:
-        if name in _COMPUTED:
-            continue
-        found = _find(name, part, in_sat=True)
-        if found is None:
-            unknown.append(name)
-            continue
-        row, template, match = found
+    for name, row, template, match in _matches(tensors, part, where, in_sat=True):
         for other, slices in row.diffusers.items():
             translated = _translated(template, other, match, num_levels)
             sources[translated] = (name, row, slices)
-    _refuse_unknown(unknown, part, where, of="SAT")
     return _made(_taken, tensors, sources, where)
 
 
@@ -307,18 +314,9 @@ def to_sat(tensors: Mapping[str, Tensor], part: Part, *, where: str | Path) -> M
     """
     num_levels = _num_levels(tensors)
     sources: dict[str, tuple[Row, dict[str, str]]] = {}  # of a name in SAT: template → name
-    unknown = []
-    for name in tensors:
-        if name in _COMPUTED:
-            continue
-        found = _find(name, part, in_sat=False)
-        if found is None:
-            unknown.append(name)
-            continue
-        row, template, match = found
+    for name, row, template, match in _matches(tensors, part, where, in_sat=False):
         translated = _translated(template, row.sat, match, num_levels)
         sources.setdefault(translated, (row, {}))[1][template] = name
-    _refuse_unknown(unknown, part, where, of="diffusers")
     for row, names in sources.values():
         absent = [template for template in row.diffusers if template not in names]
         if absent:

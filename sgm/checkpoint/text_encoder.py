@@ -16,13 +16,13 @@ _MORE_TOKENIZER_FILES = ("added_tokens.json", "tokenizer.json")
 _VARIANT = ".fp16"  # in the names of weight files; an index is looked for without it
 
 
-def find_whole_t5(folder: str | Path) -> T5Files:
+def find_whole_t5(folder: str | Path, *, option: str) -> T5Files:
     """As `find_t5`, and every shard that an index names is there.
 
     Raises:
         UserError: something is absent or broken.
     """
-    files = find_t5(folder)
+    files = find_t5(folder, option=option)
     for index in _indices(files):
         shards = read_json(index).get("weight_map")
         for name in sorted(set(map(str, shards.values() if isinstance(shards, dict) else ()))):

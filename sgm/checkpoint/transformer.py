@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sgm.checkpoint.diffusers_folder import find_diffusers_part, read_diffusers_part
 from sgm.checkpoint.fit import check_fit
+from sgm.checkpoint.lora_formats import find_foreign_file, is_foreign
 from sgm.checkpoint.reading import read_checkpoint, tensors_of
 from sgm.checkpoint.table import on_meta, to_sat
 from sgm.errors import UserError
@@ -31,60 +32,74 @@ OTHER_PARTS = ("conditioner.", "first_stage_model.", "loss.", "loss_fn.", "denoi
 POSITION_TABLE = "mixins.pos_embed.pos_embedding"
 _LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
 _HINT = "use the configuration that belongs to these weights"
-_EXPECTED = {
+Kind = Literal["load", "lora"]
+_EXPECTED: Mapping[Kind, str] = {
     "load": "the transformer's folder (with the file 'latest' in it), its .pt file or a diffusers "
     "folder; README tells where to get the weights",
-    "lora": "the folder of a LoRA run (with the file 'latest' in it), of one of its checkpoints, "
-    "or a file",
+    "lora": "a LoRA: the folder of a run (with the file 'latest' in it), of one of its "
+    "checkpoints, a file, or a folder or file that diffusers or peft wrote",
 }
 
 
-def find_transformer_file(load: str | Path, *, key: Literal["load", "lora"] = "load") -> Path:
+def find_transformer_file(
+    load: str | Path, *, kind: Kind = "load", option: str | None = None
+) -> Path:
     """The file that `load` means: a file itself, a folder with ``latest``, or the folder it names.
 
     Args:
         load: the path.
-        key: the argument that gave the path. With ``load`` it may also be a diffusers folder, of
-            a pipeline or of its transformer, and the transformer's folder is returned.
+        kind: what is looked for. For ``load`` it may also be a diffusers folder, of a pipeline or
+            of its transformer, and the transformer's folder is returned.
+        option: where the user gave the path, for messages; None: the name of `kind`.
 
     Raises:
         UserError: there is no such file; says which one was looked for.
     """
+    option = option or kind
     try:
-        return _find_transformer_file(load, key)
+        return _find_transformer_file(load, kind, option)
     except OSError as error:  # a name that is too long, a folder of somebody else …
         raise UserError(
-            f"{key}: {str(load)[:_LONGEST_QUOTE]!r} cannot be looked up ({error.strerror}); check "
-            "the path and its permissions"
+            f"{option}: {str(load)[:_LONGEST_QUOTE]!r} cannot be looked up ({error.strerror}); "
+            "check the path and its permissions"
         ) from None
 
 
-def _find_transformer_file(load: str | Path, key: str) -> Path:
+def _find_transformer_file(load: str | Path, kind: Kind, option: str) -> Path:
     path = Path(os.path.expanduser(load))
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{key}: {load} does not exist; it must be {_EXPECTED[key]}")
+        raise UserError(f"{option}: {load} does not exist; it must be {_EXPECTED[kind]}")
     folder = path
     if (path / "latest").is_file():
         tag = (path / "latest").read_text(encoding="utf-8", errors="replace").strip()
         if any(mark in tag for mark in "/\n\0"):
             raise UserError(
-                f"{key}: {path}/latest holds {tag[:_LONGEST_QUOTE]!r}, not just the name of a "
+                f"{option}: {path}/latest holds {tag[:_LONGEST_QUOTE]!r}, not just the name of a "
                 "folder beside it; write or download it again"
             )
         folder = path / tag
     for name in MODEL_FILES:
         if (folder / name).is_file():
             return folder / name
-    if key == "load" and folder == path:
+    if kind == "load" and folder == path:
         found = find_diffusers_part(path, "transformer")
         if found is not None:
             return found
-    or_else = "; or a diffusers folder with its config.json" if key == "load" else ""
+        if find_foreign_file(path):
+            raise _is_no_base(path, option)
+    or_else = "diffusers folder with its config.json" if kind == "load" else "LoRA's file"
     raise UserError(
-        f"{key}: {folder / MODEL_FILES[0]} does not exist; expected are {path}/latest with the "
-        f"name of a folder, and {MODEL_FILES[0]} in that folder{or_else}"
+        f"{option}: {folder / MODEL_FILES[0]} does not exist; expected are {path}/latest with the "
+        f"name of a folder, and {MODEL_FILES[0]} in that folder; or a {or_else}"
+    )
+
+
+def _is_no_base(path: Path, option: str) -> UserError:
+    return UserError(
+        f"{path} is a LoRA, not a whole model; {option} must name its base model, and --lora this "
+        "(to train it on: --resume)"
     )
 
 
@@ -116,16 +131,21 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def sort_keys(
-    tensors: Mapping[str, Tensor], path: Path, *, key: Literal["load", "lora"] = "load"
+    tensors: Mapping[str, Tensor], path: Path, *, kind: Kind = "load", option: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The transformer's tensors of a checkpoint, as (base weights, LoRA matrices).
 
     Names come out as the plain model's: without prefix, and without ``original``, which LoRA puts
     before the weights of the layers it wraps.
 
+    Args:
+        tensors: of the file `path`.
+        kind, option: as in `find_transformer_file`.
+
     Raises:
-        UserError: the file holds no transformer.
+        UserError: the file holds no transformer, or one of diffusers, or a LoRA of it.
     """
+    option = option or kind
     if any(name.startswith(MODEL_PREFIX) for name in tensors):
         own = {
             name.removeprefix(MODEL_PREFIX): tensor
@@ -137,14 +157,17 @@ def sort_keys(
             logger.warning("%s: %d unknown keys are not used: %s …", path, len(rest), rest[0])
     else:
         own = {n: tensor for n, tensor in tensors.items() if not n.startswith(OTHER_PARTS)}
+    if kind == "load" and is_foreign(own):
+        raise _is_no_base(path, option)
     if any(name.startswith("transformer_blocks.") for name in own):
         raise UserError(
-            f"{path} has diffusers' names; {key} must name its folder, with config.json beside it"
+            f"{path} has diffusers' names; {option} must name its folder, with config.json beside "
+            "it"
         )
     if not any(name.startswith(("transformer.", "mixins.")) for name in own):
         raise UserError(
             f"{path} holds no transformer of SAT format (first key: {next(iter(tensors))!r}); "
-            f"{key} must be {_EXPECTED[key]}"
+            f"{option} must be {_EXPECTED[kind]}"
         )
     lora = {n: t for n, t in own.items() if is_lora_matrix(n)}
     base = {n.replace(".original.", "."): t for n, t in own.items() if n not in lora}
@@ -181,25 +204,28 @@ def _add_lora(network: DiffusionTransformer, lora: Mapping[str, Tensor], path: P
 
 
 def read_transformer(
-    load: str | Path, *, key: Literal["load", "lora"] = "load"
+    load: str | Path, *, option: str | None = None
 ) -> tuple[Path, Mapping[str, Tensor], dict[str, Tensor]]:
     """The tensors of a transformer in whichever format, under the names of the plain model.
 
     Args:
-        load, key: as in `find_transformer_file`.
+        load, option: as in `find_transformer_file`.
 
     Returns:
         The file, or the folder of diffusers' transformer; the base weights, mapped from disk or
         put together when asked for; the LoRA matrices.
 
     Raises:
-        UserError: no such file, not weights, or no CogVideoX-2B.
+        UserError: no such file, not weights, no CogVideoX-2B, or a LoRA without its base.
     """
-    path = find_transformer_file(load, key=key)
+    path = find_transformer_file(load, option=option)
     if path.is_dir():
         _, tensors = read_diffusers_part(path, "transformer")
         return path, to_sat(tensors, "transformer", where=path), {}
-    base, lora = sort_keys(tensors_of(read_checkpoint(path), path, wrapper="module"), path, key=key)
+    tensors = tensors_of(read_checkpoint(path), path, wrapper="module")
+    base, lora = sort_keys(tensors, path, option=option)
+    if not base:
+        raise _is_no_base(path, option or "load")
     return path, base, lora
 
 
@@ -233,11 +259,6 @@ def load_transformer(
         UserError: no such file, not weights, or weights of another model.
     """
     path, base, lora = read_transformer(load)
-    if lora and not base:
-        raise UserError(
-            f"{path} is a LoRA, not a whole model; use load: for the base model and lora: for this "
-            "(to train on, --resume)"
-        )
     wanted = network.state_dict()
     computed = {}
     if POSITION_TABLE not in base and POSITION_TABLE in wanted:

@@ -19,36 +19,50 @@ from sgm.errors import UserError
 
 # Where a checkpoint of the whole engine keeps the autoencoder.
 ENGINE_PREFIX = "first_stage_model."
+_OPTION = "model.first_stage_config.params.ckpt_path"
 _EXPECTED = (
-    "first_stage_config.params.ckpt_path must name the 3d-vae.pt file or the folder vae of "
-    "CogVideoX-2B in diffusers' layout"
+    "the autoencoder's weights: 3d-vae.pt itself, or a diffusers folder; README tells where to get "
+    "them"
 )
 
 
-def _find(path: str | Path) -> Path:
+def _find(path: str | Path, option: str) -> Path:
     """The file of SAT format, or the folder of diffusers' autoencoder.
 
     Raises:
         UserError: nothing of the kind is there.
     """
     place = Path(os.path.expanduser(path))
-    if not os.path.isdir(place):
+    if os.path.isfile(place):
         return place
+    if not os.path.isdir(place):
+        raise UserError(f"{option}: {place} does not exist; it must be {_EXPECTED}")
     folder = find_diffusers_part(place, "vae")
     if folder is None:
-        raise UserError(f"{place} is a folder without a diffusers autoencoder in it; {_EXPECTED}")
+        raise UserError(
+            f"{place} is a folder without a diffusers autoencoder in it; {option} must be "
+            f"{_EXPECTED}"
+        )
     return folder
+
+
+def holds_autoencoder(path: Path) -> bool:
+    """Whether the file or folder of a transformer is a checkpoint of the whole engine."""
+    if path.is_dir():
+        return False
+    tensors = tensors_of(read_checkpoint(path), path, wrapper="module")
+    return any(name.startswith(ENGINE_PREFIX) for name in tensors)
 
 
 def vae_files(path: str | Path) -> list[Path]:
     """The files that the autoencoder's tensors come from: the file itself, or a folder's, sorted.
 
     Raises:
-        UserError: `path` is a folder without an autoencoder in diffusers' layout, or one of another
-            model, or a file of it is absent or damaged.
+        UserError: nothing is there, or a folder without an autoencoder in diffusers' layout or with
+            another model's, or a file of it is absent or damaged.
     """
-    place = _find(path)
-    if not os.path.isdir(place):
+    place = _find(path, _OPTION)
+    if place.is_file():
         return [place]
     read_diffusers_part(place, "vae")
     return diffusers_files(place)
@@ -70,7 +84,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_vae_state(
-    path: str | Path, ignore_keys: str | Sequence[str] = ("loss",)
+    path: str | Path, ignore_keys: str | Sequence[str] = ("loss",), *, option: str = _OPTION
 ) -> dict[str, torch.Tensor]:
     """Name → tensor of the autoencoder under SAT's names; of a file, mapped from disk.
 
@@ -79,19 +93,20 @@ def load_vae_state(
             too, or a diffusers folder, of a pipeline or of its autoencoder.
         ignore_keys: beginnings of names (or one of them as a text) that are left out: the
             discriminator's, for one.
+        option: where the user gave the path, for messages.
 
     Raises:
         UserError: the file cannot be read (see `read_checkpoint`) or holds no autoencoder.
     """
-    place = _find(path)
+    place = _find(path, option)
     tensors = _read(place)
     ignored = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(ignore_keys)
     kept = {k: v for k, v in tensors.items() if not k.startswith(ignored)}
     if "encoder.mid_block.resnets.0.conv1.conv.weight" in kept and place.is_file():
-        raise UserError(f"{place} has diffusers' names; ckpt_path must name its folder")
+        raise UserError(f"{place} has diffusers' names; {option} must name its folder")
     if not any(name.startswith(("encoder.", "decoder.")) for name in kept):
         raise UserError(
             f"{place} holds no video autoencoder of SAT format (first key: "
-            f"{next(iter(tensors))!r}); {_EXPECTED}"
+            f"{next(iter(tensors))!r}); {option} must be {_EXPECTED}"
         )
     return kept

@@ -1,4 +1,4 @@
-"""Writing weights: new folders that appear whole, safetensors in shards, SAT's layout.
+"""Writing weights: safetensors in shards, and SAT's layout.
 
 Tensors are asked for one after another, so that weights larger than the memory can pass through.
 """
@@ -6,11 +6,7 @@ Tensors are asked for one after another, so that weights larger than the memory 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +17,13 @@ from torch import Tensor
 from sgm.checkpoint.table import LazyTensors, on_meta
 from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX
 from sgm.errors import UserError
+from sgm.files import write_torch
 from sgm.inference.progress import Progress
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"  # of the names of its weight files
 DEFAULT_TAG = "1000"  # the published SAT weights'
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
-_LOW_DISK_BYTES = 1 << 20
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -40,77 +36,6 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-@contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """A hidden folder beside `path` to write into; renamed to `path` at the end.
-
-    After any failure nothing of it is left.
-
-    Args:
-        path: what is to be made; folders above it are made too.
-
-    Raises:
-        UserError: `path` exists, or writing failed with an OSError; says why.
-    """
-    path = Path(os.path.expanduser(path))
-    refuse_existing(path)
-    target = Path(os.path.abspath(path))  # "." and ".." have no name to put beside
-    hidden = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    made = _absent_parents(target)
-    finished = False
-    try:
-        hidden.mkdir(parents=True)
-        yield hidden
-        os.rename(hidden, target)
-        finished = True
-    except OSError as error:
-        raise write_error(path, error) from error
-    finally:
-        if not finished:
-            shutil.rmtree(hidden, ignore_errors=True)
-            for folder in made:
-                with suppress(OSError):  # it was not made, or is in use by now
-                    folder.rmdir()
-
-
-def refuse_existing(path: Path) -> None:
-    """Nothing that exists is written over.
-
-    Raises:
-        UserError: there is something at `path`, or it cannot be looked up.
-    """
-    try:
-        exists = path.exists() or path.is_symlink()
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be looked up ({error.strerror}); choose another output"
-        ) from None
-    if exists:
-        raise UserError(f"{path} exists already and is left alone; remove it or name another")
-
-
-def write_error(path: Path, error: OSError) -> UserError:
-    """The sentence for a failure to write `path`; to be made before what was written is removed."""
-    reason = error.strerror or "writing it failed"
-    folder = path if path.exists() else path.parent
-    with suppress(OSError):  # raised where the folder itself is gone
-        if shutil.disk_usage(folder).free < _LOW_DISK_BYTES:
-            reason = "no space left on device"
-    return UserError(
-        f"{path} cannot be written: {reason}; free some space or choose another folder"
-    )
-
-
-def _absent_parents(path: Path) -> list[Path]:
-    """Folders above `path` that do not exist, the deepest first."""
-    absent = []
-    for folder in path.parents:
-        if folder.exists():
-            break
-        absent.append(folder)
-    return absent
 
 
 def in_dtype(
@@ -155,7 +80,8 @@ def save_sharded(
     One tensor is in memory at a time.
 
     Args:
-        folder: where to; it exists. To be within `new_folder`, since shards appear one by one.
+        folder: where to; it exists. To be within `sgm.files.new_folder`, since shards appear one
+            by one.
         tensors: name → tensor, of any layout in memory.
         max_shard_bytes: no file holds more than this, unless it holds a single tensor.
 
@@ -237,7 +163,7 @@ def save_sat_transformer(
     """``{folder}/latest`` and ``{folder}/{tag}/mp_rank_00_model_states.pt``, as published.
 
     Args:
-        folder: is made if it is not there; to be within `new_folder`.
+        folder: is made if it is not there; to be within `sgm.files.new_folder`.
         base: tensors of the transformer (or of a LoRA) without ``model.diffusion_model.``.
         tag: name of the inner folder.
         lora: the record of a LoRA whose matrices `base` holds, as plain values.
@@ -255,14 +181,6 @@ def save_sat_transformer(
     (folder / tag).mkdir(parents=True)
     write_torch(state, folder / tag / MODEL_FILES[0])
     (folder / "latest").write_text(tag, encoding="utf-8")
-
-
-def write_torch(state: Mapping[str, Any], path: Path) -> None:
-    """torch.save that tells a full disk as an OSError; to be within `new_folder`."""
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:
-        raise OSError("torch.save failed") from error
 
 
 def own_storage(tensor: Tensor) -> Tensor:

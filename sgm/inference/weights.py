@@ -49,16 +49,9 @@ def check_weight_paths(
             read_lora(choice.path, tell=False)  # whoever merges it tells
     if not model.get("latent_input"):
         path = _path(model.get("first_stage_config"), "ckpt_path", where="first_stage_config")
-        if path.is_dir():
-            from sgm.checkpoint import vae_files
+        from sgm.checkpoint import vae_files
 
-            vae_files(path)
-        elif not path.is_file():
-            raise UserError(
-                f"model.first_stage_config.params.ckpt_path: the file {path} does not exist; it "
-                "must be the autoencoder's weights, 3d-vae.pt or a diffusers folder; README tells "
-                "where to get them"
-            )
+        vae_files(path)
     conditioner = model.get("conditioner_config")
     params = conditioner.get("params") if isinstance(conditioner, Mapping) else None
     embedders = params.get("emb_models") if isinstance(params, Mapping) else None

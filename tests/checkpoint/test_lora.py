@@ -305,7 +305,7 @@ def test_a_lora_of_another_model_is_one_sentence_and_changes_nothing(build, tmp_
 
 
 def test_a_missing_lora_names_its_argument(tmp_path):
-    with pytest.raises(UserError, match="^lora: .*absent does not exist; it must be the folder of"):
+    with pytest.raises(UserError, match="^lora: .*absent does not exist; .* diffusers or peft"):
         read_lora(tmp_path / "absent")
 
 
@@ -337,7 +337,7 @@ def test_training_on_needs_the_same_lora_config(build, tmp_path, configured, wor
 
 def test_a_lora_in_the_place_of_a_model_is_told_where_it_belongs(build, tmp_path):
     path = save(build({"r": 2}), tmp_path / "lora.pt")
-    with pytest.raises(UserError, match="is a LoRA, not a whole model; use load: for the base"):
+    with pytest.raises(UserError, match="is a LoRA, not a whole model; load must name its base"):
         load_transformer(build(), path, dtype=torch.float32, device="cpu")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sgm.checkpoint import LoraChoice, merge_loras, read_lora
+from sgm.checkpoint import LoraChoice, merge_loras, read_lora, read_transformer
 from sgm.checkpoint.lora_formats import METADATA_KEY
 from sgm.errors import UserError
 from sgm.inference.weights import check_weight_paths
@@ -246,6 +246,15 @@ def test_damaged_settings_of_peft_are_one_sentence(tmp_path):
     (tmp_path / "adapter_config.json").write_bytes(b"\xff")
     with pytest.raises(UserError, match="adapter_config.json cannot be read"):
         read_lora(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_a_lora_in_the_place_of_a_model_is_told_where_it_belongs(tmp_path, prefix):
+    name = f"{prefix}transformer_blocks.0.attn1.to_q.lora_A.weight"
+    save_file({name: torch.ones(1, 2)}, tmp_path / FILE)
+    for path in (tmp_path, tmp_path / FILE):
+        with pytest.raises(UserError, match="is a LoRA, not a whole model; load must name"):
+            read_transformer(path)
 
 
 def test_a_whole_model_of_diffusers_is_told_where_it_belongs(ours, tmp_path):

@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import shutil
 import weakref
 
 import pytest
@@ -14,12 +13,12 @@ from sgm.checkpoint.reading import read_checkpoint
 from sgm.checkpoint.table import LazyTensors
 from sgm.checkpoint.writing import (
     in_dtype,
-    new_folder,
     own_storage,
     save_sat_transformer,
     save_sharded,
 )
 from sgm.errors import UserError
+from sgm.files import new_folder
 
 TENSORS = {
     "a": torch.randn(3, 5),
@@ -109,45 +108,6 @@ def test_precision_changes_when_asked_and_overflow_is_named():
         in_dtype(tensors, torch.float16, where="file")["w"]
 
 
-def test_new_folder_appears_whole_and_nothing_beside_it(tmp_path):
-    with new_folder(tmp_path / "up" / "out") as folder:
-        (folder / "a").write_text("1")
-        assert not (tmp_path / "up" / "out").exists()
-    assert os.listdir(tmp_path / "up") == ["out"]
-    assert (tmp_path / "up" / "out" / "a").read_text() == "1"
-
-
-def test_a_failure_leaves_nothing_not_even_the_folders_above(tmp_path):
-    with pytest.raises(ZeroDivisionError):
-        with new_folder(tmp_path / "up" / "out") as folder:
-            (folder / "a").write_text("1")
-            raise ZeroDivisionError
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
-def test_what_exists_is_left_alone(tmp_path, kind):
-    path = tmp_path / "out"
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "file":
-        path.write_text("mine")
-    else:
-        path.symlink_to("nowhere")
-    with pytest.raises(UserError, match="out exists already"):
-        with new_folder(path):
-            pass
-    assert os.listdir(tmp_path) == ["out"]
-
-
-def test_a_folder_within_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="cannot be written: Not a directory"):
-        with new_folder(tmp_path / "file" / "out"):
-            pass
-    assert (tmp_path / "file").read_text() == "mine"
-
-
 @pytest.fixture
 def no_room():
     """No file may grow beyond 4 KiB, which writing meets as it meets a full disk."""
@@ -163,10 +123,3 @@ def test_a_failing_disk_is_one_sentence_and_leaves_nothing(tmp_path, no_room, sa
         with new_folder(tmp_path / "out") as folder:
             save(folder, {"w": torch.zeros(4096)})
     assert os.listdir(tmp_path) == []
-
-
-def test_a_full_disk_is_called_full(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
-    with pytest.raises(UserError, match="no space left on device"):
-        with new_folder(tmp_path / "out"):
-            raise OSError("torch.save failed")

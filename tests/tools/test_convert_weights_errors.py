@@ -29,15 +29,16 @@ def test_wrong_weights_are_refused_before_anything_is_written(small, capsys):
     for changes, options, fragments in (
         ({}, ["--num_layers", 42, "--num_attention_heads", 48], ["--num_layers is 42", "has 2"]),
         ({}, ["--num_attention_heads", 48], ["--num_attention_heads is 48", "has 2"]),
-        ({"transformer_ckpt_path": small.vae}, [], ["vae.pt"]),
+        ({"transformer_ckpt_path": small.vae}, [], ["vae.pt", "--transformer_ckpt_path"]),
         ({"vae_ckpt_path": small.transformer / CHECKPOINT}, [], ["no video autoencoder"]),
-        ({"transformer_ckpt_path": small.folder / "absent"}, [], ["absent does not exist"]),
+        ({"vae_ckpt_path": small.folder / "absent"}, [], ["--vae_ckpt_path: ", "does not exist"]),
+        ({"vae_ckpt_path": small.folder}, [], ["--vae_ckpt_path must be"]),
         ({"base": None}, [], ["num_layers=2", "num_layers=30", "2b_infer.yaml", "--base"]),
         ({"base": small.folder / "no.yaml"}, [], ["no.yaml: no such file"]),
         ({"output_path": small.vae}, [], ["vae.pt exists already"]),
         ({"output_path": small.vae / "out"}, [], ["cannot be written: Not a directory"]),
         ({"output_path": small.transformer}, [], ["transformer exists already"]),
-        ({}, ["--text_encoder_path", small.folder / "t5"], ["t5"]),
+        ({}, ["--text_encoder_path", small.folder / "t5"], ["--text_encoder_path"]),
     ):
         refused(capsys, small.convert(*options, **changes), *fragments)
         nothing_new(small.folder, "small.yaml", "transformer", "vae.pt")
@@ -48,6 +49,14 @@ def test_a_file_that_lacks_a_tensor_is_refused(small, capsys):
     shutil.rmtree(small.transformer)
     save_sat_transformer(small.transformer, small.base)
     refused(capsys, small.convert(), "missing", "transformer.layers.1.mlp.dense_h_to_4h.bias")
+
+
+@pytest.mark.parametrize("key", ["scale_factor", "shift_scale"])
+def test_a_configuration_without_a_number_is_refused(small, capsys, key):
+    params = small.model["sampler_config"]["params"]["discretization_config"]["params"]
+    (small.model if key == "scale_factor" else params)[key] = "much"
+    small.write_config()
+    refused(capsys, small.convert(), f"{key}='much'", "must be a positive number")
 
 
 def test_what_diffusers_cannot_express_is_refused(small, capsys):
@@ -116,6 +125,25 @@ def test_wrong_diffusers_folders_are_refused(small, tmp_path, capsys):
     refused(capsys, hf2sat(out, small.vae / "back"), "cannot be written")
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "shape"),
+    [
+        ("transformer", "transformer_blocks.9000.attn1.norm_q.weight", [16]),
+        ("transformer", "transformer_blocks.0.attn1.norm_q.weight", [999]),
+        ("vae", "encoder.down_blocks.0.resnets.0.conv1.conv.weight", [0, 1, 1, 1, 1]),
+        ("vae", "encoder.down_blocks.0.resnets.0.conv1.conv.weight", [7, 1, 1, 1, 1]),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_at_once(small, tmp_path, capsys, part, name, shape):
+    assert small.convert() == 0
+    folder = small.folder / "out" / part
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(weights) | {name: torch.zeros(shape)}, weights)
+    class_name = json.loads((folder / "config.json").read_text())["_class_name"]
+    (folder / "config.json").write_text(json.dumps({"_class_name": class_name}))  # tells no sizes
+    refused(capsys, hf2sat(folder, tmp_path / "back"), "no CogVideoX-2B has ", str(folder))
+
+
 def test_a_full_disk_leaves_nothing(small, capsys, monkeypatch):
     def fill(state: Any, path: Path) -> None:
         path.write_text("half")
@@ -141,5 +169,5 @@ def test_as_a_program_it_ends_with_one_line_and_1(small):
     ]
     done = subprocess.run(command, cwd=small.folder, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: load: absent does not exist")
+    assert done.stderr.startswith("error: --transformer_ckpt_path: absent does not")
     nothing_new(small.folder, "small.yaml", "transformer", "vae.pt")

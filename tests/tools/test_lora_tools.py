@@ -283,7 +283,7 @@ def wrong(tmp_path):
     ("line", "words"),
     [
         ("export base", "is a whole model, not a LoRA"),
-        ("export none", "lora: .*none does not exist"),
+        ("export none", "--sat_pt_path: .*none does not exist"),
         ("export damaged", "damaged.pt does not fit .* 1 missing .*damaged, copy it again"),
         ("export run --lora_alpha 4", "was trained with lora_alpha=5, not 4"),
         ("bring_in base", "is a whole model, not a LoRA"),
@@ -291,7 +291,9 @@ def wrong(tmp_path):
         ("bring_in wide --load base", "wide does not fit .*base.pt the base model that the LoRA"),
         ("merge base --lora wide", "wide does not fit .*base.pt the base model that the LoRA"),
         ("merge base --lora base", "is a whole model, not a LoRA"),
-        ("merge run --lora run", "is a LoRA, not a whole model; name it in --lora"),
+        ("merge run --lora run", "is a LoRA, not a whole model; --load must name its base"),
+        ("bring_in run --load run", "is a LoRA, not a whole model; --load must name its base"),
+        ("bring_in none", "--lora_path: .*none does not exist"),
         ("merge base --lora run:inf", "scale inf of .*run:inf must be a finite number"),
     ],
 )

@@ -78,12 +78,13 @@ class T5Files:
     weights: Sequence[Path]
 
 
-def find_t5(model_dir: str | Path) -> T5Files:
+def find_t5(model_dir: str | Path, *, option: str = "model_dir") -> T5Files:
     """The files of a text encoder, after saying what is absent or broken, before any is loaded.
 
     Args:
         model_dir: a T5 folder of Hugging Face's, the folder ``text_encoder`` of a diffusers
             pipeline, with ``tokenizer`` beside it, or the pipeline's.
+        option: where the user gave the path, for messages.
 
     Raises:
         UserError: the folder, its config, its sentencepiece model or its weights are absent, or
@@ -93,7 +94,7 @@ def find_t5(model_dir: str | Path) -> T5Files:
     folder = find_in_pipeline(folder, "text_encoder") or folder
     if not folder.is_dir():
         raise UserError(
-            f"model_dir {str(folder)!r} is not a folder; it must name the T5 folder "
+            f"{option} {str(folder)!r} is not a folder; it must name the T5 folder "
             "(for the 2B model a clone of https://huggingface.co/google/t5-v1_1-xxl)"
         )
     tokenizers = [folder, folder.parent / "tokenizer"]
@@ -109,7 +110,7 @@ def find_t5(model_dir: str | Path) -> T5Files:
     kind = config.get("model_type", config.get("_class_name"))
     if kind != "t5":
         raise UserError(
-            f"{folder} holds {str(kind)[:_LONGEST_QUOTE]!r}, not a T5 encoder; model_dir must name "
+            f"{folder} holds {str(kind)[:_LONGEST_QUOTE]!r}, not a T5 encoder; {option} must name "
             "the T5 folder, or the folder text_encoder of a diffusers pipeline"
         )
     weights = _weight_files(folder)
