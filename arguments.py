@@ -73,6 +73,12 @@ class SamplingArgs(CommonArgs):
     sampling_num_frames: int = _option(13, "latent frames: n gives 4·(n − 1) + 1 video frames")
     sampling_image_size: list[int] = _option([480, 720], "height and width of the video in pixels")
     sampling_fps: int = _option(8, "frames per second of the mp4")
+    parallel: Literal["prompts", "video"] = _option(
+        "prompts", "what several processes divide: the prompts, or the work on each video"
+    )
+    step_cache: float = _option(
+        0.0, "reuse steps that change less than this share: faster, not the same; 0: off, try 0.1"
+    )
     output_dir: str = _option("outputs", "folder for the videos")
     lora: list[LoraChoice] = _option(
         [], "LoRAs merged into the weights: folders or files, PATH:0.8 for another strength than 1"

@@ -20,6 +20,7 @@ from sgm.checkpoint import (
 )
 from sgm.errors import UserError, nearest_name
 from sgm.models.first_stage import build_first_stage, draw_latents, encode_moments
+from sgm.parallel.decoding import decode_together
 from sgm.util import instantiate_from_config
 
 Config = Mapping[str, Any]
@@ -104,6 +105,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.sampler = instantiate_from_config(sampler_config) if sampler_config else None
         self.loss_fn = instantiate_from_config(loss_fn_config) if loss_fn_config else None
         self._first_stage = {"config": first_stage_config, "dtype": dtype}
+        self._decoding_group: torch.distributed.ProcessGroup | None = None
         self.first_stage_model = None
         if cached_input:
             # It has no weights: what remains of the autoencoder where its moments are kept.
@@ -174,6 +176,10 @@ class SATVideoDiffusionEngine(nn.Module):
         moments = encode_moments(self.first_stage_model, video)
         return draw_latents(self.first_stage_model.regularization, moments) * self.scale_factor
 
+    def share_decoding(self, group: torch.distributed.ProcessGroup) -> None:
+        """Decode with the other processes of `group`; the first of them gets the video."""
+        self._decoding_group = group
+
     @torch.no_grad()
     def decode_first_stage(self, latents: Tensor) -> Iterator[Tensor]:
         """Scaled latents (b, t', c, h, w) → chunks (b, t, 3, 8h, 8w) of the video, in order.
@@ -183,7 +189,12 @@ class SATVideoDiffusionEngine(nn.Module):
         """
         z = rearrange(latents / self.scale_factor, "b t c h w -> b c t h w")
         weight = next(self.first_stage_model.parameters())
-        for chunk in self.first_stage_model.decode_streamed(z.to(weight)):
+        group = self._decoding_group
+        if group is None:
+            chunks = self.first_stage_model.decode_streamed(z.to(weight))
+        else:
+            chunks = decode_together(self.first_stage_model, z.to(weight), group=group)
+        for chunk in chunks:
             yield rearrange(chunk.float(), "b c t h w -> b t c h w")
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arguments import Config, SamplingArgs, parse_config
-from sgm.cli import run_command, set_up_logging
+from sgm.cli import no_garbage_collection, run_command, set_up_logging
 from sgm.errors import UserError
 from sgm.files import make_output_folder
 from sgm.inference.prompts import Prompt, read_prompt_file, read_typed_prompts
@@ -46,15 +46,20 @@ class Rank:
         names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
         return cls(*(int(os.environ.get(name, default)) for name, default in names.items()))
 
+    def shares_videos(self, args: SamplingArgs) -> bool:
+        """Whether this process and others make each video together."""
+        return args.parallel == "video" and self.world_size > 1
+
 
 def get_prompts(args: SamplingArgs, rank: Rank) -> Iterable[Prompt]:
-    """This rank's share of the prompts.
+    """The prompts that this rank works on.
 
     Raises:
         UserError: the prompt file is wrong, or several processes would share one keyboard.
     """
     if args.input_type == "txt":
-        return read_prompt_file(args.input_file)[rank.index :: rank.world_size]
+        prompts = read_prompt_file(args.input_file)
+        return prompts if rank.shares_videos(args) else prompts[rank.index :: rank.world_size]
     if rank.world_size > 1:
         raise UserError("input_type: cli works in one process only; use input_type: txt")
     return read_typed_prompts()
@@ -79,7 +84,9 @@ def choose_device(args: SamplingArgs, rank: Rank) -> torch.device:
             f"this host has {torch.cuda.device_count()} GPUs, too few for process "
             f"{rank.local_index + 1}; lower NPROC or use --device cpu"
         )
-    return torch.device("cuda", rank.local_index)
+    device = torch.device("cuda", rank.local_index)
+    torch.cuda.set_device(device)  # where NCCL and the kernels of others expect it
+    return device
 
 
 def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine:
@@ -115,6 +122,7 @@ class PromptRunner:
         engine: SATVideoDiffusionEngine,
         config: Config,
         *,
+        rank: Rank,
         shape: Sequence[int],
         output_dir: Path,
         progress: Progress,
@@ -122,6 +130,8 @@ class PromptRunner:
         self.engine = engine
         self.config = config
         self.args = config.args
+        self.together = rank.shares_videos(config.args)
+        self.writes = not self.together or rank.index == 0
         self.shape = shape
         self.output_dir = output_dir
         self.progress = progress
@@ -132,48 +142,66 @@ class PromptRunner:
 
         Raises:
             UserError: a file cannot be written.
+            LostProcess: this process failed where the others need it.
         """
-        cond = self.engine.conditioner.encode([prompt.text])
-        if self.uncond is None:
-            negative = self.args.negative_prompt
-            encode, zeros = self.engine.conditioner.encode, self.engine.conditioner.unconditional
-            self.uncond = encode([negative]) if negative else zeros(cond)
+        from sgm.parallel.processes import in_step
+
+        with in_step(together=self.together):
+            cond = self.engine.conditioner.encode([prompt.text])
+            if self.uncond is None:
+                conditioner, negative = self.engine.conditioner, self.args.negative_prompt
+                zeros = conditioner.unconditional
+                self.uncond = conditioner.encode([negative]) if negative else zeros(cond)
         for sample in range(self.args.batch_size):
             self._sample(prompt, sample, cond)
 
     def _sample(self, prompt: Prompt, sample: int, cond: dict[str, torch.Tensor]) -> None:
-        """One video. Samples are drawn singly, so that none depends on how many there are."""
-        from sgm.inference.seeds import sample_generator
+        """One video."""
+        from sgm.parallel.processes import in_step
 
         started = time.perf_counter()
-        latents = self.engine.sample(
-            cond,
-            self.uncond,
-            (1, *self.shape),
-            generator=sample_generator(self.args.seed, prompt.line, sample),
-            callback=lambda *state: self.progress.step(f"prompt {prompt.line}, sample {sample}"),
-        )
-        if not bool(latents.isfinite().all()):
+        with in_step(together=self.together):
+            latents = self._latents(prompt, sample, cond)
+            is_finite = bool(latents.isfinite().all())  # waits for the device
+            sampled = time.perf_counter()
+            chunks = self.engine.decode_first_stage(latents)
+            if self.together:  # all of it now, so that nobody waits for the first one's writing
+                chunks = list(chunks)
+        if not self.writes:
+            return
+        if not is_finite:
             raise UserError(
                 f"prompt {prompt.line}: the result is not finite; the weights may be damaged, or "
                 "try --bf16 or full precision"
             )
-        sampled = time.perf_counter()
         folder = self.output_dir / prompt.folder_name / str(sample)
-        self._write(latents, folder)
+        self._write(chunks, folder)
         written = time.perf_counter()
         timings = {"sampling_seconds": sampled - started, "decoding_seconds": written - sampled}
         self._write_record(prompt, sample, timings, folder)
         self.progress.say(f"{folder / '000000.mp4'} ({written - started:.1f} s)")
 
-    def _write(self, latents: torch.Tensor, folder: Path) -> None:
+    def _latents(self, prompt: Prompt, sample: int, cond: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Of one video. Samples are drawn singly, so that none depends on how many there are."""
+        from sgm.inference.seeds import sample_generator
+        from sgm.modules.transformer.step_cache import cached_steps
+
+        with cached_steps(self.engine.model.diffusion_model, self.args.step_cache):
+            return self.engine.sample(
+                cond,
+                self.uncond,
+                (1, *self.shape),
+                generator=sample_generator(self.args.seed, prompt.line, sample),
+                callback=lambda *_: self.progress.step(f"prompt {prompt.line}, sample {sample}"),
+            )
+
+    def _write(self, chunks: Iterable[torch.Tensor], folder: Path) -> None:
         """The mp4, frame by frame while decoding goes on, and its contact sheet."""
         from sgm.inference.video_io import write_video
 
         make_output_folder(folder)
-        chunks = (chunk[0] for chunk in self.engine.decode_first_stage(latents))
         paths = folder / "000000.mp4", folder / "contact_sheet.png"
-        write_video(chunks, *paths, fps=self.args.sampling_fps)
+        write_video((chunk[0] for chunk in chunks), *paths, fps=self.args.sampling_fps)
 
     def _write_record(
         self, prompt: Prompt, sample: int, timings: dict[str, float], folder: Path
@@ -222,8 +250,12 @@ def sample_all(
 
     Returns:
         Number of prompts that failed.
+
+    Raises:
+        LostProcess: several processes work on each video, and this one failed in that.
     """
     from sgm.inference.progress import Progress
+    from sgm.parallel.processes import LostProcess
 
     total = None
     if isinstance(prompts, list):
@@ -234,6 +266,8 @@ def sample_all(
         for prompt in prompts:
             try:
                 runner.run(prompt)
+            except LostProcess:
+                raise
             except Exception as error:  # whatever it is, the other prompts have a right to be made
                 failed += 1
                 logger.debug("prompt %d", prompt.line, exc_info=True)
@@ -258,23 +292,29 @@ def any_rank(here: bool, rank: Rank) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, load, sample; returns the exit code: 1 if any prompt failed."""
+    started = time.perf_counter()
     config = parse_config(SamplingArgs, "Make videos from prompts.", argv)
     args = config.args
     set_up_logging()
     rank = Rank.from_environment()
     shape = latent_shape(args, config.model)
     prompts = get_prompts(args, rank)
-    check_weight_paths(config.model | {"latent_input": False}, args.load, lora=args.lora)
+    with no_garbage_collection():
+        check_weight_paths(config.model | {"latent_input": False}, args.load, lora=args.lora)
 
-    from sgm.util import allow_targets
+        from sgm.util import allow_targets
 
-    output_dir = make_output_folder(args.output_dir)
-    allow_targets(config.allow_target)
-    device = choose_device(args, rank)
-    started = time.perf_counter()
-    engine = load_engine(config, device)
+        output_dir = make_output_folder(args.output_dir)
+        allow_targets(config.allow_target)
+        device = choose_device(args, rank)
+        engine = load_engine(config, device)
     logger.info("model ready on %s after %.1f s", device, time.perf_counter() - started)
-    failed = sample_all(engine, config, prompts, shape=shape, output_dir=output_dir)
+    if rank.shares_videos(args):
+        from sgm.parallel.processes import group_of_all, share_sampling
+
+        share_sampling(engine.model.diffusion_model, engine.sampler)
+        engine.share_decoding(group_of_all())
+    failed = sample_all(engine, config, prompts, rank=rank, shape=shape, output_dir=output_dir)
     return 1 if any_rank(failed > 0, rank) else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,6 +98,10 @@ def latent_shape(args: Any, model: Mapping[str, Any]) -> tuple[int, int, int, in
         )
     if args.batch_size < 1 or args.sampling_fps < 1:
         raise UserError("batch_size and sampling_fps must be at least 1")
+    if not 0 <= args.step_cache < math.inf:
+        raise UserError(f"step_cache={args.step_cache}: it must be 0 (off) or a number above 0")
+    if args.step_cache and args.parallel == "video":
+        raise UserError("step_cache does not go with parallel: video; leave one of them out")
     return (
         args.sampling_num_frames,
         params["in_channels"],

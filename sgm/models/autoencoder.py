@@ -15,6 +15,7 @@ from torch import nn
 from sgm.checkpoint import load_vae_state
 from sgm.checkpoint.fit import check_fit
 from sgm.modules.autoencoding.causal_conv import ConvCache
+from sgm.modules.autoencoding.fused_norm import needs_grad
 from sgm.util import instantiate_from_config
 
 # Latent frames that are decoded at once: of the first chunk, and of each one after it. The released
@@ -99,7 +100,11 @@ class VideoAutoencoderInferenceWrapper(LightningModule):
             ValueError: `x` has another shape.
         """
         self._check_video(x)
-        moments = self.encoder(x.to(_dtype_of(self.encoder)))
+        x = x.to(_dtype_of(self.encoder))
+        if needs_grad(self.encoder, x):
+            moments = self.encoder(x)
+        else:  # one by one: in bounded memory, and to the last bit the same in any batch
+            moments = torch.cat([self.encoder(sample) for sample in x.split(1)])
         if unregularized:
             return moments, {}
         return self.regularization(moments, noise=noise, generator=generator)
@@ -143,11 +148,9 @@ class VideoAutoencoderInferenceWrapper(LightningModule):
         return self._decode_chunks(z.to(_dtype_of(self.decoder)))
 
     def _decode_chunks(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
-        first, rest = z[:, :, :FIRST_CHUNK_FRAMES], z[:, :, FIRST_CHUNK_FRAMES:]
         with ConvCache() as cache:
-            yield self.decoder(first, cache=cache)
-            for start in range(0, rest.shape[2], CHUNK_FRAMES):
-                yield self.decoder(rest[:, :, start : start + CHUNK_FRAMES], cache=cache)
+            for chunk in chunks_of(z):
+                yield self.decoder(chunk, cache=cache)
 
     def forward(
         self,
@@ -225,6 +228,12 @@ class VideoAutoencoderInferenceWrapper(LightningModule):
         dtype = torch.get_default_dtype()
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
         self.load_state_dict(state, assign=True)
+
+
+def chunks_of(z: torch.Tensor) -> list[torch.Tensor]:
+    """Latents (b, z, t, h, w), t odd, in the parts that are decoded as one."""
+    first, rest = z[:, :, :FIRST_CHUNK_FRAMES], z[:, :, FIRST_CHUNK_FRAMES:]
+    return [first, *(rest.split(CHUNK_FRAMES, dim=2) if rest.shape[2] else ())]
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from sat.model.base_model import BaseModel
 from sat.model.transformer import BaseTransformer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from sgm.errors import UserError, nearest_name
 from sgm.modules.transformer.attention import Kernel
 from sgm.modules.transformer.checkpointing import Keep
 from sgm.modules.transformer.sat_runtime import ensure_process_groups, quiet_sat
+from sgm.parallel.sequence import SequenceShare
 from sgm.util import instantiate_from_config
 
 LAYER_NORM_EPSILON = 1e-5  # of the norms that SAT holds: two in each block, one after the last
@@ -122,10 +123,12 @@ class DiffusionTransformer(BaseModel):
             ),
         )
         self.hidden_size = hidden_size
+        self.num_heads = num_attention_heads
         self.frame_shape = (in_channels, latent_height, latent_width)
         self.grid_size = (latent_height // patch_size, latent_width // patch_size)
         self.num_latent_frames = _latent_frames(num_frames, time_compressed_rate)
         self.lora_config = modules.get("lora_config")
+        self._sequence_group: distributed.ProcessGroup | None = None
         self.time_embed = _time_mlp(hidden_size, time_embed_dim)
         self._add_parts(
             modules,
@@ -173,6 +176,13 @@ class DiffusionTransformer(BaseModel):
         """Compute attention with this kernel; None (the default) takes the fastest there is."""
         self.mixins["adaln_layer"].attention_kernel = kernel
 
+    def split_sequence(self, group: distributed.ProcessGroup) -> None:
+        """Share the tokens, for inference, with the other processes of `group`.
+
+        All of them must call `forward` together and with the same inputs; each gets the result.
+        """
+        self._sequence_group = group
+
     def compile_blocks(self) -> None:
         """Compile the blocks, all to one graph; the first step then takes about a minute."""
         self.mixins["adaln_layer"].compile_blocks()
@@ -213,6 +223,7 @@ class DiffusionTransformer(BaseModel):
         time_embedding = self.time_embed(
             sinusoidal_embedding(timesteps, self.hidden_size).to(self.dtype)
         )  # (b, time_embed_dim)
+        grid = (x.shape[1], *self.grid_size)
         # SAT's transformer calls the hooks of the mixins in this order: patch_embed makes the
         # tokens (text first), pos_embed says where they are, adaln_layer runs each block, and after
         # SAT's last norm final_layer makes frames of the video tokens.
@@ -223,10 +234,18 @@ class DiffusionTransformer(BaseModel):
             context=context.to(self.dtype),
             time_embedding=time_embedding,
             text_length=context.shape[1],
-            grid=(x.shape[1], *self.grid_size),
+            grid=grid,
+            share=self._share(context.shape[1] + math.prod(grid)),
             **hook_arguments,
         )
         return prediction.to(x.dtype)
+
+    def _share(self, num_tokens: int) -> SequenceShare | None:
+        """This process's part of the tokens; None where it has all of them."""
+        group = self._sequence_group
+        if group is None:
+            return None
+        return SequenceShare.of(group, num_tokens=num_tokens, num_heads=self.num_heads)
 
     def _check_shapes(self, x: Tensor, *, timesteps: Tensor, context: Tensor) -> None:
         limit = self.num_latent_frames

@@ -25,6 +25,9 @@ def test_the_published_sizes_are_accepted():
         ({"sampling_image_size": [480]}, r"videos of \[480, 720\]"),
         ({"latent_channels": 4}, "in_channels=16"),
         ({"batch_size": 0}, "at least 1"),
+        ({"step_cache": -0.1}, r"step_cache=-0.1: it must be 0 \(off\) or a number above 0"),
+        ({"step_cache": float("nan")}, "step_cache=nan"),
+        ({"step_cache": 0.1, "parallel": "video"}, "step_cache does not go with parallel: video"),
     ],
 )
 def test_other_sizes_are_refused_with_the_allowed_ones(change, words):

@@ -9,14 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from sgm.modules.autoencoding.causal_conv import CausalConv3d, ConvCache
+from sgm.modules.autoencoding.convolve import frames_per_call
+from sgm.modules.autoencoding.fused_norm import needs_grad, norm_silu
+from sgm.modules.autoencoding.layout import empty_frames
 
 MakeNorm = Callable[[int], nn.Module]
-
-
-def norm_silu(norm: nn.Module, x: torch.Tensor, latents: torch.Tensor | None) -> torch.Tensor:
-    """SiLU(norm(x)), where norm takes the latents too if there are any (in the decoder)."""
-    normed = norm(x) if latents is None else norm(x, latents)
-    return F.silu(normed, inplace=True)
 
 
 class CausalResnetBlock(nn.Module):
@@ -50,9 +47,34 @@ class CausalResnetBlock(nn.Module):
             latents: (b, z, t_z, h_z, w_z) for the decoder's norms.
             cache: of the convolutions, where a video comes in chunks.
         """
-        h = self.conv1(norm_silu(self.norm1, x, latents), cache=cache)
-        h = self.conv2(self.dropout(norm_silu(self.norm2, h, latents)), cache=cache)
+        step = frames_per_call(x, max(x.shape[1], self.conv1.conv.out_channels))
+        if step < x.shape[2] and not needs_grad(self, x):
+            return self._in_place(x, latents=latents, cache=cache, step=step)
+        h = norm_silu(self.norm1, x, latents, room=self.conv1.room)
+        h = self.conv1.slide(h, cache=cache)
+        h = self.dropout(norm_silu(self.norm2, h, latents, room=self.conv2.room))
+        h = self.conv2.slide(h, cache=cache)
         return h.add_(self.nin_shortcut(x))
+
+    def _in_place(
+        self, x: torch.Tensor, *, latents: torch.Tensor | None, cache: ConvCache | None, step: int
+    ) -> torch.Tensor:
+        """The same for long inputs: beside `x` there is one tensor of its size, which all steps
+        but the shortcut change in place, and `step` frames.
+        """
+        room, size = self.conv1.room, (self.conv1.room + x.shape[2], *x.shape[3:])
+        frames = norm_silu(self.norm1, x, latents, room=room)
+        target = frames
+        if self.conv1.conv.out_channels != x.shape[1]:
+            target = empty_frames(x, channels=self.conv1.conv.out_channels, size=size)
+        h = self.conv1.slide(frames, cache=cache, into=target[:, :, room:])
+        del frames
+        norm_silu(self.norm2, h, latents, into=h)
+        F.dropout(h, self.dropout.p, self.training, inplace=True)
+        self.conv2.slide(target, cache=cache, into=h)
+        for part in (slice(start, start + step) for start in range(0, x.shape[2], step)):
+            h[:, :, part] += self.nin_shortcut(x[:, :, part])
+        return h
 
 
 class MiddleBlocks(nn.Module):

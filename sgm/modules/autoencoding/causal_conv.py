@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sgm.modules.autoencoding.convolve import convolve
+from sgm.modules.autoencoding.layout import with_room
 
 
 class ConvCache:
@@ -38,10 +39,21 @@ class ConvCache:
         """What `conv` carried out of the previous chunk, (b, c, k-1, h, w); None at the first."""
         return self._frames.get(conv)
 
-    def carry(self, conv: nn.Module, frames: torch.Tensor) -> None:
-        """Keep `frames`, (b, c, k-1, h, w), for the next call of `conv`."""
+    def fill(self, conv: CausalConv3d, frames: torch.Tensor) -> None:
+        """Put what precedes a chunk in front of it, and keep its end for the next one.
+
+        Args:
+            conv: whose input the chunk is.
+            frames: (b, c, k-1 + t, h, w), the chunk behind the room that is filled.
+        """
+        fill_room(frames, self.recall(conv), room=conv.room)
         # A copy, because a view of a few frames would hold the whole chunk in memory.
-        self._frames[conv] = frames.clone()
+        self._frames[conv] = frames[:, :, -conv.room :].clone()
+
+
+def fill_room(frames: torch.Tensor, head: torch.Tensor | None, *, room: int) -> None:
+    """Put `head`, (b, c, room, h, w), at the start of `frames`; without it repeat their first."""
+    frames[:, :, :room] = frames[:, :, room : room + 1] if head is None else head
 
 
 class CausalConv3d(nn.Module):
@@ -55,20 +67,37 @@ class CausalConv3d(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size)
 
+    @property
+    def room(self) -> int:
+        """Frames in front of a chunk that its first output frame depends on: k - 1."""
+        return self.conv.kernel_size[0] - 1
+
     def forward(self, x: torch.Tensor, *, cache: ConvCache | None = None) -> torch.Tensor:
         """(b, c, t, h, w) → (b, c_out, t, h, w); reads and refreshes `cache` where one is given."""
-        kernel_size = self.conv.kernel_size[0]
-        head = self._head(x, cache) if kernel_size > 1 else None
-        return convolve(
-            x, self.conv.weight, bias=self.conv.bias, head=head, padding=kernel_size // 2
-        )
+        return self.slide(with_room(x, self.room) if self.room else x, cache=cache)
 
-    def _head(self, x: torch.Tensor, cache: ConvCache | None) -> torch.Tensor:
-        length = self.conv.kernel_size[0] - 1
-        head = None if cache is None else cache.recall(self)
-        if head is None:
-            head = x[:, :, :1].expand(-1, -1, length, -1, -1)  # (b, c, k - 1, h, w)
-        if cache is not None:
-            recent = x if x.shape[2] >= length else torch.cat([head, x], dim=2)
-            cache.carry(self, recent[:, :, -length:])
-        return head
+    def slide(
+        self,
+        frames: torch.Tensor,
+        *,
+        cache: ConvCache | None = None,
+        into: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The same over frames that have `room` in front, which is filled here: nothing is copied.
+
+        Args:
+            frames: (b, c, k-1 + t, h, w), changed in place.
+            cache: read and refreshed where one is given.
+            into: (b, c_out, t, h, w) that takes the result; it may be the last t of `frames`.
+
+        Returns:
+            (b, c_out, t, h, w): `into`, or a new tensor.
+        """
+        room = self.room
+        if room and cache is not None:
+            cache.fill(self, frames)
+        elif room:
+            fill_room(frames, None, room=room)
+        return convolve(
+            frames, self.conv.weight, bias=self.conv.bias, padding=(room + 1) // 2, into=into
+        )

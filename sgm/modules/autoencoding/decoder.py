@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from sgm.modules.autoencoding.blocks import MakeNorm, MiddleBlocks, norm_silu, residual_stack
+from sgm.modules.autoencoding.blocks import MakeNorm, MiddleBlocks, residual_stack
 from sgm.modules.autoencoding.causal_conv import CausalConv3d, ConvCache
+from sgm.modules.autoencoding.fused_norm import norm_silu
 from sgm.modules.autoencoding.norms import LatentModulatedNorm
 from sgm.modules.autoencoding.resize import NUM_TIME_LEVELS, Upsample
 
@@ -114,4 +115,5 @@ class ContextParallelDecoder3D(nn.Module):
         h = self.mid(h, latents=z, cache=cache)
         for level in reversed(self.up):
             h = level(h, latents=z, cache=cache)
-        return self.conv_out(norm_silu(self.norm_out, h, z), cache=cache)
+        h = norm_silu(self.norm_out, h, z, room=self.conv_out.room)
+        return self.conv_out.slide(h, cache=cache)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
-from sgm.modules.autoencoding.blocks import MiddleBlocks, norm_silu, residual_stack
+from sgm.modules.autoencoding.blocks import MiddleBlocks, residual_stack
 from sgm.modules.autoencoding.causal_conv import CausalConv3d
+from sgm.modules.autoencoding.fused_norm import norm_silu
 from sgm.modules.autoencoding.norms import group_norm
 from sgm.modules.autoencoding.resize import NUM_TIME_LEVELS, Downsample
 
@@ -35,11 +36,14 @@ class EncoderLevel(nn.Module):
         )
         self.downsample = downsample
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(b, c, t, h, w) → (b, c_out, t', h', w')."""
-        for block in self.block:
-            x = block(x)
-        return x if self.downsample is None else self.downsample(x)
+    def steps(self) -> Iterator[nn.Module]:
+        """What to apply one after the other: (b, c, t, h, w) → (b, c_out, t', h', w') in the end.
+
+        A `forward` would keep its input, as long as all of a clip may be, until its end.
+        """
+        yield from self.block
+        if self.downsample is not None:
+            yield self.downsample
 
 
 class ContextParallelEncoder3D(nn.Module):
@@ -106,6 +110,8 @@ class ContextParallelEncoder3D(nn.Module):
         """
         h = self.conv_in(x)
         for level in self.down:
-            h = level(h)
+            for step in level.steps():
+                h = step(h)
         h = self.mid(h)
-        return self.conv_out(norm_silu(self.norm_out, h, None))
+        h = norm_silu(self.norm_out, h, None, room=self.conv_out.room)
+        return self.conv_out.slide(h)

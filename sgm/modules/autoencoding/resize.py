@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sgm.modules.autoencoding.convolve import convolve
+from sgm.modules.autoencoding.convolve import convolve, frames_per_call
+from sgm.modules.autoencoding.layout import empty_frames
 
 # Time is compressed 4 times, at the first two of the levels that also halve space.
 NUM_TIME_LEVELS = 2
@@ -43,6 +46,14 @@ class Downsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(b, c, t, h, w) → (b, c, ⌈t/2⌉ or t, ⌊h/2⌋, ⌊w/2⌋)."""
+        # Parts of an even number of frames, but for a first one that is averaged with no other.
+        step = frames_per_call(x, x.shape[1]) // 2 * 2 or 2
+        num_frames = x.shape[2]
+        bounds = [0, *range(step + num_frames % 2, num_frames, step), num_frames]
+        parts = [self._halve(x[:, :, start:stop]) for start, stop in pairwise(bounds)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _halve(self, x: torch.Tensor) -> torch.Tensor:
         if self.compress_time:
             x = _average_pairs(x)
         x = F.pad(x, (0, 1, 0, 1))  # (b, c, t, h + 1, w + 1), right and bottom
@@ -59,12 +70,33 @@ class Upsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(b, c, t, h, w) → (b, c, 2t or t, 2h, 2w); 2t - 1 frames where t is odd."""
-        num_frames = x.shape[2]
-        x = F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest")  # (b, c, t, 2h, 2w)
+        x = _double_pixels(x)  # (b, c, t, 2h, 2w)
         x = convolve(x, self.conv.weight.unsqueeze(2), bias=self.conv.bias, padding=1)
         # The convolution treats frames one by one, so repeating them after it is the same and
         # spares half of the work.
-        return stretch_time(x, 2 * num_frames - num_frames % 2) if self.expand_time else x
+        return _double_frames(x) if self.expand_time else x
+
+
+def _double_pixels(x: torch.Tensor) -> torch.Tensor:
+    """(b, c, t, h, w) → (b, c, t, 2h, 2w): nearest neighbour, which interpolate does in 3D only
+    after a change of layout.
+    """
+    num_frames, height, width = x.shape[2:]
+    result = empty_frames(x, channels=x.shape[1], size=(num_frames, 2 * height, 2 * width))
+    quads = result.unflatten(4, (width, 2)).unflatten(3, (height, 2))  # (b, c, t, h, 2, w, 2)
+    quads.copy_(x[:, :, :, :, None, :, None])
+    return result
+
+
+def _double_frames(x: torch.Tensor) -> torch.Tensor:
+    """What `stretch_time` gives for 2t frames, or 2t - 1 where t is odd, in the layout of `x`."""
+    num_frames = x.shape[2]
+    first_alone = num_frames % 2
+    result = empty_frames(x, channels=x.shape[1], size=(2 * num_frames - first_alone, *x.shape[3:]))
+    result[:, :, :first_alone] = x[:, :, :first_alone]
+    pairs = result[:, :, first_alone:].unflatten(2, (num_frames - first_alone, 2))
+    pairs.copy_(x[:, :, first_alone:, None])  # (b, c, t - 1 or t, 2, h, w)
+    return result
 
 
 def _average_pairs(x: torch.Tensor) -> torch.Tensor:

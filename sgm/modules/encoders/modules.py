@@ -6,25 +6,22 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
 from sgm.checkpoint.diffusers_folder import find_in_pipeline, read_json
-from sgm.checkpoint.reading import check_kind, check_weight_file
+from sgm.checkpoint.fit import differences
+from sgm.checkpoint.reading import check_kind, check_weight_file, read_checkpoint, tensors_of
 from sgm.errors import UserError
 from sgm.modules.encoders.json_pieces import JsonPieces
-
-if TYPE_CHECKING:
-    from transformers import T5EncoderModel
 
 logger = logging.getLogger(__name__)
 
 _VARIANT = ".fp16"  # in the names of files that diffusers may have instead of the plain ones
+_TABLE_NAMES = ("encoder.embed_tokens.weight", "shared.weight")
+_WIDE = ".wo.weight"
 _LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
 _NUM_NAMED = 3  # names that a message repeats
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
@@ -169,45 +166,54 @@ def embedding_files(model_dir: str) -> list[Path]:
     return [files.folder / "config.json", files.tokenizer, *files.weights]
 
 
-def _load_encoder(files: T5Files, dtype: torch.dtype) -> T5EncoderModel:
-    """The encoder with its weights, on the CPU.
+def _load_encoder(files: T5Files, *, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
+    """The encoder with its weights, each mapped from disk and put straight into type and place.
+
+    With `from_pretrained` of transformers all of them would be in the host's memory first.
 
     Raises:
-        UserError: transformers cannot load it, or some of its weights are not in the folder.
+        UserError: transformers cannot build it, or some of its weights are not in the folder.
     """
     # Imported here, since it takes seconds and only this function needs it.
-    from transformers import T5EncoderModel
+    from transformers import T5Config, T5EncoderModel
 
     folder = files.folder
     again = "copy the folder from the original again"
     try:
-        # Without ignore_mismatched_sizes it would fail with a reference to its own log.
-        encoder, found = T5EncoderModel.from_pretrained(
-            folder,
-            dtype=dtype,
-            variant=_VARIANT[1:] if _VARIANT in files.weights[0].name else None,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except UnpicklingError:
-        raise UserError(
-            f"the T5 folder {folder} cannot be loaded: a .bin file in it is damaged or carries "
-            "pickled code; use weights as .safetensors"
-        ) from None
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        with torch.device("meta"):
+            encoder = T5EncoderModel(T5Config.from_dict(read_json(folder / "config.json")))
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = reason.rstrip(".")
         raise UserError(f"the T5 folder {folder} cannot be loaded: {reason}; {again}") from None
-    # transformers gives weights that it does not find random values and goes on.
-    gaps = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    wanted = encoder.state_dict()
+    found: dict[str, Tensor] = {}
+    for path in files.weights:
+        found |= tensors_of(read_checkpoint(path), path, wrapper="module")
+    _complete_table(found)
+    found = {name: tensor for name, tensor in found.items() if name in wanted}  # no decoder
+    unfit = differences(found, wanted)
+    gaps = [*unfit["missing"], *unfit["of another shape"]]
     if gaps:
         few = f"{', '.join(gaps[:3])}{', …' if len(gaps) > 3 else ''}"
         raise UserError(
             f"the T5 folder {folder} lacks {len(gaps)} of the weights that its config.json asks "
             f"for, or has them in another shape ({few}); {again}"
         )
-    return encoder
+    for name in wanted:
+        # As transformers does: the range of float16 is too small for what this layer adds up.
+        is_wide = dtype is torch.float16 and name.endswith(_WIDE)
+        found[name] = found[name].to(device=device, dtype=torch.float32 if is_wide else dtype)
+    encoder.load_state_dict(found, assign=True)
+    encoder.set_input_embeddings(encoder.shared)  # one table under both of its names
+    return encoder.eval()  # without dropout
+
+
+def _complete_table(state: dict[str, Tensor]) -> None:
+    """Give the table of words both of its names; files have it under either or both."""
+    for name, other in (_TABLE_NAMES, _TABLE_NAMES[::-1]):
+        if name in state:
+            state[other] = state[name]
 
 
 class FrozenT5Embedder(nn.Module):
@@ -239,7 +245,7 @@ class FrozenT5Embedder(nn.Module):
         super().__init__()
         files = find_t5(model_dir)
         self.tokenizer = T5Tokenizer(files.tokenizer, max_length=max_length)
-        self.transformer = _load_encoder(files, dtype).to(device)
+        self.transformer = _load_encoder(files, dtype=dtype, device=device)
 
     def warn_if_cut(self, text: str) -> None:
         """Log a warning that quotes the end of `text` that the encoder will not see."""

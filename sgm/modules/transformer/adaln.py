@@ -15,6 +15,7 @@ from sgm.modules.transformer.attention import Kernel, attend, choose_kernel
 from sgm.modules.transformer.checkpointing import Keep, run_checkpointed
 from sgm.modules.transformer.feed_forward import activated
 from sgm.modules.transformer.projection import project
+from sgm.parallel.sequence import SequenceShare
 
 QK_NORM_EPSILON = 1e-6
 
@@ -155,11 +156,13 @@ class AdaLNMixin(BaseMixin):
         layer_id: Tensor | int,
         time_embedding: Tensor,
         text_length: int,
+        share: SequenceShare | None = None,
         **_: Any,
     ) -> Tensor:
         """Block `layer_id` on tokens (b, n, d) with time embedding (b, time_embed_dim).
 
-        `mask` is what SAT hands on; attention here is full and does not read it.
+        With a `share`, the tokens are this process's. `mask` is what SAT hands on; attention here
+        is full and does not read it.
         """
         # SAT gives the layer as a CPU tensor; int() of it waits for no GPU.
         parts = self.block_parts(int(layer_id))
@@ -172,9 +175,10 @@ class AdaLNMixin(BaseMixin):
             tokens,
             time_embedding,
             parts,
-            text_length=text_length,
+            text_length=text_length if share is None else share.own_text_length(text_length),
             head_size=self.head_size,
             kernel=self.attention_kernel or choose_kernel(hidden_states),
+            share=share,
             keep=self.checkpoint_keep if torch.is_grad_enabled() else None,
         )
 
@@ -205,6 +209,7 @@ def run_block(
     text_length: int,
     head_size: int,
     kernel: Kernel,
+    share: SequenceShare | None,
     keep: Keep | None,
 ) -> Tensor:
     """A block on tokens (b, n, d); of its inner results only `keep` stays for the backward pass.
@@ -212,7 +217,12 @@ def run_block(
     A function of all that it needs: compiled, it is the same graph for every layer.
     """
     block = partial(
-        _block, parts=parts, text_length=text_length, head_size=head_size, kernel=kernel
+        _block,
+        parts=parts,
+        text_length=text_length,
+        head_size=head_size,
+        kernel=kernel,
+        share=share,
     )
     if keep is None:
         return block(tokens, time_embedding)
@@ -227,6 +237,7 @@ def _block(
     text_length: int,
     head_size: int,
     kernel: Kernel,
+    share: SequenceShare | None,
 ) -> Tensor:
     layer = parts.layer
     for_attention, for_mlp = modulations(parts.modulation(time_embedding), text_length=text_length)
@@ -236,7 +247,9 @@ def _block(
         part.unflatten(-1, (-1, head_size))  # (b, n, heads, head_size)
         for part in project(layer.attention.query_key_value, attention_input, num_parts=3)
     )
-    attended = attend(parts.query_norm(query), parts.key_norm(key), value, kernel=kernel)
+    attended = attend(
+        parts.query_norm(query), parts.key_norm(key), value, kernel=kernel, share=share
+    )
     (attended,) = project(layer.attention.dense, attended.flatten(-2), num_parts=1)
     tokens = for_attention.add_gated(tokens, attended)
 

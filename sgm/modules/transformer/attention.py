@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sgm.parallel.sequence import SequenceShare
+
 # What computes the attention: "flash" is FlashAttention-4, "sdpa" is PyTorch.
 Kernel = Literal["flash", "sdpa"]
 
@@ -32,8 +34,21 @@ def _flash_runs_on(device: torch.device) -> bool:
         return False
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, *, kernel: Kernel) -> Tensor:
-    """Attention without mask or dropout, (b, n, heads, head_size) each and for the result."""
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    kernel: Kernel,
+    share: SequenceShare | None = None,
+) -> Tensor:
+    """Attention without mask or dropout, (b, n, heads, head_size) each and for the result.
+
+    With a `share`, n counts this process's tokens, which attend to those of all processes.
+    """
+    if share is not None:
+        own_heads = [share.to_heads(tensor) for tensor in (query, key, value)]
+        return share.to_tokens(attend(*own_heads, kernel=kernel))
     if kernel == "flash":
         return flash_attention(query, key, value)[0]
     # Each head is a batch of its own there: (b, heads, n, head_size).

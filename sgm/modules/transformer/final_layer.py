@@ -9,6 +9,7 @@ from sat.model.base_model import BaseMixin
 from torch import Tensor, nn
 
 from sgm.modules.transformer.adaln import modulate
+from sgm.parallel.sequence import SequenceShare
 
 FINAL_NORM_EPSILON = 1e-6
 
@@ -54,12 +55,16 @@ class FinalLayerMixin(BaseMixin):
         time_embedding: Tensor,
         text_length: int,
         grid: tuple[int, int, int],
+        share: SequenceShare | None = None,
         **_: Any,
     ) -> Tensor:
         """Tokens (b, text_length + t * h * w, d) of `grid` = (t, h, w) -> (b, t, c, h * p, w * p).
 
-        In a patch the channel is the slowest index.
+        In a patch the channel is the slowest index. With a `share`, the tokens are this process's,
+        and every process gets the whole result.
         """
+        if share is not None:
+            tokens = share.gather(tokens)
         shift, scale = rearrange(
             self.adaLN_modulation(time_embedding), "b (part d) -> part b 1 d", part=2
         )  # (b, 1, d) each

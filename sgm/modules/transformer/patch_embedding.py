@@ -9,6 +9,8 @@ from einops import rearrange
 from sat.model.base_model import BaseMixin
 from torch import Tensor, nn
 
+from sgm.parallel.sequence import SequenceShare
+
 
 class ImagePatchEmbeddingMixin(BaseMixin):
     """Text tokens, then the square patches of each frame, all brought to the model's width.
@@ -27,12 +29,15 @@ class ImagePatchEmbeddingMixin(BaseMixin):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         self.text_proj = nn.Linear(text_hidden_size, hidden_size)
 
-    def word_embedding_forward(self, x: Tensor, *, context: Tensor, **_: Any) -> Tensor:
+    def word_embedding_forward(
+        self, x: Tensor, *, context: Tensor, share: SequenceShare | None = None, **_: Any
+    ) -> Tensor:
         """Clip (b, t, c, h, w) and text (b, n_text, d_text) -> tokens (b, n_text + n, d).
 
-        Video tokens follow in t, h, w order.
+        Video tokens follow in t, h, w order. With a `share`, only those of this process.
         """
         frames = rearrange(x, "b t c h w -> (b t) c h w")
         patches = self.proj(frames)  # ((b t), d, h/p, w/p)
         video = rearrange(patches, "(b t) d h w -> b (t h w) d", b=x.shape[0])  # (b, n, d)
-        return torch.cat([self.text_proj(context), video], dim=1)
+        tokens = torch.cat([self.text_proj(context), video], dim=1)
+        return tokens if share is None else share.take(tokens)

@@ -10,6 +10,7 @@ from sat.model.base_model import BaseMixin, BaseModel
 from torch import Tensor, nn
 
 from sgm.errors import UserError
+from sgm.parallel.sequence import SequenceShare
 
 
 class Basic3DPositionEmbeddingMixin(BaseMixin):
@@ -97,11 +98,20 @@ class Basic3DPositionEmbeddingMixin(BaseMixin):
             self.pos_embedding.copy_(table)
 
     def position_embedding_forward(
-        self, position_ids: None, *, grid: tuple[int, int, int], **_: Any
+        self,
+        position_ids: None,
+        *,
+        grid: tuple[int, int, int],
+        share: SequenceShare | None = None,
+        **_: Any,
     ) -> Tensor:
-        """Positions (1, text_length + t * h * w, d) of a clip of `grid` = (t, h, w) patches."""
+        """Positions (1, text_length + t * h * w, d) of a clip of `grid` = (t, h, w) patches.
+
+        With a `share`, those of this process's tokens.
+        """
         num_frames, height, width = grid
-        return self.pos_embedding[:, : self.text_length + num_frames * height * width]
+        positions = self.pos_embedding[:, : self.text_length + num_frames * height * width]
+        return positions if share is None else share.take(positions)
 
 
 def sine_cosine(positions: Tensor, width: int) -> Tensor:

@@ -175,6 +175,18 @@ def test_weights_come_in_the_type_asked_for(t5):
     assert {weight.dtype for weight in embedder.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_come_as_transformers_loads_them_in_the_type_asked_for(t5, dtype):
+    weights = dict(
+        FrozenT5Embedder(str(t5), MAX_LENGTH, dtype=dtype).transformer.named_parameters()
+    )
+    expected = dict(T5EncoderModel.from_pretrained(t5, dtype=dtype).named_parameters())
+    assert weights.keys() == expected.keys()  # the table of words counts once
+    assert dtype in {weight.dtype for weight in weights.values()}
+    for name, weight in expected.items():
+        assert weights[name].dtype == weight.dtype and torch.equal(weights[name], weight)
+
+
 def test_a_checkpoint_of_the_whole_t5_is_loaded_from_bin_files_too(t5, broken, embedder):
     whole = T5ForConditionalGeneration(T5EncoderModel.from_pretrained(t5).config).float()
     encoder = load_file(t5 / "model.safetensors")
@@ -233,7 +245,10 @@ MISTAKES = {
         "model.safetensors is a pointer of git-lfs",
     ),
     "bin pointer": (lambda f: as_bin(f, POINTER.encode()), "bin is a pointer of git-lfs"),
-    "bin of something else": (lambda f: as_bin(f, b"hello, no pickle"), "cannot be loaded"),
+    "bin of something else": (
+        lambda f: as_bin(f, b"hello, no pickle"),
+        "cannot be read as weights",
+    ),
     "weights cut off": (
         lambda f: cut(f / "model.safetensors"),
         "model.safetensors is not a whole safetensors file",
