@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,21 @@ from arguments import SamplingArgs, parse_config
 from tools.make_random_weights import write_t5
 
 OLD_NAMES = Path(__file__).parent / "data" / "old_names.yaml"
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 4 KiB, which writing meets as it meets a full disk.
+
+    Only around the call that is tested: pytest writes to a file of its own where its output goes
+    to one.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="session")

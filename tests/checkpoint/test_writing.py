@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import weakref
 
 import pytest
@@ -19,6 +18,7 @@ from sgm.checkpoint.writing import (
 )
 from sgm.errors import UserError
 from sgm.files import new_folder
+from tests.conftest import full_disk
 
 TENSORS = {
     "a": torch.randn(3, 5),
@@ -108,18 +108,10 @@ def test_precision_changes_when_asked_and_overflow_is_named():
         in_dtype(tensors, torch.float16, where="file")["w"]
 
 
-@pytest.fixture
-def no_room():
-    """No file may grow beyond 4 KiB, which writing meets as it meets a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("save", [save_sharded, save_sat_transformer])
-def test_a_failing_disk_is_one_sentence_and_leaves_nothing(tmp_path, no_room, save):
-    with pytest.raises(UserError, match="out cannot be written: .*; free some space"):
+def test_a_failing_disk_is_one_sentence_and_leaves_nothing(tmp_path, save):
+    failure = pytest.raises(UserError, match="out cannot be written: .*; free some space")
+    with failure, full_disk():
         with new_folder(tmp_path / "out") as folder:
             save(folder, {"w": torch.zeros(4096)})
     assert os.listdir(tmp_path) == []

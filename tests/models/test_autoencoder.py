@@ -155,8 +155,9 @@ def test_a_long_clip_is_encoded_beside_two_of_its_largest_feature_maps(monkeypat
     with LiveBytes() as bounded:
         actual, _ = vae.encode(x, unregularized=True)
     assert_agrees(actual, expected)
-    # Two maps of 33 frames with room for two more, and six frames: what a step works on.
-    assert bounded.peak < (2 * 35 + 6) * frame * 4 < 0.8 * whole.peak
+    # Two maps of 33 frames with room for two more, and ten frames: what a step works on, with the
+    # copy of those it reads that is made on a CPU.
+    assert bounded.peak < (2 * 35 + 10) * frame * 4 < 0.8 * whole.peak
 
 
 def test_names_and_shapes_of_the_2b_autoencoder():

@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 import subprocess
 import sys
 from functools import partial
@@ -17,6 +16,7 @@ from sgm.checkpoint import LoraChoice, fingerprint, load_lora, merge_loras, read
 from sgm.checkpoint.lora_formats import BASE_KEY, DIFFUSERS_FILE, METADATA_KEY
 from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX, read_transformer
 from sgm.cli import run_command
+from tests.conftest import full_disk
 from tests.lora_models import build, build_theirs, predict, randomize, save_base, save_run
 from tools import export_sat_lora_weight, import_lora, merge_lora
 
@@ -341,15 +341,6 @@ def test_an_output_folder_that_exists_is_left_alone(request, wrong, tmp_path, na
     assert not list((tmp_path / "there").iterdir())
 
 
-@pytest.fixture
-def no_room():
-    """No file may grow beyond some kB, which is what a full disk looks like to a writer."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("name", ["export", "export into a folder", "bring_in", "merge"])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(request, wrong, tmp_path, name):
     if "into" in name:
@@ -357,8 +348,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(request, wrong, tmp_path
     before = sorted(tmp_path.rglob("*"))
     arguments = [wrong["base"], "--lora", wrong["run"]] if name == "merge" else [wrong["run"]]
     run = request.getfixturevalue(name.split()[0])
-    request.getfixturevalue("no_room")
-    code, said, error, _ = run(*arguments)
+    with full_disk():
+        code, said, error, _ = run(*arguments)
     assert code == 1 and not said and "cannot be written" in error
     assert sorted(tmp_path.rglob("*")) == before
 

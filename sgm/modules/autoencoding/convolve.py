@@ -16,7 +16,7 @@ ELEMENTS_PER_PART = 3 * 2**25  # two frames of 480 x 720 with 128 channels
 # On a CPU: elements that stay in its cache, and the most channels for which oneDNN's sums over
 # pixels that are rows of channels lose no more digits than those over planes.
 CPU_ELEMENTS = 2**19
-CPU_CHANNELS_LAST = 32
+CPU_CHANNELS_LAST = 0
 
 
 def frames_per_call(x: torch.Tensor, channels: int) -> int:
@@ -105,17 +105,17 @@ def _convolve_by_taps(
     """
     taps = weight.shape[2]
     rows = sample.transpose(0, 1)  # (t + k - 1, c, h, w)
-    if rows.shape[1] > CPU_CHANNELS_LAST:
-        rows = rows.contiguous()
     num_rows = len(rows) - taps + 1
     step = max(1, CPU_ELEMENTS // rows[0].numel())
     pieces = []
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
+        # As planes: oneDNN's sums over pixels that are rows of channels lose more digits.
+        planes = rows[start : stop + taps - 1].contiguous()
         piece: torch.Tensor | None = None
         for tap in range(taps):
             part = F.conv2d(
-                rows[start + tap : stop + tap],
+                planes[tap : tap + stop - start],
                 weight[:, :, tap],
                 bias if tap == 0 else None,
                 stride=stride,
