@@ -42,9 +42,11 @@ def build_theirs(network: DiffusionTransformer) -> nn.Module:
     """diffusers' transformer with the base weights of `network`."""
     import diffusers
 
-    sizes = {"num_attention_heads": 2, "attention_head_dim": WIDTH // 2, "text_embed_dim": 48}
     theirs = diffusers.CogVideoXTransformer3DModel(
         num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=WIDTH // 2,
+        text_embed_dim=48,
         in_channels=16,
         out_channels=16,
         time_embed_dim=32,
@@ -55,7 +57,7 @@ def build_theirs(network: DiffusionTransformer) -> nn.Module:
         temporal_compression_ratio=4,
         patch_size=2,
         spatial_interpolation_scale=1.875,
-        **sizes,
+        use_rotary_positional_embeddings=False,
     ).eval()
     weights = to_diffusers(network.state_dict(), "transformer", where="ours")
     theirs.load_state_dict(dict(weights), strict=True)

@@ -13,8 +13,9 @@ from diffusion_video import NetworkWrapper
 from sgm.checkpoint.table import to_diffusers
 from sgm.models.transformer import DiffusionTransformer
 from sgm.util import instantiate_from_config
+from tests.lora_models import build_theirs
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 
 MODULES = "sgm.modules.diffusionmodules"
 TABLE = {
@@ -40,14 +41,7 @@ SAMPLING = {
 def networks(small_config, randomize) -> tuple[nn.Module, nn.Module]:
     ours = DiffusionTransformer(**small_config())
     randomize(ours)
-    theirs = diffusers.CogVideoXTransformer3DModel(
-        num_layers=2, num_attention_heads=2, attention_head_dim=32, in_channels=16,
-        out_channels=16, time_embed_dim=32, text_embed_dim=48, max_text_seq_length=10,
-        sample_width=12, sample_height=8, sample_frames=9, temporal_compression_ratio=4,
-        patch_size=2, spatial_interpolation_scale=1.875, use_rotary_positional_embeddings=False,
-    )  # fmt: skip
-    theirs.load_state_dict(dict(to_diffusers(ours.state_dict(), "transformer", where="ours")))
-    return ours, theirs
+    return ours, build_theirs(ours)
 
 
 def gradients(
