@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,33 +22,44 @@ def fuse_gradient_checks(optimizer: Any) -> None:
 
     if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload:
         return
-    optimizer.has_overflow_partitioned_grads_serial = partial(_has_overflow, optimizer)
-    optimizer.get_grad_norm_direct = partial(_norm, optimizer)
+    checks = _GradientChecks(optimizer)
+    optimizer.has_overflow_partitioned_grads_serial = checks.has_overflow
+    optimizer.get_grad_norm_direct = checks.norm
 
 
-def _has_overflow(optimizer: Any) -> Tensor:
-    """(1,) bool: some gradient of this process is not finite."""
-    of_groups = optimizer.averaged_gradients.values()
-    gradients = [gradient for group in of_groups for gradient in group if gradient is not None]
-    return ~_square_sum(gradients, optimizer.device).isfinite().reshape(1)
+class _GradientChecks:
+    """ZeRO asks first whether gradients are finite, then for their norm; one sum answers both."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        # Of the groups whose norm has not been asked for yet, by the identity of their lists.
+        self._square_sums: dict[int, Tensor] = {}
+
+    def has_overflow(self) -> Tensor:
+        """(1,) bool: some gradient of this process is not finite."""
+        device = self.optimizer.device
+        groups = self.optimizer.averaged_gradients.values()
+        self._square_sums = {id(group): _square_sum(group, device) for group in groups}
+        total = sum(self._square_sums.values(), torch.zeros((), device=device))
+        return ~total.isfinite().reshape(1)
+
+    def norm(self, gradients: Sequence[Tensor], params: Any, norm_type: float = 2) -> Tensor:
+        """The norm of a group's gradients over all processes; -1 if it is not finite."""
+        if norm_type != 2:
+            raise NotImplementedError(f"norm_type={norm_type}: ZeRO takes the norm of order 2 only")
+        total = self._square_sums.pop(id(gradients), None)
+        if total is None:  # settings may leave the check before it out
+            total = _square_sum(gradients, self.optimizer.device)
+        distributed.all_reduce(total, group=self.optimizer.dp_process_group)
+        norm = total.sqrt()
+        return torch.where(norm.isfinite(), norm, torch.full_like(norm, _INVALID))
 
 
-def _norm(optimizer: Any, gradients: Iterable[Tensor], params: Any, norm_type: float = 2) -> Tensor:
-    """The norm of a group's gradients over all processes; -1 if it is not finite."""
-    if norm_type != 2:
-        raise NotImplementedError(f"norm_type={norm_type}: ZeRO takes the norm of order 2 only")
-    # Zeros fill the group to a multiple of the number of processes.
-    own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-    total = _square_sum(own, optimizer.device)
-    distributed.all_reduce(total, group=optimizer.dp_process_group)
-    norm = total.sqrt()
-    return torch.where(norm.isfinite(), norm, torch.full_like(norm, _INVALID))
-
-
-def _square_sum(gradients: Sequence[Tensor], device: Any) -> Tensor:
-    """Sum of all squares, a float32 scalar."""
-    if not gradients:
+def _square_sum(gradients: Iterable[Tensor | None], device: Any) -> Tensor:
+    """Sum of all squares, a float32 scalar; the zeros that fill a group up add nothing to it."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    if not present:
         return torch.zeros((), device=device)
     # In float32: the squares of float16 gradients, scaled up as they are, leave its range.
-    norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)
+    norms = torch._foreach_norm(present, 2, dtype=torch.float32)
     return torch.stack(norms).square().sum()

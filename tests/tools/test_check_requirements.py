@@ -88,7 +88,7 @@ def test_the_shipped_pins_lie_in_their_own_ranges(name):
 # Packages, in small letters, whose modules have another name.
 PACKAGES = {"PIL": "pillow", "sat": "swissarmytransformer", "yaml": "pyyaml"}
 # Needed by what we import, not imported by us: the file itself says by what.
-INDIRECT = {"setuptools", "triton"}
+INDIRECT = {"setuptools"}
 
 
 def imported_names() -> set[str]:

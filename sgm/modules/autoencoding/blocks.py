@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import nn
 
 from sgm.modules.autoencoding.causal_conv import CausalConv3d, ConvCache
 from sgm.modules.autoencoding.convolve import frames_per_call
-from sgm.modules.autoencoding.fused_norm import needs_grad, norm_silu
+from sgm.modules.autoencoding.fused_norm import fused_kernels, needs_grad, norm_silu
 from sgm.modules.autoencoding.layout import empty_frames
 
 MakeNorm = Callable[[int], nn.Module]
@@ -48,13 +49,16 @@ class CausalResnetBlock(nn.Module):
             cache: of the convolutions, where a video comes in chunks.
         """
         step = frames_per_call(x, max(x.shape[1], self.conv1.conv.out_channels))
-        if step < x.shape[2] and not needs_grad(self, x):
+        with_grad = needs_grad(self, x)
+        fused = None if with_grad else fused_kernels(x)
+        if step < x.shape[2] and not with_grad:
             return self._in_place(x, latents=latents, cache=cache, step=step)
         h = norm_silu(self.norm1, x, latents, room=self.conv1.room)
-        h = self.conv1.slide(h, cache=cache)
-        h = self.dropout(norm_silu(self.norm2, h, latents, room=self.conv2.room))
-        h = self.conv2.slide(h, cache=cache)
-        return h.add_(self.nin_shortcut(x))
+        h = self.conv1.slide(h, cache=cache, add_bias=fused is None)
+        h = norm_silu(self.norm2, h, latents, room=self.conv2.room, offset=self._offset(fused))
+        h = self.conv2.slide(self.dropout(h), cache=cache, add_bias=fused is None)
+        self._add_shortcut(h, x, fused=fused)
+        return h
 
     def _in_place(
         self, x: torch.Tensor, *, latents: torch.Tensor | None, cache: ConvCache | None, step: int
@@ -63,18 +67,35 @@ class CausalResnetBlock(nn.Module):
         but the shortcut change in place, and `step` frames.
         """
         room, size = self.conv1.room, (self.conv1.room + x.shape[2], *x.shape[3:])
+        fused = fused_kernels(x)
         frames = norm_silu(self.norm1, x, latents, room=room)
         target = frames
         if self.conv1.conv.out_channels != x.shape[1]:
             target = empty_frames(x, channels=self.conv1.conv.out_channels, size=size)
-        h = self.conv1.slide(frames, cache=cache, into=target[:, :, room:])
+        inside = target[:, :, room:]
+        h = self.conv1.slide(frames, cache=cache, into=inside, add_bias=fused is None)
         del frames
-        norm_silu(self.norm2, h, latents, into=h)
+        norm_silu(self.norm2, h, latents, into=h, offset=self._offset(fused))
         F.dropout(h, self.dropout.p, self.training, inplace=True)
-        self.conv2.slide(target, cache=cache, into=h)
+        self.conv2.slide(target, cache=cache, into=h, add_bias=fused is None)
         for part in (slice(start, start + step) for start in range(0, x.shape[2], step)):
-            h[:, :, part] += self.nin_shortcut(x[:, :, part])
+            self._add_shortcut(h[:, :, part], x[:, :, part], fused=fused)
         return h
+
+    def _offset(self, fused: ModuleType | None) -> torch.Tensor | None:
+        """What the first convolution leaves to the norm after it."""
+        return None if fused is None else self.conv1.conv.bias
+
+    def _add_shortcut(self, h: torch.Tensor, x: torch.Tensor, *, fused: ModuleType | None) -> None:
+        """h += shortcut of x, (b, c_out, t, h, w) each; and with `fused` what was left out of h."""
+        if fused is None:
+            h += self.nin_shortcut(x)
+            return
+        bias = self.conv2.conv.bias
+        if isinstance(self.nin_shortcut, nn.Conv3d):
+            bias = bias.float() + self.nin_shortcut.bias
+            x = F.conv3d(x, self.nin_shortcut.weight)
+        fused.add_with_bias(h, x, bias=bias)
 
 
 class MiddleBlocks(nn.Module):

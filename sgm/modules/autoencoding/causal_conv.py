@@ -82,6 +82,7 @@ class CausalConv3d(nn.Module):
         *,
         cache: ConvCache | None = None,
         into: torch.Tensor | None = None,
+        add_bias: bool = True,
     ) -> torch.Tensor:
         """The same over frames that have `room` in front, which is filled here: nothing is copied.
 
@@ -89,6 +90,7 @@ class CausalConv3d(nn.Module):
             frames: (b, c, k-1 + t, h, w), changed in place.
             cache: read and refreshed where one is given.
             into: (b, c_out, t, h, w) that takes the result; it may be the last t of `frames`.
+            add_bias: false leaves the bias to the caller.
 
         Returns:
             (b, c_out, t, h, w): `into`, or a new tensor.
@@ -98,6 +100,5 @@ class CausalConv3d(nn.Module):
             cache.fill(self, frames)
         elif room:
             fill_room(frames, None, room=room)
-        return convolve(
-            frames, self.conv.weight, bias=self.conv.bias, padding=(room + 1) // 2, into=into
-        )
+        bias = self.conv.bias if add_bias else None
+        return convolve(frames, self.conv.weight, bias=bias, padding=(room + 1) // 2, into=into)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from sgm.modules.autoencoding.layout import empty_frames
+from sgm.modules.autoencoding.layout import empty_frames, memory_format
 
 # Longer inputs are convolved part by part along time. cuDNN counts the elements of a tensor in 32
 # bits, which 49 frames of 480 x 720 with 128 channels exceed; and the parts bound the memory beside
@@ -78,9 +78,10 @@ def _convolve_frames(
 ) -> torch.Tensor:
     """(b, c, t + k - 1, h, w) → (b, c_out, t, h_out, w_out)."""
     if frames.device.type != "cpu" or frames.dtype != torch.float32:
-        return F.conv3d(
+        result = F.conv3d(
             frames, weight, bias, stride=(1, stride, stride), padding=(0, padding, padding)
         )
+        return result.contiguous(memory_format=memory_format(result))  # as it is, if cuDNN did it
     samples = [
         _convolve_by_taps(sample, weight, bias=bias, padding=padding, stride=stride)
         for sample in frames

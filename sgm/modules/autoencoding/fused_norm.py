@@ -7,6 +7,9 @@ only where the latents do, so that they are as small as these.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,8 +18,9 @@ from sgm.modules.autoencoding.layout import empty_frames, with_room
 from sgm.modules.autoencoding.norms import LatentModulatedNorm
 from sgm.modules.autoencoding.resize import stretch_time
 
-# Elements of a feature map that are treated at once. On a CPU they fit its cache.
+# Elements of a feature map that are treated at once without Triton. On a CPU they fit its cache.
 CPU_PART, GPU_PART = 2**18, 2**26
+_HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 def norm_silu(
@@ -26,8 +30,9 @@ def norm_silu(
     *,
     room: int = 0,
     into: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
-    """SiLU(norm(x)), where norm takes the latents too if there are any (in the decoder).
+    """SiLU(norm(x + offset)), where norm takes the latents too if there are any (in the decoder).
 
     Args:
         norm: a `GroupNorm` or, with latents, a `LatentModulatedNorm`.
@@ -35,6 +40,8 @@ def norm_silu(
         latents: (b, z, t_z, h_z, w_z), as `LatentModulatedNorm` takes them.
         room: frames of no meaning to leave in front.
         into: (b, c, t, h, w) that takes the result, which may be `x`; only without gradients.
+        offset: (c,), the bias that the convolution before has left out, which costs nothing here;
+            only where there are `fused_kernels`.
 
     Returns:
         `into`, or a new tensor (b, c, room + t, h, w). Half types are computed in float32.
@@ -46,13 +53,20 @@ def norm_silu(
     if into is None:
         result = empty_frames(x, channels=x.shape[1], size=(room + x.shape[2], *x.shape[3:]))
         into = result[:, :, room:]
-    layer = norm if latents is None else norm.norm_layer
+    layer, modulation = norm, None
+    if isinstance(norm, LatentModulatedNorm):
+        layer, modulation = norm.norm_layer, (norm.conv_y(latents), norm.conv_b(latents))
+    fused = fused_kernels(x)
+    if fused is not None:
+        factors = fused.norm_factors(x, layer, offset=offset)
+        fused.affine_silu(x, factors, modulation=modulation, into=into)
+        return result
     mean, variance = _merge(*_moments(x), num_groups=layer.num_groups)
     scale = (variance + layer.eps).rsqrt() * layer.weight  # (b, c), float64
     shift = layer.bias - mean * scale
     scale, shift = (factor[:, :, None, None, None] for factor in (scale, shift))
-    if isinstance(norm, LatentModulatedNorm):
-        latent_scale, latent_shift = (conv(latents) for conv in (norm.conv_y, norm.conv_b))
+    if modulation is not None:
+        latent_scale, latent_shift = modulation
         # In float64 until here, since each rounding of a factor would be one of the result.
         scale, shift = scale * latent_scale, shift * latent_scale + latent_shift
     scale, shift = (factor.to(_working_dtype(x)) for factor in (scale, shift))
@@ -65,6 +79,18 @@ def needs_grad(module: nn.Module, x: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return False
     return x.requires_grad or any(weight.requires_grad for weight in module.parameters())
+
+
+def fused_kernels(x: Tensor) -> ModuleType | None:
+    """The module of Triton kernels where they serve for `x`, else None.
+
+    Convolutions then leave their bias to what follows, since cuDNN adds it in a pass of its own.
+    """
+    if not x.is_cuda or x.dtype not in _HALF_TYPES or find_spec("triton") is None:
+        return None
+    from sgm.modules.autoencoding import triton_norm
+
+    return triton_norm
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:

@@ -37,6 +37,8 @@ class ImagePatchEmbeddingMixin(BaseMixin):
         Video tokens follow in t, h, w order. With a `share`, only those of this process.
         """
         frames = rearrange(x, "b t c h w -> (b t) c h w")
+        # With channels last what comes out is a row for each token already.
+        frames = frames.contiguous(memory_format=torch.channels_last)
         patches = self.proj(frames)  # ((b t), d, h/p, w/p)
         video = rearrange(patches, "(b t) d h w -> b (t h w) d", b=x.shape[0])  # (b, n, d)
         tokens = torch.cat([self.text_proj(context), video], dim=1)

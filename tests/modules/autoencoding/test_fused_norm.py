@@ -1,4 +1,8 @@
-"""Norm, modulation and SiLU in one go, against float64."""
+"""Norm, modulation and SiLU in one go, plain and as Triton kernels, against float64."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -81,3 +85,77 @@ def test_with_gradients_the_value_is_the_same():
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     actual.sum().backward()
     assert all(weight.grad is not None for weight in norm.parameters())
+
+
+INTERPRETED = """
+import torch
+from sgm.modules.autoencoding import blocks, fused_norm, triton_norm
+from sgm.modules.autoencoding.norms import group_norm
+from tests.modules.autoencoding.test_fused_norm import CASES, build
+
+triton_norm.MAX_PROGRAMS = 2  # so that a program adds up several tiles, the last not full
+triton_norm.TILE_ELEMENTS = 1024
+
+def use(kernels):
+    blocks.fused_kernels = fused_norm.fused_kernels = lambda x: kernels
+
+def close(actual, expected, units):
+    unit = torch.finfo(expected.dtype).eps * expected.double().abs().clamp(min=1e-2)
+    return bool(((actual.double() - expected.double()).abs() <= units * unit).all())
+
+for case, dtype in zip(CASES, [torch.float16, torch.bfloat16] * 3, strict=True):
+    norm, x, latents = build(*case, dtype)
+    offset = torch.randn(x.shape[1]).to(dtype)
+    use(None)
+    plain = fused_norm.norm_silu(norm, x, latents)
+    shifted = x.float() + offset[:, None, None, None]
+    latents32 = None if latents is None else latents.float()
+    expected = fused_norm.norm_silu(norm.float(), shifted, latents32)
+    use(triton_norm)
+    norm.to(dtype)
+    fused = fused_norm.norm_silu(norm, x, latents, room=2)[:, :, 2:]
+    assert close(fused, plain, 2), (dtype, case)
+    fused = fused_norm.norm_silu(norm, x, latents, offset=offset)
+    # The modulation is rounded by its convolutions, in other places than in float32.
+    assert latents is not None or close(fused, expected.to(dtype), 2), (dtype, case)
+    error = (fused.double() - expected).norm() / expected.norm()
+    assert error < 2 * torch.finfo(dtype).eps, (dtype, case)
+
+# In place, where channels are last
+own = torch.empty_like(fused, memory_format=torch.channels_last_3d).copy_(x)
+fused_norm.norm_silu(norm, own, latents, into=own, offset=offset)
+assert torch.equal(own, fused)
+
+into, x = (torch.randn(2, 96, 3, 5, 7).half().contiguous(memory_format=torch.channels_last_3d)
+           for _ in range(2))
+bias = torch.randn(96)
+expected = into.double() + x + bias[:, None, None, None]
+triton_norm.add_with_bias(into, x, bias=bias)
+assert close(into, expected.half(), 1)
+
+for channels in (32, 64):  # with a shortcut that is a convolution, and without
+    block = blocks.CausalResnetBlock(64, channels, dropout=0.0, make_norm=group_norm)
+    block.half().requires_grad_(False)
+    for limit in (2**30, 64 * 35 * 2):  # whole, and long inputs two frames at a time
+        blocks.frames_per_call = lambda x, channels: limit // (64 * 35)
+        x = torch.randn(1, 64, 5, 7, 5).half().contiguous(memory_format=torch.channels_last_3d)
+        use(None)
+        expected = block(x).double()
+        use(triton_norm)
+        assert (block(x) - expected).abs().max() < 4e-3 * expected.abs().max(), (channels, limit)
+print("agrees")
+"""
+
+
+def test_triton_kernels_agree_with_the_plain_path_when_interpreted(pytestconfig):
+    pytest.importorskip("triton")
+    # In a process of its own, because Triton asks whether to interpret when it is imported.
+    result = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        cwd=pytestconfig.rootpath,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == "agrees\n", result.stderr
