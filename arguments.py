@@ -79,6 +79,18 @@ class SamplingArgs(CommonArgs):
     step_cache: float = _option(
         0.0, "reuse steps that change less than this share: faster, not the same; 0: off, try 0.1"
     )
+    tile_decode: bool = _option(
+        False, "decode in overlapping tiles: a quarter of the memory at 480x720, not the same video"
+    )
+    memory: Literal["auto", "high", "low"] = _option(
+        "auto", "high: all weights on the GPU; low: each part while it works; auto: as it fits"
+    )
+    compile: bool | None = _option(
+        None, "compile the transformer's blocks; default: on a GPU, from 100 steps on"
+    )
+    fp8: bool = _option(
+        False, "the blocks' MLPs in float8: faster where the GPU has it, not the same video"
+    )
     output_dir: str = _option("outputs", "folder for the videos")
     lora: list[LoraChoice] = _option(
         [], "LoRAs merged into the weights: folders or files, PATH:0.8 for another strength than 1"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from sgm.checkpoint import (
 )
 from sgm.errors import UserError, nearest_name
 from sgm.models.first_stage import build_first_stage, draw_latents, encode_moments
+from sgm.models.tiled_decoding import decode_tiled
+from sgm.modules.autoencoding.causal_conv import ConvCache
+from sgm.modules.autoencoding.host_cache import HostConvCache
+from sgm.offload import VisitingWeights, move_to_host
 from sgm.parallel.decoding import decode_together
 from sgm.util import instantiate_from_config
 
@@ -62,6 +67,8 @@ class SATVideoDiffusionEngine(nn.Module):
         lora: LoRAs that are merged into these weights; a `lora_config` is then without effect.
         dtype, device: of all parts.
         text_device: of the text encoder, if it is another.
+        stream_text: weights of the text encoder are on its device while they are used only; see
+            `offload` for the other parts.
 
     Raises:
         UserError: a parameter or a file is wrong.
@@ -90,6 +97,7 @@ class SATVideoDiffusionEngine(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         text_device: str | torch.device | None = None,
+        stream_text: bool = False,
     ) -> None:
         super().__init__()
         self.scale_factor = _checked_scale(scale_factor)
@@ -106,6 +114,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.loss_fn = instantiate_from_config(loss_fn_config) if loss_fn_config else None
         self._first_stage = {"config": first_stage_config, "dtype": dtype}
         self._decoding_group: torch.distributed.ProcessGroup | None = None
+        self.tile_decode = False  # see sgm/models/tiled_decoding.py
         self.first_stage_model = None
         if cached_input:
             # It has no weights: what remains of the autoencoder where its moments are kept.
@@ -119,7 +128,11 @@ class SATVideoDiffusionEngine(nn.Module):
             with_embedders=not cached_input,
             dtype=dtype,
             device=device if text_device is None else text_device,
+            streamed=stream_text,
         )
+        self._is_offloaded = False
+        self._network_here: AbstractContextManager[None] = nullcontext()
+        self._decoder_here: AbstractContextManager[None] = nullcontext()
         self._freeze()
 
     def _freeze(self) -> None:
@@ -170,6 +183,20 @@ class SATVideoDiffusionEngine(nn.Module):
         finally:
             self.first_stage_model = None
 
+    def offload(self) -> None:
+        """From now on network and autoencoder wait in the host's memory, for inference only.
+
+        The network is back on its device within `sample`, the decoder within `decode_first_stage`,
+        whose convolutions keep their frames on the host too (on one process). To be called after
+        whatever replaces weights.
+        """
+        device = self.device
+        for part in (self.model, self.first_stage_model):
+            move_to_host(part)
+        self._is_offloaded = True
+        self._network_here = VisitingWeights(self.model, device)
+        self._decoder_here = VisitingWeights(self.first_stage_model.decoder, device)
+
     @torch.no_grad()
     def encode_first_stage(self, video: Tensor) -> Tensor:
         """Video (b, t, 3, h, w) in [-1, 1] → scaled latents (b, t', c, h/8, w/8), float32."""
@@ -188,14 +215,19 @@ class SATVideoDiffusionEngine(nn.Module):
         written while the next ones are made.
         """
         z = rearrange(latents / self.scale_factor, "b t c h w -> b c t h w")
-        weight = next(self.first_stage_model.parameters())
         group = self._decoding_group
-        if group is None:
-            chunks = self.first_stage_model.decode_streamed(z.to(weight))
-        else:
-            chunks = decode_together(self.first_stage_model, z.to(weight), group=group)
-        for chunk in chunks:
-            yield rearrange(chunk.float(), "b c t h w -> b t c h w")
+        with self._decoder_here:
+            z = z.to(next(self.first_stage_model.decoder.parameters()))
+            if group is None:
+                cache = HostConvCache(z.device) if self._is_offloaded else ConvCache()
+                decode = partial(self.first_stage_model.decode_streamed, cache=cache)
+            else:
+                decode = partial(decode_together, self.first_stage_model, group=group)
+            if self.tile_decode:
+                factor = self.first_stage_model.encoder.space_factor
+                decode = partial(decode_tiled, decode, factor=factor)
+            for chunk in decode(z):
+                yield rearrange(chunk.float(), "b c t h w -> b t c h w")
 
     @torch.no_grad()
     def sample(
@@ -216,15 +248,16 @@ class SATVideoDiffusionEngine(nn.Module):
         def draw() -> Tensor:
             return torch.randn(*shape, generator=generator).to(self.device, non_blocking=True)
 
-        return self.sampler(
-            self.model,
-            self.denoiser,
-            draw(),
-            self._here(cond),
-            self._here(uncond),
-            noise=lambda step_index: draw(),
-            callback=callback,
-        )
+        with self._network_here:
+            return self.sampler(
+                self.model,
+                self.denoiser,
+                draw(),
+                self._here(cond),
+                self._here(uncond),
+                noise=lambda step_index: draw(),
+                callback=callback,
+            )
 
     def _here(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Conditioning on the network's device; the text encoder may have another."""

@@ -157,7 +157,7 @@ def set_up_activations(engine: SATVideoDiffusionEngine, config: Config) -> None:
     elif network.checkpointing is not None:
         network.set_checkpointing(args.checkpoint_keep)
     if compile_pays(config, engine.device) if args.compile is None else args.compile:
-        network.compile_blocks()
+        network.compile_blocks(tune=True)
 
 
 def check(config: Config) -> None:

@@ -1,10 +1,19 @@
-"""Time and memory of a configuration with random weights: no file of weights or data is read.
+"""Time and memory of a configuration, piece by piece or as a whole, with random or real weights.
 
+    python tools/benchmark.py --base configs/cogvideox_2b_infer.yaml --against diffusers
     python tools/benchmark.py --base configs/cogvideox_2b_sft.yaml --only train --against diffusers
 
-Time and memory do not depend on the values of weights. Latents and text embeddings are random too,
-as they come from a cache (`args.cache_dir`). Each line of the table is a training step of the
-project's own: its objective, DeepSpeed's engine and the optimizer.
+A configuration with a section `deepspeed` trains, one without makes videos:
+
+    step      one sampling step with guidance: a batched forward of the transformer
+    decode    latents to the frames of a video
+    encode    the frames of a video to moments
+    t5        a prompt to its embedding
+    pipeline  a prompt to a video: T5, all steps of the sampler, decoding
+    train     a training step: the objective, DeepSpeed's engine and the optimizer
+
+Time and memory do not depend on the values of weights: where the files that a configuration names
+are not there, or `--weights` says so, random ones are written and read.
 """
 
 from __future__ import annotations
@@ -12,343 +21,243 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arguments import Config, TrainingArgs, parse_config
+from arguments import Config, SamplingArgs, TrainingArgs, parse_config
 from sgm.cli import CommandParser, run_command, set_up_logging
-from sgm.errors import UserError
-from sgm.files import replacing
+from sgm.errors import UserError, nearest_name
+from sgm.files import new_folder, replacing
+from sgm.inference.weights import check_weight_paths
+from tools.bench.inputs import run_dtype, t5_params
+from tools.bench.jobs import INFERENCE_SECTIONS, METHODS, SECTIONS, Job, Result, run_jobs
 
-METHODS = ("lora", "full", "offload")
-# Dense bf16 rates in TFLOP/s by the words of a device's name, from NVIDIA's data sheets.
-PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "H200": 989, "A100": 312, "B200": 2250}
 GB = 1e9
+_WITH_WEIGHTS = {"t5", "pipeline"}  # the sections that read files
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way of training: what is trained, and how.
+def sections_of(text: str) -> list[str]:
+    """Sections of a list with commas, in their usual order.
 
-    `method` is one of METHODS, or "diffusers"; `keep` and `kernel` are those of the transformer.
+    Raises:
+        argparse.ArgumentTypeError: one is unknown.
     """
-
-    method: str
-    keep: str | None = "attention"
-    compiled: bool = True
-    kernel: str | None = None
-
-    def label(self) -> str:
-        """The variant in a few words."""
-        if self.method not in METHODS:
-            return f"{self.method}, LoRA"
-        parts = [self.method, f"keep {self.keep or 'all'}", "compiled" if self.compiled else ""]
-        return ", ".join(part for part in [*parts, self.kernel] if part)
+    names = text.split(",")
+    for name in names:
+        if name not in SECTIONS:
+            raise argparse.ArgumentTypeError(
+                f"unknown section {name!r}; {nearest_name(name, SECTIONS)}"
+            )
+    return [section for section in SECTIONS if section in names]
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a variant took: median seconds of a step, peak memory in bytes, model FLOPs of a step.
+def choose_sections(config: Config, asked: Sequence[str] | None) -> list[str]:
+    """What to measure of a configuration: all that it can do, or what is asked for.
 
-    `peak_share` is of the device's dense bf16 rate; None where that is not known.
+    Raises:
+        UserError: something is asked for that this configuration is not for.
     """
+    trains = bool(config.deepspeed)
+    possible = ("train",) if trains else INFERENCE_SECTIONS
+    for section in asked or ():
+        if section not in possible:
+            raise UserError(
+                f"--only {section}: the configuration has {'a' if trains else 'no'} section "
+                f"deepspeed, so that it is for {', '.join(possible)}"
+            )
+    return list(asked or possible)
 
-    label: str
-    device: str
-    seconds: float
-    samples_per_second: float
-    peak_memory: int
-    model_flops: float | None
-    peak_share: float | None
+
+def check_rivals(against: str | None, sections: Sequence[str]) -> None:
+    """Raise UserError unless the packages that `against` needs are installed."""
+    packages = ["diffusers", "peft"] if "train" in sections else ["diffusers"]
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if against and missing:
+        raise UserError(f"--against {against} needs {' and '.join(missing)}; pip install them")
 
 
-def forward_flops(linear_weights: int, *, num_tokens: int, num_layers: int, width: int) -> float:
-    """Operations of the blocks for one sample, a multiply-add counted as two.
+@contextmanager
+def config_with_weights(config: Config, folder: Path | None) -> Iterator[Config]:
+    """The configuration with paths of weights that are there.
 
-    `linear_weights` counts the weights of all blocks that each token is multiplied with; besides
-    there are queries with keys and their products with values.
+    Args:
+        config: as the files say it.
+        folder: weights in place of those that `config` names; random ones are written to it, if
+            it does not exist. None: those of `config`, or random ones in a folder that is removed
+            afterwards.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
-    return 2.0 * linear_weights * num_tokens + 4.0 * num_layers * width * num_tokens**2
+    with ExitStack() as stack:
+        if folder is None:
+            lacking = _lacking(config)
+            if lacking is None:
+                yield config
+                return
+            print(f"random weights, since {lacking}", file=sys.stderr)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "weights"
+        if not folder.exists():
+            print(f"writing random weights to {folder} …", file=sys.stderr, flush=True)
+            with new_folder(folder) as partial_folder:
+                _write_apart(config, partial_folder)
+        changed = copy.deepcopy(config)
+        paths = _paths_in(folder)
+        changed.args.load = str(paths["load"])
+        changed.model["first_stage_config"]["params"]["ckpt_path"] = str(paths["vae"])
+        t5_params(changed)["model_dir"] = str(paths["t5"])
+        yield changed
 
 
-def step_flops(network: Any, *, num_tokens: int) -> float:
-    """Operations that a training step of one sample needs, without what is computed twice.
-
-    The backward pass of a product costs as much again for each factor that has a gradient; every
-    activation has one, and of the weights those that are trained.
-    """
-    weights = [weight for weight in network.transformer.layers.parameters() if weight.ndim == 2]
-    width, num_layers = network.hidden_size, len(network.transformer.layers)
-    frozen = sum(weight.numel() for weight in weights if not weight.requires_grad)
-    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-    attention = forward_flops(0, num_tokens=num_tokens, num_layers=num_layers, width=width)
-    return 2 * num_tokens * (2.0 * frozen + 3.0 * trained) + 3 * attention
+def _lacking(config: Config) -> str | None:
+    """Which of the weights that a configuration names are not there."""
+    try:
+        check_weight_paths(config.model, config.args.load)
+    except UserError as error:
+        return str(error)
+    return None
 
 
-def build_network(config: Config, variant: Variant, *, rank: int, device: Any) -> Any:
-    """The transformer of a configuration with random weights, set up as the variant says."""
-    import torch
-
-    from sgm.checkpoint import is_lora_matrix
-    from sgm.util import instantiate_from_config
-
-    node = copy.deepcopy(config.model["network_config"])
-    modules = node["params"]["modules"]
-    modules.pop("lora_config", None)
-    if variant.method == "lora":
-        target = "sat.model.finetune.lora2.LoraMixin"
-        modules["lora_config"] = {"target": target, "params": {"r": rank}}
-    with torch.device("meta"):
-        network = instantiate_from_config(node)
-    network.to(torch.bfloat16).to_empty(device=device)
-    randomize(network)
-    network.add_lora()
-    if variant.method == "lora":
-        for name, weight in network.named_parameters():
-            weight.requires_grad_(is_lora_matrix(name))
-    network.set_checkpointing(variant.keep)
-    network.set_attention(variant.kernel)
-    if variant.compiled:
-        network.compile_blocks()
-    return network
-
-
-def randomize(module: Any) -> None:
-    """Random matrices; vectors that scale become ones, those that shift zeros."""
-    import torch
-
-    with torch.no_grad():
-        for name, weight in module.named_parameters():
-            if weight.ndim > 1:
-                weight.normal_(std=0.02)
-            else:
-                weight.fill_(float("norm" in name and name.endswith("weight")))
-
-
-def deepspeed_settings(config: Config, *, offload: bool) -> dict[str, Any]:
-    """The `deepspeed` section in bf16 with PyTorch's fused AdamW, one sample at a time."""
-    params = dict(config.deepspeed["optimizer"].get("params") or {})
-    zero = dict(config.deepspeed.get("zero_optimization") or {})
-    # One process has nobody to talk to meanwhile, and the CPU would wait for the GPU for it.
-    zero |= {"stage": max(zero.get("stage", 0), 2), "overlap_comm": False}
-    if offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+def _paths_in(folder: Path) -> dict[str, Path]:
     return {
-        **config.deepspeed,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {**(config.deepspeed.get("bf16") or {}), "enabled": True},
-        "fp16": {"enabled": False},
-        "optimizer": {"type": "AdamW", "params": params | {"torch_adam": True, "fused": True}},
+        "load": folder / "transformer",
+        "vae": folder / "vae" / "3d-vae.pt",
+        "t5": folder / "t5",
     }
 
 
-def own_step(
-    config: Config, variant: Variant, *, rank: int, device: Any
-) -> tuple[Callable[[Any, Any], None], float]:
-    """A training step of (latents, text embedding) through the project's own path; its FLOPs."""
-    from types import SimpleNamespace
+def _write_apart(config: Config, folder: Path) -> None:
+    """Random weights, from a process of its own, which leaves nothing on the GPU."""
+    from tools.make_random_weights import write_weights
 
-    from diffusion_video import NetworkWrapper
-    from sgm.training.deepspeed_engine import start_deepspeed
-    from sgm.training.objective import TrainingObjective
-    from sgm.util import instantiate_from_config
-
-    network = build_network(config, variant, rank=rank, device=device)
-    engine = SimpleNamespace(
-        model=NetworkWrapper(network),
-        denoiser=instantiate_from_config(config.model["denoiser_config"]),
-        conditioner=instantiate_from_config(
-            config.model["conditioner_config"], with_embedders=False
-        ),
-        loss_fn=instantiate_from_config(config.model["loss_fn_config"]),
-    )
-    settings = deepspeed_settings(config, offload=variant.method == "offload")
-    wrapped = start_deepspeed(TrainingObjective(engine).train(), settings, config.args)
-    grid = network.grid_size[0] * network.grid_size[1] * network.num_latent_frames
-    tokens = network.mixins["pos_embed"].text_length + grid
-
-    def step(latents: Any, context: Any) -> None:
-        loss = wrapped(latents, {"crossattn": context})
-        wrapped.backward(loss)
-        wrapped.step()
-
-    return step, step_flops(network, num_tokens=tokens)
-
-
-def measure(
-    step: Callable[[Any, Any], None], inputs: tuple[Any, Any], *, warmup: int, steps: int
-) -> tuple[float, int]:
-    """Median seconds of a step, and the peak of GPU memory over all of them (0 on a CPU)."""
-    import torch
-
-    on_gpu = inputs[0].is_cuda
-    seconds = []
-    for _ in range(warmup + steps):
-        started = time.perf_counter()
-        step(*inputs)
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-        if on_gpu and len(seconds) == warmup:  # compiling and tuning take memory of their own
-            torch.cuda.reset_peak_memory_stats()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-    return statistics.median(seconds[warmup:]), peak
-
-
-def random_inputs(config: Config, device: Any) -> tuple[Any, Any]:
-    """Latents (1, t, c, h, w) float32 and a text embedding (1, n, d) bf16 of the model's sizes."""
-    import torch
-
-    params = config.model["network_config"]["params"]
-    frames = (params["num_frames"] - 1) // params["time_compressed_rate"] + 1
-    shape = (params["in_channels"], params["latent_height"], params["latent_width"])
-    modules = params["modules"]
-    length = modules["pos_embed_config"]["params"]["text_length"]
-    width = modules["patch_embed_config"]["params"]["text_hidden_size"]
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, frames, *shape, generator=generator)
-    context = torch.randn(1, length, width, generator=generator)
-    return latents.to(device), context.to(device, torch.bfloat16)
-
-
-def peak_rate(device: Any) -> float | None:
-    """The device's dense bf16 rate in FLOP/s, if it is known."""
-    import torch
-
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    rates = [rate for words, rate in PEAK_TFLOPS.items() if words in name]
-    return rates[0] * 1e12 if rates else None
-
-
-def run_variant(config: Config, variant: Variant, options: argparse.Namespace) -> Result:
-    """Build and measure one variant."""
-    import torch
-
-    from sgm.modules.transformer.sat_runtime import ensure_process_groups
-
-    set_up_logging()
-    ensure_process_groups()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if variant.method in METHODS:
-        step, flops = own_step(config, variant, rank=options.rank, device=device)
-    else:
-        from tools.rivals import diffusers_step
-
-        step, flops = diffusers_step(config, rank=options.rank, device=device), None
-    inputs = random_inputs(config, device)
-    seconds, peak = measure(step, inputs, warmup=options.warmup, steps=options.steps)
-    rate = peak_rate(device)
-    return Result(
-        label=variant.label(),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        seconds=seconds,
-        samples_per_second=1 / seconds,
-        peak_memory=peak,
-        model_flops=flops,
-        peak_share=flops / seconds / rate if flops and rate else None,
-    )
-
-
-def run_apart(config: Config, variant: Variant, options: argparse.Namespace) -> Result:
-    """`run_variant` in a process of its own, which leaves no memory behind for the next."""
+    paths = _paths_in(folder)
+    write = partial(write_weights, config.model, **paths, t5_dtype=run_dtype(config))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(run_variant, config, variant, options).result()
+    with ProcessPoolExecutor(1, mp_context=context, initializer=set_up_logging) as pool:
+        pool.submit(write).result()
+
+
+def report(jobs: Sequence[Job], json_file: Path | None) -> list[Result]:
+    """Run all jobs; every result is told, and written to `json_file`, as soon as it is there."""
+    import torch
+
+    results: list[Result] = []
+    for result in run_jobs(jobs):
+        results.append(result)
+        print(_line(result, None), file=sys.stderr, flush=True)
+        if json_file:
+            sections = {one.section: {"torch": torch.__version__, "results": []} for one in results}
+            for one in results:
+                sections[one.section]["results"].append(dataclasses.asdict(one))
+            with replacing(json_file) as partial_file:
+                partial_file.write_text(json.dumps(sections, indent=1), "utf-8")
+    return results
 
 
 def print_table(results: Sequence[Result]) -> None:
-    """One line for each variant."""
-    reference = next((r for r in results if r.label.startswith("diffusers")), None)
+    """One line for each result, compared with the reference of its section."""
     print(
-        f"{'variant':44} {'s/step':>8} {'samples/s':>9} {'peak GB':>8} {'of peak':>8} {'time':>7}"
+        f"{'section':9} {'implementation':44} {'seconds':>8} {'samples/s':>9} {'peak GB':>8} "
+        f"{'of peak':>8} {'time':>7}"
     )
+    references = {one.section: one.seconds for one in results if one.is_reference}
+    results = sorted(results, key=lambda one: SECTIONS.index(one.section))
     for result in results:
-        share = f"{result.peak_share:.1%}" if result.peak_share else "-"
-        ratio = f"{result.seconds / reference.seconds:.2f}x" if reference else "-"
-        print(
-            f"{result.label:44} {result.seconds:8.3f} {result.samples_per_second:9.3f} "
-            f"{result.peak_memory / GB:8.2f} {share:>8} {ratio:>7}"
-        )
+        print(_line(result, references.get(result.section)))
+    for result in results:
+        if result.startup_seconds:
+            print(
+                f"{result.section}, {result.label}: "
+                f"ready {result.startup_seconds:.1f} s after the start of the process"
+            )
 
 
-def benchmark_train(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Training steps of all variants asked for."""
-    import torch
-
-    compiled = torch.cuda.is_available() if options.compile is None else options.compile
-    variants = [
-        Variant(method, None if keep == "all" else keep, compiled, options.attention)
-        for method in options.methods
-        for keep in options.keep
-    ]
-    if options.against:
-        variants.append(Variant(options.against))
-    results = []
-    for variant in variants:
-        print(f"measuring {variant.label()} …", file=sys.stderr)
-        results.append(run_apart(config, variant, options))
-    print_table(results)
-    return {
-        "torch": torch.__version__,
-        "results": [dataclasses.asdict(result) for result in results],
-    }
-
-
-SECTIONS: dict[str, Callable[[Config, argparse.Namespace], dict[str, Any]]] = {
-    "train": benchmark_train
-}
+def _line(result: Result, reference: float | None) -> str:
+    start = f"{result.section:9} {result.label:44}"
+    if result.failure:
+        return f"{start} failed: {result.failure}"
+    memory = f"{result.peak_memory / GB:.2f}" if result.peak_memory else "-"
+    share = f"{result.peak_share:.1%}" if result.peak_share else "-"
+    ratio = f"{result.seconds / reference:.2f}x" if reference else "-"
+    return (
+        f"{start} {result.seconds:8.3f} {result.samples_per_second:9.3f} {memory:>8} {share:>8} "
+        f"{ratio:>7}"
+    )
 
 
 def build_parser() -> CommandParser:
     """The command line."""
-    parser = CommandParser(description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", nargs="+", required=True, help="configurations, merged in order")
-    parser.add_argument("--only", choices=SECTIONS, default="train", help="what to measure")
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rank", type=int, default=128, help="rank of LoRA")
     parser.add_argument(
+        "--only",
+        type=sections_of,
+        metavar="SECTION,…",
+        help="what to measure; default: all that the configuration is for",
+    )
+    parser.add_argument("--against", choices=("diffusers",), help="measure another code beside it")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
+    parser.add_argument("--attention", choices=("flash", "sdpa"), help="default: the fastest")
+    parser.add_argument("--warmup", type=int, help="runs before the measured: 1; train: 3")
+    parser.add_argument("--steps", type=int, help="measured runs: 3, pipeline 1; train: 10")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument(
+        "--weights", type=Path, metavar="DIR", help="read weights there; random ones if it is new"
+    )
+    training = parser.add_argument_group("of training")
+    training.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    training.add_argument("--rank", type=int, default=128, help="rank of LoRA")
+    training.add_argument(
         "--keep",
         nargs="+",
         choices=("block", "attention", "all"),
         default=["attention"],
         help="what activation checkpointing keeps of each block",
     )
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
-    parser.add_argument("--attention", choices=("flash", "sdpa"), help="default: the fastest")
-    parser.add_argument("--against", choices=("diffusers",), help="LoRA training of another code")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before the measured ones")
-    parser.add_argument("--steps", type=int, default=10, help="measured steps")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, measure, report."""
+    """Parse, measure, report; 1 if a line failed."""
     options = build_parser().parse_args(argv)
-    if options.steps < 1 or options.warmup < 1 or options.rank < 1:
+    if any(n is not None and n < 1 for n in (options.steps, options.warmup, options.rank)):
         raise UserError("--steps, --warmup and --rank must be at least 1")
     set_up_logging()
-    config = parse_config(TrainingArgs, "", ["--base", *options.base])
-    report = SECTIONS[options.only](config, options)
-    if options.json:
-        with replacing(options.json) as partial:
-            partial.write_text(json.dumps({options.only: report}, indent=1), "utf-8")
-    return 0
+    files = ["--base", *options.base]
+    config = parse_config(TrainingArgs, "", files)
+    sections = choose_sections(config, options.only)
+    check_rivals(options.against, sections)
+    if options.compile is None:
+        import torch
+
+        options.compile = torch.cuda.is_available()
+    if sections == ["train"]:
+        from tools.bench.training import training_jobs  # imports DeepSpeed
+
+        results = report(training_jobs(config, options), options.json)
+    else:
+        from sgm.inference.request import latent_shape
+        from tools.bench.inference import inference_jobs
+
+        config = parse_config(SamplingArgs, "", files)
+        latent_shape(config.args, config.model)
+        needs = not _WITH_WEIGHTS.isdisjoint(sections)
+        with config_with_weights(config, options.weights) if needs else nullcontext(config) as used:
+            results = report(inference_jobs(used, sections, options), options.json)
+    print_table(results)
+    return 1 if any(result.failure for result in results) else 0
 
 
 if __name__ == "__main__":

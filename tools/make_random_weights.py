@@ -17,6 +17,7 @@ import os
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +28,37 @@ import torch
 from torch import Tensor, nn
 
 from arguments import SamplingArgs, parse_config
+from sgm.checkpoint.table import LazyTensors
 from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX, POSITION_TABLE
+from sgm.checkpoint.writing import save_sharded
 from sgm.cli import CommandParser, run_command, set_up_logging
 from sgm.errors import UserError
+from sgm.files import write_error, write_torch
 from sgm.util import instantiate_from_config
 
 _STD = 0.02  # of matrices; vectors that scale are ones, those that shift are zeros
 _TAG = "1000"
+_VOCABULARY = 32128  # of T5 v1.1, in all sizes
+XXL_LAYERS = 24
 
 
-def random_state(module: nn.Module, *, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Random tensors of the names and shapes of a module, which may be on the meta device."""
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU draws faster
-
-    def make(name: str, shape: torch.Size) -> Tensor:
-        if len(shape) > 1:
-            return torch.empty(shape, dtype=dtype, device=device).normal_(std=_STD).cpu()
+def random_tensor(name: str, shape: torch.Size, *, dtype: torch.dtype) -> Tensor:
+    """A tensor on the host, drawn on a GPU where there is one, which is faster."""
+    if len(shape) < 2:
         return (torch.ones if name.endswith("weight") else torch.zeros)(shape, dtype=dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.empty(shape, dtype=dtype, device=device).normal_(std=_STD).cpu()
 
-    return {name: make(name, tensor.shape) for name, tensor in module.state_dict().items()}
+
+def random_state(module: nn.Module, *, dtype: torch.dtype) -> LazyTensors:
+    """Random tensors of the names and shapes of a module, which may be on the meta device."""
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    return LazyTensors(
+        {name: partial(random_tensor, name, shapes[name], dtype=dtype) for name in shapes},
+        meta=lambda: {
+            name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()
+        },
+    )
 
 
 def write_transformer(network_config: Mapping[str, Any], load: Path) -> None:
@@ -56,7 +68,6 @@ def write_transformer(network_config: Mapping[str, Any], load: Path) -> None:
     with torch.device("meta"):
         network = instantiate_from_config(network_config)
     state = random_state(network, dtype=torch.float16)
-    del state[POSITION_TABLE]
     beside = {
         "iteration": int(_TAG),
         "loss_scaler": LossScaler(1.0),
@@ -66,8 +77,8 @@ def write_transformer(network_config: Mapping[str, Any], load: Path) -> None:
         "args": argparse.Namespace(mode="pretrain"),
     }
     (load / _TAG).mkdir(parents=True)
-    module = {MODEL_PREFIX + name: tensor for name, tensor in state.items()}
-    torch.save({"module": module, **beside}, load / _TAG / MODEL_FILES[0])
+    module = {MODEL_PREFIX + name: state[name] for name in state if name != POSITION_TABLE}
+    write_torch({"module": module, **beside}, load / _TAG / MODEL_FILES[0])
     (load / "latest").write_text(_TAG, encoding="utf-8")
 
 
@@ -77,11 +88,16 @@ def write_vae(first_stage_config: Mapping[str, Any], path: Path) -> None:
     with torch.device("meta"):
         vae = instantiate_from_config({**first_stage_config, "params": params})
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": random_state(vae, dtype=torch.float32)}, path)
+    write_torch({"state_dict": dict(random_state(vae, dtype=torch.float32))}, path)
 
 
-def write_t5(folder: Path, *, width: int, num_layers: int) -> None:
-    """A T5 v1.1 encoder of XXL's proportions, and a tokenizer of single bytes and a few words."""
+def write_t5(
+    folder: Path, *, width: int, num_layers: int, dtype: torch.dtype = torch.float16
+) -> None:
+    """A T5 v1.1 encoder of XXL's proportions, and a tokenizer of single bytes and a few words.
+
+    Tensors are drawn and written one by one: XXL's 9.5 GB are never in memory together.
+    """
     from sentencepiece import SentencePieceTrainer
     from transformers import T5Config, T5EncoderModel
 
@@ -96,17 +112,42 @@ def write_t5(folder: Path, *, width: int, num_layers: int) -> None:
     words.unlink()
     (folder / "spiece.vocab").unlink()
     config = T5Config(
-        vocab_size=512, d_model=width, d_kv=64, d_ff=width * 5 // 2, num_heads=max(width // 64, 1),
-        num_layers=num_layers, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+        vocab_size=_VOCABULARY, d_model=width, d_kv=64, d_ff=width * 5 // 2,
+        num_heads=max(width // 64, 1), num_layers=num_layers, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
     )  # fmt: skip
-    T5EncoderModel(config).half().save_pretrained(folder)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        encoder = T5EncoderModel(config)
+    del encoder.encoder.embed_tokens  # `shared` under another name
+    save_sharded(folder, random_state(encoder, dtype=dtype), stem="model")
+
+
+def write_weights(
+    model: Mapping[str, Any],
+    *,
+    load: Path,
+    vae: Path,
+    t5: Path,
+    t5_layers: int = XXL_LAYERS,
+    t5_dtype: torch.dtype = torch.float16,
+) -> None:
+    """All parts of a `model` section, to paths that do not exist.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    patches = model["network_config"]["params"]["modules"]["patch_embed_config"]["params"]
+    write_transformer(model["network_config"], load)
+    write_vae(model["first_stage_config"], vae)
+    write_t5(t5, width=patches["text_hidden_size"], num_layers=t5_layers, dtype=t5_dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write all three; refuse to touch what exists."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", nargs="+", required=True, help="configurations, merged in order")
-    parser.add_argument("--t5-layers", type=int, default=24, help="24 is XXL's number")
+    parser.add_argument("--t5-layers", type=int, default=XXL_LAYERS, help="default: XXL's number")
     options = parser.parse_args(argv)
     set_up_logging()
     config = parse_config(SamplingArgs, "", ["--base", *options.base])
@@ -117,10 +158,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.path.exists(path):
             raise UserError(f"{path} exists and is left alone; remove it to write random weights")
     torch.manual_seed(config.args.seed)
-    width = model["network_config"]["params"]["modules"]["patch_embed_config"]["params"]
-    write_transformer(model["network_config"], Path(config.args.load))
-    write_vae(model["first_stage_config"], Path(vae))
-    write_t5(Path(t5), width=width["text_hidden_size"], num_layers=options.t5_layers)
+    paths = {"load": Path(config.args.load), "vae": Path(vae), "t5": Path(t5)}
+    try:
+        write_weights(model, **paths, t5_layers=options.t5_layers)
+    except OSError as error:
+        raise write_error(Path(config.args.load).parent, error) from error
     return 0
 
 

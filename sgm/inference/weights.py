@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,7 @@ def check_weight_paths(
         from sgm.checkpoint import vae_files
 
         vae_files(path)
-    conditioner = model.get("conditioner_config")
-    params = conditioner.get("params") if isinstance(conditioner, Mapping) else None
-    embedders = params.get("emb_models") if isinstance(params, Mapping) else None
-    for index, node in enumerate(embedders if isinstance(embedders, list | tuple) else []):
-        target = node.get("target") if isinstance(node, Mapping) else None
-        if not isinstance(target, str) or TARGET_ALIASES.get(target, target) != T5_EMBEDDER:
-            continue
-        where = f"conditioner_config.params.emb_models[{index}]"
-        path = _path(node, "model_dir", where=where)
+    for where, path in t5_folders(model):
         if not path.is_dir():
             raise UserError(
                 f"model.{where}.params.model_dir: the T5 folder {path} does not exist (model_dir "
@@ -69,6 +61,22 @@ def check_weight_paths(
         from sgm.modules.encoders.modules import find_t5
 
         find_t5(path)
+
+
+def t5_folders(model: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+    """Every T5 embedder of a `model` section: where its node stands, and its `model_dir`.
+
+    Raises:
+        UserError: that is not set.
+    """
+    conditioner = model.get("conditioner_config")
+    params = conditioner.get("params") if isinstance(conditioner, Mapping) else None
+    embedders = params.get("emb_models") if isinstance(params, Mapping) else None
+    for index, node in enumerate(embedders if isinstance(embedders, list | tuple) else []):
+        target = node.get("target") if isinstance(node, Mapping) else None
+        if isinstance(target, str) and TARGET_ALIASES.get(target, target) == T5_EMBEDDER:
+            where = f"conditioner_config.params.emb_models[{index}]"
+            yield where, _path(node, "model_dir", where=where)
 
 
 def _path(node: Any, key: str, *, where: str) -> Path:

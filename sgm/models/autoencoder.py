@@ -123,11 +123,14 @@ class VideoAutoencoderInferenceWrapper(LightningModule):
         """
         return torch.cat(list(self.decode_streamed(z)), dim=2)
 
-    def decode_streamed(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
+    def decode_streamed(
+        self, z: torch.Tensor, *, cache: ConvCache | None = None
+    ) -> Iterator[torch.Tensor]:
         """The frames of `decode`, chunk by chunk: 3 latent frames, then 2 at a time.
 
         Between chunks only the last two input frames of each convolution are kept, so memory does
-        not grow with the length of the video. They belong to this call alone.
+        not grow with the length of the video. They belong to this call alone, and are kept in an
+        empty `cache` where one is given.
 
         Yields:
             (b, c, t, 8h, 8w): 9 frames (1, if there is but one latent frame), then 8 at a time.
@@ -145,10 +148,11 @@ class VideoAutoencoderInferenceWrapper(LightningModule):
                 f"decode takes an odd number of latent frames, not {z.shape[2]}: the first "
                 f"{FIRST_CHUNK_FRAMES} are decoded together, then {CHUNK_FRAMES} at a time"
             )
-        return self._decode_chunks(z.to(_dtype_of(self.decoder)))
+        cache = ConvCache() if cache is None else cache
+        return self._decode_chunks(z.to(_dtype_of(self.decoder)), cache)
 
-    def _decode_chunks(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
-        with ConvCache() as cache:
+    def _decode_chunks(self, z: torch.Tensor, cache: ConvCache) -> Iterator[torch.Tensor]:
+        with cache:
             for chunk in chunks_of(z):
                 yield self.decoder(chunk, cache=cache)
 

@@ -24,6 +24,8 @@ class GeneralConditioner(nn.Module):
             by zeros, which teaches the network its unconditional prediction.
         with_embedders: without them no weights are read: batches bring their embedding along.
         dtype, device: of the embedders' weights.
+        streamed: each block's weights are on `device` while it works only; for inference, with
+            embedders that can do so.
 
     Raises:
         UserError: an unknown key in an embedder's node; or several embedders, where there are to
@@ -37,6 +39,7 @@ class GeneralConditioner(nn.Module):
         with_embedders: bool = True,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        streamed: bool = False,
     ) -> None:
         super().__init__()
         self.embedders = nn.ModuleList()
@@ -59,7 +62,8 @@ class GeneralConditioner(nn.Module):
             if not with_embedders:
                 continue
             config = {"target": node.get("target"), "params": node.get("params")}
-            embedder = instantiate_from_config(config, dtype=dtype, device=device)
+            how = {"streamed": True} if streamed else {}
+            embedder = instantiate_from_config(config, dtype=dtype, device=device, **how)
             if not node.get("is_trainable", False):
                 embedder.eval().requires_grad_(False)
             self.embedders.append(embedder)

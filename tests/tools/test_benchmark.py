@@ -1,43 +1,84 @@
-"""Counted operations by hand, and a training step of each kind on small sizes."""
+"""What is chosen, told and kept of a benchmark; a line of each kind on small sizes."""
 
 from __future__ import annotations
 
 import argparse
-import copy
+import dataclasses
+import json
+import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from arguments import Config, TrainingArgs, parse_config
+from arguments import Config, SamplingArgs, TrainingArgs, parse_config
 from sgm.errors import UserError
+from tools import benchmark
+from tools.bench.inference import inference_jobs
+from tools.bench.jobs import SECTIONS, Job, Result, run_job, run_jobs
+from tools.bench.measuring import Measured, forward_flops, measure
 from tools.benchmark import (
-    Result,
-    Variant,
-    build_network,
     build_parser,
-    deepspeed_settings,
-    forward_flops,
+    choose_sections,
+    config_with_weights,
     main,
-    measure,
     print_table,
-    run_variant,
-    step_flops,
+    report,
 )
 
-CONFIG = Path(__file__).parents[2] / "configs" / "cogvideox_tiny_sft.yaml"
-RANK = 2
+CONFIGS = Path(__file__).parents[2] / "configs"
+SFT, INFER = (str(CONFIGS / f"cogvideox_tiny_{name}.yaml") for name in ("sft", "infer"))
+CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def config() -> Config:
-    """The bundled configuration with two small layers."""
-    config = copy.deepcopy(parse_config(TrainingArgs, "", ["--base", str(CONFIG)]))
-    config.model["network_config"]["params"] |= {
-        "num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_frames": 5,
-        "latent_height": 4, "latent_width": 4, "time_embed_dim": 16,
-    }  # fmt: skip
-    return config
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file: the bundled configuration of smaller sizes, whose weights do not exist."""
+    folder = tmp_path_factory.mktemp("small")
+    sections = yaml.safe_load(Path(INFER).read_text())
+    sections["args"] |= {
+        "load": str(folder / "transformer"),
+        "sampling_num_frames": 3,
+        "sampling_image_size": [32, 32],
+    }
+    model = sections["model"]
+    sizes = {"num_layers": 1, "num_frames": 9, "latent_height": 4, "latent_width": 4}
+    model["network_config"]["params"] |= sizes
+    embedder = model["conditioner_config"]["params"]["emb_models"][0]["params"]
+    embedder["model_dir"] = str(folder / "t5")
+    model["first_stage_config"]["params"]["ckpt_path"] = str(folder / "vae.pt")
+    model["sampler_config"]["params"]["num_steps"] = 2
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def config(small: str) -> Config:
+    return parse_config(SamplingArgs, "", ["--base", small])
+
+
+@pytest.fixture(scope="module")
+def with_weights(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The same with random weights, written in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "_write_apart", write_here)
+        with config_with_weights(config, tmp_path_factory.mktemp("made") / "weights") as changed:
+            return changed
+
+
+def write_here(config: Config, folder: Path) -> None:
+    from tools.make_random_weights import write_weights
+
+    write_weights(config.model, **benchmark._paths_in(folder), t5_layers=1)
+
+
+def options(*words: str) -> argparse.Namespace:
+    return build_parser().parse_args(
+        ["--base", "x.yaml", "--no-compile", "--warmup", "1", "--steps", "1", *words]
+    )
 
 
 def test_operations_of_the_2b_model_by_hand() -> None:
@@ -46,55 +87,156 @@ def test_operations_of_the_2b_model_by_hand() -> None:
     assert flops == pytest.approx(119.98e12, rel=1e-4)
 
 
-def test_operations_of_a_step_by_hand(config: Config) -> None:
-    cpu = torch.device("cpu")
-    full = build_network(config, Variant("full", compiled=False), rank=RANK, device=cpu)
-    lora = build_network(config, Variant("lora", compiled=False), rank=RANK, device=cpu)
-    weights = 2 * 12 * 32**2
-    lora_weights = 2 * 8 * RANK * 32  # A and B of query, key, value and dense
-    attention = 4 * 2 * 32 * 10**2
-    assert step_flops(full, num_tokens=10) == 3 * (2 * 10 * weights + attention)
-    frozen = 2 * 2 * 10 * weights  # forward, and the gradient of the activations
-    assert step_flops(lora, num_tokens=10) == frozen + 3 * (2 * 10 * lora_weights + attention)
-
-
-@pytest.mark.parametrize("method", ["lora", "full", "diffusers"])
-def test_steps_run(config: Config, method: str) -> None:
-    if method == "diffusers":
-        pytest.importorskip("diffusers")
-        pytest.importorskip("peft")
-    options = argparse.Namespace(rank=RANK, warmup=1, steps=1)
-    result = run_variant(config, Variant(method, compiled=False), options)
-    assert result.device == "cpu"
-    assert result.seconds > 0
-    assert (result.model_flops is None) == (method == "diffusers")
-
-
-def test_offload_keeps_the_rest_of_the_section(config: Config) -> None:
-    config.deepspeed["gradient_clipping"] = 0.5
-    settings = deepspeed_settings(config, offload=True)
-    assert settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
-    assert settings["gradient_clipping"] == 0.5
-    assert "offload_optimizer" not in config.deepspeed["zero_optimization"]
-
-
 def test_median_leaves_the_warmup_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0, 100, 100, 101, 101, 103, 103, 109])  # steps of 100, then 1, 2 and 6 s
-    monkeypatch.setattr("tools.benchmark.time.perf_counter", lambda: next(clock))
-    inputs = (torch.zeros(1), torch.zeros(1))
-    assert measure(lambda *_: None, inputs, warmup=1, steps=3) == (2, 0)
+    clock = iter([0, 1, 1, 3, 3, 9])  # calls of 1, 2 and 6 s
+    monkeypatch.setattr("tools.bench.measuring.time.perf_counter", lambda: next(clock))
+    calls = []
+    measured = measure(lambda: calls.append(1), device=CPU, warmup=2, steps=3)
+    assert measured == Measured(seconds=2, peak_memory=0)
+    assert len(calls) == 5
 
 
-def test_table_compares_with_the_rival(capsys: pytest.CaptureFixture[str]) -> None:
-    own = Result("lora", "cpu", 0.5, 2.0, 3 * 10**9, 1e12, 0.25)
-    rival = Result("diffusers, LoRA", "cpu", 1.0, 1.0, 0, None, None)
-    print_table([own, rival])
-    _, first, second = capsys.readouterr().out.splitlines()
-    assert first.split() == ["lora", "0.500", "2.000", "3.00", "25.0%", "0.50x"]
-    assert second.split()[-2:] == ["-", "1.00x"]
+@pytest.mark.parametrize("against", [(), ("--against", "diffusers")])
+def test_all_lines_of_inference(with_weights: Config, against: tuple[str, ...]) -> None:
+    if against:
+        pytest.importorskip("diffusers")
+    jobs = inference_jobs(with_weights, SECTIONS, options(*against))
+    jobs = [job for job in jobs if job.label.startswith("own") != bool(against)]
+    results = {(job.section, job.label): run_job(job, started=0.0) for job in jobs}
+    rivals = {
+        ("step", "diffusers"), ("decode", "diffusers"), ("decode", "diffusers, tiled"),
+        ("encode", "diffusers"), ("encode", "diffusers, one pass"), ("t5", "transformers"),
+        ("pipeline", "diffusers"),
+    }  # fmt: skip
+    if not against:
+        # FlashAttention is not for CPUs, so there is nothing to leave out.
+        assert results.pop(("step", "own, sdpa")) is None
+        own = [("step", "own"), ("decode", "own"), ("encode", "own"), ("t5", "own")]
+        assert list(results) == [*own, ("pipeline", "own")]
+        assert results["pipeline", "own"].startup_seconds > 0
+        # Two samples of 32 + 3 · 2 · 2 tokens through a layer's 12 · 192² weights.
+        flops = 2 * (2 * 12 * 192**2 * 44 + 4 * 192 * 44**2)
+        assert results["step", "own"].model_flops == flops
+    else:
+        assert set(results) == rivals
+        compared = {section for (section, _), one in results.items() if one.is_reference}
+        assert compared == {"step", "decode", "encode", "t5", "pipeline"}
+    assert {key: one.failure for key, one in results.items() if one.failure} == {}
 
 
-def test_numbers_below_one_are_refused() -> None:
-    assert build_parser().parse_args(["--base", "x.yaml"]).only == "train"
+def test_the_compiled_step_is_the_one_to_compare_with(config: Config) -> None:
+    jobs = inference_jobs(config, ["step"], options("--compile", "--against", "diffusers"))
+    assert [job.label for job in jobs if job.is_reference] == ["diffusers, compiled"]
+
+
+def test_what_fails_or_does_not_apply_stops_no_other_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Nothing of this file, which another process would take long to import.
+    nothing, wrong, deadly = partial({}.get, "x"), partial(int, "x"), partial(os._exit, 9)
+    runs = [nothing, wrong, deadly, partial(Measured, 2.0, 3 * 10**9)]
+    jobs = [Job("step", label, run, "same") for label, run in zip("nabc", runs, strict=True)]
+    results = report(jobs, tmp_path / "out.json")
+    reason = "invalid literal for int() with base 10: 'x'"
+    reasons = [reason, "its process ended with code 9", None]
+    assert [result.failure for result in results] == reasons
+    assert (results[2].seconds, results[2].device) == (2.0, "cpu")
+    told = capfd.readouterr().err
+    assert "step      a" in told and f"failed: {reason}" in told
+    written = json.loads((tmp_path / "out.json").read_text())["step"]["results"]
+    assert written == [dataclasses.asdict(result) for result in results]
+
+
+def test_a_reason_is_one_line() -> None:
+    def run() -> Measured:
+        raise RuntimeError("CUDA out of memory.\nmore")
+
+    assert run_job(Job("step", "a", run, "p"), started=0.0).failure == "CUDA out of memory."
+
+
+def test_neighbours_share_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.bench.jobs._run_apart", lambda jobs, _: [len(jobs)])
+    jobs = [Job("step", str(i), print, process) for i, process in enumerate("aabba")]
+    assert list(run_jobs(jobs)) == [2, 2, 1]
+
+
+def test_table_compares_within_a_section(capsys: pytest.CaptureFixture[str]) -> None:
+    own = Result("decode", "own", "cpu", 0.5, 2.0, 3 * 10**9, 1e12, 0.25, startup_seconds=4.0)
+    broken = Result("decode", "tiled", failure="no memory")
+    rival = Result("decode", "diffusers", "cpu", 1.0, 1.0, is_reference=True)
+    other = Result("step", "own", "cpu", 3.0, 1 / 3)
+    print_table([own, broken, rival, other])
+    _, *lines, start = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["step", "own", "3.000", "0.333", "-", "-", "-"],
+        ["decode", "own", "0.500", "2.000", "3.00", "25.0%", "0.50x"],
+        ["decode", "tiled", "failed:", "no", "memory"],
+        ["decode", "diffusers", "1.000", "1.000", "-", "-", "1.00x"],
+    ]
+    assert start == "decode, own: ready 4.0 s after the start of the process"
+
+
+def test_weights_that_exist_are_used() -> None:
+    config = parse_config(SamplingArgs, "", ["--base", INFER])
+    root = CONFIGS.parent
+    config.args.load = str(root / config.args.load)
+    for node, key in (
+        (config.model["first_stage_config"], "ckpt_path"),
+        (config.model["conditioner_config"]["params"]["emb_models"][0], "model_dir"),
+    ):
+        node["params"][key] = str(root / node["params"][key])
+    with config_with_weights(config, None) as used:
+        assert used is config
+
+
+def test_random_weights_are_removed_or_kept(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "_write_apart", lambda _, folder: (folder / "t5").mkdir())
+    with config_with_weights(config, None) as used:
+        folder = Path(used.args.load).parent
+        assert (folder / "t5").is_dir()
+    assert not folder.exists()
+    with config_with_weights(config, tmp_path / "kept") as used:
+        assert Path(used.args.load).parent == tmp_path / "kept"
+    marked = tmp_path / "kept" / "t5" / "mark"
+    marked.touch()
+    with config_with_weights(config, tmp_path / "kept"):
+        assert marked.exists()  # and not written again
+    assert config.args.load != used.args.load
+
+
+def test_sections_follow_from_the_configuration() -> None:
+    sft, infer = (parse_config(TrainingArgs, "", ["--base", file]) for file in (SFT, INFER))
+    assert choose_sections(sft, None) == ["train"]
+    assert choose_sections(infer, None) == ["step", "decode", "encode", "t5", "pipeline"]
+    assert choose_sections(infer, ["decode"]) == ["decode"]
+    with pytest.raises(UserError, match="--only step: the configuration has a section deepspeed"):
+        choose_sections(sft, ["step"])
+    with pytest.raises(UserError, match="--only train: the configuration has no section deepspeed"):
+        choose_sections(infer, ["step", "train"])
+
+
+def test_mistakes_on_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert options("--only", "t5,step").only == ["step", "t5"]
+    with pytest.raises(SystemExit):
+        options("--only", "steps")
+    assert "unknown section 'steps'; did you mean 'step'?" in capsys.readouterr().err
     with pytest.raises(UserError, match="--steps, --warmup and --rank must be at least 1"):
-        main(["--base", str(CONFIG), "--steps", "0"])
+        main(["--base", SFT, "--steps", "0"])
+    monkeypatch.setattr("tools.benchmark.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--against diffusers needs diffusers; pip install"):
+        main(["--base", INFER, "--against", "diffusers"])
+
+
+def test_the_exit_code_tells_of_a_failure(
+    small: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = [Result("decode", "own", "cpu", 1.0, 1.0)]
+    monkeypatch.setattr(benchmark, "report", lambda jobs, file: results)
+    assert main(["--base", small, "--only", "decode"]) == 0
+    results.append(Result("decode", "diffusers", failure="no memory"))
+    assert main(["--base", small, "--only", "decode"]) == 1
+    assert "failed: no memory" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from sgm.checkpoint.fit import differences
 from sgm.checkpoint.reading import check_kind, check_weight_file, read_checkpoint, tensors_of
 from sgm.errors import UserError
 from sgm.modules.encoders.json_pieces import JsonPieces
+from sgm.offload import stream_weights
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,7 @@ _TABLE_NAMES = ("encoder.embed_tokens.weight", "shared.weight")
 _WIDE = ".wo.weight"
 _LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
 _NUM_NAMED = 3  # names that a message repeats
+_AGAIN = "copy the folder from the original again"
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 
 
@@ -166,26 +169,55 @@ def embedding_files(model_dir: str) -> list[Path]:
     return [files.folder / "config.json", files.tokenizer, *files.weights]
 
 
-def _load_encoder(files: T5Files, *, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
-    """The encoder with its weights, each mapped from disk and put straight into type and place.
-
-    With `from_pretrained` of transformers all of them would be in the host's memory first.
+def _build_encoder(folder: Path) -> nn.Module:
+    """The encoder of a T5 folder on the meta device, without values.
 
     Raises:
-        UserError: transformers cannot build it, or some of its weights are not in the folder.
+        UserError: transformers cannot build it.
     """
     # Imported here, since it takes seconds and only this function needs it.
     from transformers import T5Config, T5EncoderModel
 
-    folder = files.folder
-    again = "copy the folder from the original again"
     try:
         with torch.device("meta"):
-            encoder = T5EncoderModel(T5Config.from_dict(read_json(folder / "config.json")))
+            return T5EncoderModel(T5Config.from_dict(read_json(folder / "config.json")))
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = reason.rstrip(".")
-        raise UserError(f"the T5 folder {folder} cannot be loaded: {reason}; {again}") from None
+        raise UserError(
+            f"the T5 folder {folder} cannot be loaded: {reason.rstrip('.')}; {_AGAIN}"
+        ) from None
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of a weight in an encoder of type `dtype`."""
+    # As transformers does: the range of float16 is too small for what this layer adds up.
+    return torch.float32 if dtype is torch.float16 and name.endswith(_WIDE) else dtype
+
+
+def encoder_bytes(model_dir: str | Path, *, dtype: torch.dtype) -> int:
+    """Memory that the weights of a text encoder take; nothing but its config is read.
+
+    Raises:
+        UserError: as in `find_t5`, or transformers cannot build it.
+    """
+    weights = _build_encoder(find_t5(model_dir).folder).named_parameters()
+    return sum(weight.numel() * _dtype_of(name, dtype).itemsize for name, weight in weights)
+
+
+def _load_encoder(
+    files: T5Files, *, dtype: torch.dtype, device: str | torch.device, streamed: bool
+) -> nn.Module:
+    """The encoder with its weights, each mapped from disk and put straight into type and place.
+
+    With `from_pretrained` of transformers all of them would be in the host's memory first. Where
+    they are `streamed` they stay mapped and in the files' type, so that the host holds no copy of
+    them either; each is put into type and place on its way, every time.
+
+    Raises:
+        UserError: transformers cannot build it, or some of its weights are not in the folder.
+    """
+    folder = files.folder
+    encoder = _build_encoder(folder)
     wanted = encoder.state_dict()
     found: dict[str, Tensor] = {}
     for path in files.weights:
@@ -198,14 +230,17 @@ def _load_encoder(files: T5Files, *, dtype: torch.dtype, device: str | torch.dev
         few = f"{', '.join(gaps[:3])}{', …' if len(gaps) > 3 else ''}"
         raise UserError(
             f"the T5 folder {folder} lacks {len(gaps)} of the weights that its config.json asks "
-            f"for, or has them in another shape ({few}); {again}"
+            f"for, or has them in another shape ({few}); {_AGAIN}"
         )
-    for name in wanted:
-        # As transformers does: the range of float16 is too small for what this layer adds up.
-        is_wide = dtype is torch.float16 and name.endswith(_WIDE)
-        found[name] = found[name].to(device=device, dtype=torch.float32 if is_wide else dtype)
+    if not streamed:
+        for name in wanted:
+            found[name] = found[name].to(device=device, dtype=_dtype_of(name, dtype))
     encoder.load_state_dict(found, assign=True)
     encoder.set_input_embeddings(encoder.shared)  # one table under both of its names
+    if streamed:
+        stack = encoder.encoder
+        parts = [stack.embed_tokens, *stack.block, stack.final_layer_norm]
+        stream_weights(parts, device, dtype_of=partial(_dtype_of, dtype=dtype))
     return encoder.eval()  # without dropout
 
 
@@ -224,6 +259,8 @@ class FrozenT5Embedder(nn.Module):
             ``tokenizer.json``) and weights as safetensors or .bin shards; or as in `find_t5`.
         max_length: number of tokens that every text is padded or cut to.
         dtype, device: of the weights.
+        streamed: the weights stay in their files, and each block's are on `device` while it works
+            only; for inference.
 
     Padding is not masked: the diffusion model was trained on embeddings made that way.
 
@@ -241,11 +278,13 @@ class FrozenT5Embedder(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        streamed: bool = False,
     ) -> None:
         super().__init__()
         files = find_t5(model_dir)
+        self._visited_device = torch.device(device) if streamed else None
         self.tokenizer = T5Tokenizer(files.tokenizer, max_length=max_length)
-        self.transformer = _load_encoder(files, dtype=dtype, device=device)
+        self.transformer = _load_encoder(files, dtype=dtype, device=device, streamed=streamed)
 
     def warn_if_cut(self, text: str) -> None:
         """Log a warning that quotes the end of `text` that the encoder will not see."""
@@ -261,6 +300,7 @@ class FrozenT5Embedder(nn.Module):
         One text at a time, so that an embedding is the same to the last bit whatever else is in
         the batch, and kept ones can stand for it.
         """
-        ids = self.tokenizer(texts).to(self.transformer.device)  # (b, max_length)
+        device = self._visited_device or self.transformer.device
+        ids = self.tokenizer(texts).to(device)  # (b, max_length)
         parts = [self.transformer(input_ids=row).last_hidden_state for row in ids.split(1)]
         return torch.cat(parts)

@@ -138,14 +138,15 @@ class AdaLNMixin(BaseMixin):
             self.query_layernorm_list = nn.ModuleList(head_norm() for _ in range(num_layers))
             self.key_layernorm_list = nn.ModuleList(head_norm() for _ in range(num_layers))
 
-    def compile_blocks(self) -> None:
-        """Compile the block, once for all layers: its first call takes about a minute.
+    def compile_blocks(self, *, tune: bool) -> None:
+        """Compile the block, once for all layers, in its first call.
 
-        Each shape of the tokens, and evaluation beside training, costs a compilation of its own;
-        past PyTorch's limit of 8 further ones run as they are.
+        With `tune` that call also looks for better settings of the kernels, which takes half a
+        minute and makes a training step 1% faster; sampling gains nothing from it. Each shape of
+        the tokens, and evaluation beside training, costs a compilation of its own; past PyTorch's
+        limit of 8 further ones run as they are.
         """
-        # The search for better settings of its kernels: 1% of a step for seconds of compiling.
-        options = {"coordinate_descent_tuning": True}
+        options = {"coordinate_descent_tuning": tune}
         self._run_block = torch.compile(run_block, dynamic=False, options=options)
 
     def layer_forward(

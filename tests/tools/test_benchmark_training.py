@@ -1,0 +1,83 @@
+"""Training in the benchmark: counted operations by hand, and a step of each kind on small sizes."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from arguments import Config, TrainingArgs, parse_config
+from tools.bench.training import (
+    Variant,
+    build_network,
+    deepspeed_settings,
+    run_variant,
+    step_flops,
+    training_jobs,
+)
+
+CONFIG = Path(__file__).parents[2] / "configs" / "cogvideox_tiny_sft.yaml"
+RANK = 2
+
+
+@pytest.fixture
+def config() -> Config:
+    """The bundled configuration with two small layers."""
+    config = copy.deepcopy(parse_config(TrainingArgs, "", ["--base", str(CONFIG)]))
+    config.model["network_config"]["params"] |= {
+        "num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_frames": 5,
+        "latent_height": 4, "latent_width": 4, "time_embed_dim": 16,
+    }  # fmt: skip
+    return config
+
+
+def test_operations_of_a_step_by_hand(config: Config) -> None:
+    cpu = torch.device("cpu")
+    full = build_network(config, Variant("full", compiled=False), rank=RANK, device=cpu)
+    lora = build_network(config, Variant("lora", compiled=False), rank=RANK, device=cpu)
+    weights = 2 * 12 * 32**2
+    lora_weights = 2 * 8 * RANK * 32  # A and B of query, key, value and dense
+    attention = 4 * 2 * 32 * 10**2
+    assert step_flops(full, num_tokens=10) == 3 * (2 * 10 * weights + attention)
+    frozen = 2 * 2 * 10 * weights  # forward, and the gradient of the activations
+    assert step_flops(lora, num_tokens=10) == frozen + 3 * (2 * 10 * lora_weights + attention)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "diffusers"])
+def test_steps_run(config: Config, method: str) -> None:
+    if method == "diffusers":
+        pytest.importorskip("diffusers")
+        pytest.importorskip("peft")
+    options = argparse.Namespace(rank=RANK, warmup=1, steps=1)
+    measured = run_variant(config, Variant(method, compiled=False), options)
+    assert measured.seconds > 0
+    assert (measured.flops is None) == (method == "diffusers")
+
+
+def test_offload_keeps_the_rest_of_the_section(config: Config) -> None:
+    config.deepspeed["gradient_clipping"] = 0.5
+    settings = deepspeed_settings(config, offload=True)
+    assert settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert settings["gradient_clipping"] == 0.5
+    assert "offload_optimizer" not in config.deepspeed["zero_optimization"]
+
+
+def test_a_line_for_each_way_of_training(config: Config) -> None:
+    options = argparse.Namespace(
+        methods=["lora", "full"], keep=["attention", "all"], compile=True, attention="sdpa",
+        against="diffusers",
+    )  # fmt: skip
+    jobs = training_jobs(config, options)
+    labels = [job.label for job in jobs]
+    assert labels == [
+        "lora, keep attention, compiled, sdpa",
+        "lora, keep all, compiled, sdpa",
+        "full, keep attention, compiled, sdpa",
+        "full, keep all, compiled, sdpa",
+        "diffusers, LoRA",
+    ]
+    assert [job.process for job in jobs] == labels  # none shares a process
+    assert [job.is_reference for job in jobs] == [False] * 4 + [True]

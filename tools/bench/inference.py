@@ -1,0 +1,203 @@
+"""Sampling, piece by piece and as a whole: this project's own side, and the list of all lines.
+
+Each piece is built alone, so that its peak of memory is its own; the whole is the engine of
+sample_video.py with files of weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from arguments import Config
+from diffusion_video import NetworkWrapper
+from sample_video import load_engine
+from sgm.cli import no_garbage_collection
+from sgm.inference.request import latent_shape
+from sgm.inference.video_io import to_uint8
+from sgm.models.first_stage import build_first_stage, encode_moments
+from sgm.modules.transformer import fp8
+from sgm.modules.transformer.attention import Kernel, choose_kernel
+from sgm.util import instantiate_from_config
+from tools.bench import inputs, rivals
+from tools.bench.jobs import INFERENCE_SECTIONS, Job
+from tools.bench.measuring import (
+    Measured,
+    choose_device,
+    forward_flops,
+    measure,
+    random_network,
+)
+
+Piece = Callable[[Config, argparse.Namespace], "Measured | None"]
+
+
+def inference_jobs(
+    config: Config, sections: Sequence[str], options: argparse.Namespace
+) -> list[Job]:
+    """The jobs of `sections`, implementation by implementation.
+
+    The pipelines have processes of their own: the first one's start is measured too, and the other
+    one's memory counts.
+    """
+    lines: list[tuple[str, str, Piece, str]] = [
+        ("step", "own", partial(step, kernel=options.attention), "pieces"),
+        ("step", "own, sdpa", step_without_flash, "pieces"),
+        ("step", "own, fp8", step_with_fp8, "pieces"),
+        ("decode", "own", decode, "pieces"),
+        ("encode", "own", encode, "pieces"),
+        ("t5", "own", embed_text, "pieces"),
+        ("pipeline", "own", pipeline, "pipeline"),
+    ]
+    references = dict.fromkeys(INFERENCE_SECTIONS, "diffusers") | {"t5": "transformers"}
+    if options.against:
+        lines.append(("step", "diffusers", partial(rivals.step, compiled=False), "diffusers"))
+        if options.compile:
+            references["step"] = "diffusers, compiled"
+            lines.append(
+                ("step", references["step"], partial(rivals.step, compiled=True), "diffusers")
+            )
+        lines += [
+            ("decode", "diffusers", partial(rivals.decode, tiled=False), "diffusers"),
+            ("decode", "diffusers, tiled", partial(rivals.decode, tiled=True), "diffusers"),
+            ("encode", "diffusers", partial(rivals.encode, at_once=False), "diffusers"),
+            ("encode", "diffusers, one pass", partial(rivals.encode, at_once=True), "diffusers"),
+            ("t5", "transformers", rivals.embed_text, "diffusers"),
+            ("pipeline", "diffusers", rivals.pipeline, "diffusers"),
+        ]
+    if torch.cuda.is_available():
+        in_low_memory = partial(pipeline, memory="low")
+        lines.append(("pipeline", "own, memory low", in_low_memory, "low memory"))
+    return [
+        Job(
+            section, label, partial(run, config, options), process, references.get(section) == label
+        )
+        for section, label, run, process in lines
+        if section in sections
+    ]
+
+
+@torch.no_grad()
+def step(
+    config: Config, options: argparse.Namespace, *, kernel: Kernel | None, in_fp8: bool = False
+) -> Measured:
+    """One batched forward of the transformer for both branches of guidance."""
+    device, node = choose_device(), config.model["network_config"]
+    network = random_network(node, dtype=inputs.run_dtype(config), device=device).eval()
+    network.set_attention(kernel)
+    layers = network.transformer.layers
+    num_weights = sum(weight.numel() for weight in layers.parameters() if weight.ndim == 2)
+    if in_fp8:
+        fp8.quantize_linears(network)
+    if options.compile:
+        network.compile_blocks()
+    wrapper = NetworkWrapper(network)
+    latents, text, timesteps = inputs.step_inputs(config, device)
+    cond = {"crossattn": text}
+    measured = measure(
+        lambda: wrapper(latents, timesteps, cond), device=device, **inputs.repeats(options)
+    )
+    flops = forward_flops(
+        num_weights,
+        num_tokens=text.shape[1] + math.prod((latents.shape[1], *network.grid_size)),
+        num_layers=len(layers),
+        width=network.hidden_size,
+    )
+    return dataclasses.replace(measured, flops=len(latents) * flops)
+
+
+def step_without_flash(config: Config, options: argparse.Namespace) -> Measured | None:
+    """A step with PyTorch's attention, where `step` takes another by itself."""
+    token = torch.empty(1, dtype=inputs.run_dtype(config), device=choose_device())
+    if options.attention or choose_kernel(token) == "sdpa":
+        return None
+    return step(config, options, kernel="sdpa")
+
+
+def step_with_fp8(config: Config, options: argparse.Namespace) -> Measured | None:
+    """A step with float8 products, on a GPU that has them."""
+    device = choose_device()
+    if device.type != "cuda" or not fp8.runs_on(device):
+        return None
+    return step(config, options, kernel=options.attention, in_fp8=True)
+
+
+@torch.no_grad()
+def decode(config: Config, options: argparse.Namespace) -> Measured:
+    """Latents to frames, chunk by chunk; none is kept."""
+    device, vae = _first_stage(config)
+    latents = inputs.latents(config, device).transpose(1, 2).to(inputs.run_dtype(config))
+
+    def run() -> None:
+        for _ in vae.decode_streamed(latents):
+            pass
+
+    return measure(run, device=device, **inputs.repeats(options))
+
+
+@torch.no_grad()
+def encode(config: Config, options: argparse.Namespace) -> Measured:
+    """Frames to moments."""
+    device, vae = _first_stage(config)
+    video = inputs.video(config, device).to(inputs.run_dtype(config))
+    return measure(lambda: encode_moments(vae, video), device=device, **inputs.repeats(options))
+
+
+def _first_stage(config: Config) -> tuple[torch.device, torch.nn.Module]:
+    """The autoencoder with random weights, and where it is."""
+    device, node = choose_device(), copy.deepcopy(config.model["first_stage_config"])
+    node["params"]["ckpt_path"] = None
+    with device:
+        return device, build_first_stage(node, dtype=inputs.run_dtype(config), device=device)
+
+
+def embed_text(config: Config, options: argparse.Namespace) -> Measured:
+    """A prompt through the text encoder."""
+    device = choose_device()
+    conditioner = instantiate_from_config(
+        config.model["conditioner_config"], dtype=inputs.run_dtype(config), device=device
+    ).eval()
+    return measure(
+        lambda: conditioner.encode([inputs.PROMPT]), device=device, **inputs.repeats(options)
+    )
+
+
+def pipeline(config: Config, options: argparse.Namespace, *, memory: str = "high") -> Measured:
+    """A prompt to frames of 8 bits on the host: the engine of sample_video.py."""
+    config = copy.deepcopy(config)
+    config.args.memory = memory
+    device = choose_device()
+    with no_garbage_collection():
+        engine = load_engine(config, device)
+    ready_at = time.time()
+    network = engine.model.diffusion_model
+    network.set_attention(options.attention)
+    if options.compile:
+        network.compile_blocks()
+    sampler, node = engine.sampler, copy.deepcopy(config.model["sampler_config"])
+    node["params"]["num_steps"] = inputs.WARMUP_STEPS
+    shape = (1, *latent_shape(config.args, config.model))
+
+    def run() -> None:
+        cond = engine.conditioner.encode([inputs.PROMPT])
+        latents = engine.sample(
+            cond,
+            engine.conditioner.unconditional(cond),
+            shape,
+            generator=torch.Generator().manual_seed(config.args.seed),
+        )
+        for chunk in engine.decode_first_stage(latents):
+            to_uint8(chunk[0])
+
+    engine.sampler = instantiate_from_config(node)
+    run()
+    engine.sampler = sampler
+    measured = measure(run, device=device, warmup=0, steps=1)
+    return dataclasses.replace(measured, ready_at=ready_at)

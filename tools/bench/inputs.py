@@ -1,0 +1,60 @@
+"""What all implementations of inference are measured on: random values of a model's sizes."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arguments import Config
+from sgm.inference.request import TEMPORAL_FACTOR, latent_shape
+
+PROMPT = "a red circle moving left"
+WARMUP, REPEATS = 1, 3
+WARMUP_STEPS = 2  # of a whole video, which compile all that the measured one runs
+
+
+def repeats(options: argparse.Namespace) -> dict[str, int]:
+    """How often `measure` runs a piece."""
+    return {"warmup": options.warmup or WARMUP, "steps": options.steps or REPEATS}
+
+
+def run_dtype(config: Config) -> torch.dtype:
+    """The precision that the configuration runs in."""
+    if config.args.bf16:
+        return torch.bfloat16
+    return torch.float16 if config.args.fp16 else torch.float32
+
+
+def t5_params(config: Config) -> dict[str, Any]:
+    """The params of the T5 embedder: model_dir and max_length."""
+    return config.model["conditioner_config"]["params"]["emb_models"][0]["params"]
+
+
+def video_shape(config: Config) -> tuple[int, int, int, int, int]:
+    """(1, t, 3, h, w) of the video that the configuration makes."""
+    num_latent_frames = latent_shape(config.args, config.model)[0]
+    params = config.model["network_config"]["params"]
+    factor = params.get("time_compressed_rate", TEMPORAL_FACTOR)
+    return (1, factor * (num_latent_frames - 1) + 1, 3, *config.args.sampling_image_size)
+
+
+def video(config: Config, device: torch.device) -> Tensor:
+    """A video (1, t, 3, h, w) in [-1, 1]."""
+    return torch.rand(video_shape(config), device=device) * 2 - 1
+
+
+def latents(config: Config, device: torch.device, *, batch_size: int = 1) -> Tensor:
+    """Latents (b, t, c, h, w), standard normal."""
+    return torch.randn(batch_size, *latent_shape(config.args, config.model), device=device)
+
+
+def step_inputs(config: Config, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents (2, t, c, h, w), text (2, n, d) and timesteps (2,) of a step with guidance."""
+    modules = config.model["network_config"]["params"]["modules"]
+    length = modules["pos_embed_config"]["params"]["text_length"]
+    width = modules["patch_embed_config"]["params"]["text_hidden_size"]
+    text = torch.randn(2, length, width, device=device)
+    return latents(config, device, batch_size=2), text, torch.tensor([500, 500], device=device)

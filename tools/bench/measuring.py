@@ -1,0 +1,113 @@
+"""Timing, memory and counted operations of one piece of work, for all sections of the benchmark."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from sgm.util import instantiate_from_config
+
+# Dense bf16 rates in TFLOP/s by the words of a device's name, from NVIDIA's data sheets.
+PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "H200": 989, "A100": 312, "B200": 2250}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a piece of work took.
+
+    Args:
+        seconds: median of its repetitions.
+        peak_memory: bytes on the GPU over all of them, weights included; 0 on a CPU.
+        flops: operations that the model asks for; None where they are not counted.
+        ready_at: `time.time()` at which everything was loaded, where that is of interest.
+    """
+
+    seconds: float
+    peak_memory: int
+    flops: float | None = None
+    ready_at: float | None = None
+
+
+def choose_device() -> torch.device:
+    """The first GPU, where there is one."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def measure(call: Callable[[], Any], *, device: torch.device, warmup: int, steps: int) -> Measured:
+    """The median of `steps` calls after `warmup` others, and the peak of memory over the former."""
+    for _ in range(warmup):
+        call()
+    if device.type == "cuda":  # compiling and tuning take memory of their own
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    clock = _gpu_clock if device.type == "cuda" else _cpu_clock
+    seconds = statistics.median(clock(call, steps))
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return Measured(seconds, peak)
+
+
+def _cpu_clock(call: Callable[[], Any], times: int) -> list[float]:
+    """Seconds of each of some calls."""
+    marks = [time.perf_counter()]
+    for _ in range(times):
+        call()
+        marks.append(time.perf_counter())
+    return [end - start for start, end in pairwise(marks)]
+
+
+def _gpu_clock(call: Callable[[], Any], times: int) -> list[float]:
+    """The same by the GPU's clock; as in a run, nobody waits for it between two calls."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1000 for start, end in pairwise(marks)]
+
+
+def peak_rate(device: torch.device) -> float | None:
+    """The device's dense bf16 rate in FLOP/s, if it is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    rates = [rate for words, rate in PEAK_TFLOPS.items() if words in name]
+    return rates[0] * 1e12 if rates else None
+
+
+def forward_flops(linear_weights: int, *, num_tokens: int, num_layers: int, width: int) -> float:
+    """Operations of the blocks for one sample, a multiply-add counted as two.
+
+    `linear_weights` counts the weights of all blocks that each token is multiplied with; besides
+    there are queries with keys and their products with values.
+    """
+    return 2.0 * linear_weights * num_tokens + 4.0 * num_layers * width * num_tokens**2
+
+
+def randomize(module: nn.Module) -> None:
+    """Random matrices; vectors that scale become ones, those that shift zeros."""
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=0.02)
+            else:
+                weight.fill_(float("norm" in name and name.endswith("weight")))
+
+
+def random_network(
+    node: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The transformer of a node with random weights, LoRA layers included."""
+    with torch.device("meta"):
+        network = instantiate_from_config(node)
+    network.to(dtype).to_empty(device=device)
+    randomize(network)
+    network.add_lora()
+    return network

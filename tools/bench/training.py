@@ -1,0 +1,182 @@
+"""Training steps: the project's own objective, DeepSpeed's engine and the optimizer.
+
+Time and memory do not depend on the values of weights, so all are random; so are latents and text
+embeddings, which come as from a cache (`args.cache_dir`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arguments import Config
+from diffusion_video import NetworkWrapper
+from sgm.checkpoint import is_lora_matrix
+from sgm.models.transformer import DiffusionTransformer
+from sgm.training.deepspeed_engine import start_deepspeed
+from sgm.training.objective import TrainingObjective
+from sgm.util import instantiate_from_config
+from tools.bench import rivals
+from tools.bench.jobs import METHODS, Job
+from tools.bench.measuring import Measured, choose_device, forward_flops, measure, random_network
+
+WARMUP, STEPS = 3, 10
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of training: what is trained, and how.
+
+    `method` is one of METHODS, or "diffusers"; `keep` and `kernel` are those of the transformer.
+    """
+
+    method: str
+    keep: str | None = "attention"
+    compiled: bool = True
+    kernel: str | None = None
+
+    def label(self) -> str:
+        """The variant in a few words."""
+        if self.method not in METHODS:
+            return f"{self.method}, LoRA"
+        parts = [self.method, f"keep {self.keep or 'all'}", "compiled" if self.compiled else ""]
+        return ", ".join(part for part in [*parts, self.kernel] if part)
+
+
+def training_jobs(config: Config, options: argparse.Namespace) -> list[Job]:
+    """A job for each variant that the options ask for, each with a process of its own."""
+    variants = [
+        Variant(method, None if keep == "all" else keep, options.compile, options.attention)
+        for method in options.methods
+        for keep in options.keep
+    ]
+    if options.against:
+        variants.append(Variant(options.against))
+    return [
+        Job(
+            "train",
+            variant.label(),
+            partial(run_variant, config, variant, options),
+            process=variant.label(),
+            is_reference=variant.method == options.against,
+        )
+        for variant in variants
+    ]
+
+
+def run_variant(config: Config, variant: Variant, options: argparse.Namespace) -> Measured:
+    """Build and measure one variant."""
+    device = choose_device()
+    flops = None
+    if variant.method in METHODS:
+        step, flops = own_step(config, variant, rank=options.rank, device=device)
+    else:
+        step = rivals.training_step(config, rank=options.rank, device=device)
+    inputs = random_inputs(config, device)
+    repeated = {"warmup": options.warmup or WARMUP, "steps": options.steps or STEPS}
+    measured = measure(lambda: step(*inputs), device=device, **repeated)
+    return dataclasses.replace(measured, flops=flops)
+
+
+def own_step(
+    config: Config, variant: Variant, *, rank: int, device: torch.device
+) -> tuple[Callable[[Tensor, Tensor], None], float]:
+    """A training step of (latents, text embedding) through the project's own path; its FLOPs."""
+    network = build_network(config, variant, rank=rank, device=device)
+    engine = SimpleNamespace(
+        model=NetworkWrapper(network),
+        denoiser=instantiate_from_config(config.model["denoiser_config"]),
+        conditioner=instantiate_from_config(
+            config.model["conditioner_config"], with_embedders=False
+        ),
+        loss_fn=instantiate_from_config(config.model["loss_fn_config"]),
+    )
+    settings = deepspeed_settings(config, offload=variant.method == "offload")
+    wrapped = start_deepspeed(TrainingObjective(engine).train(), settings, config.args)
+    grid = network.grid_size[0] * network.grid_size[1] * network.num_latent_frames
+    tokens = network.mixins["pos_embed"].text_length + grid
+
+    def step(latents: Tensor, context: Tensor) -> None:
+        loss = wrapped(latents, {"crossattn": context})
+        wrapped.backward(loss)
+        wrapped.step()
+
+    return step, step_flops(network, num_tokens=tokens)
+
+
+def build_network(
+    config: Config, variant: Variant, *, rank: int, device: torch.device
+) -> DiffusionTransformer:
+    """The transformer of a configuration with random weights, set up as the variant says."""
+    node = copy.deepcopy(config.model["network_config"])
+    modules = node["params"]["modules"]
+    modules.pop("lora_config", None)
+    if variant.method == "lora":
+        target = "sat.model.finetune.lora2.LoraMixin"
+        modules["lora_config"] = {"target": target, "params": {"r": rank}}
+    network = random_network(node, dtype=torch.bfloat16, device=device)
+    if variant.method == "lora":
+        for name, weight in network.named_parameters():
+            weight.requires_grad_(is_lora_matrix(name))
+    network.set_checkpointing(variant.keep)
+    network.set_attention(variant.kernel)
+    if variant.compiled:
+        network.compile_blocks(tune=True)
+    return network
+
+
+def step_flops(network: DiffusionTransformer, *, num_tokens: int) -> float:
+    """Operations that a training step of one sample needs, without what is computed twice.
+
+    The backward pass of a product costs as much again for each factor that has a gradient; every
+    activation has one, and of the weights those that are trained.
+    """
+    weights = [weight for weight in network.transformer.layers.parameters() if weight.ndim == 2]
+    width, num_layers = network.hidden_size, len(network.transformer.layers)
+    frozen = sum(weight.numel() for weight in weights if not weight.requires_grad)
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    attention = forward_flops(0, num_tokens=num_tokens, num_layers=num_layers, width=width)
+    return 2 * num_tokens * (2.0 * frozen + 3.0 * trained) + 3 * attention
+
+
+def deepspeed_settings(config: Config, *, offload: bool) -> dict[str, Any]:
+    """The `deepspeed` section in bf16 with PyTorch's fused AdamW, one sample at a time."""
+    params = dict(config.deepspeed["optimizer"].get("params") or {})
+    zero = dict(config.deepspeed.get("zero_optimization") or {})
+    # One process has nobody to talk to meanwhile, and the CPU would wait for the GPU for it.
+    zero |= {"stage": max(zero.get("stage", 0), 2), "overlap_comm": False}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    return {
+        **config.deepspeed,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {**(config.deepspeed.get("bf16") or {}), "enabled": True},
+        "fp16": {"enabled": False},
+        "optimizer": {"type": "AdamW", "params": params | {"torch_adam": True, "fused": True}},
+    }
+
+
+def random_inputs(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Latents (1, t, c, h, w) float32 and a text embedding (1, n, d) bf16 of the model's sizes."""
+    params = config.model["network_config"]["params"]
+    frames = (params["num_frames"] - 1) // params["time_compressed_rate"] + 1
+    shape = (params["in_channels"], params["latent_height"], params["latent_width"])
+    modules = params["modules"]
+    length = modules["pos_embed_config"]["params"]["text_length"]
+    width = modules["patch_embed_config"]["params"]["text_hidden_size"]
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, frames, *shape, generator=generator)
+    context = torch.randn(1, length, width, generator=generator)
+    return latents.to(device), context.to(device, torch.bfloat16)
