@@ -19,6 +19,7 @@ from sgm.files import make_output_folder
 from sgm.inference.prompts import Prompt, read_prompt_file, read_typed_prompts
 from sgm.inference.request import latent_shape
 from sgm.inference.weights import check_weight_paths
+from sgm.kernels import can_compile_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -271,7 +272,7 @@ def compile_network(
     engine: SATVideoDiffusionEngine, args: SamplingArgs, *, device: torch.device, steps: int | None
 ) -> None:
     """Compile the transformer where that is asked for, or pays."""
-    pays = device.type == "cuda" and (steps or 0) >= COMPILE_STEPS
+    pays = device.type == "cuda" and (steps or 0) >= COMPILE_STEPS and can_compile_kernels()
     if pays if args.compile is None else args.compile:
         logger.info("the transformer is compiled in the first step, which takes longer for that")
         engine.model.diffusion_model.compile_blocks()

@@ -13,6 +13,7 @@ from arguments import Config, TrainingArgs, parse_config
 from sgm.cli import run_command, set_up_logging
 from sgm.errors import UserError
 from sgm.inference.weights import check_weight_paths
+from sgm.kernels import can_compile_kernels
 from sgm.training.checks import (
     VIDEO_DATASET,
     check_args,
@@ -145,7 +146,8 @@ def build_loader(dataset: Any, config: Config, *, batch_size: int, start: int) -
 def compile_pays(config: Config, device: torch.device) -> bool:
     """Whether compiling saves more than the half minute it takes: a fifth of each step, on GPUs."""
     divided = (config.deepspeed.get("zero_optimization") or {}).get("stage") == 3
-    return device.type == "cuda" and config.args.train_iters >= COMPILE_STEPS and not divided
+    is_long = config.args.train_iters >= COMPILE_STEPS
+    return device.type == "cuda" and is_long and not divided and can_compile_kernels()
 
 
 def set_up_activations(engine: SATVideoDiffusionEngine, config: Config) -> None:

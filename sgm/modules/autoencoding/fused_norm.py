@@ -7,13 +7,13 @@ only where the latents do, so that they are as small as these.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sgm.kernels import can_compile_kernels
 from sgm.modules.autoencoding.layout import empty_frames, with_room
 from sgm.modules.autoencoding.norms import LatentModulatedNorm
 from sgm.modules.autoencoding.resize import stretch_time
@@ -86,7 +86,7 @@ def fused_kernels(x: Tensor) -> ModuleType | None:
 
     Convolutions then leave their bias to what follows, since cuDNN adds it in a pass of its own.
     """
-    if not x.is_cuda or x.dtype not in _HALF_TYPES or find_spec("triton") is None:
+    if not x.is_cuda or x.dtype not in _HALF_TYPES or not can_compile_kernels():
         return None
     from sgm.modules.autoencoding import triton_norm
 

@@ -1,0 +1,33 @@
+"""Whether kernels for a GPU can be compiled on this machine, by Triton and by torch.compile."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shutil
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_COMPILERS = ("clang", "gcc")  # that Triton looks for, unless CC names another
+
+
+@functools.lru_cache
+def can_compile_kernels() -> bool:
+    """Whether Triton is there with the C compiler and the headers that it needs.
+
+    If not, a warning says once what is missing; everything works without, only slower.
+    """
+    lacking = None
+    if find_spec("triton") is None:
+        lacking = "triton is not installed"
+    elif not (os.environ.get("CC") or any(map(shutil.which, _COMPILERS))):
+        lacking = "there is no C compiler (install gcc)"
+    elif not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        lacking = "Python's headers are not there (install python3-dev)"
+    if lacking:
+        logger.warning("no kernels of our own on the GPU, so it is slower: %s", lacking)
+    return lacking is None

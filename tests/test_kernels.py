@@ -1,0 +1,53 @@
+"""What compiling needs of a machine, and the one warning where that is not there."""
+
+import importlib.util
+import shutil
+import sysconfig
+
+import pytest
+
+from sgm import kernels
+
+
+@pytest.fixture(autouse=True)
+def asked_for_the_first_time(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    kernels.can_compile_kernels.cache_clear()
+    yield
+    kernels.can_compile_kernels.cache_clear()
+
+
+@pytest.fixture
+def complete(monkeypatch, tmp_path):
+    """A machine that has everything."""
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(kernels, "find_spec", importlib.util.find_spec)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name == "gcc" else None)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    pytest.importorskip("triton")
+    return tmp_path
+
+
+def test_with_everything_there_is_no_warning(complete, caplog):
+    assert kernels.can_compile_kernels()
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("lacking", ["triton", "gcc", "Python.h"])
+def test_what_is_lacking_is_named_once(complete, monkeypatch, caplog, lacking):
+    if lacking == "triton":
+        monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    elif lacking == "gcc":
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    else:
+        (complete / "Python.h").unlink()
+    assert not kernels.can_compile_kernels()
+    assert not kernels.can_compile_kernels()
+    (message,) = caplog.messages
+    assert {"triton": "triton", "gcc": "install gcc", "Python.h": "headers"}[lacking] in message
+
+
+def test_another_compiler_may_be_named(complete, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setenv("CC", "/opt/bin/cc")
+    assert kernels.can_compile_kernels()
