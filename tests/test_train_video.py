@@ -18,6 +18,7 @@ from sgm.checkpoint import LoraChoice, load_transformer, merge_loras
 from sgm.errors import UserError
 from sgm.inference.weights import check_weight_paths
 from sgm.training.batches import checked_batches
+from sgm.training.checks import check_deepspeed
 from sgm.training.deepspeed_engine import start_deepspeed
 from sgm.training.optimizer import sat_optimizer
 from sgm.util import instantiate_from_config
@@ -194,6 +195,16 @@ def test_a_wrong_value_is_named_before_a_folder_is_made_or_data_read(
         train_video.main(base)
     assert key.rpartition(".")[2].split("_per_")[0] in str(failure.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistyped_key_of_deepspeed_is_named_and_a_strange_one_warned_of(caplog):
+    settings = parse_config(TrainingArgs, "", ["--base", CONFIG]).deepspeed
+    check_deepspeed(settings | {"prescale_gradients": False})
+    assert caplog.messages == []
+    check_deepspeed(settings | {"quantum_offload": {}})
+    assert "unknown key 'quantum_offload' in deepspeed" in caplog.text
+    with pytest.raises(UserError, match="'gradient_cliping' in deepspeed; did you mean"):
+        check_deepspeed(settings | {"gradient_cliping": 0.1})
 
 
 @pytest.fixture

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
-from sgm.errors import UserError
+from sgm.errors import UserError, nearest_name
 from sgm.inference.request import (
     SPATIAL_FACTOR,
     check_model_section,
     require_sizes,
     video_size,
 )
+
+logger = logging.getLogger(__name__)
 
 VIDEO_DATASET = "data_video.SFTDataset"
 SAT_OPTIMIZER = "sat.ops.FusedEmaAdam"
@@ -34,6 +38,21 @@ _LEAST = {
 }
 # Greatest values.
 _MOST = {"warmup": 1, "ema_decay": 0.999999, "lr_decay_ratio": 1}
+# Sections of DeepSpeed's settings, which skips in silence what it does not know.
+_DEEPSPEED_KEYS = """
+    activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comm_type
+    comms_logger communication_data_type compile compression_training csv_monitor curriculum_learning
+    data_efficiency data_types dataloader_drop_last disable_allgather dump_state eigenvalue
+    elasticity expert_parallel flops_profiler fp16 gradient_accumulation_steps
+    gradient_allreduce_op gradient_clipping gradient_predivide_factor graph_harvesting
+    hybrid_engine load_universal_checkpoint memory_breakdown nebula optimizer pipeline
+    prescale_gradients progressive_layer_drop scheduler seq_parallel_communication_data_type
+    sparse_attention sparse_gradients steps_per_print tensor_parallel tensorboard timers
+    torch_autocast train_batch_size train_micro_batch_size_per_gpu
+    use_data_before_expert_parallelism use_node_local_storage wall_clock_breakdown wandb
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+""".split()
+_ALIKE = 0.8  # of difflib, from which on an unknown name is a known one, mistyped
 # What torch.manual_seed takes, less the room that ranks and epochs, added to it, need.
 _SEED_LIMIT = 2**63
 
@@ -69,6 +88,8 @@ def check_deepspeed(settings: Mapping[str, Any]) -> None:
     Raises:
         UserError: a value is of another form, or not supported.
     """
+    for key in settings:
+        _check_deepspeed_key(str(key))
     batch_size = settings.get("train_micro_batch_size_per_gpu", 1)
     if not _is_int(batch_size) or batch_size < 1:
         raise UserError(
@@ -99,6 +120,15 @@ def check_deepspeed(settings: Mapping[str, Any]) -> None:
         raise UserError(
             "deepspeed.zero_optimization: elastic_checkpoint is not supported; remove it"
         )
+
+
+def _check_deepspeed_key(key: str) -> None:
+    """Raise UserError for a mistyped key; one that is like no other may be of a newer DeepSpeed."""
+    if key in _DEEPSPEED_KEYS:
+        return
+    if difflib.get_close_matches(key, _DEEPSPEED_KEYS, n=1, cutoff=_ALIKE):
+        raise UserError(f"unknown key {key!r} in deepspeed; {nearest_name(key, _DEEPSPEED_KEYS)}")
+    logger.warning("unknown key %r in deepspeed: DeepSpeed leaves out what it does not know", key)
 
 
 def check_precision(args: Any, settings: Mapping[str, Any]) -> None:
