@@ -41,9 +41,9 @@ _MOST = {"warmup": 1, "ema_decay": 0.999999, "lr_decay_ratio": 1}
 # Sections of DeepSpeed's settings, which skips in silence what it does not know.
 _DEEPSPEED_KEYS = """
     activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comm_type
-    comms_logger communication_data_type compile compression_training csv_monitor curriculum_learning
-    data_efficiency data_types dataloader_drop_last disable_allgather dump_state eigenvalue
-    elasticity expert_parallel flops_profiler fp16 gradient_accumulation_steps
+    comms_logger communication_data_type compile compression_training csv_monitor
+    curriculum_learning data_efficiency data_types dataloader_drop_last disable_allgather dump_state
+    eigenvalue elasticity expert_parallel flops_profiler fp16 gradient_accumulation_steps
     gradient_allreduce_op gradient_clipping gradient_predivide_factor graph_harvesting
     hybrid_engine load_universal_checkpoint memory_breakdown nebula optimizer pipeline
     prescale_gradients progressive_layer_drop scheduler seq_parallel_communication_data_type
