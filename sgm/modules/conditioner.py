@@ -28,7 +28,7 @@ class GeneralConditioner(nn.Module):
             embedders that can do so.
 
     Raises:
-        UserError: an unknown key in an embedder's node; or several embedders, where there are to
+        UserError: no embedder; an unknown key in an embedder's node; or several embedders, where there are to
             be none: the parts of an embedding that each of them drops are not known then.
     """
 
@@ -45,6 +45,11 @@ class GeneralConditioner(nn.Module):
         self.embedders = nn.ModuleList()
         self.input_keys: list[str] = []
         self.ucg_rates: list[float] = []
+        if not emb_models:
+            raise UserError(
+                "conditioner_config: emb_models is empty; it must name a text encoder, for example "
+                "sgm.modules.encoders.modules.FrozenT5Embedder"
+            )
         if not with_embedders and len(emb_models) != 1:
             raise UserError(
                 f"conditioner_config: emb_models has {len(emb_models)} embedders; embeddings can "

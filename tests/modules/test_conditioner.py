@@ -56,6 +56,12 @@ def test_embeddings_are_joined_along_their_width_each_from_its_own_entry(node):
     assert list(cond) == ["crossattn"] and cond["crossattn"].shape == (2, 3, 7)
 
 
+@pytest.mark.parametrize("with_embedders", [True, False])
+def test_no_embedder_at_all_is_refused(with_embedders):
+    with pytest.raises(UserError, match="emb_models is empty; it must name a text encoder"):
+        GeneralConditioner([], with_embedders=with_embedders)
+
+
 def test_dtype_reaches_the_embedders(node):
     conditioner = GeneralConditioner([node()], dtype=torch.bfloat16).eval()
     assert conditioner({"txt": ["a"]})["crossattn"].dtype == torch.bfloat16
