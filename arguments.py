@@ -60,6 +60,11 @@ class CommonArgs:
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto: a GPU where there is one")
     model_parallel_size: int = _option(1, "kept for old files; only 1 is supported")
 
+    @property
+    def precision(self) -> str:
+        """The name that PyTorch has for the precision of the run."""
+        return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
+
 
 @dataclass
 class SamplingArgs(CommonArgs):

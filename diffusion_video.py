@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -69,6 +69,7 @@ class SATVideoDiffusionEngine(nn.Module):
         text_device: of the text encoder, if it is another.
         stream_text: weights of the text encoder are on its device while they are used only; see
             `offload` for the other parts.
+        tile_decode: decode in tiles, see sgm/models/tiled_decoding.py.
 
     Raises:
         UserError: a parameter or a file is wrong.
@@ -98,6 +99,7 @@ class SATVideoDiffusionEngine(nn.Module):
         device: str | torch.device = "cpu",
         text_device: str | torch.device | None = None,
         stream_text: bool = False,
+        tile_decode: bool = False,
     ) -> None:
         super().__init__()
         self.scale_factor = _checked_scale(scale_factor)
@@ -114,7 +116,8 @@ class SATVideoDiffusionEngine(nn.Module):
         self.loss_fn = instantiate_from_config(loss_fn_config) if loss_fn_config else None
         self._first_stage = {"config": first_stage_config, "dtype": dtype}
         self._decoding_group: torch.distributed.ProcessGroup | None = None
-        self.tile_decode = False  # see sgm/models/tiled_decoding.py
+        self.tile_decode = tile_decode
+        self._make_cache: Callable[[], ConvCache] = ConvCache
         self.first_stage_model = None
         if cached_input:
             # It has no weights: what remains of the autoencoder where its moments are kept.
@@ -130,7 +133,6 @@ class SATVideoDiffusionEngine(nn.Module):
             device=device if text_device is None else text_device,
             streamed=stream_text,
         )
-        self._is_offloaded = False
         self._network_here: AbstractContextManager[None] = nullcontext()
         self._decoder_here: AbstractContextManager[None] = nullcontext()
         self._freeze()
@@ -184,18 +186,19 @@ class SATVideoDiffusionEngine(nn.Module):
             self.first_stage_model = None
 
     def offload(self) -> None:
-        """From now on network and autoencoder wait in the host's memory, for inference only.
+        """From now on network and decoder wait in the host's memory, for inference only.
 
         The network is back on its device within `sample`, the decoder within `decode_first_stage`,
         whose convolutions keep their frames on the host too (on one process). To be called after
         whatever replaces weights.
         """
-        device = self.device
-        for part in (self.model, self.first_stage_model):
+        device, decoder = self.device, self.first_stage_model.decoder
+        for part in (self.model, decoder):
             move_to_host(part)
-        self._is_offloaded = True
+        self.first_stage_model.encoder.to("cpu")  # sampling does not need it
         self._network_here = VisitingWeights(self.model, device)
-        self._decoder_here = VisitingWeights(self.first_stage_model.decoder, device)
+        self._decoder_here = VisitingWeights(decoder, device)
+        self._make_cache = partial(HostConvCache, device)
 
     @torch.no_grad()
     def encode_first_stage(self, video: Tensor) -> Tensor:
@@ -219,8 +222,7 @@ class SATVideoDiffusionEngine(nn.Module):
         with self._decoder_here:
             z = z.to(next(self.first_stage_model.decoder.parameters()))
             if group is None:
-                cache = HostConvCache(z.device) if self._is_offloaded else ConvCache()
-                decode = partial(self.first_stage_model.decode_streamed, cache=cache)
+                decode = partial(self.first_stage_model.decode_streamed, cache=self._make_cache())
             else:
                 decode = partial(decode_together, self.first_stage_model, group=group)
             if self.tile_decode:

@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from sgm.files import make_output_folder
 from sgm.inference.prompts import Prompt, read_prompt_file, read_typed_prompts
 from sgm.inference.request import latent_shape
 from sgm.inference.weights import check_weight_paths
-from sgm.kernels import can_compile_kernels
+from sgm.kernels import can_compile_kernels, check_compile
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # From so many steps on, compiling pays on a GPU: 5 to 10 s once, and 0.08 s less for each step.
 COMPILE_STEPS = 100
+# Weights of the transformer, from which on a CPU takes minutes for a step.
+LARGE_MODEL = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -107,22 +110,28 @@ def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine
     from sgm.util import check_params
 
     args = config.args
-    half = torch.bfloat16 if args.bf16 else torch.float32
     for key in ("load", "lora"):
         if config.model.get(key) is not None:
             raise UserError(f"{key} stands under model in the configuration; put it under args")
     if args.fp8:
         fp8.check_device(device)
-    extra = {"load": args.load, "lora": args.lora, "device": device}
-    extra["dtype"] = torch.float16 if args.fp16 else half
-    memory = choose_memory(args, config.model, device=device, dtype=extra["dtype"])
-    extra["stream_text"] = memory == "low"
-    extra["latent_input"] = False  # of training batches; sampling decodes in any case
+    if args.compile:
+        check_compile(device.type)
+    dtype = getattr(torch, args.precision)
+    memory = choose_memory(args, config.model, device=device, dtype=dtype)
+    extra = {
+        "load": args.load,
+        "lora": args.lora,
+        "dtype": dtype,
+        "device": device,
+        "stream_text": memory == "low",
+        "tile_decode": args.tile_decode,
+        "latent_input": False,  # of training batches; sampling decodes in any case
+    }
     params = check_params(SATVideoDiffusionEngine, config.model | extra, where="model")
     if not params.get("sampler_config"):
         raise UserError("model.sampler_config is absent; sampling needs one")
     engine = SATVideoDiffusionEngine(**params).eval()
-    engine.tile_decode = args.tile_decode
     if args.fp8:
         fp8.quantize_linears(engine.model.diffusion_model)
     if memory == "low":
@@ -181,8 +190,8 @@ class PromptRunner:
             is_finite = bool(latents.isfinite().all())  # waits for the device
             sampled = time.perf_counter()
             chunks = self.engine.decode_first_stage(latents)
-            if self.together:  # all of it now, so that nobody waits for the first one's writing
-                chunks = list(chunks)
+            # Together all of it now, so that nobody waits for the first one's writing.
+            frames = list(chunks) if self.together else chunks
         if not self.writes:
             return
         if not is_finite:
@@ -191,7 +200,8 @@ class PromptRunner:
                 "try --bf16 or full precision"
             )
         folder = self.output_dir / prompt.folder_name / str(sample)
-        self._write(chunks, folder)
+        with closing(chunks):  # the decoder's weights may be on the GPU until then
+            self._write(frames, folder)
         written = time.perf_counter()
         timings = {"sampling_seconds": sampled - started, "decoding_seconds": written - sampled}
         self._write_record(prompt, sample, timings, folder)
@@ -279,7 +289,12 @@ def compile_network(
 
 
 def sample_all(
-    engine: SATVideoDiffusionEngine, config: Config, prompts: Iterable[Prompt], **places: Any
+    engine: SATVideoDiffusionEngine,
+    config: Config,
+    prompts: Iterable[Prompt],
+    *,
+    rank: Rank,
+    **places: Any,
 ) -> int:
     """Every prompt's videos; a prompt that fails is reported and does not stop the others.
 
@@ -289,12 +304,15 @@ def sample_all(
     Raises:
         LostProcess: several processes work on each video, and this one failed in that.
     """
-    from sgm.inference.progress import Progress
+    from sgm.inference import progress as progress_module
     from sgm.parallel.processes import LostProcess
 
+    # Every process tells what it has written, but the first one's steps stand for all.
+    progress_module.logger.setLevel(logging.INFO)
     failed = 0
-    with Progress(count_steps(engine, config.args, prompts)) as progress:
-        runner = PromptRunner(engine, config, progress=progress, **places)
+    steps = count_steps(engine, config.args, prompts)
+    with progress_module.Progress(steps, lines=rank.index == 0) as progress:
+        runner = PromptRunner(engine, config, progress=progress, rank=rank, **places)
         for prompt in prompts:
             try:
                 runner.run(prompt)
@@ -341,6 +359,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = choose_device(args, rank)
         engine = load_engine(config, device)
     logger.info("model ready on %s after %.1f s", device, time.perf_counter() - started)
+    num_weights = sum(weight.numel() for weight in engine.model.parameters())
+    if device.type == "cpu" and num_weights > LARGE_MODEL:
+        logger.warning("without a GPU a step of this model takes many minutes, a video hours")
     if rank.shares_videos(args):
         from sgm.parallel.processes import group_of_all, share_sampling
 

@@ -13,7 +13,7 @@ from arguments import Config, TrainingArgs, parse_config
 from sgm.cli import run_command, set_up_logging
 from sgm.errors import UserError
 from sgm.inference.weights import check_weight_paths
-from sgm.kernels import can_compile_kernels
+from sgm.kernels import can_compile_kernels, check_compile
 from sgm.training.checks import (
     VIDEO_DATASET,
     check_args,
@@ -158,6 +158,8 @@ def set_up_activations(engine: SATVideoDiffusionEngine, config: Config) -> None:
         network.set_checkpointing(None)
     elif network.checkpointing is not None:
         network.set_checkpointing(args.checkpoint_keep)
+    if args.compile:
+        check_compile(engine.device.type)
     if compile_pays(config, engine.device) if args.compile is None else args.compile:
         network.compile_blocks(tune=True)
 

@@ -10,9 +10,12 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
+from sgm.errors import UserError
+
 logger = logging.getLogger(__name__)
 
-_COMPILERS = ("clang", "gcc")  # that Triton looks for, unless CC names another
+# Compilers that Triton looks for, unless CC names one, and torch.compile on a CPU, unless CXX does.
+_C_COMPILERS, _CPP_COMPILERS = ("clang", "gcc"), ("clang++", "g++")
 
 
 @functools.lru_cache
@@ -24,10 +27,27 @@ def can_compile_kernels() -> bool:
     lacking = None
     if find_spec("triton") is None:
         lacking = "triton is not installed"
-    elif not (os.environ.get("CC") or any(map(shutil.which, _COMPILERS))):
+    elif not (os.environ.get("CC") or any(map(shutil.which, _C_COMPILERS))):
         lacking = "there is no C compiler (install gcc)"
     elif not Path(sysconfig.get_path("include"), "Python.h").is_file():
         lacking = "Python's headers are not there (install python3-dev)"
     if lacking:
         logger.warning("no kernels of our own on the GPU, so it is slower: %s", lacking)
     return lacking is None
+
+
+def check_compile(device_type: str) -> None:
+    """Check that torch.compile can work for "cuda" or "cpu".
+
+    Raises:
+        UserError: something that it needs is not there.
+    """
+    if device_type == "cuda":
+        works = can_compile_kernels()
+    else:
+        works = bool(os.environ.get("CXX") or any(map(shutil.which, _CPP_COMPILERS)))
+    if not works:
+        raise UserError(
+            "compile: a compiler and Python's headers are needed; install g++ and python3-dev, or "
+            "leave compile out"
+        )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from itertools import chain
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,18 +38,27 @@ class VisitingWeights:
         dtype_of: DtypeOf | None = None,
     ) -> None:
         self._device = torch.device(device)
+        self._is_visiting = False
         self._homes = [
             (weight, weight.data, dtype_of(name) if dtype_of else weight.dtype)
             for name, weight in chain(module.named_parameters(), module.named_buffers())
         ]
 
     def arrive(self) -> None:
-        """Copy the weights to the device, without waiting for the copies' end."""
+        """Copy the weights to the device, without waiting for the copies' end.
+
+        Raises:
+            RuntimeError: they are there already, for somebody who would be left without them.
+        """
+        if self._is_visiting:
+            raise RuntimeError("these weights are on their device already")
+        self._is_visiting = True
         for weight, home, dtype in self._homes:
             weight.data = _copied(home, self._device, dtype=dtype)
 
     def leave(self) -> None:
         """Drop the copies."""
+        self._is_visiting = False
         for weight, home, _ in self._homes:
             weight.data = home
 
@@ -106,6 +117,15 @@ def stream_weights(
     """
     for module in modules:
         weights = VisitingWeights(module, device, dtype_of=dtype_of)
-        module.register_forward_pre_hook(lambda *_, weights=weights: weights.arrive())
-        # Also after a call that failed, that of arrive included.
-        module.register_forward_hook(lambda *_, weights=weights: weights.leave(), always_call=True)
+        module.forward = _visited(module.forward, weights)
+
+
+def _visited(forward: Callable[..., Any], weights: VisitingWeights) -> Callable[..., Any]:
+    """`forward` with `weights` on their device."""
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with weights:
+            return forward(*args, **kwargs)
+
+    return call

@@ -7,6 +7,7 @@ import sysconfig
 import pytest
 
 from sgm import kernels
+from sgm.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,17 @@ def test_what_is_lacking_is_named_once(complete, monkeypatch, caplog, lacking):
     assert not kernels.can_compile_kernels()
     (message,) = caplog.messages
     assert {"triton": "triton", "gcc": "install gcc", "Python.h": "headers"}[lacking] in message
+
+
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+def test_compiling_is_refused_where_there_is_no_compiler(complete, monkeypatch, device_type):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    kernels.check_compile(device_type)
+    kernels.can_compile_kernels.cache_clear()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="compile: a compiler .* leave compile out"):
+        kernels.check_compile(device_type)
 
 
 def test_another_compiler_may_be_named(complete, monkeypatch):

@@ -164,7 +164,7 @@ def launched(copy: Path, script: str, *flags: str, gpus: int = 0, **variables: s
 
 def torchrun(processes: int, *meeting: str) -> list[str]:
     meeting = meeting or ("--standalone",)
-    return ["-m", "torch.distributed.run", *meeting, "--nproc-per-node", str(processes)]
+    return ["-m", "tools.torchrun", *meeting, "--nproc-per-node", str(processes)]
 
 
 def test_nproc_starts_torchrun(copy):

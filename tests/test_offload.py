@@ -123,6 +123,18 @@ def test_streamed_modules_have_their_weights_one_at_a_time_and_give_the_same(sta
     assert [places(part) for part in stack] == homes
 
 
+def test_an_interrupted_module_leaves_no_weights_behind(stack):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    homes = [places(part) for part in stack]
+    stream_weights(stack, "cpu")
+    stack[1].second.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        stack(X)
+    assert [places(part) for part in stack] == homes
+
+
 def test_a_streamed_module_that_fails_leaves_no_weights_behind(stack):
     homes = [places(part) for part in stack]
     stream_weights(stack, "cpu")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffusion_video import SATVideoDiffusionEngine
+from sgm.modules.autoencoding.host_cache import HostConvCache
 from sgm.util import check_params
 
 SHAPE = (1, 5, 4, 4, 6)
@@ -41,16 +42,24 @@ def places(part):
     return [weight.data_ptr() for weight in part.parameters()]
 
 
-def test_the_video_is_the_same_to_the_last_bit(build):
+def test_the_video_is_the_same_to_the_last_bit(build, monkeypatch):
     resident, low = build(), build(stream_text=True)
     low.offload()
     (embedder,) = low.conditioner.embedders
     assert embedder.transformer.dtype == torch.float16  # the file's, while nothing is embedded
     latents, frames = video_of(resident)
     assert frames.shape == (1, 17, 3, 32, 48) and frames.std() > 0
+    filled = []
+    fill = HostConvCache.fill
+    monkeypatch.setattr(
+        HostConvCache,
+        "fill",
+        lambda *a: (filled.append(a), fill(*a)),  # between two chunks
+    )
     for _ in range(2):  # the first video leaves all as it was
         of_low = video_of(low)
         assert torch.equal(of_low[0], latents) and torch.equal(of_low[1], frames)
+    assert filled
 
 
 def test_network_and_decoder_are_away_only_while_they_work(build):
@@ -87,3 +96,25 @@ def test_what_is_interrupted_leaves_no_weights_behind(build):
     with pytest.raises(KeyboardInterrupt):
         video_of(engine, callback=fail)
     assert places(engine) == homes
+
+
+def test_two_decodings_at_a_time_are_refused(build):
+    engine = build()
+    engine.offload()
+    latents, _ = video_of(engine)
+    first, second = (engine.decode_first_stage(latents) for _ in range(2))
+    next(first)
+    with pytest.raises(RuntimeError, match="on their device already"):
+        next(second)
+    next(first)  # still has its weights
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_video_is_the_same_to_the_last_bit(build):
+    half = {"dtype": torch.float16, "device": "cuda"}
+    resident, low = build(**half), build(stream_text=True, **half)
+    low.offload()
+    latents, frames = video_of(resident)
+    for _ in range(2):
+        of_low = video_of(low)
+        assert torch.equal(of_low[0], latents) and torch.equal(of_low[1], frames)

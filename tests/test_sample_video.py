@@ -111,7 +111,7 @@ def test_torchrun_splits_the_prompts_and_a_failing_rank_lets_the_others_finish(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / blocked).write_text("a file where the folder should be")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command = [sys.executable, "-m", "tools.torchrun", "--nproc_per_node=2", "--standalone"]
     paths = ["--input-file", str(tmp_path / "prompts.txt"), "--output-dir", str(tmp_path / "out")]
     run = subprocess.run(
         [*command, "sample_video.py", *base, *paths],
@@ -119,6 +119,8 @@ def test_torchrun_splits_the_prompts_and_a_failing_rank_lets_the_others_finish(
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 1 and "error: prompt 1 failed" in run.stderr, run.stderr
+    assert f"{PROMPTS[0]}/0/000000.mp4 (" in run.stderr  # what was written, and nothing more
+    assert "Traceback" not in run.stderr and "ChildFailedError" not in run.stderr, run.stderr
     for name in set(os.listdir(sampled)) - {blocked}:
         video, expected = (
             place / name / "0" / "000000.mp4" for place in (tmp_path / "out", sampled)

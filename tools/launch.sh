@@ -113,6 +113,6 @@ run_script() {
     # torchrun would give each process one thread, and say so.
     threads=$(($(nproc) / processes))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
-    exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$processes" \
+    exec "$python" -m tools.torchrun "${meeting[@]}" --nproc-per-node "$processes" \
         "$1" --base "${configs[@]}" "${flags[@]}"
 }

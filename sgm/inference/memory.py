@@ -19,9 +19,10 @@ from sgm.modules.encoders.modules import encoder_bytes
 
 logger = logging.getLogger(__name__)
 
-# The most that is there beside the weights, in half types and without compiling. Sampling: in
-# tokens of a guided step, as wide as the network. Decoding: in the first 9 frames with the last
-# level's channels; 3 of these 9 are kept by convolutions between chunks, on the host in mode low.
+# The most that is there beside the weights, counted in half types and without compiling, which
+# takes half as much. Sampling: in tokens of a guided step, as wide as the network. Decoding: in the
+# first 9 frames with the last level's channels; 3 of these 9 are kept by convolutions between
+# chunks, on the host in mode low.
 SAMPLING_TENSORS = 16
 DECODING_TENSORS, DECODING_TENSORS_LOW = 9, 6
 

@@ -28,8 +28,9 @@ class GeneralConditioner(nn.Module):
             embedders that can do so.
 
     Raises:
-        UserError: no embedder; an unknown key in an embedder's node; or several embedders, where there are to
-            be none: the parts of an embedding that each of them drops are not known then.
+        UserError: no embedder; an unknown key in an embedder's node; or several embedders, where
+            there are to be none: the parts of an embedding that each of them drops are not known
+            then.
     """
 
     def __init__(

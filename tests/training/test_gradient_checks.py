@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from sgm.modules.transformer.sat_runtime import ensure_process_groups
+from sgm.training import gradient_checks
 from sgm.training.gradient_checks import fuse_gradient_checks
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_norm_and_overflow_are_those_of_deepspeed(stage: int) -> None:
+def test_norm_and_overflow_are_those_of_deepspeed(
+    stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import deepspeed
 
     ensure_process_groups()
@@ -39,9 +42,15 @@ def test_norm_and_overflow_are_those_of_deepspeed(stage: int) -> None:
 
     expected = [step(factor) for factor in (1.0, float("inf"))]
     fuse_gradient_checks(optimizer)
+    sums = []
+    square_sum = gradient_checks._square_sum
+    monkeypatch.setattr(
+        gradient_checks, "_square_sum", lambda *a: (sums.append(a), square_sum(*a))[1]
+    )
     found = [step(factor) for factor in (1.0, float("inf"))]
     assert [overflow for _, overflow in found] == [False, True]
     assert [overflow for _, overflow in expected] == [False, True]
     assert found[0][0] > 1
     assert found[0][0] == pytest.approx(expected[0][0], rel=1e-6)
     assert found[1] == expected[1]
+    assert len(sums) == 2  # of its one group, once in each step

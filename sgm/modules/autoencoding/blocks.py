@@ -52,32 +52,39 @@ class CausalResnetBlock(nn.Module):
         with_grad = needs_grad(self, x)
         fused = None if with_grad else fused_kernels(x)
         if step < x.shape[2] and not with_grad:
-            return self._in_place(x, latents=latents, cache=cache, step=step)
+            return self._in_place(x, latents=latents, cache=cache, step=step, fused=fused)
+        add_bias = fused is None
         h = norm_silu(self.norm1, x, latents, room=self.conv1.room)
-        h = self.conv1.slide(h, cache=cache, add_bias=fused is None)
+        h = self.conv1.slide(h, cache=cache, add_bias=add_bias)
         h = norm_silu(self.norm2, h, latents, room=self.conv2.room, offset=self._offset(fused))
-        h = self.conv2.slide(self.dropout(h), cache=cache, add_bias=fused is None)
+        h = self.conv2.slide(self.dropout(h), cache=cache, add_bias=add_bias)
         self._add_shortcut(h, x, fused=fused)
         return h
 
     def _in_place(
-        self, x: torch.Tensor, *, latents: torch.Tensor | None, cache: ConvCache | None, step: int
+        self,
+        x: torch.Tensor,
+        *,
+        latents: torch.Tensor | None,
+        cache: ConvCache | None,
+        step: int,
+        fused: ModuleType | None,
     ) -> torch.Tensor:
         """The same for long inputs: beside `x` there is one tensor of its size, which all steps
         but the shortcut change in place, and `step` frames.
         """
         room, size = self.conv1.room, (self.conv1.room + x.shape[2], *x.shape[3:])
-        fused = fused_kernels(x)
+        add_bias = fused is None
         frames = norm_silu(self.norm1, x, latents, room=room)
         target = frames
         if self.conv1.conv.out_channels != x.shape[1]:
             target = empty_frames(x, channels=self.conv1.conv.out_channels, size=size)
         inside = target[:, :, room:]
-        h = self.conv1.slide(frames, cache=cache, into=inside, add_bias=fused is None)
+        h = self.conv1.slide(frames, cache=cache, into=inside, add_bias=add_bias)
         del frames
         norm_silu(self.norm2, h, latents, into=h, offset=self._offset(fused))
         F.dropout(h, self.dropout.p, self.training, inplace=True)
-        self.conv2.slide(target, cache=cache, into=h, add_bias=fused is None)
+        self.conv2.slide(target, cache=cache, into=h, add_bias=add_bias)
         for part in (slice(start, start + step) for start in range(0, x.shape[2], step)):
             self._add_shortcut(h[:, :, part], x[:, :, part], fused=fused)
         return h

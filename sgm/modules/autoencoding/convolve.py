@@ -13,10 +13,7 @@ from sgm.modules.autoencoding.layout import empty_frames, memory_format
 MAX_ELEMENTS_PER_CALL = 2**30
 ELEMENTS_PER_PART = 3 * 2**25  # two frames of 480 x 720 with 128 channels
 
-# On a CPU: elements that stay in its cache, and the most channels for which oneDNN's sums over
-# pixels that are rows of channels lose no more digits than those over planes.
-CPU_ELEMENTS = 2**19
-CPU_CHANNELS_LAST = 0
+CPU_ELEMENTS = 2**19  # that stay in a CPU's cache
 
 
 def frames_per_call(x: torch.Tensor, channels: int) -> int:

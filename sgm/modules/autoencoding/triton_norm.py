@@ -89,7 +89,7 @@ def _factors_kernel(
     if HAS_OFFSET:
         offset = tl.load(offset_ptr + channels, mask=is_channel, other=0.0).to(tl.float32)
         means += offset[None, :]
-    total = num_rows.to(tl.float32) * GROUP
+    total = 1.0 * num_rows * GROUP  # Triton makes a plain number of an argument that is 1
     mean = tl.sum(tl.sum(tl.where(mask, means * (counts / total)[:, None], 0.0), axis=0), axis=0)
     deviations = tl.where(mask, means - mean, 0.0)
     squares += counts[:, None] * deviations * deviations

@@ -10,11 +10,15 @@ on the bundled model they cost far more of the result than the MLP's.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from sat.model.base_model import BaseModel
 from torch import Tensor, nn
 
 from sgm.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max  # 448
@@ -51,7 +55,7 @@ class Fp8Linear(nn.Module):
         """The result (…, n) for x (…, k), in its type."""
         tokens, token_scale = to_float8(x.flatten(0, -2))  # (m, k), (m, 1)
         product = scaled_product(
-            tokens, self.weight, scales=(token_scale, self.scale), bias=self.bias
+            tokens, self.weight, token_scale=token_scale, weight_scale=self.scale, bias=self.bias
         )  # (m, n)
         return product.unflatten(0, x.shape[:-1]).to(x.dtype)
 
@@ -64,27 +68,27 @@ def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scaled_product(
-    tokens: Tensor, weight: Tensor, *, scales: tuple[Tensor, Tensor], bias: Tensor
+    tokens: Tensor, weight: Tensor, *, token_scale: Tensor, weight_scale: Tensor, bias: Tensor
 ) -> Tensor:
     """``tokens weight^T + bias`` of float8 (m, k) and (n, k) → (m, n) bfloat16.
 
     Args:
         tokens, weight: the factors.
-        scales: of their rows, (m, 1) and (n, 1), float32.
+        token_scale, weight_scale: of their rows, (m, 1) and (n, 1), float32.
         bias: (n,) bfloat16.
     """
     if tokens.is_cuda:
         return torch._scaled_mm(
             tokens,
             weight.t(),
-            scale_a=scales[0],
-            scale_b=scales[1].t(),
+            scale_a=token_scale,
+            scale_b=weight_scale.t(),
             bias=bias,
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
     product = tokens.float() @ weight.float().t()
-    return (product * scales[0] * scales[1].t() + bias).bfloat16()
+    return (product * token_scale * weight_scale.t() + bias).bfloat16()
 
 
 def runs_on(device: torch.device) -> bool:
@@ -93,7 +97,9 @@ def runs_on(device: torch.device) -> bool:
 
 
 def check_device(device: torch.device) -> None:
-    """Raise UserError for a GPU without float8 products."""
+    """Raise UserError for a GPU without float8 products; tell that a CPU has none either."""
+    if device.type == "cpu":
+        logger.info("fp8: a CPU emulates float8 products, which is slow")
     if not runs_on(device):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"fp8: {name} has no float8 products (Ada or newer has); leave fp8 out")

@@ -1,0 +1,74 @@
+"""What the sampling command sets up of memory, precision and compiling."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import sample_video
+from arguments import SamplingArgs, parse_config
+from sgm.errors import UserError
+
+CONFIG = "configs/cogvideox_tiny_infer.yaml"
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "steps", "able", "compiled"),
+    [
+        ("cuda", None, 100, True, True),
+        ("cuda", None, 99, True, False),
+        ("cuda", None, None, True, False),  # prompts are typed
+        ("cuda", None, 100, False, False),
+        ("cuda", False, 1000, True, False),
+        ("cuda", True, 1, True, True),
+        ("cpu", None, 1000, True, False),
+        ("cpu", True, None, True, True),
+    ],
+)
+def test_what_is_compiled_by_itself(monkeypatch, caplog, device, asked, steps, able, compiled):
+    monkeypatch.setattr(sample_video, "can_compile_kernels", lambda: able)
+    caplog.set_level("INFO")
+    calls = []
+    network = SimpleNamespace(compile_blocks=lambda: calls.append(1))
+    engine = SimpleNamespace(model=SimpleNamespace(diffusion_model=network))
+    args = SamplingArgs(compile=asked)
+    sample_video.compile_network(engine, args, device=torch.device(device), steps=steps)
+    assert bool(calls) == compiled
+    assert ("compiled in the first step" in caplog.text) == compiled
+
+
+@pytest.mark.parametrize("memory", ["high", "low"])
+def test_the_mode_of_memory_reaches_the_engine(monkeypatch, memory):
+    monkeypatch.setattr("sgm.inference.memory.choose_memory", lambda *_, **__: memory)
+    config = parse_config(SamplingArgs, "", ["--base", CONFIG, "--bf16"])
+    config.model["sampler_config"]["params"]["num_steps"] = 2
+    engine = sample_video.load_engine(config, CPU)
+    (embedder,) = engine.conditioner.embedders
+    weight = engine.model.diffusion_model.time_embed[0].weight
+    home = weight.data_ptr()
+    away = []
+    embedder.transformer.encoder.block[0].register_forward_pre_hook(
+        lambda block, _: away.append(next(block.parameters()).dtype)
+    )
+    engine.model.register_forward_pre_hook(lambda *_: away.append(weight.data_ptr() != home))
+    cond = engine.conditioner.encode(["a red circle"])
+    generator = torch.Generator().manual_seed(0)
+    engine.sample(cond, cond, (1, 1, 8, 8, 12), generator=generator)
+    assert any(away[1:]) == (memory == "low")
+    # On the host they wait in the type of their file, float32, while nothing is embedded.
+    waiting = next(embedder.transformer.encoder.block[0].parameters()).dtype
+    assert waiting == (torch.float32 if memory == "low" else torch.bfloat16)
+
+
+@pytest.mark.parametrize("flag", ["--fp8", "--compile"])
+def test_what_the_gpu_cannot_do_is_refused_before_weights_are_read(monkeypatch, flag):
+    monkeypatch.setattr("diffusion_video.SATVideoDiffusionEngine", lambda **_: pytest.fail("late"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an older GPU")
+    monkeypatch.setattr("sgm.kernels.can_compile_kernels", lambda: False)
+    config = parse_config(SamplingArgs, "", ["--base", CONFIG, flag])
+    with pytest.raises(UserError, match="leave (fp8|compile) out"):
+        sample_video.load_engine(config, torch.device("cuda"))

@@ -1,0 +1,32 @@
+"""torchrun, where what a failing process says is the last word, without a stack trace around it.
+
+python -m tools.torchrun --standalone --nproc-per-node 2 sample_video.py …
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+
+def run() -> int:
+    """Start the processes that the command line asks for; the exit code of the first to fail."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        main()
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:  # it has said why
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name
+        print(f"error: process {rank} was ended by {name}; see its last lines", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
