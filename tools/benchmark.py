@@ -21,16 +21,18 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -43,7 +45,8 @@ from tools.bench.inputs import run_dtype, t5_params
 from tools.bench.jobs import INFERENCE_SECTIONS, METHODS, SECTIONS, Job, Result, run_jobs
 
 GB = 1e9
-_WITH_WEIGHTS = {"t5", "pipeline"}  # the sections that read files
+_WITH_WEIGHTS = ("pipeline", "t5")  # the sections that read files
+_TRAINING = {"methods": METHODS, "rank": 128, "keep": ("attention",)}  # defaults of its flags
 
 
 def sections_of(text: str) -> list[str]:
@@ -78,12 +81,48 @@ def choose_sections(config: Config, asked: Sequence[str] | None) -> list[str]:
     return list(asked or possible)
 
 
-def check_rivals(against: str | None, sections: Sequence[str]) -> None:
-    """Raise UserError unless the packages that `against` needs are installed."""
+def check_packages(options: argparse.Namespace, sections: Sequence[str]) -> None:
+    """Raise UserError unless the packages that the options need are installed."""
     packages = ["diffusers", "peft"] if "train" in sections else ["diffusers"]
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if against and missing:
-        raise UserError(f"--against {against} needs {' and '.join(missing)}; pip install them")
+    missing = [name for name in packages if not _is_installed(name)]
+    if options.against and missing:
+        raise UserError(
+            f"--against {options.against} needs {' and '.join(missing)}; pip install them"
+        )
+    if options.attention == "flash" and not _is_installed("flash_attn.cute"):
+        raise UserError(
+            '--attention flash needs FlashAttention-4; pip install --pre "flash-attn-4[cu13]"'
+        )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
+def check_flags(options: argparse.Namespace, sections: Sequence[str]) -> None:
+    """Refuse flags that nothing would read, and fill in the training's where they are absent.
+
+    Raises:
+        UserError: a number below 1, a flag that is not of these sections, or a result that could
+            not be written.
+    """
+    names = ", ".join(sections)
+    for name, default in _TRAINING.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif "train" not in sections:
+            raise UserError(f"--{name} is for train, but only {names} would be measured")
+    if any(n is not None and n < 1 for n in (options.steps, options.warmup, options.rank)):
+        raise UserError("--steps, --warmup and --rank must be at least 1")
+    if options.weights and not any(section in _WITH_WEIGHTS for section in sections):
+        raise UserError(
+            f"--weights is for {' and '.join(_WITH_WEIGHTS)}, but only {names} would be measured"
+        )
+    if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
+        raise UserError(f"--json {options.json}: name a file in a folder that exists")
 
 
 @contextmanager
@@ -97,7 +136,7 @@ def config_with_weights(config: Config, folder: Path | None) -> Iterator[Config]
             afterwards.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or holds something else.
     """
     with ExitStack() as stack:
         if folder is None:
@@ -116,6 +155,12 @@ def config_with_weights(config: Config, folder: Path | None) -> Iterator[Config]
         changed.args.load = str(paths["load"])
         changed.model["first_stage_config"]["params"]["ckpt_path"] = str(paths["vae"])
         t5_params(changed)["model_dir"] = str(paths["t5"])
+        lacking = _lacking(changed)
+        if lacking:
+            raise UserError(
+                f"--weights {folder} does not hold weights that this tool wrote: "
+                f"{lacking.partition(';')[0]}; name a new folder"
+            )
         yield changed
 
 
@@ -147,20 +192,28 @@ def _write_apart(config: Config, folder: Path) -> None:
         pool.submit(write).result()
 
 
-def report(jobs: Sequence[Job], json_file: Path | None) -> list[Result]:
-    """Run all jobs; every result is told, and written to `json_file`, as soon as it is there."""
-    import torch
+def circumstances(argv: Sequence[str], files: Sequence[str]) -> dict[str, Any]:
+    """What results are to be read with: the command line, its configurations, the versions."""
+    versions = {}
+    for name in ("torch", "triton", "flash-attn-4", "diffusers"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {"argv": list(argv), "base": list(files), "versions": versions}
 
+
+def report(jobs: Sequence[Job], json_file: Path | None, *, head: Mapping[str, Any]) -> list[Result]:
+    """Run all jobs; every result is told as soon as it is there.
+
+    With a `json_file` it is written there too, in a list `results` after what `head` holds.
+    """
     results: list[Result] = []
     for result in run_jobs(jobs):
         results.append(result)
         print(_line(result, None), file=sys.stderr, flush=True)
         if json_file:
-            sections = {one.section: {"torch": torch.__version__, "results": []} for one in results}
-            for one in results:
-                sections[one.section]["results"].append(dataclasses.asdict(one))
+            told = {**head, "results": [dataclasses.asdict(one) for one in results]}
             with replacing(json_file) as partial_file:
-                partial_file.write_text(json.dumps(sections, indent=1), "utf-8")
+                partial_file.write_text(json.dumps(told, indent=1), "utf-8")
     return results
 
 
@@ -211,34 +264,34 @@ def build_parser() -> CommandParser:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
     parser.add_argument("--attention", choices=("flash", "sdpa"), help="default: the fastest")
     parser.add_argument("--warmup", type=int, help="runs before the measured: 1; train: 3")
-    parser.add_argument("--steps", type=int, help="measured runs: 3, pipeline 1; train: 10")
+    parser.add_argument("--steps", type=int, help="measured runs: 3; pipeline: 1; train: 10")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument(
         "--weights", type=Path, metavar="DIR", help="read weights there; random ones if it is new"
     )
     training = parser.add_argument_group("of training")
-    training.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
-    training.add_argument("--rank", type=int, default=128, help="rank of LoRA")
+    training.add_argument("--methods", nargs="*", choices=METHODS, help="default: all")
+    training.add_argument("--rank", type=int, help="rank of LoRA; default: 128")
     training.add_argument(
         "--keep",
         nargs="+",
         choices=("block", "attention", "all"),
-        default=["attention"],
-        help="what activation checkpointing keeps of each block",
+        help="what activation checkpointing keeps of each block; default: attention",
     )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, measure, report; 1 if a line failed."""
+    argv = sys.argv[1:] if argv is None else argv
     options = build_parser().parse_args(argv)
-    if any(n is not None and n < 1 for n in (options.steps, options.warmup, options.rank)):
-        raise UserError("--steps, --warmup and --rank must be at least 1")
     set_up_logging()
     files = ["--base", *options.base]
     config = parse_config(TrainingArgs, "", files)
     sections = choose_sections(config, options.only)
-    check_rivals(options.against, sections)
+    check_flags(options, sections)
+    check_packages(options, sections)
+    head = circumstances(argv, options.base)
     if options.compile is None:
         import torch
 
@@ -246,16 +299,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sections == ["train"]:
         from tools.bench.training import training_jobs  # imports DeepSpeed
 
-        results = report(training_jobs(config, options), options.json)
+        results = report(training_jobs(config, options), options.json, head=head)
     else:
         from sgm.inference.request import latent_shape
         from tools.bench.inference import inference_jobs
 
         config = parse_config(SamplingArgs, "", files)
         latent_shape(config.args, config.model)
-        needs = not _WITH_WEIGHTS.isdisjoint(sections)
+        for node in ("conditioner_config", "first_stage_config", "sampler_config"):
+            if not config.model.get(node):
+                raise UserError(f"model.{node} is absent; a configuration that samples has it")
+        needs = any(section in _WITH_WEIGHTS for section in sections)
         with config_with_weights(config, options.weights) if needs else nullcontext(config) as used:
-            results = report(inference_jobs(used, sections, options), options.json)
+            results = report(inference_jobs(used, sections, options), options.json, head=head)
     print_table(results)
     return 1 if any(result.failure for result in results) else 0
 

@@ -13,7 +13,7 @@ the tensors.
 from __future__ import annotations
 
 import argparse
-import os
+import logging
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,16 +27,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from arguments import SamplingArgs, parse_config
+from arguments import Config, SamplingArgs, parse_config
 from sgm.checkpoint.table import LazyTensors
 from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX, POSITION_TABLE
 from sgm.checkpoint.writing import save_sharded
 from sgm.cli import CommandParser, run_command, set_up_logging
 from sgm.errors import UserError
-from sgm.files import write_error, write_torch
+from sgm.files import make_output_folder, new_folder, refuse_existing, save_torch, write_torch
+from sgm.inference.request import check_model_section
+from sgm.inference.weights import t5_folders
 from sgm.util import instantiate_from_config
+from tools.bench.measuring import choose_device, fill_random
 
-_STD = 0.02  # of matrices; vectors that scale are ones, those that shift are zeros
+logger = logging.getLogger(__name__)
+
 _TAG = "1000"
 _VOCABULARY = 32128  # of T5 v1.1, in all sizes
 XXL_LAYERS = 24
@@ -44,10 +48,9 @@ XXL_LAYERS = 24
 
 def random_tensor(name: str, shape: torch.Size, *, dtype: torch.dtype) -> Tensor:
     """A tensor on the host, drawn on a GPU where there is one, which is faster."""
-    if len(shape) < 2:
-        return (torch.ones if name.endswith("weight") else torch.zeros)(shape, dtype=dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.empty(shape, dtype=dtype, device=device).normal_(std=_STD).cpu()
+    tensor = torch.empty(shape, dtype=dtype, device=choose_device())
+    fill_random(name, tensor)
+    return tensor.cpu()
 
 
 def random_state(module: nn.Module, *, dtype: torch.dtype) -> LazyTensors:
@@ -76,10 +79,11 @@ def write_transformer(network_config: Mapping[str, Any], load: Path) -> None:
         "torch_rng_state": torch.get_rng_state(),
         "args": argparse.Namespace(mode="pretrain"),
     }
-    (load / _TAG).mkdir(parents=True)
-    module = {MODEL_PREFIX + name: state[name] for name in state if name != POSITION_TABLE}
-    write_torch({"module": module, **beside}, load / _TAG / MODEL_FILES[0])
-    (load / "latest").write_text(_TAG, encoding="utf-8")
+    with new_folder(load) as folder:
+        (folder / _TAG).mkdir()
+        module = {MODEL_PREFIX + name: state[name] for name in state if name != POSITION_TABLE}
+        write_torch({"module": module, **beside}, folder / _TAG / MODEL_FILES[0])
+        (folder / "latest").write_text(_TAG, encoding="utf-8")
 
 
 def write_vae(first_stage_config: Mapping[str, Any], path: Path) -> None:
@@ -87,8 +91,8 @@ def write_vae(first_stage_config: Mapping[str, Any], path: Path) -> None:
     params = {k: v for k, v in first_stage_config["params"].items() if k != "ckpt_path"}
     with torch.device("meta"):
         vae = instantiate_from_config({**first_stage_config, "params": params})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_torch({"state_dict": dict(random_state(vae, dtype=torch.float32))}, path)
+    make_output_folder(path.parent)
+    save_torch({"state_dict": dict(random_state(vae, dtype=torch.float32))}, path)
 
 
 def write_t5(
@@ -101,26 +105,26 @@ def write_t5(
     from sentencepiece import SentencePieceTrainer
     from transformers import T5Config, T5EncoderModel
 
-    folder.mkdir(parents=True)
-    words = folder / "words.txt"
-    words.write_text("a red circle moving left on a black background\n" * 50, encoding="utf-8")
-    SentencePieceTrainer.train(
-        input=str(words), model_prefix=str(folder / "spiece"), vocab_size=300, bos_id=-1,
-        pad_id=0, eos_id=1, unk_id=2, hard_vocab_limit=False, byte_fallback=True,
-        minloglevel=2,
-    )  # fmt: skip
-    words.unlink()
-    (folder / "spiece.vocab").unlink()
     config = T5Config(
         vocab_size=_VOCABULARY, d_model=width, d_kv=64, d_ff=width * 5 // 2,
         num_heads=max(width // 64, 1), num_layers=num_layers, feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
     )  # fmt: skip
-    config.save_pretrained(folder)
     with torch.device("meta"):
         encoder = T5EncoderModel(config)
     del encoder.encoder.embed_tokens  # `shared` under another name
-    save_sharded(folder, random_state(encoder, dtype=dtype), stem="model")
+    with new_folder(folder) as partial_folder:
+        words = partial_folder / "words.txt"
+        words.write_text("a red circle moving left on a black background\n" * 50, encoding="utf-8")
+        SentencePieceTrainer.train(
+            input=str(words), model_prefix=str(partial_folder / "spiece"), vocab_size=300,
+            bos_id=-1, pad_id=0, eos_id=1, unk_id=2, hard_vocab_limit=False, byte_fallback=True,
+            minloglevel=2,
+        )  # fmt: skip
+        words.unlink()
+        (partial_folder / "spiece.vocab").unlink()
+        config.save_pretrained(partial_folder)
+        save_sharded(partial_folder, random_state(encoder, dtype=dtype), stem="model")
 
 
 def write_weights(
@@ -132,15 +136,38 @@ def write_weights(
     t5_layers: int = XXL_LAYERS,
     t5_dtype: torch.dtype = torch.float16,
 ) -> None:
-    """All parts of a `model` section, to paths that do not exist.
+    """All parts of a `model` section, to paths that do not exist; each appears when it is whole.
 
     Raises:
-        OSError: a file cannot be written.
+        UserError: one cannot be written.
     """
     patches = model["network_config"]["params"]["modules"]["patch_embed_config"]["params"]
+    logger.info("writing the transformer to %s", load)
     write_transformer(model["network_config"], load)
+    logger.info("writing the autoencoder to %s", vae)
     write_vae(model["first_stage_config"], vae)
+    logger.info("writing T5 with %d layers to %s", t5_layers, t5)
     write_t5(t5, width=patches["text_hidden_size"], num_layers=t5_layers, dtype=t5_dtype)
+
+
+def weight_paths(config: Config) -> dict[str, Path]:
+    """Where a configuration expects its weights; keywords of `write_weights`.
+
+    Raises:
+        UserError: it does not name each of them, or not exactly one T5.
+    """
+    check_model_section(config.model)
+    load = config.args.load
+    vae = ((config.model.get("first_stage_config") or {}).get("params") or {}).get("ckpt_path")
+    for name, path in (("args.load", load), ("model.first_stage_config.params.ckpt_path", vae)):
+        if not path:
+            raise UserError(f"{name} is not set: it must be the path to write the weights to")
+    folders = [folder for _, folder in t5_folders(config.model)]
+    if len(folders) != 1:
+        raise UserError(
+            f"model.conditioner_config has {len(folders)} T5 embedders; random weights are for one"
+        )
+    return {"load": Path(load).expanduser(), "vae": Path(vae).expanduser(), "t5": folders[0]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,20 +176,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", nargs="+", required=True, help="configurations, merged in order")
     parser.add_argument("--t5-layers", type=int, default=XXL_LAYERS, help="default: XXL's number")
     options = parser.parse_args(argv)
+    if options.t5_layers < 1:
+        raise UserError("--t5-layers must be at least 1")
     set_up_logging()
     config = parse_config(SamplingArgs, "", ["--base", *options.base])
-    model = config.model
-    t5 = model["conditioner_config"]["params"]["emb_models"][0]["params"]["model_dir"]
-    vae = model["first_stage_config"]["params"]["ckpt_path"]
-    for path in (config.args.load, vae, t5):
-        if os.path.exists(path):
-            raise UserError(f"{path} exists and is left alone; remove it to write random weights")
+    paths = weight_paths(config)
+    for path in paths.values():
+        refuse_existing(path)
     torch.manual_seed(config.args.seed)
-    paths = {"load": Path(config.args.load), "vae": Path(vae), "t5": Path(t5)}
-    try:
-        write_weights(model, **paths, t5_layers=options.t5_layers)
-    except OSError as error:
-        raise write_error(Path(config.args.load).parent, error) from error
+    write_weights(config.model, **paths, t5_layers=options.t5_layers)
     return 0
 
 

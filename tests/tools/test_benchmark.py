@@ -5,22 +5,30 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
+import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
 from arguments import Config, SamplingArgs, TrainingArgs, parse_config
+from diffusion_video import SATVideoDiffusionEngine
+from sample_video import load_engine
 from sgm.errors import UserError
 from tools import benchmark
+from tools.bench import inference
+from tools.bench import jobs as jobs_module
 from tools.bench.inference import inference_jobs
-from tools.bench.jobs import SECTIONS, Job, Result, run_job, run_jobs
+from tools.bench.jobs import METHODS, SECTIONS, Job, Result, run_job, run_jobs
 from tools.bench.measuring import Measured, forward_flops, measure
 from tools.benchmark import (
     build_parser,
+    check_flags,
     choose_sections,
     config_with_weights,
     main,
@@ -137,15 +145,60 @@ def test_what_fails_or_does_not_apply_stops_no_other_line(
     nothing, wrong, deadly = partial({}.get, "x"), partial(int, "x"), partial(os._exit, 9)
     runs = [nothing, wrong, deadly, partial(Measured, 2.0, 3 * 10**9)]
     jobs = [Job("step", label, run, "same") for label, run in zip("nabc", runs, strict=True)]
-    results = report(jobs, tmp_path / "out.json")
+    results = report(jobs, tmp_path / "out.json", head={"base": ["x.yaml"]})
     reason = "invalid literal for int() with base 10: 'x'"
     reasons = [reason, "its process ended with code 9", None]
     assert [result.failure for result in results] == reasons
     assert (results[2].seconds, results[2].device) == (2.0, "cpu")
     told = capfd.readouterr().err
     assert "step      a" in told and f"failed: {reason}" in told
-    written = json.loads((tmp_path / "out.json").read_text())["step"]["results"]
-    assert written == [dataclasses.asdict(result) for result in results]
+    assert "step: n does not apply here" in told
+    written = json.loads((tmp_path / "out.json").read_text())
+    lines = [dataclasses.asdict(result) for result in results]
+    assert written == {"base": ["x.yaml"], "results": lines}
+
+
+def test_who_stops_listening_ends_the_process() -> None:
+    runs = partial(int, "x"), partial(time.sleep, 60)
+    results = run_jobs([Job("step", "a", run, "same") for run in runs])
+    next(results)
+    assert multiprocessing.active_children()
+    results.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_nobody_listens_to_ends_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> Measured:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs_module, "set_up_logging", lambda: None)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    jobs_module._work([Job("step", "a", interrupted, "p")], sender, 0.0)
+    assert not receiver.poll()
+    receiver.close()
+    jobs_module._work([Job("step", "a", partial(Measured, 1.0, 0), "p")], sender, 0.0)
+
+
+def test_warmup_and_steps_count_whole_videos(
+    with_weights: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_steps = []
+
+    def counting(config: Config, device: torch.device) -> SATVideoDiffusionEngine:
+        engine = load_engine(config, device)
+        sample = engine.sample
+
+        def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+            num_steps.append(engine.sampler.num_steps)
+            return sample(*args, **kwargs)
+
+        engine.sample = counted
+        return engine
+
+    monkeypatch.setattr(inference, "load_engine", counting)
+    monkeypatch.setattr(inference.inputs, "WARMUP_STEPS", 3)
+    inference.pipeline(with_weights, options("--warmup", "2", "--steps", "3"))
+    assert num_steps == [3, 3, 2, 2, 2]
 
 
 def test_a_reason_is_one_line() -> None:
@@ -193,7 +246,7 @@ def test_weights_that_exist_are_used() -> None:
 def test_random_weights_are_removed_or_kept(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark, "_write_apart", lambda _, folder: (folder / "t5").mkdir())
+    monkeypatch.setattr(benchmark, "_write_apart", write_here)
     with config_with_weights(config, None) as used:
         folder = Path(used.args.load).parent
         assert (folder / "t5").is_dir()
@@ -205,6 +258,16 @@ def test_random_weights_are_removed_or_kept(
     with config_with_weights(config, tmp_path / "kept"):
         assert marked.exists()  # and not written again
     assert config.args.load != used.args.load
+
+
+@pytest.mark.parametrize("name", ["", "file"])
+def test_weights_of_others_are_refused(config: Config, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / name
+    told = f"--weights {folder} does not hold weights that this tool wrote: load: .* does not exist"
+    with pytest.raises(UserError, match=f"{told}; name a new folder"):
+        with config_with_weights(config, folder):
+            pass
 
 
 def test_sections_follow_from_the_configuration() -> None:
@@ -230,14 +293,51 @@ def test_mistakes_on_the_command_line(
     monkeypatch.setattr("tools.benchmark.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="--against diffusers needs diffusers; pip install"):
         main(["--base", INFER, "--against", "diffusers"])
+    monkeypatch.undo()
+
+    def without_package(name: str) -> None:
+        raise ModuleNotFoundError  # as for a module of a package that is not there
+
+    monkeypatch.setattr("tools.benchmark.importlib.util.find_spec", without_package)
+    with pytest.raises(UserError, match=r'install --pre "flash-attn-4\[cu13\]"'):
+        main(["--base", INFER, "--attention", "flash"])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--methods", "full"], "--methods is for train, but only t5 would be measured"),
+        (["--rank", "4"], "--rank is for train"),
+        (["--keep", "all"], "--keep is for train"),
+        (["--only", "step,decode", "--weights", "x"], "--weights is for pipeline and t5, but only"),
+        (["--json", "absent/x.json"], "--json absent/x.json: name a file in a folder that exists"),
+        (["--json", "."], "--json .: name a file in a folder"),
+    ],
+)
+def test_flags_that_would_be_in_vain(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=told):
+        main(["--base", INFER, "--only", "t5", *words])
+
+
+def test_flags_of_training_have_defaults() -> None:
+    given = options("--rank", "4")
+    check_flags(given, ["train"])
+    assert (given.methods, given.rank, given.keep) == (METHODS, 4, ("attention",))
 
 
 def test_the_exit_code_tells_of_a_failure(
     small: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = [Result("decode", "own", "cpu", 1.0, 1.0)]
-    monkeypatch.setattr(benchmark, "report", lambda jobs, file: results)
+    heads = []
+    monkeypatch.setattr(benchmark, "report", lambda jobs, file, head: heads.append(head) or results)
     assert main(["--base", small, "--only", "decode"]) == 0
+    head = heads[0]
+    assert (head["argv"], head["base"]) == (["--base", small, "--only", "decode"], [small])
+    assert head["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
     results.append(Result("decode", "diffusers", failure="no memory"))
     assert main(["--base", small, "--only", "decode"]) == 1
     assert "failed: no memory" in capsys.readouterr().out

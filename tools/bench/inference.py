@@ -196,8 +196,10 @@ def pipeline(config: Config, options: argparse.Namespace, *, memory: str = "high
         for chunk in engine.decode_first_stage(latents):
             to_uint8(chunk[0])
 
+    times = inputs.repeats(options, steps=1)
     engine.sampler = instantiate_from_config(node)
-    run()
+    for _ in range(times["warmup"]):
+        run()
     engine.sampler = sampler
-    measured = measure(run, device=device, warmup=0, steps=1)
+    measured = measure(run, device=device, warmup=0, steps=times["steps"])
     return dataclasses.replace(measured, ready_at=ready_at)

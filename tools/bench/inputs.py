@@ -16,20 +16,18 @@ WARMUP, REPEATS = 1, 3
 WARMUP_STEPS = 2  # of a whole video, which compile all that the measured one runs
 
 
-def repeats(options: argparse.Namespace) -> dict[str, int]:
-    """How often `measure` runs a piece."""
-    return {"warmup": options.warmup or WARMUP, "steps": options.steps or REPEATS}
+def repeats(options: argparse.Namespace, *, steps: int = REPEATS) -> dict[str, int]:
+    """How often `measure` runs a piece; `steps` where the options do not say."""
+    return {"warmup": options.warmup or WARMUP, "steps": options.steps or steps}
 
 
 def run_dtype(config: Config) -> torch.dtype:
-    """The precision that the configuration runs in."""
-    if config.args.bf16:
-        return torch.bfloat16
-    return torch.float16 if config.args.fp16 else torch.float32
+    """The precision of the run."""
+    return getattr(torch, config.args.precision)
 
 
 def t5_params(config: Config) -> dict[str, Any]:
-    """The params of the T5 embedder: model_dir and max_length."""
+    """The params of the T5 embedder, to change `model_dir` or to read `max_length`."""
     return config.model["conditioner_config"]["params"]["emb_models"][0]["params"]
 
 

@@ -80,29 +80,38 @@ def _run_apart(jobs: Sequence[Job], started: float) -> Iterator[Result]:
     process = context.Process(target=_work, args=(jobs, sender, time.time()))
     process.start()
     sender.close()  # the other end is the process's alone, so that its death ends the pipe
-    for index, job in enumerate(jobs):
-        elapsed = time.monotonic() - started
-        print(f"[{elapsed:5.0f} s] {job.section}: {job.label} …", file=sys.stderr, flush=True)
-        try:
-            result = receiver.recv()
-        except EOFError:
-            process.join()
-            reason = f"its process ended with code {process.exitcode}"
-            yield Result(job.section, job.label, failure=reason)
-            rest = jobs[index + 1 :]
-            if rest:
-                yield from _run_apart(rest, started)
-            return
-        if result is not None:
-            yield result
-    process.join()
+    try:
+        for index, job in enumerate(jobs):
+            elapsed = time.monotonic() - started
+            print(f"[{elapsed:5.0f} s] {job.section}: {job.label} …", file=sys.stderr, flush=True)
+            try:
+                result = receiver.recv()
+            except EOFError:
+                process.join()
+                reason = f"its process ended with code {process.exitcode}"
+                yield Result(job.section, job.label, failure=reason)
+                rest = jobs[index + 1 :]
+                if rest:
+                    yield from _run_apart(rest, started)
+                return
+            if result is None:
+                print(f"{job.section}: {job.label} does not apply here", file=sys.stderr)
+            else:
+                yield result
+        process.join()
+    finally:  # whoever stops listening ends the process too
+        process.terminate()
+        process.join()
 
 
 def _work(jobs: Sequence[Job], sender: Connection, started: float) -> None:
     """The process: sends each job's result, or None, to the other end."""
     set_up_logging()
-    for job in jobs:
-        sender.send(run_job(job, started=started))
+    try:
+        for job in jobs:
+            sender.send(run_job(job, started=started))
+    except (KeyboardInterrupt, BrokenPipeError):
+        return  # nobody listens any more
 
 
 def run_job(job: Job, *, started: float) -> Result | None:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sgm.util import instantiate_from_config
 
@@ -91,14 +91,19 @@ def forward_flops(linear_weights: int, *, num_tokens: int, num_layers: int, widt
     return 2.0 * linear_weights * num_tokens + 4.0 * num_layers * width * num_tokens**2
 
 
+def fill_random(name: str, weight: Tensor) -> None:
+    """A random matrix in place; a vector that scales becomes ones, one that shifts zeros."""
+    if weight.ndim > 1:
+        weight.normal_(std=0.02)
+    else:
+        weight.fill_(float(name.endswith("weight")))
+
+
+@torch.no_grad()
 def randomize(module: nn.Module) -> None:
-    """Random matrices; vectors that scale become ones, those that shift zeros."""
-    with torch.no_grad():
-        for name, weight in module.named_parameters():
-            if weight.ndim > 1:
-                weight.normal_(std=0.02)
-            else:
-                weight.fill_(float("norm" in name and name.endswith("weight")))
+    """Random values for all parameters of a module."""
+    for name, weight in module.named_parameters():
+        fill_random(name, weight)
 
 
 def random_network(

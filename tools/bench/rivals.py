@@ -22,6 +22,7 @@ from sgm.checkpoint.diffusers_configs import (
     transformer_config,
     vae_config,
 )
+from sgm.inference.weights import t5_folders
 from tools.bench import inputs
 from tools.bench.measuring import Measured, choose_device, measure, randomize
 
@@ -99,8 +100,8 @@ def encode(config: Config, options: argparse.Namespace, *, at_once: bool) -> Mea
 def embed_text(config: Config, options: argparse.Namespace) -> Measured:
     """A prompt through transformers' T5, with the weights of the configuration."""
     device = choose_device()
-    encoder, ids = _t5(config, device=device)
-    return measure(lambda: encoder(ids), device=device, **inputs.repeats(options))
+    _, embed = _t5(config, device=device)
+    return measure(embed, device=device, **inputs.repeats(options))
 
 
 @torch.no_grad()
@@ -114,9 +115,9 @@ def pipeline(config: Config, options: argparse.Namespace) -> Measured:
     device, dtype = choose_device(), inputs.run_dtype(config)
     sampler = config.model["sampler_config"]
     scheduler = SCHEDULERS[sampler["target"].rpartition(".")[2]]
-    encoder, ids = _t5(config, device=device)
+    encoder, embed = _t5(config, device=device)
     parts = diffusers.CogVideoXPipeline(
-        tokenizer=None,  # the ids are there
+        tokenizer=None,  # the embedding is there
         text_encoder=encoder,
         vae=_vae(config, dtype=dtype, device=device),
         transformer=_transformer(config, dtype=dtype, device=device),
@@ -130,7 +131,7 @@ def pipeline(config: Config, options: argparse.Namespace) -> Measured:
     _, num_frames, _, height, width = inputs.video_shape(config)
 
     def make(num_steps: int) -> None:
-        text = encoder(ids).last_hidden_state.to(dtype)
+        text = embed().to(dtype)
         parts(
             prompt_embeds=text,
             negative_prompt_embeds=torch.zeros_like(text),
@@ -144,9 +145,11 @@ def pipeline(config: Config, options: argparse.Namespace) -> Measured:
             output_type="np",
         )
 
-    make(inputs.WARMUP_STEPS)
+    times = inputs.repeats(options, steps=1)
+    for _ in range(times["warmup"]):
+        make(inputs.WARMUP_STEPS)
     num_steps = sampler["params"]["num_steps"]
-    return measure(lambda: make(num_steps), device=device, warmup=0, steps=1)
+    return measure(lambda: make(num_steps), device=device, warmup=0, steps=times["steps"])
 
 
 def _transformer(config: Config, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -180,16 +183,18 @@ def _compile(model: Any) -> None:
         block.compile(fullgraph=True, dynamic=False)
 
 
-def _t5(config: Config, *, device: torch.device) -> tuple[Any, Tensor]:
-    """transformers' encoder with the weights of the configuration, and the ids of the prompt."""
+def _t5(config: Config, *, device: torch.device) -> tuple[Any, Callable[[], Tensor]]:
+    """transformers' encoder with the weights of the configuration, and what embeds the prompt."""
     from transformers import T5EncoderModel
 
     from sgm.modules.encoders.modules import T5Tokenizer, find_t5
 
-    params = inputs.t5_params(config)
-    files = find_t5(params["model_dir"])
-    ids = T5Tokenizer(files.tokenizer, max_length=params["max_length"])([inputs.PROMPT])
+    _, folder = next(t5_folders(config.model))
+    files = find_t5(folder)
+    length = inputs.t5_params(config)["max_length"]
+    tokenizer = T5Tokenizer(files.tokenizer, max_length=length)
     encoder = T5EncoderModel.from_pretrained(
         Path(files.folder), dtype=inputs.run_dtype(config), local_files_only=True
     )
-    return encoder.to(device).eval(), ids.to(device)
+    encoder.to(device).eval()
+    return encoder, lambda: encoder(tokenizer([inputs.PROMPT]).to(device)).last_hidden_state
