@@ -62,7 +62,7 @@ class Engine(nn.Module):
         )
         params = {"num_idx": num_idx, "discretization_config": DISCRETIZATION}
         self.loss_fn = VideoDiffusionLoss({"target": SAMPLER, "params": params})
-        self.conditioner = GeneralConditioner([])
+        self.conditioner = GeneralConditioner([{"input_key": "txt"}], with_embedders=False)
         self.sampler = SimpleNamespace(num_steps=1)
         self.scale_factor = 1.5
         self.calls = []
