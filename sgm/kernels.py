@@ -29,11 +29,20 @@ def can_compile_kernels() -> bool:
         lacking = "triton is not installed"
     elif not (os.environ.get("CC") or any(map(shutil.which, _C_COMPILERS))):
         lacking = "there is no C compiler (install gcc)"
-    elif not Path(sysconfig.get_path("include"), "Python.h").is_file():
+    elif not _has_headers():
         lacking = "Python's headers are not there (install python3-dev)"
     if lacking:
         logger.warning("no kernels of our own on the GPU, so it is slower: %s", lacking)
     return lacking is None
+
+
+def _has_headers() -> bool:
+    """Whether Python's headers are where compilers look; on Debian the default is another place."""
+    if os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH"):
+        return True
+    schemes = {sysconfig.get_default_scheme(), "posix_prefix"}
+    places = [sysconfig.get_path("include", scheme) for scheme in schemes]
+    return any(Path(place, "Python.h").is_file() for place in places)
 
 
 def check_compile(device_type: str) -> None:

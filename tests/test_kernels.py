@@ -24,7 +24,11 @@ def complete(monkeypatch, tmp_path):
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(kernels, "find_spec", importlib.util.find_spec)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name == "gcc" else None)
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    for name in ("CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sysconfig, "get_default_scheme", lambda: "posix_local")
+    places = {"posix_local": str(tmp_path / "local"), "posix_prefix": str(tmp_path)}
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, scheme: places[scheme])
     pytest.importorskip("triton")
     return tmp_path
 
