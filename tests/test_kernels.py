@@ -21,6 +21,7 @@ def asked_for_the_first_time(monkeypatch):
 @pytest.fixture
 def complete(monkeypatch, tmp_path):
     """A machine that has everything."""
+    pytest.importorskip("triton")
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(kernels, "find_spec", importlib.util.find_spec)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name == "gcc" else None)
@@ -28,8 +29,7 @@ def complete(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sysconfig, "get_default_scheme", lambda: "posix_local")
     places = {"posix_local": str(tmp_path / "local"), "posix_prefix": str(tmp_path)}
-    monkeypatch.setattr(sysconfig, "get_path", lambda name, scheme: places[scheme])
-    pytest.importorskip("triton")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, scheme="posix_local": places[scheme])
     return tmp_path
 
 
