@@ -43,6 +43,9 @@ def set_up_logging(level: int = logging.INFO) -> None:
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
 
 
+_TRUTH = ("true", "false", "yes", "no", "on", "off", "0", "1")  # what YAML files and others say
+
+
 class CommandParser(argparse.ArgumentParser):
     """argparse with one sentence for a mistake, and flags in full, with - or _ between words."""
 
@@ -53,11 +56,18 @@ class CommandParser(argparse.ArgumentParser):
         """As argparse; a flag that is unknown is named before what is absent."""
         words = [self._with_hyphens(word) for word in (sys.argv[1:] if args is None else args)]
         flags = itertools.takewhile(lambda word: word != "--", words)
+        switch = None
         for word in flags:
-            name = word.partition("=")[0]
+            name, equals, _ = word.partition("=")
             is_flag = re.fullmatch(r"--[a-zA-Z]\S*", name)
             if is_flag and name not in self._option_string_actions:
                 self._refuse(word)
+            action = self._option_string_actions.get(name)
+            is_switch = isinstance(action, argparse.BooleanOptionalAction)
+            if (is_switch and equals) or (switch and word.lower() in _TRUTH):
+                on, off = (action if is_switch else switch).option_strings[:2]
+                self.error(f"{on} takes no value; {off} says the opposite")
+            switch = action if is_switch else None
         namespace, rest = self.parse_known_args(words)
         if rest:
             self._refuse(rest[0])
