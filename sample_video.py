@@ -294,9 +294,16 @@ def sample_all(
     prompts: Iterable[Prompt],
     *,
     rank: Rank,
+    steps: int | None,
     **places: Any,
 ) -> int:
     """Every prompt's videos; a prompt that fails is reported and does not stop the others.
+
+    Args:
+        engine, config, prompts: what makes which videos.
+        rank: this process.
+        steps: of all videos, where that is known.
+        places: further arguments of `PromptRunner`.
 
     Returns:
         Number of prompts that failed.
@@ -310,7 +317,6 @@ def sample_all(
     # Every process tells what it has written, but the first one's steps stand for all.
     progress_module.logger.setLevel(logging.INFO)
     failed = 0
-    steps = count_steps(engine, config.args, prompts)
     with progress_module.Progress(steps, lines=rank.index == 0) as progress:
         runner = PromptRunner(engine, config, progress=progress, rank=rank, **places)
         for prompt in prompts:
@@ -367,8 +373,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         share_sampling(engine.model.diffusion_model, engine.sampler)
         engine.share_decoding(group_of_all())
-    compile_network(engine, args, device=device, steps=count_steps(engine, args, prompts))
-    failed = sample_all(engine, config, prompts, rank=rank, shape=shape, output_dir=output_dir)
+    steps = count_steps(engine, args, prompts)
+    compile_network(engine, args, device=device, steps=steps)
+    places = {"shape": shape, "output_dir": output_dir}
+    failed = sample_all(engine, config, prompts, rank=rank, steps=steps, **places)
     return 1 if any_rank(failed > 0, rank) else 0
 
 

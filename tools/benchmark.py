@@ -83,23 +83,21 @@ def choose_sections(config: Config, asked: Sequence[str] | None) -> list[str]:
 
 def check_packages(options: argparse.Namespace, sections: Sequence[str]) -> None:
     """Raise UserError unless the packages that the options need are installed."""
-    packages = ["diffusers", "peft"] if "train" in sections else ["diffusers"]
-    missing = [name for name in packages if not _is_installed(name)]
-    if options.against and missing:
-        raise UserError(
-            f"--against {options.against} needs {' and '.join(missing)}; pip install them"
-        )
-    if options.attention == "flash" and not _is_installed("flash_attn.cute"):
+    if options.against:
+        packages = ["diffusers", "peft"] if "train" in sections else ["diffusers"]
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(
+                f"--against {options.against} needs {' and '.join(missing)}; pip install them"
+            )
+    if options.attention != "flash":
+        return
+    from sgm.modules.transformer.attention import flash_is_installed  # imports PyTorch
+
+    if not flash_is_installed():
         raise UserError(
             '--attention flash needs FlashAttention-4; pip install --pre "flash-attn-4[cu13]"'
         )
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package around it
-        return False
 
 
 def check_flags(options: argparse.Namespace, sections: Sequence[str]) -> None:

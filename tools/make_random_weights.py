@@ -35,7 +35,7 @@ from sgm.cli import CommandParser, run_command, set_up_logging
 from sgm.errors import UserError
 from sgm.files import make_output_folder, new_folder, refuse_existing, save_torch, write_torch
 from sgm.inference.request import check_model_section
-from sgm.inference.weights import t5_folders
+from sgm.inference.weights import t5_folders, weight_path
 from sgm.util import instantiate_from_config
 from tools.bench.measuring import choose_device, fill_random
 
@@ -158,16 +158,16 @@ def weight_paths(config: Config) -> dict[str, Path]:
     """
     check_model_section(config.model)
     load = config.args.load
-    vae = ((config.model.get("first_stage_config") or {}).get("params") or {}).get("ckpt_path")
-    for name, path in (("args.load", load), ("model.first_stage_config.params.ckpt_path", vae)):
-        if not path:
-            raise UserError(f"{name} is not set: it must be the path to write the weights to")
+    if not load:
+        raise UserError("args.load is not set: it must be the path to write the weights to")
+    node = config.model.get("first_stage_config")
+    vae = weight_path(node, "ckpt_path", where="first_stage_config")
     folders = [folder for _, folder in t5_folders(config.model)]
     if len(folders) != 1:
         raise UserError(
             f"model.conditioner_config has {len(folders)} T5 embedders; random weights are for one"
         )
-    return {"load": Path(load).expanduser(), "vae": Path(vae).expanduser(), "t5": folders[0]}
+    return {"load": Path(load).expanduser(), "vae": vae, "t5": folders[0]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -48,7 +48,7 @@ def check_weight_paths(
         for choice in lora:
             read_lora(choice.path, tell=False)  # whoever merges it tells
     if not model.get("latent_input"):
-        path = _path(model.get("first_stage_config"), "ckpt_path", where="first_stage_config")
+        path = weight_path(model.get("first_stage_config"), "ckpt_path", where="first_stage_config")
         from sgm.checkpoint import vae_files
 
         vae_files(path)
@@ -76,10 +76,10 @@ def t5_folders(model: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
         target = node.get("target") if isinstance(node, Mapping) else None
         if isinstance(target, str) and TARGET_ALIASES.get(target, target) == T5_EMBEDDER:
             where = f"conditioner_config.params.emb_models[{index}]"
-            yield where, _path(node, "model_dir", where=where)
+            yield where, weight_path(node, "model_dir", where=where)
 
 
-def _path(node: Any, key: str, *, where: str) -> Path:
+def weight_path(node: Any, key: str, *, where: str) -> Path:
     """The path under `key` of a node's params; UserError where there is none."""
     params = node.get("params") if isinstance(node, Mapping) else None
     value = params.get(key) if isinstance(params, Mapping) else None

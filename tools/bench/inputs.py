@@ -16,9 +16,11 @@ WARMUP, REPEATS = 1, 3
 WARMUP_STEPS = 2  # of a whole video, which compile all that the measured one runs
 
 
-def repeats(options: argparse.Namespace, *, steps: int = REPEATS) -> dict[str, int]:
-    """How often `measure` runs a piece; `steps` where the options do not say."""
-    return {"warmup": options.warmup or WARMUP, "steps": options.steps or steps}
+def repeats(
+    options: argparse.Namespace, *, warmup: int = WARMUP, steps: int = REPEATS
+) -> dict[str, int]:
+    """How often `measure` runs a piece; `warmup` and `steps` where the options do not say."""
+    return {"warmup": options.warmup or warmup, "steps": options.steps or steps}
 
 
 def run_dtype(config: Config) -> torch.dtype:
@@ -49,10 +51,16 @@ def latents(config: Config, device: torch.device, *, batch_size: int = 1) -> Ten
     return torch.randn(batch_size, *latent_shape(config.args, config.model), device=device)
 
 
+def text_shape(config: Config) -> tuple[int, int]:
+    """(n, d) of a text embedding."""
+    modules = config.model["network_config"]["params"]["modules"]
+    return (
+        modules["pos_embed_config"]["params"]["text_length"],
+        modules["patch_embed_config"]["params"]["text_hidden_size"],
+    )
+
+
 def step_inputs(config: Config, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Latents (2, t, c, h, w), text (2, n, d) and timesteps (2,) of a step with guidance."""
-    modules = config.model["network_config"]["params"]["modules"]
-    length = modules["pos_embed_config"]["params"]["text_length"]
-    width = modules["patch_embed_config"]["params"]["text_hidden_size"]
-    text = torch.randn(2, length, width, device=device)
+    text = torch.randn(2, *text_shape(config), device=device)
     return latents(config, device, batch_size=2), text, torch.tensor([500, 500], device=device)

@@ -25,7 +25,7 @@ from sgm.models.transformer import DiffusionTransformer
 from sgm.training.deepspeed_engine import start_deepspeed
 from sgm.training.objective import TrainingObjective
 from sgm.util import instantiate_from_config
-from tools.bench import rivals
+from tools.bench import inputs, rivals
 from tools.bench.jobs import METHODS, Job
 from tools.bench.measuring import Measured, choose_device, forward_flops, measure, random_network
 
@@ -81,9 +81,9 @@ def run_variant(config: Config, variant: Variant, options: argparse.Namespace) -
         step, flops = own_step(config, variant, rank=options.rank, device=device)
     else:
         step = rivals.training_step(config, rank=options.rank, device=device)
-    inputs = random_inputs(config, device)
-    repeated = {"warmup": options.warmup or WARMUP, "steps": options.steps or STEPS}
-    measured = measure(lambda: step(*inputs), device=device, **repeated)
+    sample = random_inputs(config, device)
+    times = inputs.repeats(options, warmup=WARMUP, steps=STEPS)
+    measured = measure(lambda: step(*sample), device=device, **times)
     return dataclasses.replace(measured, flops=flops)
 
 
@@ -173,10 +173,7 @@ def random_inputs(config: Config, device: torch.device) -> tuple[Tensor, Tensor]
     params = config.model["network_config"]["params"]
     frames = (params["num_frames"] - 1) // params["time_compressed_rate"] + 1
     shape = (params["in_channels"], params["latent_height"], params["latent_width"])
-    modules = params["modules"]
-    length = modules["pos_embed_config"]["params"]["text_length"]
-    width = modules["patch_embed_config"]["params"]["text_hidden_size"]
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, frames, *shape, generator=generator)
-    context = torch.randn(1, length, width, generator=generator)
+    context = torch.randn(1, *inputs.text_shape(config), generator=generator)
     return latents.to(device), context.to(device, torch.bfloat16)

@@ -14,6 +14,13 @@ MAX_PROGRAMS = 1024  # for the statistics of a sample: a few waves on the larges
 
 
 @triton.jit
+def _tile_places(rows, last_row, channels, NUM_CHANNELS: tl.constexpr):
+    """Where the elements of a tile are, (rows, channels), and which of them there are."""
+    mask = (rows < last_row)[:, None] & (channels < NUM_CHANNELS)[None, :]
+    return rows.to(tl.int64)[:, None] * NUM_CHANNELS + channels[None, :], mask
+
+
+@triton.jit
 def _moments_kernel(
     x_ptr,
     means_ptr,
@@ -41,8 +48,7 @@ def _moments_kernel(
     squares = tl.zeros([ROWS, CHANNELS], tl.float32)
     for start in range(first, last, ROWS):
         rows = start + tl.arange(0, ROWS)
-        mask = (rows < last)[:, None] & is_channel[None, :]
-        places = rows.to(tl.int64)[:, None] * NUM_CHANNELS + channels[None, :]
+        places, mask = _tile_places(rows, last, channels, NUM_CHANNELS)
         values = tl.load(x_ptr + places, mask=mask, other=0.0).to(tl.float32)
         differences = tl.where(mask, values - origin[None, :], 0.0)
         sums += differences
@@ -130,8 +136,7 @@ def _affine_silu_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channels = tl.arange(0, CHANNELS)
     is_channel = channels < NUM_CHANNELS
-    mask = (rows < num_rows)[:, None] & is_channel[None, :]
-    places = rows.to(tl.int64)[:, None] * NUM_CHANNELS + channels[None, :]
+    places, mask = _tile_places(rows, num_rows, channels, NUM_CHANNELS)
     x = tl.load(x_ptr + sample * x_stride + places, mask=mask, other=0.0).to(tl.float32)
     place = sample * NUM_CHANNELS + channels
     scale = tl.load(scale_ptr + place, mask=is_channel, other=0.0)
@@ -170,8 +175,7 @@ def _add_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channels = tl.arange(0, CHANNELS)
     is_channel = channels < NUM_CHANNELS
-    mask = (rows < num_rows)[:, None] & is_channel[None, :]
-    places = rows.to(tl.int64)[:, None] * NUM_CHANNELS + channels[None, :]
+    places, mask = _tile_places(rows, num_rows, channels, NUM_CHANNELS)
     into_ptr += sample * into_stride
     x = tl.load(x_ptr + sample * x_stride + places, mask=mask, other=0.0).to(tl.float32)
     own = tl.load(into_ptr + places, mask=mask, other=0.0).to(tl.float32)

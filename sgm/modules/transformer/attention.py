@@ -26,8 +26,11 @@ def choose_kernel(tokens: Tensor) -> Kernel:
 
 @functools.lru_cache
 def _flash_runs_on(device: torch.device) -> bool:
-    if torch.cuda.get_device_capability(device) not in _FLASH_CAPABILITIES:
-        return False
+    return torch.cuda.get_device_capability(device) in _FLASH_CAPABILITIES and flash_is_installed()
+
+
+def flash_is_installed() -> bool:
+    """Whether FlashAttention-4 can be imported; older releases lack this part of the package."""
     try:
         return importlib.util.find_spec("flash_attn.cute") is not None
     except ModuleNotFoundError:  # of flash_attn itself
