@@ -364,6 +364,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_targets(config.allow_target)
         device = choose_device(args, rank)
         engine = load_engine(config, device)
+
+        from sgm.modules.transformer.sat_runtime import leave_process_groups_at_exit
     logger.info("model ready on %s after %.1f s", device, time.perf_counter() - started)
     num_weights = sum(weight.numel() for weight in engine.model.parameters())
     if device.type == "cpu" and num_weights > LARGE_MODEL:
@@ -377,7 +379,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     compile_network(engine, args, device=device, steps=steps)
     places = {"shape": shape, "output_dir": output_dir}
     failed = sample_all(engine, config, prompts, rank=rank, steps=steps, **places)
-    return 1 if any_rank(failed > 0, rank) else 0
+    any_failed = any_rank(failed > 0, rank)
+    leave_process_groups_at_exit()
+    return 1 if any_failed else 0
 
 
 if __name__ == "__main__":

@@ -355,10 +355,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         # DeepSpeed, which is imported after this, would move the model to a GPU that is there.
         os.environ["DS_ACCELERATOR"] = "cpu"
-    from sgm.modules.transformer.sat_runtime import ensure_process_groups
+    from sgm.modules.transformer.sat_runtime import (
+        ensure_process_groups,
+        leave_process_groups_at_exit,
+    )
 
     ensure_process_groups()
     train(config, device)
+    leave_process_groups_at_exit()
     return 0
 
 

@@ -29,8 +29,17 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
+# Top of our modules' names; a command is __main__, or bears its file's name where it is imported.
+_OWN = ("__main__", "sgm", "tools", "sample_video", "train_video", "data_video")
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    """Whether a line is ours or a warning: libraries report which others of them they found."""
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] in _OWN
+
+
 def set_up_logging(level: int = logging.INFO) -> None:
-    """Plain lines on stderr: from `level` on at rank 0, only warnings on the other ranks.
+    """Plain lines on stderr: our own from `level` on at rank 0, else and elsewhere only warnings.
 
     To be called before SAT, DeepSpeed or transformers are imported: what they would report of
     their own start is held back.
@@ -41,6 +50,8 @@ def set_up_logging(level: int = logging.INFO) -> None:
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     level = level if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_for_users)
 
 
 _TRUTH = ("true", "false", "yes", "no", "on", "off", "0", "1")  # what YAML files and others say

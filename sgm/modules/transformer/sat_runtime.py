@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Iterator
@@ -28,9 +29,24 @@ def ensure_process_groups() -> None:
         else:
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+            leave_process_groups_at_exit()
     if not mpu.model_parallel_is_initialized():
         with quiet_sat():
             mpu.initialize_model_parallel(1)
+
+
+def leave_process_groups_at_exit() -> None:
+    """Have the process groups taken down at exit; NCCL warns of a process that ends without.
+
+    A process on its own has called this already. One of several is to call it when its work is
+    done, so not after a failure: NCCL would wait for what the others no longer take part in.
+    """
+    atexit.register(_leave_process_groups)
+
+
+def _leave_process_groups() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager

@@ -11,13 +11,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 
 PROGRAM = """
-import random, numpy, torch
+import atexit, random, numpy, torch
 from sat import mpu
 from sgm.modules.transformer.sat_runtime import ensure_process_groups
 
 def state():
     return torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist()
 
+# Runs after what is registered later.
+atexit.register(lambda: print("left" if not torch.distributed.is_initialized() else "there"))
 before = state()
 ensure_process_groups()
 ensure_process_groups()
@@ -26,7 +28,7 @@ print(torch.distributed.get_world_size(), mpu.get_model_parallel_world_size())
 """
 
 
-def test_one_process_needs_no_port_and_keeps_the_random_state() -> None:
+def test_one_process_needs_no_port_keeps_the_random_state_and_tidies_up() -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     with socket.socket() as taken:  # a port that another job holds
         taken.bind(("localhost", 0))
@@ -42,5 +44,5 @@ def test_one_process_needs_no_port_and_keeps_the_random_state() -> None:
             timeout=120,
         )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "1 1"
+    assert done.stdout.splitlines()[-2:] == ["1 1", "left"]
     assert "model parallel" not in done.stderr  # what SAT would report about its groups
