@@ -8,7 +8,7 @@ from sat.model.finetune.lora2 import LoraLinear
 from sat.model.transformer import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
-from sgm.modules.transformer.projection import project
+from sgm.modules.transformer.projection import project, sum_of_linears
 from sgm.modules.transformer.sat_runtime import ensure_process_groups
 
 WIDTH = 8
@@ -51,3 +51,25 @@ def test_weights_that_zero_3_divides_are_read_by_the_layer_itself() -> None:
     linear.register_forward_pre_hook(lambda *_: calls.append(1))
     project(linear, torch.randn(1, 2, WIDTH), num_parts=3)
     assert calls
+
+
+def test_under_autocast_the_layer_itself_is_called() -> None:
+    linear = layer(3, lora=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = project(linear, torch.randn(1, 2, WIDTH), num_parts=3)
+    assert [part.dtype for part in parts] == [torch.bfloat16] * 3
+
+
+@pytest.mark.parametrize("trained", [(0, 3, 4), (0, 1, 2, 3, 4), (4,)])
+def test_sum_of_linears_and_its_gradients_are_the_plain_ones(trained: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    shapes = [(2, 5, 6), (9, 6), (9,), (2, 5, 4), (9, 4)]
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    inputs = [tensor.requires_grad_(i in trained) for i, tensor in enumerate(inputs)]
+    x, weight, bias, low, up = inputs
+    result, expected = sum_of_linears(*inputs), x @ weight.T + bias + low @ up.T
+    torch.testing.assert_close(result, expected)
+    upstream, wanted = torch.randn_like(expected), [inputs[i] for i in trained]
+    gradients = torch.autograd.grad(result, wanted, upstream)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, wanted, upstream))
+    torch.library.opcheck(sum_of_linears, tuple(inputs))
