@@ -146,7 +146,12 @@ class AdaLNMixin(BaseMixin):
         the tokens, and evaluation beside training, costs a compilation of its own; past PyTorch's
         limit of 8 further ones run as they are.
         """
-        options = {"coordinate_descent_tuning": tune}
+        options = {
+            "coordinate_descent_tuning": tune,
+            # What a norm's backward pass needs is cheaper to compute again from tokens in half
+            # precision than to write and read in float32, as PyTorch would from 4 inputs on.
+            "realize_reads_threshold": 12,
+        }
         self._run_block = torch.compile(run_block, dynamic=False, options=options)
 
     def layer_forward(

@@ -11,59 +11,115 @@ def project(linear: nn.Module, x: Tensor, *, num_parts: int) -> list[Tensor]:
     """What ``linear(x)`` holds in `num_parts` equal parts along its last axis, x (b, n, d).
 
     Computed part by part: to divide the whole, and to join the gradients of its parts again,
-    would copy them. A LoRA layer adds ``scaling * B A x`` to each part, scaled where there are few
-    channels, and with one product for the A of all parts.
+    would copy them.
     """
     base = getattr(linear, "original", linear)
-    # ZeRO-3 brings the weights together for a module's call only; autocast knows PyTorch's
-    # operators, and not the one below.
-    if hasattr(base.weight, "ds_id") or torch.is_autocast_enabled(x.device.type):
+    if hasattr(base.weight, "ds_id"):  # ZeRO-3 brings the weights together for a module's call only
         return list(linear(x).chunk(num_parts, dim=-1))
-    bases = list(zip(base.weight.chunk(num_parts), base.bias.chunk(num_parts), strict=True))
     if base is linear:
-        return [F.linear(x, weight, bias) for weight, bias in bases]
-    down = F.linear(linear.lora_dropout(x), torch.cat(tuple(linear.matrix_A))) * linear.scaling
-    lows = down.chunk(num_parts, dim=-1)
-    return [
-        sum_of_linears(x, weight, bias, low, up)
-        for (weight, bias), low, up in zip(bases, lows, linear.matrix_B, strict=True)
-    ]
+        weights, biases = base.weight.chunk(num_parts), base.bias.chunk(num_parts)
+        return [F.linear(x, *part) for part in zip(weights, biases, strict=True)]
+    if torch.is_autocast_enabled(x.device.type):  # knows PyTorch's operators, not the one below
+        return list(linear(x).chunk(num_parts, dim=-1))
+    down = torch.cat(tuple(linear.matrix_A)) * linear.scaling
+    dropped = linear.lora_dropout(x)
+    *parts, _ = lora_linear(
+        x, None if dropped is x else dropped, base.weight, base.bias, down, list(linear.matrix_B)
+    )
+    return parts
 
 
-@torch.library.custom_op("cogvideox::sum_of_linears", mutates_args=())
-def sum_of_linears(x: Tensor, weight: Tensor, bias: Tensor, low: Tensor, up: Tensor) -> Tensor:
-    """``x weight^T + bias + low up^T``, x (…, d), weight (e, d), low (…, r), up (e, r) → (…, e).
+@torch.library.custom_op("cogvideox::lora_linear", mutates_args=())
+def lora_linear(
+    x: Tensor,
+    dropped: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    down: Tensor,
+    ups: list[Tensor],
+) -> list[Tensor]:
+    """A Linear with LoRA (Hu et al., "LoRA", section 4.1): ``W x + bias + B A x``, in parts.
 
-    The large product adds to the small one's result while it is written, which saves to read both
-    again. An operator of its own, since PyTorch's would copy that result first.
+    An operator of its own, because PyTorch's would write each product and read all again for their
+    sum: here each product adds to the one before while it is written.
+
+    Args:
+        x: (…, d).
+        dropped: what A is given in place of `x`, if that is something else.
+        weight, bias: (parts * e, d) and (parts * e,).
+        down: the A of all parts, with their scale, (parts * r, d).
+        ups: the B of each part, (e, r).
+
+    Returns:
+        Each part (…, e); then ``A x`` for the backward pass, (rows of x, parts * r).
     """
-    # Of rows, since with more axes PyTorch adds the bias in a pass of its own.
-    total = torch.addmm(bias, low.flatten(0, -2), up.t())
-    total.addmm_(x.flatten(0, -2), weight.t())
-    return total.unflatten(0, x.shape[:-1])
+    rows = x.flatten(0, -2)
+    low = (rows if dropped is None else dropped.flatten(0, -2)) @ down.t()
+    count = len(ups)
+    parts = []
+    for up, of_part, part_weight, part_bias in zip(
+        ups, low.chunk(count, dim=-1), weight.chunk(count), bias.chunk(count), strict=True
+    ):
+        part = torch.addmm(part_bias, of_part, up.t()).addmm_(rows, part_weight.t())
+        parts.append(part.unflatten(0, x.shape[:-1]))
+    return [*parts, low]
 
 
-@sum_of_linears.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, low: Tensor, up: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+@lora_linear.register_fake
+def _(
+    x: Tensor,
+    dropped: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    down: Tensor,
+    ups: list[Tensor],
+) -> list[Tensor]:
+    parts = [x.new_empty((*x.shape[:-1], up.shape[0])) for up in ups]
+    return [*parts, x.new_empty((x.shape[:-1].numel(), down.shape[0]))]
 
 
-def _save_for_backward(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    x, weight, _, low, up = inputs
-    ctx.save_for_backward(x, weight, low, up)
+def _save_for_backward(ctx, inputs: tuple, output: list[Tensor]) -> None:
+    x, dropped, weight, _, down, ups = inputs
+    ctx.save_for_backward(x, dropped, weight, down, output[-1], *ups)
 
 
-def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, low, up = ctx.saved_tensors
-    rows = gradient.flatten(0, -2)
-    of_x, of_weight, of_bias, of_low, of_up = ctx.needs_input_grad
+def _backward(ctx, gradients: list[Tensor]) -> tuple[Tensor | list[Tensor | None] | None, ...]:
+    x, dropped, weight, down, low, *ups = ctx.saved_tensors
+    of_x, of_dropped, of_weight, of_bias, of_down, of_ups = ctx.needs_input_grad
+    *of_parts, _ = (gradient.flatten(0, -2) for gradient in gradients)
+    count, rows = len(ups), x.flatten(0, -2)
+    of_low = torch.cat([of_part @ up for of_part, up in zip(of_parts, ups, strict=True)], dim=-1)
+    lefts, rights = of_parts, list(weight.chunk(count))
+    if dropped is None:
+        lefts, rights = [*lefts, of_low], [*rights, down]
+    low_rows = rows if dropped is None else dropped.flatten(0, -2)
     return (
-        gradient @ weight if of_x else None,
-        rows.t() @ x.flatten(0, -2) if of_weight else None,
-        rows.sum(dim=0) if of_bias else None,
-        gradient @ up if of_low else None,
-        rows.t() @ low.flatten(0, -2) if of_up else None,
+        sum_of_products(lefts, rights).unflatten(0, x.shape[:-1]) if of_x else None,
+        (of_low @ down).unflatten(0, x.shape[:-1]) if of_dropped else None,
+        torch.cat([of_part.t() @ rows for of_part in of_parts]) if of_weight else None,
+        torch.cat([of_part.sum(dim=0) for of_part in of_parts]) if of_bias else None,
+        of_low.t() @ low_rows if of_down else None,
+        [
+            of_part.t() @ part_low if needed else None
+            for of_part, part_low, needed in zip(
+                of_parts, low.chunk(count, dim=-1), of_ups, strict=True
+            )
+        ],
     )
 
 
-sum_of_linears.register_autograd(_backward, setup_context=_save_for_backward)
+lora_linear.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("cogvideox::sum_of_products", mutates_args=())
+def sum_of_products(lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
+    """``lefts[0] rights[0] + lefts[1] rights[1] + …`` of matrices."""
+    total = lefts[0] @ rights[0]
+    for left, right in zip(lefts[1:], rights[1:], strict=True):
+        total.addmm_(left, right)
+    return total
+
+
+@sum_of_products.register_fake
+def _(lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
+    return lefts[0].new_empty((lefts[0].shape[0], rights[0].shape[1]))

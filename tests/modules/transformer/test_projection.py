@@ -8,7 +8,7 @@ from sat.model.finetune.lora2 import LoraLinear
 from sat.model.transformer import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
-from sgm.modules.transformer.projection import project, sum_of_linears
+from sgm.modules.transformer.projection import lora_linear, project
 from sgm.modules.transformer.sat_runtime import ensure_process_groups
 
 WIDTH = 8
@@ -60,16 +60,46 @@ def test_under_autocast_the_layer_itself_is_called() -> None:
     assert [part.dtype for part in parts] == [torch.bfloat16] * 3
 
 
-@pytest.mark.parametrize("trained", [(0, 3, 4), (0, 1, 2, 3, 4), (4,)])
-def test_sum_of_linears_and_its_gradients_are_the_plain_ones(trained: tuple[int, ...]) -> None:
+WEIGHTS = ("x", "dropped", "weight", "bias", "down", "up of 0", "up of 1")
+
+
+@pytest.mark.parametrize("with_dropout", [False, True])
+@pytest.mark.parametrize("trained", [("x", "down", "up of 0", "up of 1"), WEIGHTS, ("up of 1",)])
+def test_operator_and_its_gradients_are_the_plain_ones(
+    trained: tuple[str, ...], with_dropout: bool
+) -> None:
     torch.manual_seed(0)
-    shapes = [(2, 5, 6), (9, 6), (9,), (2, 5, 4), (9, 4)]
-    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    inputs = [tensor.requires_grad_(i in trained) for i, tensor in enumerate(inputs)]
-    x, weight, bias, low, up = inputs
-    result, expected = sum_of_linears(*inputs), x @ weight.T + bias + low @ up.T
-    torch.testing.assert_close(result, expected)
-    upstream, wanted = torch.randn_like(expected), [inputs[i] for i in trained]
-    gradients = torch.autograd.grad(result, wanted, upstream)
-    torch.testing.assert_close(gradients, torch.autograd.grad(expected, wanted, upstream))
-    torch.library.opcheck(sum_of_linears, tuple(inputs))
+    shapes = [(2, 5, 6), (2, 5, 6), (18, 6), (18,), (8, 6), (9, 4), (9, 4)]
+    tensors = {
+        name: torch.randn(shape, dtype=torch.float64, requires_grad=name in trained)
+        for name, shape in zip(WEIGHTS, shapes, strict=True)
+        if with_dropout or name != "dropped"
+    }
+    x, dropped, weight, bias, down, *ups = (tensors.get(name) for name in WEIGHTS)
+    inputs = (x, dropped, weight, bias, down, ups)
+    *parts, _ = lora_linear(*inputs)
+    low = (x if dropped is None else dropped) @ down.T
+    whole = x @ weight.T + bias
+    expected = [
+        part + part_low @ up.T
+        for part, part_low, up in zip(whole.chunk(2, -1), low.chunk(2, -1), ups, strict=True)
+    ]
+    torch.testing.assert_close(parts, expected)
+    upstream = torch.randn(2, 2, 5, 9, dtype=torch.float64)
+    wanted = [tensors[name] for name in trained if name in tensors]
+    gradients, expected_gradients = (
+        torch.autograd.grad((torch.stack(found) * upstream).sum(), wanted)
+        for found in (parts, expected)
+    )
+    torch.testing.assert_close(gradients, expected_gradients)
+    torch.library.opcheck(lora_linear, inputs)
+
+
+def test_dropout_is_in_front_of_the_low_rank_part_alone() -> None:
+    linear, x = layer(3, lora=True), torch.randn(2, 5, WIDTH)
+    linear.lora_dropout = nn.Dropout(0.5)
+    torch.manual_seed(1)
+    expected = linear(x)
+    torch.manual_seed(1)
+    parts = project(linear, x, num_parts=3)
+    torch.testing.assert_close(torch.cat(parts, dim=-1), expected, rtol=1e-5, atol=3e-5)
