@@ -214,8 +214,8 @@ class SATVideoDiffusionEngine(nn.Module):
     def decode_first_stage(self, latents: Tensor) -> Iterator[Tensor]:
         """Scaled latents (b, t', c, h, w) → chunks (b, t, 3, 8h, 8w) of the video, in order.
 
-        Values are about [-1, 1], float32. Chunks come as they are decoded, so that frames can be
-        written while the next ones are made.
+        Values are about [-1, 1], float32. A chunk comes when the next one is on its way, so that a
+        GPU makes that while frames are written.
         """
         z = rearrange(latents / self.scale_factor, "b t c h w -> b c t h w")
         group = self._decoding_group
@@ -228,8 +228,13 @@ class SATVideoDiffusionEngine(nn.Module):
             if self.tile_decode:
                 factor = self.first_stage_model.encoder.space_factor
                 decode = partial(decode_tiled, decode, factor=factor)
+            made: Tensor | None = None
             for chunk in decode(z):
-                yield rearrange(chunk.float(), "b c t h w -> b t c h w")
+                if made is not None:
+                    yield made
+                made = rearrange(chunk.float(), "b c t h w -> b t c h w")
+            if made is not None:  # with several processes it is None on all but the first
+                yield made
 
     @torch.no_grad()
     def sample(
@@ -247,8 +252,12 @@ class SATVideoDiffusionEngine(nn.Module):
         `callback(step_index, num_steps, x)` is called after each step.
         """
 
+        is_on_gpu = self.device.type == "cuda"
+
         def draw() -> Tensor:
-            return torch.randn(*shape, generator=generator).to(self.device, non_blocking=True)
+            # From page-locked memory the host need not wait until the GPU is ready to copy.
+            noise = torch.randn(*shape, generator=generator, pin_memory=is_on_gpu)
+            return noise.to(self.device, non_blocking=True)
 
         with self._network_here:
             return self.sampler(

@@ -332,17 +332,17 @@ def sample_all(
     return failed
 
 
-def any_rank(here: bool, rank: Rank) -> bool:
-    """Whether something is so on any rank; waits for all of them.
+def any_rank(here: bool, group: torch.distributed.ProcessGroup | None) -> bool:
+    """Whether something is so on any rank of `group`, if there is one; waits for all of them.
 
     torchrun ends every process once one exits with an error, so none may while others work.
     """
-    if rank.world_size == 1:
+    if group is None:
         return here
     import torch
 
     count = torch.tensor(int(here))
-    torch.distributed.all_reduce(count)
+    torch.distributed.all_reduce(count, group=group)
     return bool(count)
 
 
@@ -364,22 +364,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_targets(config.allow_target)
         device = choose_device(args, rank)
         engine = load_engine(config, device)
-
-        from sgm.modules.transformer.sat_runtime import leave_process_groups_at_exit
     logger.info("model ready on %s after %.1f s", device, time.perf_counter() - started)
     num_weights = sum(weight.numel() for weight in engine.model.parameters())
     if device.type == "cpu" and num_weights > LARGE_MODEL:
         logger.warning("without a GPU a step of this model takes many minutes, a video hours")
-    if rank.shares_videos(args):
+    everyone = None
+    if rank.world_size > 1:
         from sgm.parallel.processes import group_of_all, share_sampling
 
-        share_sampling(engine.model.diffusion_model, engine.sampler)
-        engine.share_decoding(group_of_all())
+        everyone = group_of_all()
+        if rank.shares_videos(args):
+            share_sampling(engine.model.diffusion_model, engine.sampler)
+            engine.share_decoding(everyone)
     steps = count_steps(engine, args, prompts)
     compile_network(engine, args, device=device, steps=steps)
     places = {"shape": shape, "output_dir": output_dir}
     failed = sample_all(engine, config, prompts, rank=rank, steps=steps, **places)
-    any_failed = any_rank(failed > 0, rank)
+    any_failed = any_rank(failed > 0, everyone)
+
+    from sgm.modules.transformer.sat_runtime import leave_process_groups_at_exit
+
     leave_process_groups_at_exit()
     return 1 if any_failed else 0
 

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from sgm.errors import UserError, nearest_name
@@ -29,17 +30,14 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
-# Top of our modules' names; a command is __main__, or bears its file's name where it is imported.
-_OWN = ("__main__", "sgm", "tools", "sample_video", "train_video", "data_video")
-
-
 def _is_for_users(record: logging.LogRecord) -> bool:
-    """Whether a line is ours or a warning: libraries report which others of them they found."""
-    return record.levelno >= logging.WARNING or record.name.partition(".")[0] in _OWN
+    """Whether it is a warning, or not from an installed library: those report what they found."""
+    is_installed = {"site-packages", "dist-packages"} & set(Path(record.pathname).parts)
+    return record.levelno >= logging.WARNING or not is_installed
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
-    """Plain lines on stderr: our own from `level` on at rank 0, else and elsewhere only warnings.
+    """Plain lines on stderr from `level` on; from libraries, and on other ranks, only warnings.
 
     To be called before SAT, DeepSpeed or transformers are imported: what they would report of
     their own start is held back.

@@ -121,6 +121,14 @@ def test_latents_are_multiplied_by_the_scale_and_divided_before_decoding(build, 
     torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-4)
 
 
+def test_a_chunk_comes_when_the_next_one_is_on_its_way(build):
+    engine, calls = build(), []
+    engine.first_stage_model.decoder.register_forward_hook(lambda *_: calls.append(1))
+    chunks = engine.decode_first_stage(torch.randn(1, 7, 4, 4, 6))
+    seen = [len(calls) for _ in chunks]
+    assert seen == [2, 3, 3]
+
+
 def test_decoding_is_float32_whatever_the_weights_are(build, video):
     engine = build(dtype=torch.bfloat16)
     latents = engine.encode_first_stage(video)

@@ -101,7 +101,7 @@ def test_what_is_interrupted_leaves_no_weights_behind(build):
 def test_two_decodings_at_a_time_are_refused(build):
     engine = build()
     engine.offload()
-    latents, _ = video_of(engine)
+    latents = torch.randn(1, 7, *SHAPE[2:])  # of three chunks
     first, second = (engine.decode_first_stage(latents) for _ in range(2))
     next(first)
     with pytest.raises(RuntimeError, match="on their device already"):

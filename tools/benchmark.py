@@ -218,8 +218,8 @@ def report(jobs: Sequence[Job], json_file: Path | None, *, head: Mapping[str, An
 def print_table(results: Sequence[Result]) -> None:
     """One line for each result, compared with the reference of its section."""
     print(
-        f"{'section':9} {'implementation':44} {'seconds':>8} {'samples/s':>9} {'peak GB':>8} "
-        f"{'of peak':>8} {'time':>7}"
+        f"{'section':9} {'implementation':40} {'seconds':>8} {'+-':>5} {'samples/s':>9} "
+        f"{'peak GB':>8} {'of peak':>8} {'time':>7}"
     )
     references = {one.section: one.seconds for one in results if one.is_reference}
     results = sorted(results, key=lambda one: SECTIONS.index(one.section))
@@ -234,15 +234,15 @@ def print_table(results: Sequence[Result]) -> None:
 
 
 def _line(result: Result, reference: float | None) -> str:
-    start = f"{result.section:9} {result.label:44}"
+    start = f"{result.section:9} {result.label:40}"
     if result.failure:
         return f"{start} failed: {result.failure}"
     memory = f"{result.peak_memory / GB:.2f}" if result.peak_memory else "-"
     share = f"{result.peak_share:.1%}" if result.peak_share else "-"
-    ratio = f"{result.seconds / reference:.2f}x" if reference else "-"
+    ratio = f"{result.seconds / reference:.3f}x" if reference else "-"
     return (
-        f"{start} {result.seconds:8.3f} {result.samples_per_second:9.3f} {memory:>8} {share:>8} "
-        f"{ratio:>7}"
+        f"{start} {result.seconds:8.3f} {result.spread:5.1%} {result.samples_per_second:9.3f} "
+        f"{memory:>8} {share:>8} {ratio:>7}"
     )
 
 

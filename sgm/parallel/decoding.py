@@ -25,7 +25,7 @@ class RelayCache(ConvCache):
 
         Shorter is only the single chunk of a single frame, whose end nobody needs.
         """
-        # As the pixels lie in memory, so that they are sent and received without a copy.
+        # As pixels lie in memory (`layout.memory_format`), or each would be copied on its own.
         last = frames[:, :, -conv.room :].movedim(1, -1)  # (b, k-1, h, w, c)
         rank, size = self.group.rank(), self.group.size()
         sent_sizes, received_sizes = [0] * size, [0] * size

@@ -234,7 +234,8 @@ def test_compiled_blocks_are_one_graph_of_all_layers(
 ) -> None:
     compile_with = torch.compile
 
-    def without_code_generation(function: Any, *, dynamic: bool, **_: Any) -> Any:
+    def without_code_generation(function: Any, *, dynamic: bool, options: dict[str, Any]) -> Any:
+        assert options.keys() <= set(torch._inductor.list_options())
         # Tracing as always, but operators as they are; a break of the graph is an error.
         return compile_with(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
 

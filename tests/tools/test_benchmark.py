@@ -100,7 +100,7 @@ def test_median_leaves_the_warmup_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.bench.measuring.time.perf_counter", lambda: next(clock))
     calls = []
     measured = measure(lambda: calls.append(1), device=CPU, warmup=2, steps=3)
-    assert measured == Measured(seconds=2, peak_memory=0)
+    assert measured == Measured(seconds=2, peak_memory=0, spread=1.25)
     assert len(calls) == 5
 
 
@@ -215,17 +215,18 @@ def test_neighbours_share_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_table_compares_within_a_section(capsys: pytest.CaptureFixture[str]) -> None:
-    own = Result("decode", "own", "cpu", 0.5, 2.0, 3 * 10**9, 1e12, 0.25, startup_seconds=4.0)
+    numbers = (0.5, 2.0, 3 * 10**9, 1e12, 0.25, 0.01)
+    own = Result("decode", "own", "cpu", *numbers, startup_seconds=4.0)
     broken = Result("decode", "tiled", failure="no memory")
     rival = Result("decode", "diffusers", "cpu", 1.0, 1.0, is_reference=True)
     other = Result("step", "own", "cpu", 3.0, 1 / 3)
     print_table([own, broken, rival, other])
     _, *lines, start = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines] == [
-        ["step", "own", "3.000", "0.333", "-", "-", "-"],
-        ["decode", "own", "0.500", "2.000", "3.00", "25.0%", "0.50x"],
+        ["step", "own", "3.000", "0.0%", "0.333", "-", "-", "-"],
+        ["decode", "own", "0.500", "1.0%", "2.000", "3.00", "25.0%", "0.500x"],
         ["decode", "tiled", "failed:", "no", "memory"],
-        ["decode", "diffusers", "1.000", "1.000", "-", "-", "1.00x"],
+        ["decode", "diffusers", "1.000", "0.0%", "1.000", "-", "-", "1.000x"],
     ]
     assert start == "decode, own: ready 4.0 s after the start of the process"
 

@@ -46,7 +46,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """A line of the table.
+    """A line of the table; its `spread` is that of `Measured`.
 
     `peak_memory` is in bytes, 0 on a CPU; `peak_share` of the device's dense bf16 rate, None where
     that or `model_flops` is not known. `startup_seconds` go from the start of the process until
@@ -61,6 +61,7 @@ class Result:
     peak_memory: int = 0
     model_flops: float | None = None
     peak_share: float | None = None
+    spread: float = 0.0
     startup_seconds: float | None = None
     failure: str | None = None
     is_reference: bool = False
@@ -140,6 +141,7 @@ def run_job(job: Job, *, started: float) -> Result | None:
         label=job.label,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         seconds=seconds,
+        spread=measured.spread,
         samples_per_second=1 / seconds,
         peak_memory=measured.peak_memory,
         model_flops=flops,

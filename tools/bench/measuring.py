@@ -25,12 +25,14 @@ class Measured:
     Args:
         seconds: median of its repetitions.
         peak_memory: bytes on the GPU over all of them, weights included; 0 on a CPU.
+        spread: half of what the slowest took longer than the fastest, as a share of `seconds`.
         flops: operations that the model asks for; None where they are not counted.
         ready_at: `time.time()` at which everything was loaded, where that is of interest.
     """
 
     seconds: float
     peak_memory: int
+    spread: float = 0.0
     flops: float | None = None
     ready_at: float | None = None
 
@@ -48,9 +50,10 @@ def measure(call: Callable[[], Any], *, device: torch.device, warmup: int, steps
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     clock = _gpu_clock if device.type == "cuda" else _cpu_clock
-    seconds = statistics.median(clock(call, steps))
+    times = clock(call, steps)
+    seconds = statistics.median(times)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    return Measured(seconds, peak)
+    return Measured(seconds, peak, spread=(max(times) - min(times)) / 2 / seconds)
 
 
 def _cpu_clock(call: Callable[[], Any], times: int) -> list[float]:

@@ -12,17 +12,22 @@ def project(linear: nn.Module, x: Tensor, *, num_parts: int) -> list[Tensor]:
 
     Computed part by part: to divide the whole, and to join the gradients of its parts again,
     would copy them.
+
+    Args:
+        linear: SAT's Linear, with a bias, or a LoRA layer on one.
     """
     base = getattr(linear, "original", linear)
-    if hasattr(base.weight, "ds_id"):  # ZeRO-3 brings the weights together for a module's call only
+    is_lora = base is not linear
+    # ZeRO-3 brings the weights together for a module's call only. Autocast casts for PyTorch's
+    # operators, not for the one of LoRA.
+    is_divided = hasattr(base.weight, "ds_id")
+    if is_divided or (is_lora and torch.is_autocast_enabled(x.device.type)):
         return list(linear(x).chunk(num_parts, dim=-1))
-    if base is linear:
+    if not is_lora:
         weights, biases = base.weight.chunk(num_parts), base.bias.chunk(num_parts)
         return [F.linear(x, *part) for part in zip(weights, biases, strict=True)]
-    if torch.is_autocast_enabled(x.device.type):  # knows PyTorch's operators, not the one below
-        return list(linear(x).chunk(num_parts, dim=-1))
     down = torch.cat(tuple(linear.matrix_A)) * linear.scaling
-    dropped = linear.lora_dropout(x)
+    dropped = linear.lora_dropout(x) if linear.training else x
     *parts, _ = lora_linear(
         x, None if dropped is x else dropped, base.weight, base.bias, down, list(linear.matrix_B)
     )
@@ -41,7 +46,7 @@ def lora_linear(
     """A Linear with LoRA (Hu et al., "LoRA", section 4.1): ``W x + bias + B A x``, in parts.
 
     An operator of its own, because PyTorch's would write each product and read all again for their
-    sum: here each product adds to the one before while it is written.
+    sum: here each product adds to the one before while it is written. Its gradient has none.
 
     Args:
         x: (…, d).
@@ -51,7 +56,8 @@ def lora_linear(
         ups: the B of each part, (e, r).
 
     Returns:
-        Each part (…, e); then ``A x`` for the backward pass, (rows of x, parts * r).
+        Each part (…, e); then, without a gradient, ``A x`` for the backward pass,
+        (rows of x, parts * r).
     """
     rows = x.flatten(0, -2)
     low = (rows if dropped is None else dropped.flatten(0, -2)) @ down.t()
@@ -113,7 +119,7 @@ lora_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 @torch.library.custom_op("cogvideox::sum_of_products", mutates_args=())
 def sum_of_products(lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
-    """``lefts[0] rights[0] + lefts[1] rights[1] + …`` of matrices."""
+    """``lefts[0] rights[0] + lefts[1] rights[1] + …`` of matrices; an operator as the one above."""
     total = lefts[0] @ rights[0]
     for left, right in zip(lefts[1:], rights[1:], strict=True):
         total.addmm_(left, right)

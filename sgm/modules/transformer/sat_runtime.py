@@ -38,8 +38,9 @@ def ensure_process_groups() -> None:
 def leave_process_groups_at_exit() -> None:
     """Have the process groups taken down at exit; NCCL warns of a process that ends without.
 
-    A process on its own has called this already. One of several is to call it when its work is
-    done, so not after a failure: NCCL would wait for what the others no longer take part in.
+    A process on its own has called this with its groups; again does no harm. One of several is to
+    call it when its work is done, so not after a failure: NCCL would wait for what the others no
+    longer take part in.
     """
     atexit.register(_leave_process_groups)
 

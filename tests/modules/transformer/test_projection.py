@@ -8,7 +8,7 @@ from sat.model.finetune.lora2 import LoraLinear
 from sat.model.transformer import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
-from sgm.modules.transformer.projection import lora_linear, project
+from sgm.modules.transformer.projection import lora_linear, project, sum_of_products
 from sgm.modules.transformer.sat_runtime import ensure_process_groups
 
 WIDTH = 8
@@ -93,6 +93,9 @@ def test_operator_and_its_gradients_are_the_plain_ones(
     )
     torch.testing.assert_close(gradients, expected_gradients)
     torch.library.opcheck(lora_linear, inputs)
+    lefts = [upstream[i].flatten(0, -2) for i in range(2)]
+    rights = [part.detach() for part in weight.chunk(2)]
+    torch.library.opcheck(sum_of_products, (lefts, rights))
 
 
 def test_dropout_is_in_front_of_the_low_rank_part_alone() -> None:
@@ -103,3 +106,6 @@ def test_dropout_is_in_front_of_the_low_rank_part_alone() -> None:
     torch.manual_seed(1)
     parts = project(linear, x, num_parts=3)
     torch.testing.assert_close(torch.cat(parts, dim=-1), expected, rtol=1e-5, atol=3e-5)
+    linear.eval()
+    parts = project(linear, x, num_parts=3)
+    torch.testing.assert_close(torch.cat(parts, dim=-1), linear(x), rtol=1e-5, atol=3e-5)
