@@ -332,6 +332,23 @@ def sample_all(
     return failed
 
 
+def warn(
+    engine: SATVideoDiffusionEngine, args: SamplingArgs, *, device: torch.device, rank: Rank
+) -> None:
+    """Say what will take long, and what was asked for without effect."""
+    from sgm.models.tiled_decoding import TILE
+
+    num_weights = sum(weight.numel() for weight in engine.model.parameters())
+    if device.type == "cpu" and num_weights > LARGE_MODEL:
+        logger.warning("without a GPU a step of this model takes many minutes, a video hours")
+    if args.parallel == "video" and rank.world_size == 1:
+        logger.warning(
+            "parallel: video has no effect in one process; NPROC=2 bash inference.sh … starts two"
+        )
+    if args.tile_decode and max(engine.model.diffusion_model.frame_shape[1:]) <= TILE:
+        logger.warning("tile_decode has no effect: these frames fit into one tile")
+
+
 def any_rank(here: bool, group: torch.distributed.ProcessGroup | None) -> bool:
     """Whether something is so on any rank of `group`, if there is one; waits for all of them.
 
@@ -365,9 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = choose_device(args, rank)
         engine = load_engine(config, device)
     logger.info("model ready on %s after %.1f s", device, time.perf_counter() - started)
-    num_weights = sum(weight.numel() for weight in engine.model.parameters())
-    if device.type == "cpu" and num_weights > LARGE_MODEL:
-        logger.warning("without a GPU a step of this model takes many minutes, a video hours")
+    warn(engine, args, device=device, rank=rank)
     everyone = None
     if rank.world_size > 1:
         from sgm.parallel.processes import group_of_all, share_sampling

@@ -155,6 +155,14 @@ def test_bf16_runs_on_the_cpu_and_is_close(base, sampled, tmp_path):
     assert np.abs(difference).mean() < 6
 
 
+def test_what_has_no_effect_and_what_takes_long_is_told(base, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sample_video, "LARGE_MODEL", 0)
+    assert sample(base, tmp_path, "--parallel", "video", "--tile-decode", prompts=PROMPTS[:1]) == 0
+    told = capfd.readouterr().err
+    assert "parallel: video has no effect" in told and "tile_decode has no effect" in told
+    assert "a step of this model takes many minutes" in told
+
+
 def test_a_prompt_that_is_too_long_gives_a_warning_that_quotes_the_rest(base, tmp_path, capfd):
     prompts = ["a red circle moving left on a black background " * 3 + "zebra"]
     assert sample(base, tmp_path, prompts=prompts) == 0
