@@ -234,6 +234,15 @@ def run_cli(*flags, stdin=None):
     )  # fmt: skip
 
 
+def test_start_up_leaves_out_what_only_training_needs():
+    names = {"pytorch_lightning", "torchmetrics", "decord", "sgm.training.loop"}
+    code = f"import diffusion_video, sample_video, sys; print(sorted({names} & set(sys.modules)))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "[]\n"
+
+
 def test_prompts_can_be_typed(base, tmp_path):
     flags = ["--input-type", "cli", "--output-dir", str(tmp_path / "out")]
     run = run_cli(*base, *flags, stdin="a red circle\n\na cyan triangle\n")

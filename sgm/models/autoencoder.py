@@ -1,4 +1,4 @@
-"""The 3D causal video autoencoder, whole: encode, streamed decode, and a training step."""
+"""The 3D causal video autoencoder, whole: encode and streamed decode."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
-from pytorch_lightning import LightningModule
 from torch import nn
 
 from sgm.checkpoint import load_vae_state
@@ -22,9 +19,6 @@ from sgm.util import instantiate_from_config
 # weights were sampled so, and since the norms' statistics are those of a chunk, it is part of them.
 FIRST_CHUNK_FRAMES, CHUNK_FRAMES = 3, 2
 
-# Where a batch keeps its clips: the same batches as those of the diffusion model.
-VIDEO_KEY = "mp4"
-
 
 class Reconstruction(NamedTuple):
     """A video that went through the autoencoder, and the moments that it had on the way."""
@@ -33,7 +27,7 @@ class Reconstruction(NamedTuple):
     moments: torch.Tensor  # (b, 2z, t_z, h_z, w_z)
 
 
-class VideoAutoencoderInferenceWrapper(LightningModule):
+class VideoAutoencoderInferenceWrapper(nn.Module):
     """The video VAE of CogVideoX (Yang et al. 2024, section 2.1).
 
     Videos are (b, c, 4k+1, h, w) in [-1, 1], latents (b, z, k+1, h/8, w/8). Inputs may
@@ -45,8 +39,6 @@ class VideoAutoencoderInferenceWrapper(LightningModule):
         regularizer_config: node of what turns moments into latents.
         ckpt_path: file of weights; None leaves them random, for training.
         ignore_keys: beginnings of names in that file which are not for this model.
-        learning_rate: of Adam, in training.
-        kl_weight: of the KL term beside the reconstruction, in training.
 
     Raises:
         UserError: a configuration or the file does not fit.
@@ -63,8 +55,6 @@ class VideoAutoencoderInferenceWrapper(LightningModule):
         regularizer_config: Mapping[str, Any],
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
-        learning_rate: float = 1e-4,
-        kl_weight: float = 1e-6,
     ) -> None:
         super().__init__()
         # Weights that a file replaces need neither memory nor a random start.
@@ -72,8 +62,6 @@ class VideoAutoencoderInferenceWrapper(LightningModule):
             self.encoder = instantiate_from_config(encoder_config)
             self.decoder = instantiate_from_config(decoder_config)
         self.regularization = instantiate_from_config(regularizer_config)
-        self.learning_rate = learning_rate
-        self.kl_weight = kl_weight
         if ckpt_path is not None:
             self._load(ckpt_path, ignore_keys)
 
@@ -167,36 +155,6 @@ class VideoAutoencoderInferenceWrapper(LightningModule):
         moments, _ = self.encode(x, unregularized=True)
         latents = self.regularization(moments, noise=noise, generator=generator)
         return Reconstruction(video=self.decode(latents), moments=moments)
-
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> torch.Tensor:
-        """Reconstruction loss (L1 and squared error) and weighted KL divergence.
-
-        Decoding is streamed as in sampling, so that the norms see the chunks that they will see.
-
-        Args:
-            batch: with ``mp4``, clips (b, t, c, h, w) in [-1, 1] of 8k+1 frames.
-            batch_idx: not needed; Lightning passes it.
-
-        Returns:
-            The loss, a scalar in float32.
-        """
-        x = rearrange(batch[VIDEO_KEY], "b t c h w -> b c t h w")
-        reconstruction = self(x)
-        video, target = reconstruction.video.float(), x.float()
-        terms = {
-            "l1": F.l1_loss(video, target),
-            "mse": F.mse_loss(video, target),
-            "kl": self.regularization.kl(reconstruction.moments),
-        }
-        loss = terms["l1"] + terms["mse"] + self.kl_weight * terms["kl"]
-        if self._trainer is not None:  # self.log warns at every step without one
-            for name, value in {**terms, "loss": loss}.items():
-                self.log(f"train/{name}", value, prog_bar=True)
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam at the constant `learning_rate`."""
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
     def _check_video(self, x: torch.Tensor) -> None:
         channels = self.encoder.in_channels

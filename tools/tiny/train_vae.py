@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, default_collate
 from sgm.cli import CommandParser, run_command, set_up_logging
 from sgm.files import save_torch
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
+from sgm.models.autoencoder_training import TrainableVideoAutoencoder
 from tools.tiny.shapes import NUM_FRAMES, ShapeClips
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ CONFIG = "configs/cogvideox_tiny_infer.yaml"
 FRESH_SEED = 10**6  # of clips that no training run draws
 
 
-class Autoencoder(VideoAutoencoderInferenceWrapper):
+class Autoencoder(TrainableVideoAutoencoder):
     """The autoencoder with a learning rate that rises, then falls to zero along a half cosine."""
 
     num_steps: int
@@ -105,12 +106,14 @@ class Report(pl.Callback):
         )  # fmt: skip
 
 
-def build(config: str, *, load: str | None, **settings: float) -> Autoencoder:
+def build(config: str, *, load: str | None, learning_rate: float, kl_weight: float) -> Autoencoder:
     """The autoencoder of a configuration's `first_stage_config`, with weights of `load` or none."""
     node = OmegaConf.to_container(OmegaConf.load(config).model.first_stage_config, resolve=True)
     ignored = {"ckpt_path", "ignore_keys", *Autoencoder.IGNORED_PARAMS}
     params = {name: value for name, value in node["params"].items() if name not in ignored}
-    return Autoencoder(**params, ckpt_path=load, **settings)
+    vae = Autoencoder(**params, ckpt_path=load)
+    vae.learning_rate, vae.kl_weight = learning_rate, kl_weight
+    return vae
 
 
 def save(vae: VideoAutoencoderInferenceWrapper, path: Path) -> None:
