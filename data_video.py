@@ -58,6 +58,7 @@ class SFTDataset(Dataset):
     Attributes:
         clips: paths of the usable clips, by index.
         captions: their captions.
+        item_lengths: frames of the item of each.
 
     Raises:
         UserError: a parameter is wrong, or the folder holds no usable clip.
@@ -90,6 +91,7 @@ class SFTDataset(Dataset):
         self.clips: list[Path] = [clip.path for clip in survey.clips]
         self.captions: list[str] = [clip.caption for clip in survey.clips]
         self._facts = [clip.facts for clip in survey.clips]
+        self.item_lengths = [self._settings.item_length(facts.count) for facts in self._facts]
         # Shared, so that what one worker process found is named only once.
         self._damaged = torch.zeros(len(self.clips), dtype=torch.bool).share_memory_()
 

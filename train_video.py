@@ -125,6 +125,7 @@ def build_loader(dataset: Any, config: Config, *, batch_size: int, start: int) -
     from torch import distributed
     from torch.utils.data import DataLoader
 
+    from sgm.training.batches import collate
     from sgm.training.seeding import SampleOrder, SeededDataset
 
     order = SampleOrder(
@@ -139,6 +140,7 @@ def build_loader(dataset: Any, config: Config, *, batch_size: int, start: int) -
         SeededDataset(dataset),
         batch_sampler=order,
         num_workers=num_workers(config),
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available() and config.args.device != "cpu",
     )
 
@@ -171,9 +173,9 @@ def check(config: Config) -> None:
         UserError: a value or a path is wrong.
     """
     check_args(config.args)
+    check_video_data(config.data, config.model)
     check_deepspeed(config.deepspeed)
     check_precision(config.args, config.deepspeed)
-    check_video_data(config.data, config.model)
     from_nothing = config.args.mode == "pretrain"
     if not (config.args.load or from_nothing):
         raise UserError(
@@ -230,11 +232,17 @@ def load_data(config: Config, device: torch.device) -> Data:
     Raises:
         UserError: a folder or its data is wrong, or the cache cannot be filled.
     """
+    from sgm.training.batches import check_lengths
+
     args = config.args
     training = build_dataset(config, args.train_data, key="train_data")
+    key = "train_micro_batch_size_per_gpu"
+    check_lengths(training.datasets, batch_size=config.deepspeed.get(key, 1), key=key)
     validation = None
     if args.valid_data:
         validation = build_dataset(config, args.valid_data, key="valid_data", random_window=False)
+        key = "eval_batch_size"
+        check_lengths(validation.datasets, batch_size=args.eval_batch_size, key=key)
     prompts = prompts_of(config, validation)
     if not args.cache_dir:
         return Data(training, validation, prompts, None)
@@ -282,6 +290,7 @@ def train(config: Config, device: torch.device) -> None:
     import torch
     from torch import distributed
 
+    from sgm.checkpoint import is_lora_matrix
     from sgm.training import run_folder
     from sgm.training.batches import checked_batches
     from sgm.training.checkpoint import Checkpointer, Progress
@@ -294,10 +303,12 @@ def train(config: Config, device: torch.device) -> None:
     torch.manual_seed(args.seed)  # of random weights, LoRA's among them
     checkpoint = run_folder.find_checkpoint(args) if args.resume else None
     data = load_data(config, device)
-    run = checkpoint.parent if checkpoint else run_folder.start_run(args)
+    if checkpoint:
+        logger.info("going on from %s", checkpoint)
     engine = load_engine(config, device, checkpoint=checkpoint)
     set_up_activations(engine, config)
     wrapped = start_deepspeed(TrainingObjective(engine), config.deepspeed, args)
+    run = checkpoint.parent if checkpoint else run_folder.start_run(args)
     batch_size = wrapped.train_micro_batch_size_per_gpu()
     lockstep = wrapped.zero_optimization_stage() == 3
     average = start_average(wrapped, args)
@@ -335,6 +346,9 @@ def train(config: Config, device: torch.device) -> None:
     )
     trainer.run(checked_batches(loader), progress)
     report.close()
+    trained = [name for name, weight in engine.named_parameters() if weight.requires_grad]
+    flag = "--lora" if all(map(is_lora_matrix, trained)) else "--load"
+    logger.info("to sample: bash inference.sh CONFIG.yaml %s %s", flag, run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -153,5 +153,5 @@ def run_command(main: Callable[[], int]) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        sys.stderr.write("stopped\n")  # as a whole, where several processes say so
         return 130

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from arguments import TrainingArgs, parse_config
 from sgm.checkpoint import LoraChoice, load_transformer, merge_loras
 from sgm.errors import UserError
 from sgm.inference.weights import check_weight_paths
-from sgm.training.batches import checked_batches
+from sgm.training.batches import check_lengths, checked_batches, collate
 from sgm.training.checks import check_deepspeed
 from sgm.training.deepspeed_engine import start_deepspeed
 from sgm.training.optimizer import sat_optimizer
@@ -287,10 +288,20 @@ def test_an_optimizer_that_cannot_be_compiled_is_one_sentence(monkeypatch, kind)
 
 
 def test_clips_of_different_lengths_in_a_batch_end_in_one_sentence() -> None:
-    clips = [{"mp4": torch.zeros(length, 3, 8, 8), "txt": "a"} for length in (5, 9)]
-    loader = DataLoader(clips, batch_size=2)
-    with pytest.raises(UserError, match="different lengths cannot share a batch"):
-        next(checked_batches(loader))
+    for workers, lengths in itertools.product((0, 1), ((5, 9), (9, 5))):
+        clips = [{"mp4": torch.zeros(length, 3, 8, 8), "txt": "a"} for length in lengths]
+        loader = DataLoader(clips, batch_size=2, num_workers=workers, collate_fn=collate)
+        with pytest.raises(UserError, match="^clips of different lengths cannot share a batch"):
+            next(checked_batches(loader))
+
+
+def test_clips_of_different_lengths_are_found_before_anything_is_loaded() -> None:
+    parts = [SimpleNamespace(item_lengths=[17, 5]), SimpleNamespace(item_lengths=[17])]
+    check_lengths(parts, batch_size=1, key="size")
+    check_lengths([*parts[1:], object()], batch_size=2, key="size")
+    told = r"\(2 of 17 frames, 1 of 5 frames\), so they cannot share a batch of 2; set size to 1"
+    with pytest.raises(UserError, match=told):
+        check_lengths(parts, batch_size=2, key="size")
 
 
 class Unusable(Dataset):

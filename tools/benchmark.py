@@ -40,6 +40,7 @@ from arguments import Config, SamplingArgs, TrainingArgs, parse_config
 from sgm.cli import CommandParser, run_command, set_up_logging
 from sgm.errors import UserError, nearest_name
 from sgm.files import new_folder, replacing
+from sgm.inference.request import check_model_section, latent_shape
 from sgm.inference.weights import check_weight_paths
 from tools.bench.inputs import run_dtype, t5_params
 from tools.bench.jobs import INFERENCE_SECTIONS, METHODS, SECTIONS, Job, Result, run_jobs
@@ -294,12 +295,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         import torch
 
         options.compile = torch.cuda.is_available()
+    check_model_section(config.model)
     if sections == ["train"]:
         from tools.bench.training import training_jobs  # imports DeepSpeed
 
         results = report(training_jobs(config, options), options.json, head=head)
     else:
-        from sgm.inference.request import latent_shape
         from tools.bench.inference import inference_jobs
 
         config = parse_config(SamplingArgs, "", files)

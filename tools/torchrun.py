@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
@@ -25,6 +26,9 @@ def run() -> int:
         name = signal.Signals(-failure.exitcode).name
         print(f"error: process {rank} was ended by {name}; see its last lines", file=sys.stderr)
         return 1
+    except SignalException as stop:  # Ctrl-C, or a scheduler's end
+        print(f"stopped by {signal.Signals(stop.sigval).name}", file=sys.stderr)
+        return 128 + stop.sigval
     return 0
 
 

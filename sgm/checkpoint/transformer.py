@@ -200,7 +200,7 @@ def _add_lora(network: DiffusionTransformer, lora: Mapping[str, Tensor], path: P
         if lora:
             fill_lora(network, lora, path)
         else:
-            logger.info("%s holds no LoRA matrices: LoRA starts from zero", path)
+            logger.debug("%s holds no LoRA matrices: LoRA starts from zero", path)
     elif lora:
         name, matrix = next(iter(lora.items()))
         raise UserError(

@@ -195,7 +195,8 @@ def make_latents(
         jobs.append(part)
     by_key = {job.key: job for part in jobs for job in part if job.key}
     absent = _absent(by_key, store, ranks)
-    logger.info("%s: %d of %d clips are to be encoded", store.folder, len(absent), len(by_key))
+    if absent:
+        logger.info("%s: %d of %d clips are to be encoded", store.folder, len(absent), len(by_key))
 
     def build() -> nn.Module:
         first_stage = build_first_stage(config, dtype=dtype, device=device)

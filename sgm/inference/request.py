@@ -21,13 +21,14 @@ def check_model_section(model: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     if not model:
         raise UserError(
-            "the configuration has no section 'model'; add a file that has it to --base"
+            "the configuration has no section 'model'; name a file that has it before this one"
         )
     node = model.get("network_config")
     params = node.get("params") if isinstance(node, Mapping) else None
     if not params or not isinstance(params, Mapping):
         raise UserError(
-            "model.network_config.params is absent or holds no keys; the network cannot be built"
+            "model.network_config.params is absent or holds no keys; name a configuration that has "
+            "it, before this one if this goes on top of it"
         )
     for key in (*_SIZES, "time_compressed_rate"):
         if key in params:

@@ -2,20 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.utils.data import default_collate
 
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, Dataset
+
+_HINT = "set {key} to 1, or lower max_num_frames"
+
+
+def check_lengths(parts: Iterable[Dataset], *, batch_size: int, key: str) -> None:
+    """Check that the samples of all `parts` can share batches; `key` gives their size.
+
+    Raises:
+        UserError: they cannot, since clips differ in length.
+    """
+    lengths = Counter(length for part in parts for length in getattr(part, "item_lengths", ()))
+    if batch_size > 1 and len(lengths) > 1:
+        found = ", ".join(f"{count} of {length} frames" for length, count in lengths.items())
+        raise UserError(
+            f"samples differ in length ({found}), so they cannot share a batch of {batch_size}; "
+            + _HINT.format(key=key)
+        )
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of samples, in a worker process.
+
+    Raises:
+        UserError: they differ in length.
+    """
+    shapes = {
+        tuple(value.shape for value in sample.values() if isinstance(value, Tensor))
+        for sample in samples
+    }
+    if len(shapes) > 1:
+        keys = "train_micro_batch_size_per_gpu and eval_batch_size"
+        raise UserError(
+            f"clips of different lengths cannot share a batch; {_HINT.format(key=keys)}"
+        )
+    return default_collate(samples)
 
 
 def checked_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
     """The batches of a loader.
 
     Raises:
-        UserError: clips of a batch differ in length, or a worker process found the data unusable.
+        UserError: a worker process found the data unusable, or that clips differ in length.
     """
     try:
         yield from loader
@@ -23,10 +62,3 @@ def checked_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
         # From a worker it comes with that process's stack trace, and the sentence last.
         sentence = str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]
         raise UserError(sentence) from None
-    except RuntimeError as error:
-        if "stack expects each tensor to be equal size" not in str(error):
-            raise
-        raise UserError(
-            "clips of different lengths cannot share a batch; set "
-            "train_micro_batch_size_per_gpu and eval_batch_size to 1, or lower max_num_frames"
-        ) from None

@@ -69,6 +69,13 @@ def check_args(args: Any) -> None:
     for key, most in _MOST.items():
         if getattr(args, key) > most:
             raise UserError(f"{key}={getattr(args, key)}: it must be at most {most}")
+    if args.train_iters <= args.auto_warmup_steps:
+        logger.warning(
+            "auto_warmup_steps=%d covers all of train_iters=%d: the learning rate stays at 5%% of "
+            "lr; set it to 0 for a short run",
+            args.auto_warmup_steps,
+            args.train_iters,
+        )
     if args.lr_decay_ratio <= 0:
         raise UserError(f"lr_decay_ratio={args.lr_decay_ratio}: it must be above 0")
     if args.lr_decay_iters is not None and args.lr_decay_iters < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import textwrap
@@ -61,23 +62,36 @@ def start_deepspeed(objective: nn.Module, settings: Mapping[str, Any], args: Any
         # DeepSpeed knows its own and PyTorch's optimizers by name; SAT's is handed to it ready.
         del settings["optimizer"]
         optimizer = sat_optimizer(params)
+    printed = io.StringIO()
     try:
-        wrapped, *_ = deepspeed.initialize(
-            model=objective,
-            model_parameters=groups,
-            optimizer=optimizer,
-            lr_scheduler=schedule,
-            config=settings,
-        )
+        with contextlib.redirect_stdout(printed):
+            wrapped, *_ = deepspeed.initialize(
+                model=objective,
+                model_parameters=groups,
+                optimizer=optimizer,
+                lr_scheduler=schedule,
+                config=settings,
+            )
     except (*_REFUSALS, deepspeed.DeepSpeedConfigError) as error:
         logger.debug("deepspeed.initialize", exc_info=True)
-        reason = textwrap.shorten(str(error), 300, placeholder=" …") or "no reason given"
         raise UserError(
-            f"deepspeed refuses its settings: {type(error).__name__}: {reason}; change them in "
-            "the section deepspeed"
+            f"deepspeed refuses its settings: {_reason(error)}; change them in the section "
+            "deepspeed"
         ) from None
+    finally:  # it prints which of its extensions it compiled
+        logger.debug(printed.getvalue())
     fuse_gradient_checks(wrapped.optimizer)
     return wrapped
+
+
+def _reason(error: Exception) -> str:
+    """What DeepSpeed says of its settings, on one line; of a faulty key, where it is."""
+    if hasattr(error, "errors"):  # pydantic's, which checks the sections
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        return f"{error.title}: {place}: {first['msg']}"
+    reason = textwrap.shorten(str(error), 300, placeholder=" …") or "no reason given"
+    return f"{type(error).__name__}: {reason}"
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sgm.modules.diffusionmodules.discretizer import NUM_TIMESTEPS
 from sgm.modules.diffusionmodules.sigma_sampling import NoiseLevels
-from sgm.training.batches import checked_batches
+from sgm.training.batches import checked_batches, collate
 from sgm.training.seeding import VALIDATION, SeededDataset, derived_seed
 from sgm.training.validation_videos import Embed, ValidationVideos
 
@@ -98,6 +98,7 @@ class Validation:
             SeededDataset(self.dataset),
             batch_sampler=[keys[i : i + self.batch_size] for i in range(0, count, self.batch_size)],
             num_workers=self.num_workers,
+            collate_fn=collate,
         )
         return checked_batches(loader)
 

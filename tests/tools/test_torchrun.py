@@ -1,0 +1,29 @@
+"""The launcher of several processes when it is interrupted."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+WAITING = "import sys, time; print('there', flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
+def test_an_end_from_outside_is_one_line(ended_by, tmp_path, pytestconfig):
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING, encoding="utf-8")
+    command = ["-m", "tools.torchrun", "--standalone", "--nproc-per-node", "2", str(script)]
+    with subprocess.Popen(
+        [sys.executable, *command],
+        cwd=pytestconfig.rootpath,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as run:
+        assert [run.stdout.readline() for _ in range(2)] == ["there\n"] * 2
+        run.send_signal(ended_by)
+        _, told = run.communicate(timeout=60)
+    assert run.returncode == 128 + ended_by
+    assert f"stopped by {ended_by.name}" in told
+    assert "SignalException" not in told
