@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-WAITING = "import sys, time; print('there', flush=True); time.sleep(60)"
+WAITING = "import os, time; os.write(1, b'there\\n'); time.sleep(60)"  # in one piece
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
@@ -20,6 +20,8 @@ def test_an_end_from_outside_is_one_line(ended_by, tmp_path, pytestconfig):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A test run in a shell's background has SIGINT ignored, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as run:
         assert [run.stdout.readline() for _ in range(2)] == ["there\n"] * 2
         run.send_signal(ended_by)
