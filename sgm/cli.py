@@ -142,16 +142,13 @@ def run_command(main: Callable[[], int]) -> int:
     try:
         return main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        code, said = 1, f"error: {error}"
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
-        print(
-            f"error: {str(error).splitlines()[0]} (see 'Troubleshooting' in README)",
-            file=sys.stderr,
-        )
-        return 1
+        first_line = str(error).splitlines()[0]
+        code, said = 1, f"error: {first_line} (see 'Troubleshooting' in README)"
     except KeyboardInterrupt:
-        sys.stderr.write("stopped\n")  # as a whole, where several processes say so
-        return 130
+        code, said = 130, "stopped"
+    sys.stderr.write(f"{said}\n")  # in one piece, where several processes say so
+    return code
