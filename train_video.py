@@ -290,10 +290,10 @@ def train(config: Config, device: torch.device) -> None:
     import torch
     from torch import distributed
 
-    from sgm.checkpoint import is_lora_matrix
+    from sgm.files import make_output_folder
     from sgm.training import run_folder
     from sgm.training.batches import checked_batches
-    from sgm.training.checkpoint import Checkpointer, Progress
+    from sgm.training.checkpoint import Checkpointer, Progress, trains_lora
     from sgm.training.deepspeed_engine import start_deepspeed
     from sgm.training.loop import Trainer
     from sgm.training.objective import TrainingObjective
@@ -302,9 +302,11 @@ def train(config: Config, device: torch.device) -> None:
     args = config.args
     torch.manual_seed(args.seed)  # of random weights, LoRA's among them
     checkpoint = run_folder.find_checkpoint(args) if args.resume else None
-    data = load_data(config, device)
     if checkpoint:
         logger.info("going on from %s", checkpoint)
+    else:  # of which a fault is to be told before anything is read
+        make_output_folder(Path(args.save).expanduser())
+    data = load_data(config, device)
     engine = load_engine(config, device, checkpoint=checkpoint)
     set_up_activations(engine, config)
     wrapped = start_deepspeed(TrainingObjective(engine), config.deepspeed, args)
@@ -346,8 +348,7 @@ def train(config: Config, device: torch.device) -> None:
     )
     trainer.run(checked_batches(loader), progress)
     report.close()
-    trained = [name for name, weight in engine.named_parameters() if weight.requires_grad]
-    flag = "--lora" if all(map(is_lora_matrix, trained)) else "--load"
+    flag = "--lora" if trains_lora(wrapped.module) else "--load"
     logger.info("to sample: bash inference.sh CONFIG.yaml %s %s", flag, run)
 
 

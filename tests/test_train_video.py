@@ -299,7 +299,7 @@ def test_clips_of_different_lengths_are_found_before_anything_is_loaded() -> Non
     parts = [SimpleNamespace(item_lengths=[17, 5]), SimpleNamespace(item_lengths=[17])]
     check_lengths(parts, batch_size=1, key="size")
     check_lengths([*parts[1:], object()], batch_size=2, key="size")
-    told = r"\(2 of 17 frames, 1 of 5 frames\), so they cannot share a batch of 2; set size to 1"
+    told = r"\(1 of 5 frames, 2 of 17 frames\), so they cannot share a batch of 2; set size to 1"
     with pytest.raises(UserError, match=told):
         check_lengths(parts, batch_size=2, key="size")
 

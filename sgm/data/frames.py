@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,3 +112,12 @@ def count_at_rate(starts: np.ndarray, fps: float) -> int:
 def nearest_frames(starts: np.ndarray, times: np.ndarray) -> np.ndarray:
     """Index of the frame in `starts` (n,) that appears nearest to each of `times` (t,), seconds."""
     return np.searchsorted((starts[1:] + starts[:-1]) / 2, times)  # (t,)
+
+
+def difference_in_length(lengths: Iterable[int]) -> str:
+    """In a sentence, that items of these lengths cannot share a batch; empty where they can."""
+    counts = sorted(Counter(lengths).items())
+    if len(counts) < 2:
+        return ""
+    found = ", ".join(f"{count} of {length} frames" for length, count in counts)
+    return f"samples differ in length ({found}), so they cannot share a batch"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from sgm.data.decoding import OWN_CHILD
-from sgm.data.frames import ClipError, FrameSettings
+from sgm.data.frames import ClipError, FrameSettings, difference_in_length
 from sgm.data.survey import Clip, Survey
 from sgm.errors import UserError
 from sgm.files import make_output_folder
@@ -51,12 +50,9 @@ def report(survey: Survey, settings: FrameSettings) -> Iterator[str]:
         f"{len(survey.clips)} of {total} clips can be used: {seconds:.1f} s ({seconds / 3600:.2f} "
         f"h), {len(survey.clips)} samples an epoch"
     )
-    lengths = Counter(settings.item_length(clip.facts.count) for clip in survey.clips)
-    if len(lengths) > 1:
-        found = ", ".join(
-            f"{count} of {length} frames" for length, count in sorted(lengths.items())
-        )
-        yield f"samples differ in length ({found}), so they cannot share a batch"
+    lengths = [settings.item_length(clip.facts.count) for clip in survey.clips]
+    if difference := difference_in_length(lengths):
+        yield difference
 
 
 def check_sheet_path(path: Path) -> None:

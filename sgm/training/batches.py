@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from sgm.data.frames import difference_in_length
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,13 +23,10 @@ def check_lengths(parts: Iterable[Dataset], *, batch_size: int, key: str) -> Non
     Raises:
         UserError: they cannot, since clips differ in length.
     """
-    lengths = Counter(length for part in parts for length in getattr(part, "item_lengths", ()))
-    if batch_size > 1 and len(lengths) > 1:
-        found = ", ".join(f"{count} of {length} frames" for length, count in lengths.items())
-        raise UserError(
-            f"samples differ in length ({found}), so they cannot share a batch of {batch_size}; "
-            + _HINT.format(key=key)
-        )
+    lengths = [length for part in parts for length in getattr(part, "item_lengths", ())]
+    difference = difference_in_length(lengths)
+    if batch_size > 1 and difference:
+        raise UserError(f"{difference} of {batch_size}; {_HINT.format(key=key)}")
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -163,7 +163,7 @@ class Checkpointer:
     def _write_weights(self, folder: Path, *, averages: Mapping[str, Tensor] | None) -> None:
         """The weights as they are, or with `averages` in the place of those that are averaged."""
         weights = trained_weights(self.wrapped.module)
-        is_lora = all(is_lora_matrix(name) for name in weights)
+        is_lora = trains_lora(self.wrapped.module)
         if not is_lora:
             weights = dict(self.wrapped.module.named_parameters())
         module = {}
@@ -211,6 +211,11 @@ class Checkpointer:
 def trained_weights(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The weights of a module that are trained, by name."""
     return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+
+
+def trains_lora(module: torch.nn.Module) -> bool:
+    """Whether of a module's weights the matrices of a LoRA only are trained, and so saved."""
+    return all(is_lora_matrix(name) for name in trained_weights(module))
 
 
 def holds_lora(folder: Path) -> bool:

@@ -72,14 +72,7 @@ def lora_linear(
 
 
 @lora_linear.register_fake
-def _(
-    x: Tensor,
-    dropped: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    down: Tensor,
-    ups: list[Tensor],
-) -> list[Tensor]:
+def _(x, dropped, weight, bias, down, ups) -> list[Tensor]:
     parts = [x.new_empty((*x.shape[:-1], up.shape[0])) for up in ups]
     return [*parts, x.new_empty((x.shape[:-1].numel(), down.shape[0]))]
 
