@@ -262,8 +262,12 @@ def build_parser() -> CommandParser:
     parser.add_argument("--against", choices=("diffusers",), help="measure another code beside it")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
     parser.add_argument("--attention", choices=("flash", "sdpa"), help="default: the fastest")
-    parser.add_argument("--warmup", type=int, help="runs before the measured: 1; train: 3")
-    parser.add_argument("--steps", type=int, help="measured runs: 3; pipeline: 1; train: 10")
+    parser.add_argument(
+        "--warmup", type=int, help="runs before the measured: 1; train: 3; a step on a GPU: 5"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="measured runs: 3; pipeline: 1; train, and a step on a GPU: 10"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument(
         "--weights", type=Path, metavar="DIR", help="read weights there; random ones if it is new"

@@ -88,7 +88,10 @@ def inference_jobs(
 def step(
     config: Config, options: argparse.Namespace, *, kernel: Kernel | None, in_fp8: bool = False
 ) -> Measured:
-    """One batched forward of the transformer for both branches of guidance."""
+    """One batched forward of the transformer for both branches of guidance.
+
+    Its operations are counted as if the branches shared none.
+    """
     device, node = choose_device(), config.model["network_config"]
     network = random_network(node, dtype=inputs.run_dtype(config), device=device).eval()
     network.set_attention(kernel)
@@ -99,18 +102,20 @@ def step(
     if options.compile:
         network.compile_blocks()
     wrapper = NetworkWrapper(network)
-    latents, text, timesteps = inputs.step_inputs(config, device)
-    cond = {"crossattn": text}
+    latents, texts, timestep = inputs.step_inputs(config, device)
+    cond = {"crossattn": texts}
     measured = measure(
-        lambda: wrapper(latents, timesteps, cond), device=device, **inputs.repeats(options)
+        lambda: wrapper(latents, timestep, cond),
+        device=device,
+        **inputs.step_repeats(options, device),
     )
     flops = forward_flops(
         num_weights,
-        num_tokens=text.shape[1] + math.prod((latents.shape[1], *network.grid_size)),
+        num_tokens=texts.shape[1] + math.prod((latents.shape[1], *network.grid_size)),
         num_layers=len(layers),
         width=network.hidden_size,
     )
-    return dataclasses.replace(measured, flops=len(latents) * flops)
+    return dataclasses.replace(measured, flops=len(texts) * flops)
 
 
 def step_without_flash(config: Config, options: argparse.Namespace) -> Measured | None:

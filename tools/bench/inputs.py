@@ -23,6 +23,11 @@ def repeats(
     return {"warmup": options.warmup or warmup, "steps": options.steps or steps}
 
 
+def step_repeats(options: argparse.Namespace, device: torch.device) -> dict[str, int]:
+    """The same for a step: a GPU takes some of them until it has settled at its power limit."""
+    return repeats(options) if device.type == "cpu" else repeats(options, warmup=5, steps=10)
+
+
 def run_dtype(config: Config) -> torch.dtype:
     """The precision of the run."""
     return getattr(torch, config.args.precision)
@@ -46,9 +51,9 @@ def video(config: Config, device: torch.device) -> Tensor:
     return torch.rand(video_shape(config), device=device) * 2 - 1
 
 
-def latents(config: Config, device: torch.device, *, batch_size: int = 1) -> Tensor:
-    """Latents (b, t, c, h, w), standard normal."""
-    return torch.randn(batch_size, *latent_shape(config.args, config.model), device=device)
+def latents(config: Config, device: torch.device) -> Tensor:
+    """Latents (1, t, c, h, w), standard normal."""
+    return torch.randn(1, *latent_shape(config.args, config.model), device=device)
 
 
 def text_shape(config: Config) -> tuple[int, int]:
@@ -61,6 +66,6 @@ def text_shape(config: Config) -> tuple[int, int]:
 
 
 def step_inputs(config: Config, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents (2, t, c, h, w), text (2, n, d) and timesteps (2,) of a step with guidance."""
-    text = torch.randn(2, *text_shape(config), device=device)
-    return latents(config, device, batch_size=2), text, torch.tensor([500, 500], device=device)
+    """Latents (1, t, c, h, w), texts (2, n, d) and timestep (1,) of a step with guidance."""
+    texts = torch.randn(2, *text_shape(config), device=device)
+    return latents(config, device), texts, torch.tensor([500], device=device)

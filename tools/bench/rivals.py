@@ -63,16 +63,19 @@ def training_step(
 
 @torch.no_grad()
 def step(config: Config, options: argparse.Namespace, *, compiled: bool) -> Measured:
-    """One forward of the transformer with guidance."""
+    """One forward of the transformer with guidance, on a copy of the latents for each branch."""
     device, dtype = choose_device(), inputs.run_dtype(config)
     model = _transformer(config, dtype=dtype, device=device)
     if compiled:
         _compile(model)
-    latents, context, timesteps = inputs.step_inputs(config, device)
-    arguments = (latents.to(dtype), context.to(dtype), timesteps)
-    return measure(
-        lambda: model(*arguments, return_dict=False), device=device, **inputs.repeats(options)
-    )
+    latents, texts, timestep = inputs.step_inputs(config, device)
+    latents, texts, count = latents.to(dtype), texts.to(dtype), len(texts)
+
+    def run() -> None:
+        copies = torch.cat([latents] * count)
+        model(copies, texts, timestep.expand(count), return_dict=False)
+
+    return measure(run, device=device, **inputs.step_repeats(options, device))
 
 
 @torch.no_grad()
