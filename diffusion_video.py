@@ -42,7 +42,7 @@ class NetworkWrapper(nn.Module):
         self.diffusion_model = diffusion_model
 
     def forward(self, x: Tensor, timesteps: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """x (b, t, c, h, w), timesteps (b,) in 0…999, cond as from the conditioner → like x."""
+        """x (b, t, c, h, w), timesteps (b,) in 0…999, cond of k b samples → (k b, t, c, h, w)."""
         dtype = self.diffusion_model.dtype
         output = self.diffusion_model(
             x.to(dtype), timesteps=timesteps, context=cond["crossattn"].to(dtype)

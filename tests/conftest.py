@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from arguments import SamplingArgs, parse_config
+from tests.plain_attention import replace_flash
 from tools.make_random_weights import write_t5
 
 OLD_NAMES = Path(__file__).parent / "data" / "old_names.yaml"
@@ -48,3 +49,9 @@ def small_model(t5_folder: Path) -> dict[str, Any]:
     embedder = model["conditioner_config"]["params"]["emb_models"][0]
     embedder["params"]["model_dir"] = str(t5_folder)
     return model
+
+
+@pytest.fixture
+def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """What FlashAttention-4, which then needs no GPU, was given: batch, queries and keys."""
+    return replace_flash(monkeypatch)

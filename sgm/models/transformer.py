@@ -184,11 +184,16 @@ class DiffusionTransformer(BaseModel):
         self._sequence_group = group
 
     def compile_blocks(self, *, tune: bool = False) -> None:
-        """Compile the blocks, all to one graph, in the first step; `tune` is worth it in training.
+        """Compile the blocks in the first step; `tune` is worth it in training.
 
-        On a GPU that step takes some seconds more, with `tune` up to a minute.
+        On a GPU that step takes some seconds more, with `tune` up to a minute. Where norms are
+        trained nothing is tuned: PyTorch would tune each of their kernels once for every way to
+        divide the sum over the tokens, which takes many minutes.
         """
-        self.mixins["adaln_layer"].compile_blocks(tune=tune)
+        modules = self.transformer.layers.modules()
+        norms = (module for module in modules if isinstance(module, nn.LayerNorm))
+        trained = any(weight.requires_grad for norm in norms for weight in norm.parameters())
+        self.mixins["adaln_layer"].compile_blocks(tune=tune and not trained)
 
     def add_lora(self) -> None:
         """Put the LoRA layers around the weights, which are then used as the fixed part.
@@ -209,13 +214,14 @@ class DiffusionTransformer(BaseModel):
     def forward(
         self, x: Tensor, timesteps: Tensor, *, context: Tensor, **hook_arguments: Any
     ) -> Tensor:
-        """The prediction (b, t, c_out, h, w) for a noisy clip, in the type of `x`.
+        """The prediction (k * b, t, c_out, h, w) for noisy clips, in the type of `x`.
 
         Args:
             x: noisy latents (b, t, c, h, w); h and w as in the position table, t at most its
                 frames. A single frame is an image.
             timesteps: index of the noise level (b,), 0 to 999, 999 the noisiest.
-            context: text embedding (b, n_text, d_text).
+            context: text embedding (k * b, n_text, d_text) of the k branches of guidance, branch
+                after branch; a single one without guidance.
             hook_arguments: handed to the hooks of the embeddings, the blocks and the head, for
                 mixins that others add to the model.
 
@@ -225,7 +231,9 @@ class DiffusionTransformer(BaseModel):
         self._check_shapes(x, timesteps=timesteps, context=context)
         time_embedding = self.time_embed(
             sinusoidal_embedding(timesteps, self.hidden_size).to(self.dtype)
-        )  # (b, time_embed_dim)
+        )
+        num_branches = len(context) // len(x)
+        time_embedding = time_embedding.repeat(num_branches, 1)  # (k * b, time_embed_dim)
         grid = (x.shape[1], *self.grid_size)
         # SAT's transformer calls the hooks of the mixins in this order: patch_embed makes the
         # tokens (text first), pos_embed says where they are, adaln_layer runs each block, and after
@@ -238,6 +246,7 @@ class DiffusionTransformer(BaseModel):
             time_embedding=time_embedding,
             text_length=context.shape[1],
             grid=grid,
+            num_branches=num_branches,
             share=self._share(context.shape[1] + math.prod(grid)),
             **hook_arguments,
         )
@@ -252,7 +261,8 @@ class DiffusionTransformer(BaseModel):
 
     def _check_shapes(self, x: Tensor, *, timesteps: Tensor, context: Tensor) -> None:
         limit = self.num_latent_frames
-        if x.ndim != 5 or tuple(x.shape[2:]) != self.frame_shape or not 1 <= x.shape[1] <= limit:
+        is_clip = x.ndim == 5 and tuple(x.shape[2:]) == self.frame_shape and len(x) > 0
+        if not is_clip or not 1 <= x.shape[1] <= limit:
             frame = ", ".join(str(size) for size in self.frame_shape)
             raise UserError(
                 f"latents of shape {tuple(x.shape)}: this model takes (b, t, {frame}) with t from "
@@ -260,15 +270,15 @@ class DiffusionTransformer(BaseModel):
                 "latent_height, latent_width and num_frames of the model"
             )
         batch_size = x.shape[0]
-        text = (
-            batch_size,
-            self.mixins["pos_embed"].text_length,
-            self.mixins["patch_embed"].text_proj.in_features,
-        )
-        if tuple(context.shape) != text:
+        text_length = self.mixins["pos_embed"].text_length
+        width = self.mixins["patch_embed"].text_proj.in_features
+        num_texts, *text = context.shape
+        if text != [text_length, width] or num_texts == 0 or num_texts % batch_size:
             raise UserError(
-                f"text embedding of shape {tuple(context.shape)}: {text} is expected; compare the "
-                "text encoder and its max_length with text_hidden_size and text_length of the model"
+                f"text embedding of shape {tuple(context.shape)}: "
+                f"(k * {batch_size}, {text_length}, {width}) is expected, k the branches of "
+                "guidance; compare the text encoder and its max_length with text_hidden_size and "
+                "text_length of the model"
             )
         if tuple(timesteps.shape) != (batch_size,):
             raise UserError(

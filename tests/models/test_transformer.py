@@ -255,6 +255,108 @@ def test_compiled_blocks_are_one_graph_of_all_layers(
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4, msg=name)
 
 
+def test_tuning_is_left_out_where_norms_are_trained(
+    small_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = []
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, *, dynamic, options: tuned.append(options["coordinate_descent_tuning"]),
+    )
+    model = DiffusionTransformer(**small_config(lora={"r": 4}))
+    model.compile_blocks(tune=True)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(".matrix_" in name)
+    model.compile_blocks(tune=True)
+    model.compile_blocks()
+    assert tuned == [False, True, False]
+
+
+# ---- branches of guidance ----
+
+
+@pytest.mark.parametrize("kernel", ["flash", "sdpa"])
+@pytest.mark.parametrize("num_branches", [2, 3])
+def test_branches_of_guidance_are_as_if_each_were_alone(
+    small_config: Config,
+    randomize: Callable[..., None],
+    flash_calls: list[tuple[int, int, int]],
+    num_branches: int,
+    kernel: str,
+) -> None:
+    model = DiffusionTransformer(**small_config())
+    randomize(model)
+    model.double().set_attention(kernel)
+    given = inputs(model)
+    clips = {"x": given["x"].double(), "timesteps": given["timesteps"]}
+    texts = torch.randn(2 * num_branches, 10, 48, dtype=torch.float64)
+    with torch.no_grad():
+        found = model(**clips, context=texts)
+        of_all = flash_calls.copy()
+        expected = torch.cat([model(**clips, context=text) for text in texts.chunk(num_branches)])
+    # The attention of the first block is put together from parts.
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    num_video, batch = 3 * 4 * 6, 2 * num_branches
+    first_block = [
+        (batch, num_video, 10),  # the video to each text
+        (2, num_video, num_video),  # among itself, once for each clip
+        (2, num_branches * 10, num_video),
+        (batch, 10, 10),
+    ]
+    second_block = (batch, 10 + num_video, 10 + num_video)
+    assert sorted(of_all) == (sorted([*first_block, second_block]) if kernel == "flash" else [])
+
+
+@pytest.mark.usefixtures("flash_calls")
+def test_gradients_of_branches_are_those_of_copies_of_the_clips(
+    small_config: Config, randomize: Callable[..., None]
+) -> None:
+    model = DiffusionTransformer(**small_config())
+    randomize(model)
+    model.double().set_attention("flash")
+    given = inputs(model)
+    texts = torch.randn(4, 10, 48, dtype=torch.float64)
+    found = []
+    for copies in (1, 2):
+        model.zero_grad()
+        clips = {
+            "x": torch.cat([given["x"].double()] * copies),
+            "timesteps": given["timesteps"].repeat(copies),
+        }
+        model(**clips, context=texts).square().mean().backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.usefixtures("flash_calls")
+def test_first_block_of_branches_compiles_to_one_graph(
+    small_config: Config, randomize: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_with = torch.compile
+    model = DiffusionTransformer(**small_config(num_layers=3))
+    randomize(model)
+    model.set_attention("flash")
+    clips = inputs(model)
+    clips["context"] = torch.randn(4, 10, 48)
+    torch.compiler.reset()
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda f, **_: compile_with(f, backend="aot_eager", fullgraph=True, dynamic=False),
+    )
+    graphs = torch._dynamo.utils.counters["stats"]
+    with torch.no_grad():
+        expected = model(**clips)
+        graphs.clear()
+        model.compile_blocks()
+        found = model(**clips)
+    assert graphs["unique_graphs"] == 2  # it, and that of the other two
+    # Sums in another order, of numbers up to 5.
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
 # ---- LoRA ----
 
 
@@ -351,8 +453,11 @@ def test_unknown_param_of_the_model_names_the_nearest(small_config: Config) -> N
         ("x", torch.zeros(2, 3, 16, 6, 12), r"takes \(b, t, 16, 8, 12\) with t from 1 to 3"),
         ("x", torch.zeros(2, 4, 16, 8, 12), "with t from 1 to 3"),
         ("x", torch.zeros(2, 3, 4, 8, 12), r"\(b, t, 16, 8, 12\)"),
-        ("context", torch.zeros(2, 9, 48), r"\(2, 10, 48\) is expected"),
-        ("context", torch.zeros(1, 10, 48), r"\(2, 10, 48\) is expected"),
+        ("x", torch.zeros(0, 3, 16, 8, 12), r"\(b, t, 16, 8, 12\)"),
+        ("context", torch.zeros(2, 9, 48), r"\(k \* 2, 10, 48\) is expected"),
+        ("context", torch.zeros(1, 10, 48), r"\(k \* 2, 10, 48\) is expected"),
+        ("context", torch.zeros(0, 10, 48), r"\(k \* 2, 10, 48\) is expected"),
+        ("context", torch.zeros(3, 10, 48), r"\(k \* 2, 10, 48\) is expected"),
         ("timesteps", torch.zeros(1, dtype=torch.int64), r"timesteps of shape \(1,\)"),
     ],
 )

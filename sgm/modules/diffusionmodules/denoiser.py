@@ -14,7 +14,9 @@ from sgm.util import instantiate_from_config
 
 # What the network is conditioned on; "crossattn" holds the text embedding (b, n_text, d_text).
 Conditioning = dict[str, Tensor]
-# network(x (b, t, c, h, w), timesteps (b,) int64, conditioning) -> like x, any float dtype
+# network(x (b, t, c, h, w), timesteps (b,) int64, conditioning) -> (k * b, t, c, h, w), any float
+# dtype. The conditioning is of k * b samples, those of the first branch of guidance first: all
+# branches see the same clips, which the network can make use of. Without guidance k is 1.
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
@@ -66,17 +68,19 @@ class DiscreteDenoiser:
         Args:
             x: (b, t, c, h, w) noisy latent, float32; the network casts it to its own dtype.
             timesteps: (b,) int64, 0..999, handed to the network as they are.
-            cond: tensors of b samples.
+            cond: tensors of k * b samples, the k branches of guidance one after the other.
             alpha_cumprod_sqrt: (b,) float64, the level of `x` itself, on its device.
 
         Returns:
-            (b, t, c, h, w) float32.
+            (k * b, t, c, h, w) float32.
         """
         c_skip, c_out = self.scaling(self._nearest_level(alpha_cumprod_sqrt))
         c_skip = rearrange(c_skip.to(x.dtype), "b -> b 1 1 1 1")
         c_out = rearrange(c_out.to(x.dtype), "b -> b 1 1 1 1")
         # The estimate is a difference of near-equal terms: a half-precision sum would lose it.
-        return network(x, timesteps, cond).to(x.dtype) * c_out + x * c_skip
+        prediction = network(x, timesteps, cond).to(x.dtype)  # (k * b, t, c, h, w)
+        branches = prediction.unflatten(0, (-1, len(x)))
+        return (branches * c_out + x * c_skip).flatten(0, 1)
 
     def _nearest_level(self, alpha_cumprod_sqrt: Tensor) -> Tensor:
         # Moved once per run: copying host memory at every step would wait for the device.

@@ -15,8 +15,8 @@ from sgm.modules.diffusionmodules.denoiser import Conditioning
 class Guider(ABC):
     """What a sampler needs of guidance.
 
-    A sampler calls `prepare` once, then at every step repeats its latents `num_branches` times,
-    denoises all of them in one forward and hands the result to `combine`.
+    A sampler calls `prepare` once, then at every step denoises its latents under all branches in
+    one forward and hands the result to `combine`.
     """
 
     num_branches: int

@@ -78,6 +78,7 @@ class VideoDiffusionLoss:
         noise_power = 1.0 - signal**2  # (b,) float64: near 0 at the cleanest levels
         x_noisy = _per_sample(signal, x) * x + _per_sample(noise_power**0.5, x) * noise
         denoised = denoiser(network, x_noisy, timesteps, cond, alpha_cumprod_sqrt=signal)
+        assert denoised.shape == x.shape, (denoised.shape, x.shape)  # one text for each clip
         error = (denoised - x) ** 2 * _per_sample(1.0 / noise_power, x)
         return reduce(error, "b t c h w -> b", "mean")
 

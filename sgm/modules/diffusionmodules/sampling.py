@@ -108,11 +108,10 @@ class Sampler(ABC):
         Returns:
             (b, t, c, h, w) float32.
         """
-        branches = self.guider.num_branches
         conditioning = self.guider.prepare(cond, uncond)
         x = x.to(torch.float32)
         # Copied to the device once: row i serves all samples of step i.
-        batch = (self.num_steps, branches * x.shape[0])
+        batch = (self.num_steps, x.shape[0])
         timesteps = self.schedule.timesteps.flip(0).to(x.device)[:, None].expand(batch)
         levels = self.schedule.alphas_cumprod_sqrt.flip(0).to(x.device)[:, None].expand(batch)
         steps = zip(self.coefficients(), self.guidance_scales(), strict=True)
@@ -120,12 +119,13 @@ class Sampler(ABC):
         for step_index, (step, scale) in enumerate(steps):
             denoised = denoiser(
                 network,
-                torch.cat([x] * branches),  # (branches * b, t, c, h, w)
+                x,
                 timesteps[step_index],
                 conditioning,
                 alpha_cumprod_sqrt=levels[step_index],
             )
-            denoised = self.guider.combine(denoised, scale)  # (b, t, c, h, w)
+            # (branches * b, t, c, h, w) -> (b, t, c, h, w)
+            denoised = self.guider.combine(denoised, scale)
             x = x * step.x + denoised * step.denoised
             if step.previous:
                 x = x + previous * step.previous

@@ -11,7 +11,7 @@ from einops import rearrange
 from sat.model.base_model import BaseMixin
 from torch import Tensor, nn
 
-from sgm.modules.transformer.attention import Kernel, attend, choose_kernel
+from sgm.modules.transformer.attention import Kernel, attend, attend_branches, choose_kernel
 from sgm.modules.transformer.checkpointing import Keep, run_checkpointed
 from sgm.modules.transformer.feed_forward import activated
 from sgm.modules.transformer.projection import project
@@ -27,6 +27,14 @@ class Modulation:
     shift: Tensor
     scale: Tensor
     gate: Tensor
+
+    def modulate(self, normed: Tensor) -> Tensor:
+        """The input of the sub-layer, from this kind's tokens of the first samples, (m, n, d).
+
+        Those of other samples may be absent, being the same.
+        """
+        num_samples = len(normed)
+        return modulate(normed, self.shift[:num_samples], scale=self.scale[:num_samples])
 
 
 @dataclass(frozen=True)
@@ -47,13 +55,7 @@ class JointModulation:
             shift, scale = self._of_tokens("shift", normed), self._of_tokens("scale", normed)
             return modulate(normed, shift, scale=scale)
         text, video = normed[:, : self.text_length], normed[:, self.text_length :]
-        return torch.cat(
-            [
-                modulate(text, self.text.shift, scale=self.text.scale),
-                modulate(video, self.video.shift, scale=self.video.scale),
-            ],
-            dim=1,
-        )
+        return torch.cat([self.text.modulate(text), self.video.modulate(video)], dim=1)
 
     def add_gated(self, tokens: Tensor, update: Tensor) -> Tensor:
         """The sub-layer's result: ``tokens + gate * update``, (b, n, d)."""
@@ -143,8 +145,9 @@ class AdaLNMixin(BaseMixin):
 
         With `tune` that call also looks for better settings of the kernels, which takes half a
         minute and makes a training step 1% faster; sampling gains nothing from it. Each shape of
-        the tokens, and evaluation beside training, costs a compilation of its own; past PyTorch's
-        limit of 8 further ones run as they are.
+        the tokens, evaluation beside training, and the first layer where branches of guidance share
+        its video tokens cost a compilation of their own; past PyTorch's limit of 8 further ones run
+        as they are.
         """
         options = {
             "coordinate_descent_tuning": tune,
@@ -163,18 +166,26 @@ class AdaLNMixin(BaseMixin):
         layer_id: Tensor | int,
         time_embedding: Tensor,
         text_length: int,
+        num_branches: int = 1,
         share: SequenceShare | None = None,
         **_: Any,
     ) -> Tensor:
         """Block `layer_id` on tokens (b, n, d) with time embedding (b, time_embed_dim).
 
-        With a `share`, the tokens are this process's. `mask` is what SAT hands on; attention here
-        is full and does not read it.
+        The tokens are those of `num_branches` branches of guidance, of the same clips: the first
+        block computes once what these share. With a `share`, tokens are this process's. `mask` is
+        what SAT hands on; attention here is full and does not read it.
         """
         # SAT gives the layer as a CPU tensor; int() of it waits for no GPU.
-        parts = self.block_parts(int(layer_id))
+        layer = int(layer_id)
+        parts = self.block_parts(layer)
         tokens = hidden_states
-        if self._run_block is not run_block and torch.is_grad_enabled():
+        kernel = self.attention_kernel or choose_kernel(tokens)
+        # Before the first block video tokens have not met the text. Not in training, which has one
+        # branch: no gradient goes through the log-sum-exp that joins what is shared.
+        has_gradient = torch.is_grad_enabled()
+        is_video_shared = layer == 0 and kernel == "flash" and share is None and not has_gradient
+        if self._run_block is not run_block and has_gradient:
             # With LoRA the first layer's input has no gradient; one that is thrown away costs less
             # than to compile a second graph.
             tokens = tokens if tokens.requires_grad else tokens.detach().requires_grad_()
@@ -184,9 +195,10 @@ class AdaLNMixin(BaseMixin):
             parts,
             text_length=text_length if share is None else share.own_text_length(text_length),
             head_size=self.head_size,
-            kernel=self.attention_kernel or choose_kernel(hidden_states),
+            kernel=kernel,
+            num_branches=num_branches if is_video_shared else 1,
             share=share,
-            keep=self.checkpoint_keep if torch.is_grad_enabled() else None,
+            keep=self.checkpoint_keep if has_gradient else None,
         )
 
     def block_parts(self, layer_id: int) -> BlockParts:
@@ -216,12 +228,15 @@ def run_block(
     text_length: int,
     head_size: int,
     kernel: Kernel,
+    num_branches: int,
     share: SequenceShare | None,
     keep: Keep | None,
 ) -> Tensor:
     """A block on tokens (b, n, d); of its inner results only `keep` stays for the backward pass.
 
-    A function of all that it needs: compiled, it is the same graph for every layer.
+    With more than one branch of guidance, video tokens have to be the same in all.
+
+    A function of all that it needs: compiled, it is the same graph for every layer with as many.
     """
     block = partial(
         _block,
@@ -229,6 +244,7 @@ def run_block(
         text_length=text_length,
         head_size=head_size,
         kernel=kernel,
+        num_branches=num_branches,
         share=share,
     )
     if keep is None:
@@ -244,19 +260,24 @@ def _block(
     text_length: int,
     head_size: int,
     kernel: Kernel,
+    num_branches: int,
     share: SequenceShare | None,
 ) -> Tensor:
     layer = parts.layer
     for_attention, for_mlp = modulations(parts.modulation(time_embedding), text_length=text_length)
 
-    attention_input = for_attention.modulate(layer.input_layernorm(tokens))
-    query, key, value = (
-        part.unflatten(-1, (-1, head_size))  # (b, n, heads, head_size)
-        for part in project(layer.attention.query_key_value, attention_input, num_parts=3)
-    )
-    attended = attend(
-        parts.query_norm(query), parts.key_norm(key), value, kernel=kernel, share=share
-    )
+    query_key_value = partial(_query_key_value, parts=parts, head_size=head_size)
+    if num_branches > 1:
+        assert kernel == "flash" and share is None, (kernel, share)
+        num_clips = len(tokens) // num_branches
+        text, video = tokens[:, :text_length], tokens[:num_clips, text_length:]
+        attended = attend_branches(
+            query_key_value(for_attention.text.modulate(layer.input_layernorm(text))),
+            query_key_value(for_attention.video.modulate(layer.input_layernorm(video))),
+        )
+    else:
+        attention_input = for_attention.modulate(layer.input_layernorm(tokens))
+        attended = attend(*query_key_value(attention_input), kernel=kernel, share=share)
     (attended,) = project(layer.attention.dense, attended.flatten(-2), num_parts=1)
     tokens = for_attention.add_gated(tokens, attended)
 
@@ -265,6 +286,17 @@ def _block(
         layer.mlp.dense_h_to_4h, mlp_input, activation=layer.mlp.activation_func
     )
     return for_mlp.add_gated(tokens, layer.mlp.dense_4h_to_h(hidden))
+
+
+def _query_key_value(
+    attention_input: Tensor, *, parts: BlockParts, head_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What tokens (b, n, d) bring to the attention, (b, n, heads, head_size) each."""
+    query, key, value = (
+        part.unflatten(-1, (-1, head_size))
+        for part in project(parts.layer.attention.query_key_value, attention_input, num_parts=3)
+    )
+    return parts.query_norm(query), parts.key_norm(key), value
 
 
 def modulations(values: Tensor, *, text_length: int) -> tuple[JointModulation, JointModulation]:

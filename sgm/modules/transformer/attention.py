@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from sgm.parallel.sequence import SequenceShare
@@ -59,6 +61,50 @@ def attend(
     return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
 
 
+def attend_branches(text: Sequence[Tensor], video: Sequence[Tensor]) -> Tensor:
+    """Attention where k branches of guidance have a text each, and all the same video tokens.
+
+    The attention among video tokens is computed once, and joined with that to each text. Always by
+    FlashAttention-4, since PyTorch's function does not return the log-sum-exp; without a gradient.
+
+    Args:
+        text: query, key and value (k * b, n_text, heads, head_size), branch after branch.
+        video: query, key and value (b, n_video, heads, head_size).
+
+    Returns:
+        (k * b, n_text + n_video, heads, head_size).
+    """
+    (text_query, *text_key_value), (video_query, *video_key_value) = text, video
+    k = len(text_query) // len(video_query)
+    to_text, to_text_sum = flash_attention(video_query.repeat(k, 1, 1, 1), *text_key_value)
+    of_video = _join(
+        (to_text.unflatten(0, (k, -1)), to_text_sum.unflatten(0, (k, -1))),
+        flash_attention(video_query, *video_key_value),
+    )  # (k, b, n_video, heads, head_size)
+    # To its video the texts of a clip are as one, so that no branch needs a copy of it.
+    queries = rearrange(text_query, "(k b) n heads d -> b (k n) heads d", k=k)
+    to_video, to_video_sum = flash_attention(queries, *video_key_value)
+    of_text = _join(
+        flash_attention(text_query, *text_key_value),
+        (
+            rearrange(to_video, "b (k n) heads d -> (k b) n heads d", k=k),
+            rearrange(to_video_sum, "b heads (k n) -> (k b) heads n", k=k),
+        ),
+    )
+    return torch.cat([of_text, of_video.flatten(0, 1)], dim=1)
+
+
+def _join(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention to two sets of keys at once, from the attention to each, (…, n, heads, head_size).
+
+    With each comes the log-sum-exp of its scores (…, heads, n), the logarithm of its weight.
+    Source: Dao et al., "FlashAttention", section 3.1.
+    """
+    (result, log_sum_exp), (other, other_log_sum_exp) = first, second
+    share = torch.sigmoid(other_log_sum_exp - log_sum_exp).transpose(-1, -2)[..., None]
+    return torch.lerp(result, other, share.to(result.dtype))
+
+
 @torch.library.custom_op("cogvideox::flash_attention", mutates_args=())
 def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """FlashAttention-4: the result (b, n, heads, head_size), log-sum-exp (b, heads, n) float32.
@@ -75,7 +121,8 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
 @flash_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     b, n, heads, _ = query.shape
-    return query.new_empty(value.shape), query.new_empty((b, heads, n), dtype=torch.float32)
+    result = query.new_empty((b, n, heads, value.shape[-1]))
+    return result, query.new_empty((b, heads, n), dtype=torch.float32)
 
 
 @torch.library.custom_op("cogvideox::flash_attention_backward", mutates_args=())

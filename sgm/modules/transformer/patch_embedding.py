@@ -32,14 +32,17 @@ class ImagePatchEmbeddingMixin(BaseMixin):
     def word_embedding_forward(
         self, x: Tensor, *, context: Tensor, share: SequenceShare | None = None, **_: Any
     ) -> Tensor:
-        """Clip (b, t, c, h, w) and text (b, n_text, d_text) -> tokens (b, n_text + n, d).
+        """Clip (b, t, c, h, w) and text (k * b, n_text, d_text) -> tokens (k * b, n_text + n, d).
 
-        Video tokens follow in t, h, w order. With a `share`, only those of this process.
+        Video tokens follow in t, h, w order, k times the same. With a `share`, only those of this
+        process.
         """
         frames = rearrange(x, "b t c h w -> (b t) c h w")
         # With channels last what comes out is a row for each token already.
         frames = frames.contiguous(memory_format=torch.channels_last)
         patches = self.proj(frames)  # ((b t), d, h/p, w/p)
         video = rearrange(patches, "(b t) d h w -> b (t h w) d", b=x.shape[0])  # (b, n, d)
+        # A view, if there is one branch.
+        video = video.expand(len(context) // len(x), *video.shape).flatten(0, 1)
         tokens = torch.cat([self.text_proj(context), video], dim=1)
         return tokens if share is None else share.take(tokens)

@@ -85,7 +85,8 @@ class RecordingNetwork:
         self.timesteps.append(timesteps)
         self.conditionings.append(cond)
         wave = torch.cos(timesteps.float() / 100).reshape(-1, 1, 1, 1, 1)
-        return torch.tanh(x) * wave + cond["crossattn"].mean(dim=(1, 2)).reshape(-1, 1, 1, 1, 1)
+        of_text = cond["crossattn"].mean(dim=(1, 2)).reshape(-1, len(x), 1, 1, 1, 1)
+        return (torch.tanh(x) * wave + of_text).flatten(0, 1)
 
 
 @pytest.fixture

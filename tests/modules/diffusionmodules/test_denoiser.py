@@ -63,6 +63,18 @@ def test_level_is_rounded_to_the_table_but_the_timestep_is_not(denoiser: Discret
     assert seen[0].tolist() == [250, 250]
 
 
+def test_branches_of_guidance_are_of_the_same_noisy_clips(denoiser: DiscreteDenoiser) -> None:
+    x, answers = torch.randn(SHAPE), torch.randn(3, *SHAPE)
+    levels = ZeroSNRDDPMDiscretization(3.0)(1000).alphas_cumprod_sqrt[[17, 700]]
+
+    def denoise(answer: Tensor) -> Tensor:
+        timesteps = torch.tensor([17, 700])
+        return denoiser(lambda *_: answer, x, timesteps, {}, alpha_cumprod_sqrt=levels)
+
+    found = denoise(answers.flatten(0, 1))
+    assert torch.equal(found, torch.cat([denoise(answer) for answer in answers]))
+
+
 def test_half_precision_answer_is_combined_in_float32(denoiser: DiscreteDenoiser) -> None:
     x = torch.randn(SHAPE)
     level = torch.full((2,), 0.9, dtype=torch.float64)

@@ -85,6 +85,14 @@ def test_loss_is_the_squared_error_in_v(
     torch.testing.assert_close(loss, torch.tensor([0.25, 1.0, 2.25, 4.0]), rtol=0, atol=1e-4)
 
 
+def test_more_texts_than_clips_are_no_training(
+    make_loss: Callable[..., VideoDiffusionLoss], denoiser: DiscreteDenoiser, network: Any
+) -> None:
+    cond = {"crossattn": torch.randn(8, 5, 7)}
+    with pytest.raises(AssertionError, match=r"\[8, .*\[4, "):
+        make_loss()(network, denoiser, torch.randn(SHAPE), cond)
+
+
 def test_call_draws_levels_and_noise_from_the_generator(
     make_loss: Callable[..., VideoDiffusionLoss], denoiser: DiscreteDenoiser, network: Any
 ) -> None:

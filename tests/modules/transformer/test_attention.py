@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-
 import pytest
 import torch
 from torch import Tensor
 
-from sgm.modules.transformer.attention import attend, choose_kernel, flash_attention
-
-
-def written_out(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of (b, n, heads, head_size) and the log-sum-exp (b, heads, n) of its scores."""
-    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
-    result = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), value)
-    return result.contiguous(), scores.logsumexp(dim=-1)
+from sgm.modules.transformer.attention import (
+    attend,
+    attend_branches,
+    choose_kernel,
+    flash_attention,
+)
+from tests.plain_attention import written_out
 
 
 def tokens() -> tuple[Tensor, Tensor, Tensor]:
@@ -33,41 +29,7 @@ def test_attention_equals_the_written_out_one() -> None:
     torch.testing.assert_close(found, written_out(query, key, value)[0], rtol=0, atol=1e-6)
 
 
-@pytest.fixture
-def flash_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashAttention-4's two functions, as they are called, in plain PyTorch."""
-
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool
-    ) -> tuple[Tensor, Tensor, None, None, None]:
-        assert return_lse
-        return *written_out(q, k, v), None, None, None
-
-    def backward(
-        q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor
-    ) -> tuple[Tensor, ...]:
-        # Autograd does not see inside an operator: the derivative of the softmax by hand.
-        assert dout.is_contiguous()
-        torch.testing.assert_close(out, written_out(q, k, v)[0])
-        scale = q.shape[-1] ** -0.5
-        shares = (torch.einsum("bqhd,bkhd->bhqk", q, k) * scale - lse[..., None]).exp()
-        of_shares = torch.einsum("bqhd,bkhd->bhqk", dout, v)
-        mean = (of_shares * shares).sum(dim=-1, keepdim=True)
-        of_scores = shares * (of_shares - mean) * scale
-        return (
-            torch.einsum("bhqk,bkhd->bqhd", of_scores, k),
-            torch.einsum("bhqk,bqhd->bkhd", of_scores, q),
-            torch.einsum("bhqk,bqhd->bkhd", shares, dout),
-        )
-
-    module = ModuleType("flash_attn.cute.interface")
-    module._flash_attn_fwd, module._flash_attn_bwd = forward, backward
-    for name in ("flash_attn", "flash_attn.cute"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-
-
-@pytest.mark.usefixtures("flash_on_cpu")
+@pytest.mark.usefixtures("flash_calls")
 def test_flash_operator_hands_everything_on() -> None:
     inputs = tokens()
     expected = written_out(*inputs)[0]
@@ -80,8 +42,38 @@ def test_flash_operator_hands_everything_on() -> None:
     )
 
 
-@pytest.mark.usefixtures("flash_on_cpu")
+@pytest.mark.usefixtures("flash_calls")
 def test_flash_operator_keeps_what_torch_compile_relies_on() -> None:
     # Shapes and strides of the stand-ins that compiling uses, and the gradient's registration.
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(flash_attention, tokens(), test_utils=checks)
+
+
+@pytest.mark.usefixtures("flash_calls")
+@pytest.mark.parametrize("num_branches", [2, 3])
+@pytest.mark.parametrize("num_clips", [1, 3])
+@pytest.mark.parametrize("scale", [1.0, 100.0])  # scores of up to 1e4: some weights vanish
+def test_branches_join_to_the_attention_of_each(
+    num_clips: int, num_branches: int, scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"dtype": torch.float64, "generator": generator}
+    text = scale * torch.randn(3, num_branches * num_clips, 3, 2, 4, **sizes)
+    video = scale * torch.randn(3, num_clips, 7, 2, 4, **sizes)
+    found = attend_branches(text, video)
+    for branch, of_branch in enumerate(text.chunk(num_branches, dim=1)):
+        expected, _ = written_out(*torch.cat([of_branch, video], dim=2))
+        torch.testing.assert_close(found.chunk(num_branches)[branch], expected)
+
+
+@pytest.mark.usefixtures("flash_calls")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_branches_join_is_within_a_unit_of_the_exact_attention(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(3, 2, 5, 3, 8, generator=generator).to(dtype)
+    video = torch.randn(3, 1, 33, 3, 8, generator=generator).to(dtype)
+    found = attend_branches(text, video).double()
+    whole = torch.cat([text, video.repeat(1, 2, 1, 1, 1)], dim=2).double()
+    exact, _ = written_out(*whole)
+    # Results are means of values of about 1, and a unit is that of such a value.
+    assert (found - exact).abs().max() <= torch.finfo(dtype).eps
