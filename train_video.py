@@ -374,7 +374,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ensure_process_groups,
         leave_process_groups_at_exit,
     )
+    from sgm.training.deepspeed_engine import check_sections
 
+    check_sections(config.deepspeed)
     ensure_process_groups()
     train(config, device)
     leave_process_groups_at_exit()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sgm.errors import UserError, nearest_name
+from sgm.one_voice import said_by_another
 
 # What libraries would say among our lines; who wants it back sets the variable otherwise.
 _QUIET = {
@@ -36,8 +37,15 @@ def _is_for_users(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING or not is_installed
 
 
+def _is_not_repeated(record: logging.LogRecord) -> bool:
+    """Whether no other process has given the same warning."""
+    return record.levelno < logging.WARNING or not said_by_another(record.getMessage())
+
+
 def set_up_logging(level: int = logging.INFO) -> None:
     """Plain lines on stderr from `level` on; from libraries, and on other ranks, only warnings.
+
+    A warning that several ranks give is shown once.
 
     To be called before SAT, DeepSpeed or transformers are imported: what they would report of
     their own start is held back.
@@ -50,6 +58,7 @@ def set_up_logging(level: int = logging.INFO) -> None:
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_for_users)
+        handler.addFilter(_is_not_repeated)
 
 
 _TRUTH = ("true", "false", "yes", "no", "on", "off", "0", "1")  # what YAML files and others say
@@ -150,5 +159,6 @@ def run_command(main: Callable[[], int]) -> int:
         code, said = 1, f"error: {first_line} (see 'Troubleshooting' in README)"
     except KeyboardInterrupt:
         code, said = 130, "stopped"
-    sys.stderr.write(f"{said}\n")  # in one piece, where several processes say so
+    if not said_by_another(said):
+        sys.stderr.write(f"{said}\n")  # in one piece, where several processes have one to say
     return code

@@ -208,6 +208,28 @@ def test_a_mistyped_key_of_deepspeed_is_named_and_a_strange_one_warned_of(caplog
         check_deepspeed(settings | {"gradient_cliping": 0.1})
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("stge", 2, "'stge' in deepspeed.zero_optimization; did you mean 'stage'"),
+        (
+            "offload_optimizer",
+            {"devce": "cpu"},
+            "'devce' in deepspeed.zero_optimization.offload_optimizer; did you mean 'device'",
+        ),
+        ("reduce_bucket_size", -1, "zero_optimization.reduce_bucket_size: -1: .* than 0"),
+    ],
+)
+def test_a_mistake_in_a_section_of_deepspeed_is_named_before_data_is_read(
+    tmp_path, monkeypatch, key, value, message
+):
+    monkeypatch.setattr(train_video, "build_dataset", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    base = changed(f"deepspeed.zero_optimization.{key}", value, tmp_path)
+    with pytest.raises(UserError, match=message):
+        train_video.main([*base, "--device", "cpu"])
+
+
 @pytest.fixture
 def placed(t5_folder, tmp_path):
     """A `model` section whose weights are there, and `load`."""

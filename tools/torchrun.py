@@ -1,4 +1,4 @@
-"""torchrun, where what a failing process says is the last word, without a stack trace around it.
+"""torchrun, where what a failing process says is the last word, once, and without a stack trace.
 
 python -m tools.torchrun --standalone --nproc-per-node 2 sample_video.py …
 """
@@ -13,12 +13,15 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
+from sgm.one_voice import one_voice
+
 
 def run() -> int:
     """Start the processes that the command line asks for; the exit code of the first to fail."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        main()
+        with one_voice():
+            main()
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:  # it has said why

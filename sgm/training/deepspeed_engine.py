@@ -6,14 +6,15 @@ import contextlib
 import io
 import logging
 import os
+import reprlib
 import textwrap
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from sgm.errors import UserError
+from sgm.errors import UserError, nearest_name
 from sgm.training.checks import SAT_OPTIMIZER
 from sgm.training.gradient_checks import fuse_gradient_checks
 from sgm.training.optimizer import parameter_groups, sat_optimizer
@@ -31,6 +32,48 @@ def weight_dtype(settings: Mapping[str, Any]) -> torch.dtype:
         if (settings.get(name) or {}).get("enabled") is True:
             return dtype
     return torch.float32
+
+
+def check_sections(settings: Mapping[str, Any]) -> None:
+    """Check sections of the `deepspeed` section by DeepSpeed's own description of them.
+
+    Its engine does so too, but after the weights are read, and without the nearest valid name.
+
+    Raises:
+        UserError: a key is unknown, or a value is not what it may be.
+    """
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils import logger as deepspeed_logger
+    from pydantic import ValidationError
+
+    descriptions = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+    }
+    deepspeed_logger.disabled = True  # of old names it will warn when it starts
+    try:
+        for name, description in descriptions.items():
+            description(**(settings.get(name) or {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        *parents, key = (str(part) for part in first["loc"])
+        place = ".".join(["deepspeed", name, *parents])
+        if first["type"] == "extra_forbidden":
+            hint = nearest_name(key, _fields(description, parents))
+            raise UserError(f"unknown key {key!r} in {place}; {hint}") from None
+        raise UserError(f"{place}.{key}: {reprlib.repr(first['input'])}: {first['msg']}") from None
+    finally:
+        deepspeed_logger.disabled = False
+
+
+def _fields(description: Any, parents: Sequence[str]) -> list[str]:
+    """Names of the fields of a pydantic class, or of the class within it under `parents`."""
+    for parent in parents:
+        kinds = get_args(description.model_fields[parent].annotation)  # of an optional class
+        description = next(kind for kind in kinds if hasattr(kind, "model_fields"))
+    return list(description.model_fields)
 
 
 def start_deepspeed(objective: nn.Module, settings: Mapping[str, Any], args: Any) -> Any:

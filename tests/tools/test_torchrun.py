@@ -1,5 +1,6 @@
-"""The launcher of several processes when it is interrupted."""
+"""The launcher of several processes: what they say alike, and an end from outside."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,6 +8,51 @@ import sys
 import pytest
 
 WAITING = "import os, time; os.write(1, b'there\\n'); time.sleep(60)"  # in one piece
+
+
+TALKING = """
+import logging, os, pathlib, sys, time
+from sgm.cli import run_command, set_up_logging
+from sgm.errors import UserError
+
+rank = os.environ["RANK"]
+set_up_logging()
+for said in ("to both", "to both", f"to {rank}"):
+    logging.getLogger("any").warning("a warning %s", said)
+pathlib.Path(__file__).with_name(f"rank-{rank}").touch()
+while not all(pathlib.Path(__file__).with_name(f"rank-{other}").exists() for other in "01"):
+    time.sleep(0.01)
+
+def main():
+    raise UserError("a mistake of both")
+
+sys.exit(run_command(main))
+"""
+
+
+def test_what_two_processes_say_alike_is_said_once(tmp_path, pytestconfig):
+    notes, root = tmp_path / "notes", str(pytestconfig.rootpath)
+    notes.mkdir()
+    script = tmp_path / "talking.py"
+    script.write_text(TALKING, encoding="utf-8")
+    command = ["-m", "tools.torchrun", "--standalone", "--nproc-per-node", "2", str(script)]
+    run = subprocess.run(
+        [sys.executable, *command],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": root, "TMPDIR": str(notes)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 1
+    lines = [line for line in run.stderr.splitlines() if "a warning" in line or "mistake" in line]
+    assert sorted(lines) == [
+        "a warning to 0",
+        "a warning to 1",
+        *["a warning to both"] * 2,  # of one process, which may repeat itself
+        "error: a mistake of both",
+    ]
+    assert list(notes.glob("said-by-rank-*")) == []
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
