@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from arguments import TrainingArgs, parse_config
-from sgm.cli import CommandParser, run_command, set_up_logging
+from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.data.decoding import OWN_CHILD
 from sgm.data.frames import ClipError, FrameSettings
 from sgm.data.inspection import check_sheet_path, report, write_sheet
@@ -206,4 +206,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_and_exit(main)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arguments import Config, SamplingArgs, parse_config
-from sgm.cli import no_garbage_collection, run_command, set_up_logging
+from sgm.cli import no_garbage_collection, run_and_exit, set_up_logging
 from sgm.errors import UserError
 from sgm.files import make_output_folder
 from sgm.inference.prompts import Prompt, read_prompt_file, read_typed_prompts
@@ -404,4 +403,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_and_exit(main)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from arguments import Config, TrainingArgs, parse_config
-from sgm.cli import run_command, set_up_logging
+from sgm.cli import run_and_exit, set_up_logging
 from sgm.errors import UserError
 from sgm.inference.weights import check_weight_paths
 from sgm.kernels import can_compile_kernels, check_compile
@@ -384,4 +383,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_and_exit(main)

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -162,3 +162,25 @@ def run_command(main: Callable[[], int]) -> int:
     if not said_by_another(said):
         sys.stderr.write(f"{said}\n")  # in one piece, where several processes have one to say
     return code
+
+
+_exit_code: int | None = None
+
+
+def run_and_exit(main: Callable[[], int]) -> NoReturn:
+    """`run_command` as the whole of a process.
+
+    It ends as always but for one thing: Python would take a second to take the libraries apart.
+    """
+    global _exit_code
+    _exit_code = run_command(main)
+    sys.exit(_exit_code)
+
+
+@atexit.register  # as the first, and so called as the last
+def _leave_at_once() -> None:
+    if _exit_code is not None:
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(_exit_code)

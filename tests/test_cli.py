@@ -35,3 +35,47 @@ def test_libraries_are_heard_from_warnings_on(
     ours = ("sample_video.py", "my_model.py")
     lines = [f"{kind} of {name}" for name in ours for kind in KINDS[rank]]
     assert result.stderr.splitlines() == [*lines, "warning of x.py"]
+
+
+ENDING = """
+from sgm.cli import run_and_exit
+import atexit
+
+class Kept:
+    def __del__(self):
+        print("taken apart")
+
+kept = Kept()
+atexit.register(print, "at the end")
+
+def main():
+    print("done")
+    return 3
+
+run_and_exit(main)
+"""
+
+
+@pytest.fixture
+def buffered(monkeypatch):
+    """Commands write when a buffer is full or at their end, and not at once."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+
+@pytest.mark.usefixtures("buffered")
+def test_a_command_ends_as_registered_and_without_taking_all_apart(pytestconfig):
+    command = [sys.executable, "-c", ENDING]
+    ended = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "done\nat the end\n", "")
+
+
+@pytest.mark.usefixtures("buffered")
+def test_a_command_whose_reader_has_left_ends_in_silence(pytestconfig):
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDING],
+        cwd=pytestconfig.rootpath,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as ended:
+        ended.stdout.close()
+        assert (ended.wait(60), ended.stderr.read()) == (3, b"")

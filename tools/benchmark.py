@@ -37,7 +37,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arguments import Config, SamplingArgs, TrainingArgs, parse_config
-from sgm.cli import CommandParser, run_command, set_up_logging
+from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.errors import UserError, nearest_name
 from sgm.files import new_folder, replacing
 from sgm.inference.request import check_model_section, latent_shape
@@ -320,4 +320,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_and_exit(main)

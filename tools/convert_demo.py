@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from sgm.cli import CommandParser, run_command
+from sgm.cli import CommandParser, run_and_exit
 from sgm.errors import UserError
 from sgm.inference.prompts import read_prompt_file
 
@@ -249,4 +249,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_and_exit(main)

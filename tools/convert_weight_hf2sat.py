@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sgm.cli import CommandParser, add_option, add_precision, run_command, set_up_logging
+from sgm.cli import CommandParser, add_option, add_precision, run_and_exit, set_up_logging
 from sgm.errors import UserError
 from sgm.files import new_folder, refuse_existing, write_torch
 
@@ -177,4 +177,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_and_exit(main)

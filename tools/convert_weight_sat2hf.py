@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arguments import Config
-from sgm.cli import CommandParser, add_option, add_precision, run_command, set_up_logging
+from sgm.cli import CommandParser, add_option, add_precision, run_and_exit, set_up_logging
 from sgm.errors import UserError
 from sgm.files import new_folder, refuse_existing
 from sgm.lora_choice import LoraChoice, lora_from_text
@@ -339,4 +339,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_and_exit(main)

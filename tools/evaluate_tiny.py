@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
 import sample_video
-from sgm.cli import run_command
+from sgm.cli import run_and_exit
 from sgm.errors import UserError
 from sgm.files import make_output_folder, replacing
 from sgm.util import instantiate_from_config
@@ -202,4 +202,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_and_exit(main)

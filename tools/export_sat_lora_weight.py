@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sgm.cli import CommandParser, add_option, run_command, set_up_logging
+from sgm.cli import CommandParser, add_option, run_and_exit, set_up_logging
 from sgm.files import make_output_folder, new_folder, refuse_existing, replacing
 
 if TYPE_CHECKING:
@@ -150,4 +150,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_and_exit(main)

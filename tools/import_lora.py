@@ -17,7 +17,7 @@ from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sgm.cli import CommandParser, add_option, run_command, set_up_logging
+from sgm.cli import CommandParser, add_option, run_and_exit, set_up_logging
 from sgm.files import new_folder, refuse_existing
 
 logger = logging.getLogger(__name__)
@@ -115,4 +115,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_and_exit(main)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arguments import SamplingArgs, parse_config
-from sgm.cli import CommandParser, run_command, set_up_logging
+from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,4 +82,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_and_exit(main)

@@ -31,7 +31,7 @@ from arguments import Config, SamplingArgs, parse_config
 from sgm.checkpoint.table import LazyTensors
 from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX, POSITION_TABLE
 from sgm.checkpoint.writing import save_sharded
-from sgm.cli import CommandParser, run_command, set_up_logging
+from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.errors import UserError
 from sgm.files import make_output_folder, new_folder, refuse_existing, save_torch, write_torch
 from sgm.inference.request import check_model_section
@@ -189,4 +189,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_and_exit(main)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sgm.cli import CommandParser, add_option, add_precision, run_command, set_up_logging
+from sgm.cli import CommandParser, add_option, add_precision, run_and_exit, set_up_logging
 from sgm.files import new_folder, refuse_existing
 from sgm.lora_choice import LoraChoice, lora_from_text
 
@@ -94,4 +94,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_and_exit(main)

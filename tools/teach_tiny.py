@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_video
 from arguments import TrainingArgs, parse_config
-from sgm.cli import run_command, set_up_logging
+from sgm.cli import run_and_exit, set_up_logging
 from sgm.files import make_output_folder, replacing
 from tools.tiny.lesson import COLOR, SHAPE, SUBJECT, draw_dataset, parse_prompt, prompts
 
@@ -150,4 +150,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_and_exit(main)

@@ -8,11 +8,10 @@ Writes data to try fine-tuning with; the bundled model itself is trained on clip
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sgm.cli import CommandParser, run_command, set_up_logging
+from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.errors import UserError
 from sgm.files import make_output_folder, replacing
 from sgm.inference.video_io import write_mp4
@@ -54,4 +53,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_and_exit(main)

@@ -8,7 +8,6 @@ The folder must hold the T5 folder that the run started from (see tools/tiny/mak
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -21,7 +20,7 @@ from sgm.checkpoint.transformer import (
     POSITION_TABLE,
     find_transformer_file,
 )
-from sgm.cli import CommandParser, run_command, set_up_logging
+from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.errors import UserError
 from sgm.files import replacing, save_torch
 
@@ -78,4 +77,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_and_exit(main)

@@ -12,7 +12,6 @@ import argparse
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from sgm.cli import CommandParser, run_command, set_up_logging
+from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.files import save_torch
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.autoencoder_training import TrainableVideoAutoencoder
@@ -187,4 +186,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_and_exit(main)

@@ -1,0 +1,37 @@
+"""SAT's packages without the parts that nobody asked for, which they still have for who asks."""
+
+import subprocess
+import sys
+
+import pytest
+
+IMPORTS = {
+    # What builds and runs the model.
+    "from sgm.models.transformer import DiffusionTransformer": {"sat", "sat.model.base_model"},
+    # A name of the package's own, by way of another package's.
+    "from sat import AutoModel, training_main\nimport sat; assert not hasattr(sat, 'modle')": {
+        "sat.model.official",
+        "wandb",
+        "deepspeed",
+    },
+    "from sat.model import *; GPT2Model": {"sat.model.official", "transformers"},
+    # A module of the package, and through it.
+    "import sat; sat.model.base_model.BaseModel": {"sat.model.base_model"},
+}
+OPTIONAL = {"sat.model.official", "wandb", "datasets", "pandas", "transformers", "deepspeed"}
+
+
+@pytest.mark.parametrize("statement", IMPORTS)
+def test_only_what_is_asked_for_is_imported(statement, pytestconfig):
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sgm\n{statement}\nimport sys; print(*sys.modules)"],
+        cwd=pytestconfig.rootpath,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    modules = set(found.stdout.split())
+    expected = IMPORTS[statement]
+    assert expected <= modules
+    if not expected & OPTIONAL:
+        assert not modules & OPTIONAL
