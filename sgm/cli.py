@@ -10,6 +10,8 @@ import logging
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,9 +39,17 @@ def _is_for_users(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING or not is_installed
 
 
-def _is_not_repeated(record: logging.LogRecord) -> bool:
-    """Whether no other process has given the same warning."""
-    return record.levelno < logging.WARNING or not said_by_another(record.getMessage())
+class _OneVoice(logging.StreamHandler):
+    """Writes to stderr what no other process has said."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As its base; a message that cannot be put together is for that one to report."""
+        try:
+            text = self.format(record)
+        except (TypeError, ValueError, KeyError):
+            text = None
+        if text is None or record.levelno < logging.WARNING or not said_by_another(text):
+            super().emit(record)
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
@@ -55,10 +65,9 @@ def set_up_logging(level: int = logging.INFO) -> None:
     # DeepSpeed sets the level of its logger itself, at import; a filter outlives that.
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     level = level if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_is_for_users)
-        handler.addFilter(_is_not_repeated)
+    handler = _OneVoice(sys.stderr)
+    handler.addFilter(_is_for_users)
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
 
 
 _TRUTH = ("true", "false", "yes", "no", "on", "off", "0", "1")  # what YAML files and others say
@@ -117,7 +126,8 @@ def no_garbage_collection() -> Iterator[None]:
     """While libraries are imported and models built: all that they make is there to stay.
 
     Python would look through it for garbage again and again, which takes a fifth of start-up.
-    Nor will it look there later, until the end, where Triton reports what is not taken down.
+    Nor will it look there later, until an end other than that of `run_and_exit`, where Triton
+    reports what is not taken down.
     """
     gc.disable()
     try:
@@ -159,28 +169,24 @@ def run_command(main: Callable[[], int]) -> int:
         code, said = 1, f"error: {first_line} (see 'Troubleshooting' in README)"
     except KeyboardInterrupt:
         code, said = 130, "stopped"
-    if not said_by_another(said):
+    if said_by_another(said):
+        time.sleep(0.2)  # torchrun ends the others, so the one that says it too, once one has left
+    else:
         sys.stderr.write(f"{said}\n")  # in one piece, where several processes have one to say
     return code
-
-
-_exit_code: int | None = None
 
 
 def run_and_exit(main: Callable[[], int]) -> NoReturn:
     """`run_command` as the whole of a process.
 
-    It ends as always but for one thing: Python would take a second to take the libraries apart.
+    At its end threads are waited for and what is registered for it is called, as ever; but then
+    Python would take a second to take apart all that was loaded, and is not let.
     """
-    global _exit_code
-    _exit_code = run_command(main)
-    sys.exit(_exit_code)
-
-
-@atexit.register  # as the first, and so called as the last
-def _leave_at_once() -> None:
-    if _exit_code is not None:
-        with suppress(BrokenPipeError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(_exit_code)
+    code = run_command(main)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        # None or closed, where a caller has closed it; or nobody reads it any more.
+        with suppress(AttributeError, ValueError, BrokenPipeError):
+            stream.flush()
+    os._exit(code)

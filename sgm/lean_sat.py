@@ -3,18 +3,24 @@
 Its packages import all of their models and its own trainer, and with these wandb, datasets, pandas,
 transformers and DeepSpeed: two seconds, and many more where files come over a network. Here such a
 package counts as imported before its code has run. That runs when a name is wanted which is not a
-module of its own, so that the package has all that it has otherwise.
+module of its own, or one of SAT's ready models. Until then the registry in which SAT looks for
+models to download is empty: who needs that imports sat before sgm.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+import threading
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
 
 _PACKAGES = ("sat", "sat.model")  # outer ones first
+_MODELS = "sat.model.official"  # its modules rely on the code of sat.model
+_NAMES_OF_THE_CODE = ("__all__", "__version__")  # other special names a package has, or has not
 
 
 def leave_out_unused_parts() -> None:
@@ -22,27 +28,56 @@ def leave_out_unused_parts() -> None:
     if "sat" in sys.modules or find_spec("sat") is None:
         return
     for name in _PACKAGES:
-        package = _unexecuted(name)
+        package = _Unexecuted(find_spec(name)).package
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, package)
+    sys.meta_path.insert(0, _WholeBeforeModels())
 
 
-def _unexecuted(name: str) -> ModuleType:
-    """The package `name`, imported but for its code."""
-    spec = find_spec(name)
-    package = module_from_spec(spec)
+class _Unexecuted:
+    """A package that is imported but for its code."""
 
-    def find(attribute: str) -> Any:
-        is_special = attribute.startswith("__") and attribute != "__all__"  # which `*` asks for
-        if is_special:
-            raise AttributeError(f"module {name!r} has no attribute {attribute!r}")
-        if find_spec(f"{name}.{attribute}") is not None:
+    def __init__(self, spec: ModuleSpec) -> None:
+        self.spec = spec
+        self.lock = threading.RLock()
+        self.is_running = False
+        self.package = module_from_spec(spec)
+        self.package.__getattr__ = self.find  # for what it does not have yet (PEP 562)
+        sys.modules[spec.name] = self.package
+
+    def find(self, attribute: str) -> Any:
+        """A module of the package, or what its code defines."""
+        name = self.spec.name
+        is_of_the_code = not attribute.startswith("__") or attribute in _NAMES_OF_THE_CODE
+        if is_of_the_code and find_spec(f"{name}.{attribute}") is not None:
             return importlib.import_module(f"{name}.{attribute}")
-        del package.__getattr__
-        spec.loader.exec_module(package)
-        return getattr(package, attribute)
+        if is_of_the_code:
+            self.execute()
+        if attribute not in self.package.__dict__:
+            raise AttributeError(f"module {name!r} has no attribute {attribute!r}")
+        return self.package.__dict__[attribute]
 
-    package.__getattr__ = find  # for what the package does not have yet (PEP 562)
-    sys.modules[name] = package
-    return package
+    def execute(self) -> None:
+        """Run the code once; if it fails, it is run again, and fails, where it is needed next."""
+        with self.lock:
+            has_run = "__getattr__" not in self.package.__dict__
+            if has_run or self.is_running:  # while it runs it may ask for names of itself
+                return
+            self.is_running = True
+            try:
+                self.spec.loader.exec_module(self.package)
+                del self.package.__getattr__
+            finally:
+                self.is_running = False
+
+
+class _WholeBeforeModels:
+    """Runs the code of `sat.model` where one of SAT's models is imported, as Python would."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None):
+        """Finds nothing itself: what comes after it does."""
+        find = getattr(sys.modules.get("sat.model"), "__getattr__", None)
+        if name == _MODELS and find is not None:
+            find.__self__.execute()

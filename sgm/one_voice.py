@@ -10,7 +10,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _FOLDER = "SAID_BY_RANK"  # environment variable: where it is noted which process said what
@@ -36,11 +36,11 @@ def said_by_another(text: str) -> bool:
     if folder is None:
         return False
     rank = os.environ.get("RANK", "0")
-    note = Path(folder) / hashlib.sha256(text.encode()).hexdigest()
+    # Names of files need not be text.
+    note = Path(folder) / hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
     try:
-        note.symlink_to(rank)  # made and filled at once, whoever comes at the same time
-    except FileExistsError:
+        with suppress(FileExistsError):
+            note.symlink_to(rank)  # made and filled at once, whoever comes at the same time
         return os.readlink(note) != rank
     except OSError:  # the folder is gone or full: better twice than never
         return False
-    return False

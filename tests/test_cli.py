@@ -1,5 +1,6 @@
 """What every command does alike."""
 
+import os
 import subprocess
 import sys
 
@@ -79,3 +80,23 @@ def test_a_command_whose_reader_has_left_ends_in_silence(pytestconfig):
     ) as ended:
         ended.stdout.close()
         assert (ended.wait(60), ended.stderr.read()) == (3, b"")
+
+
+@pytest.mark.parametrize("one_voice", [False, True])
+def test_a_warning_that_cannot_be_put_together_stops_nothing(one_voice, pytestconfig, tmp_path):
+    speak = """
+from sgm.cli import set_up_logging
+set_up_logging()
+import logging
+logging.warning("no place for it", 1)
+logging.warning("the next")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", speak],
+        cwd=pytestconfig.rootpath,
+        env=os.environ | ({"SAID_BY_RANK": str(tmp_path)} if one_voice else {}),
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0
+    assert "Logging error" in ended.stderr and ended.stderr.endswith("the next\n")

@@ -14,7 +14,9 @@ IMPORTS = {
         "wandb",
         "deepspeed",
     },
-    "from sat.model import *; GPT2Model": {"sat.model.official", "transformers"},
+    # One of the ready models first, and then what the package has of them.
+    "from sat.model.official.gpt2_model import GPT2Model as first\n"
+    "from sat.model import *; assert first is GPT2Model and BertModel": {"sat.model.official"},
     # A module of the package, and through it.
     "import sat; sat.model.base_model.BaseModel": {"sat.model.base_model"},
 }

@@ -20,7 +20,7 @@ from sgm.errors import UserError
 from sgm.inference.weights import check_weight_paths
 from sgm.training.batches import check_lengths, checked_batches, collate
 from sgm.training.checks import check_deepspeed
-from sgm.training.deepspeed_engine import start_deepspeed
+from sgm.training.deepspeed_engine import check_sections, start_deepspeed
 from sgm.training.optimizer import sat_optimizer
 from sgm.util import instantiate_from_config
 from tools import make_random_weights
@@ -217,7 +217,16 @@ def test_a_mistyped_key_of_deepspeed_is_named_and_a_strange_one_warned_of(caplog
             {"devce": "cpu"},
             "'devce' in deepspeed.zero_optimization.offload_optimizer; did you mean 'device'",
         ),
+        (
+            "leaf_module",
+            {"clases": []},
+            "'clases' in deepspeed.zero_optimization.leaf_module; did you mean 'classes'",
+        ),
+        ("stage3_prefetch_buket_size", 5, "did you mean 'stage3_prefetch_bucket_size'"),
         ("reduce_bucket_size", -1, "zero_optimization.reduce_bucket_size: -1: .* than 0"),
+        # Of the section as a whole, by pydantic and by DeepSpeed itself.
+        ("offload_optimizer", {"device": "cpu", "ratio": 0.5}, "zero_optimization: .*ZeRO Stage 3"),
+        ("load_from_fp32_weights", "perhaps", "load_from_fp32_weights: 'perhaps': .*boolean"),
     ],
 )
 def test_a_mistake_in_a_section_of_deepspeed_is_named_before_data_is_read(
@@ -228,6 +237,14 @@ def test_a_mistake_in_a_section_of_deepspeed_is_named_before_data_is_read(
     base = changed(f"deepspeed.zero_optimization.{key}", value, tmp_path)
     with pytest.raises(UserError, match=message):
         train_video.main([*base, "--device", "cpu"])
+
+
+def test_a_section_that_deepspeed_refuses_by_itself_is_one_sentence():
+    both = {"cpu_offload": True, "offload_optimizer": {"device": "cpu"}}
+    with pytest.raises(UserError, match="^deepspeed.zero_optimization: AssertionError: .*cpu_off"):
+        check_sections({"zero_optimization": both})
+    with pytest.raises(UserError, match="unknown key '1' in deepspeed.fp16"):
+        check_sections({"fp16": {1: 2}})
 
 
 @pytest.fixture

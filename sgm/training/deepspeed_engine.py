@@ -45,35 +45,46 @@ def check_sections(settings: Mapping[str, Any]) -> None:
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.utils import logger as deepspeed_logger
-    from pydantic import ValidationError
 
     descriptions = {
         "zero_optimization": DeepSpeedZeroConfig,
         "bf16": DeepSpeedBF16Config,
+        "bfloat16": DeepSpeedBF16Config,  # its older name
         "fp16": DeepSpeedFP16Config,
     }
     deepspeed_logger.disabled = True  # of old names it will warn when it starts
     try:
         for name, description in descriptions.items():
-            description(**(settings.get(name) or {}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        *parents, key = (str(part) for part in first["loc"])
-        place = ".".join(["deepspeed", name, *parents])
-        if first["type"] == "extra_forbidden":
-            hint = nearest_name(key, _fields(description, parents))
-            raise UserError(f"unknown key {key!r} in {place}; {hint}") from None
-        raise UserError(f"{place}.{key}: {reprlib.repr(first['input'])}: {first['msg']}") from None
+            section = settings.get(name) or {}
+            try:
+                description(**{str(key): value for key, value in section.items()})
+            except _REFUSALS as error:
+                raise UserError(_fault(error, name, description)) from None
     finally:
         deepspeed_logger.disabled = False
 
 
+def _fault(error: Exception, name: str, description: Any) -> str:
+    """What is wrong with a section of which pydantic, or DeepSpeed, raised `error`."""
+    if not hasattr(error, "errors"):
+        return f"deepspeed.{name}: {_reason(error)}"
+    first = error.errors()[0]
+    *parents, key = [f"deepspeed.{name}", *(str(part) for part in first["loc"])]
+    if first["type"] == "extra_forbidden":
+        hint = nearest_name(key, _fields(description, parents[1:]))
+        return f"unknown key {key!r} in {'.'.join(parents)}; {hint}"
+    value = f"{reprlib.repr(first['input'])}: " if parents else ""
+    return f"{'.'.join([*parents, key])}: {value}{first['msg']}"
+
+
 def _fields(description: Any, parents: Sequence[str]) -> list[str]:
-    """Names of the fields of a pydantic class, or of the class within it under `parents`."""
+    """Names that a pydantic class has for its fields, or the class within it under `parents`."""
     for parent in parents:
-        kinds = get_args(description.model_fields[parent].annotation)  # of an optional class
-        description = next(kind for kind in kinds if hasattr(kind, "model_fields"))
-    return list(description.model_fields)
+        if parent in description.model_fields:  # it may be a place in a list
+            kind = description.model_fields[parent].annotation
+            kinds = [kind, *get_args(kind), description]  # it may be an optional class
+            description = next(kind for kind in kinds if hasattr(kind, "model_fields"))
+    return [field.alias or name for name, field in description.model_fields.items()]
 
 
 def start_deepspeed(objective: nn.Module, settings: Mapping[str, Any], args: Any) -> Any:

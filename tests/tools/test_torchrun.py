@@ -24,7 +24,7 @@ while not all(pathlib.Path(__file__).with_name(f"rank-{other}").exists() for oth
     time.sleep(0.01)
 
 def main():
-    raise UserError("a mistake of both")
+    raise UserError("a mistake of both in \\udcff.mp4")
 
 sys.exit(run_command(main))
 """
@@ -50,7 +50,7 @@ def test_what_two_processes_say_alike_is_said_once(tmp_path, pytestconfig):
         "a warning to 0",
         "a warning to 1",
         *["a warning to both"] * 2,  # of one process, which may repeat itself
-        "error: a mistake of both",
+        "error: a mistake of both in \\udcff.mp4",
     ]
     assert list(notes.glob("said-by-rank-*")) == []
 
