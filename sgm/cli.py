@@ -44,12 +44,10 @@ class _OneVoice(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """As its base; a message that cannot be put together is for that one to report."""
-        try:
-            text = self.format(record)
-        except (TypeError, ValueError, KeyError):
-            text = None
-        if text is None or record.levelno < logging.WARNING or not said_by_another(text):
-            super().emit(record)
+        with suppress(TypeError, ValueError, KeyError):
+            if record.levelno >= logging.WARNING and said_by_another(self.format(record)):
+                return
+        super().emit(record)
 
 
 def set_up_logging(level: int = logging.INFO) -> None:

@@ -18,7 +18,6 @@ from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
 
-_PACKAGES = ("sat", "sat.model")  # outer ones first
 _MODELS = "sat.model.official"  # its modules rely on the code of sat.model
 _NAMES_OF_THE_CODE = ("__all__", "__version__")  # other special names a package has, or has not
 
@@ -27,12 +26,10 @@ def leave_out_unused_parts() -> None:
     """To be called before SAT is imported; without effect after that, or where it is absent."""
     if "sat" in sys.modules or find_spec("sat") is None:
         return
-    for name in _PACKAGES:
-        package = _Unexecuted(find_spec(name)).package
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], child, package)
-    sys.meta_path.insert(0, _WholeBeforeModels())
+    sat = _Unexecuted(find_spec("sat"))
+    model = _Unexecuted(find_spec("sat.model"))
+    sat.package.model = model.package
+    sys.meta_path.insert(0, _WholeBeforeModels(model))
 
 
 class _Unexecuted:
@@ -75,9 +72,12 @@ class _Unexecuted:
 class _WholeBeforeModels:
     """Runs the code of `sat.model` where one of SAT's models is imported, as Python would."""
 
-    @staticmethod
-    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None):
+    def __init__(self, package: _Unexecuted) -> None:
+        self.package = package
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> None:
         """Finds nothing itself: what comes after it does."""
-        find = getattr(sys.modules.get("sat.model"), "__getattr__", None)
-        if name == _MODELS and find is not None:
-            find.__self__.execute()
+        if name == _MODELS:
+            self.package.execute()

@@ -52,6 +52,25 @@ def small_model(t5_folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
+def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """PyTorch's counts of what is compiled, with ``unique_graphs``, from here on.
+
+    Traced as always, but operators stay as they are; a break of the graph is an error.
+    """
+    compile_with = torch.compile
+
+    def without_code_generation(function: Any, *, dynamic: bool, options: dict[str, Any]) -> Any:
+        assert options.keys() <= set(torch._inductor.list_options())
+        return compile_with(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", without_code_generation)
+    torch.compiler.reset()
+    counts = torch._dynamo.utils.counters["stats"]
+    counts.clear()
+    return counts
+
+
+@pytest.fixture
 def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """What FlashAttention-4, which then needs no GPU, was given: batch, queries and keys."""
     return replace_flash(monkeypatch)

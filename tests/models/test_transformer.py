@@ -229,26 +229,15 @@ def test_configuration_turns_checkpointing_on(small_config: Config) -> None:
 def test_compiled_blocks_are_one_graph_of_all_layers(
     small_config: Config,
     randomize: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
+    compiled_graphs: dict[str, int],
     lora: dict[str, Any] | None,
 ) -> None:
-    compile_with = torch.compile
-
-    def without_code_generation(function: Any, *, dynamic: bool, options: dict[str, Any]) -> Any:
-        assert options.keys() <= set(torch._inductor.list_options())
-        # Tracing as always, but operators as they are; a break of the graph is an error.
-        return compile_with(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-
     model = trained_model(small_config(lora=lora, num_layers=3), randomize, lora=lora is not None)
     model.set_checkpointing("attention")
     expected = gradients(model)
-    torch.compiler.reset()
-    monkeypatch.setattr(torch, "compile", without_code_generation)
-    graphs = torch._dynamo.utils.counters["stats"]
-    graphs.clear()
     model.compile_blocks()
     found = gradients(model)
-    assert graphs["unique_graphs"] == 1
+    assert compiled_graphs["unique_graphs"] == 1
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         # Sums in another order, of numbers up to 60.
@@ -332,27 +321,18 @@ def test_gradients_of_branches_are_those_of_copies_of_the_clips(
 
 @pytest.mark.usefixtures("flash_calls")
 def test_first_block_of_branches_compiles_to_one_graph(
-    small_config: Config, randomize: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    small_config: Config, randomize: Callable[..., None], compiled_graphs: dict[str, int]
 ) -> None:
-    compile_with = torch.compile
     model = DiffusionTransformer(**small_config(num_layers=3))
     randomize(model)
     model.set_attention("flash")
     clips = inputs(model)
     clips["context"] = torch.randn(4, 10, 48)
-    torch.compiler.reset()
-    monkeypatch.setattr(
-        torch,
-        "compile",
-        lambda f, **_: compile_with(f, backend="aot_eager", fullgraph=True, dynamic=False),
-    )
-    graphs = torch._dynamo.utils.counters["stats"]
     with torch.no_grad():
         expected = model(**clips)
-        graphs.clear()
         model.compile_blocks()
         found = model(**clips)
-    assert graphs["unique_graphs"] == 2  # it, and that of the other two
+    assert compiled_graphs["unique_graphs"] == 2  # it, and that of the other two
     # Sums in another order, of numbers up to 5.
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 

@@ -11,8 +11,8 @@ WAITING = "import os, time; os.write(1, b'there\\n'); time.sleep(60)"  # in one 
 
 
 TALKING = """
-import logging, os, pathlib, sys, time
-from sgm.cli import run_command, set_up_logging
+import logging, os, pathlib, time
+from sgm.cli import run_and_exit, set_up_logging
 from sgm.errors import UserError
 
 rank = os.environ["RANK"]
@@ -26,7 +26,7 @@ while not all(pathlib.Path(__file__).with_name(f"rank-{other}").exists() for oth
 def main():
     raise UserError("a mistake of both in \\udcff.mp4")
 
-sys.exit(run_command(main))
+run_and_exit(main)
 """
 
 

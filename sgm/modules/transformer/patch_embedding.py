@@ -30,12 +30,18 @@ class ImagePatchEmbeddingMixin(BaseMixin):
         self.text_proj = nn.Linear(text_hidden_size, hidden_size)
 
     def word_embedding_forward(
-        self, x: Tensor, *, context: Tensor, share: SequenceShare | None = None, **_: Any
+        self,
+        x: Tensor,
+        *,
+        context: Tensor,
+        num_branches: int = 1,
+        share: SequenceShare | None = None,
+        **_: Any,
     ) -> Tensor:
         """Clip (b, t, c, h, w) and text (k * b, n_text, d_text) -> tokens (k * b, n_text + n, d).
 
-        Video tokens follow in t, h, w order, k times the same. With a `share`, only those of this
-        process.
+        Video tokens follow in t, h, w order, the same for all k = `num_branches`. With a `share`,
+        only those of this process.
         """
         frames = rearrange(x, "b t c h w -> (b t) c h w")
         # With channels last what comes out is a row for each token already.
@@ -43,6 +49,6 @@ class ImagePatchEmbeddingMixin(BaseMixin):
         patches = self.proj(frames)  # ((b t), d, h/p, w/p)
         video = rearrange(patches, "(b t) d h w -> b (t h w) d", b=x.shape[0])  # (b, n, d)
         # A view, if there is one branch.
-        video = video.expand(len(context) // len(x), *video.shape).flatten(0, 1)
+        video = video.expand(num_branches, *video.shape).flatten(0, 1)
         tokens = torch.cat([self.text_proj(context), video], dim=1)
         return tokens if share is None else share.take(tokens)
