@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from arguments import SamplingArgs, parse_config
-from tests.plain_attention import replace_flash
+from tests.plain_attention import replace_kernels
 from tools.make_random_weights import write_t5
 
 OLD_NAMES = Path(__file__).parent / "data" / "old_names.yaml"
@@ -71,6 +71,6 @@ def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 @pytest.fixture
-def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
-    """What FlashAttention-4, which then needs no GPU, was given: batch, queries and keys."""
-    return replace_flash(monkeypatch)
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """What the kernels for a GPU, of which none is needed then, were given: see there."""
+    return replace_kernels(monkeypatch)

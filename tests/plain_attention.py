@@ -1,4 +1,4 @@
-"""Attention as its formula is written, in place of FlashAttention-4 where there is no GPU."""
+"""Attention as its formula is written, in place of the kernels for a GPU where there is none."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def written_out(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
     return result.contiguous(), scores.logsumexp(dim=-1)
 
 
-def replace_flash(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
-    """Plain PyTorch in place of FlashAttention-4's two functions, called as they are.
+def replace_kernels(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """Plain PyTorch in place of FlashAttention-4's two functions and of this project's kernel.
 
     Returns:
         What each forward call was given: the batch's size, the number of queries and of keys.
@@ -57,4 +57,8 @@ def replace_flash(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(
+        "sgm.modules.transformer.triton_attention.attend_on_hopper",
+        lambda query, key, value: forward(query, key, value, return_lse=True)[:2],
+    )
     return calls

@@ -22,7 +22,7 @@ from sgm.util import instantiate_from_config
 from tests.conftest import OLD_NAMES
 from tests.models.conftest import fill_with_noise, small_transformer_config
 from tests.parallel.processes import run_ranks
-from tests.plain_attention import replace_flash
+from tests.plain_attention import replace_kernels
 
 NUM_TEXT, NUM_VIDEO = 10, 3 * 4 * 6
 SHARED_TOKENS = {2: [82, 82], 3: [28, 27, 27], 4: [41, 41, 41, 41]}  # of the sum, 82
@@ -44,7 +44,7 @@ def sample(network: DiffusionTransformer, sampler: Sampler, denoiser: Any) -> Te
 
 def compare(rank: int, world_size: int, guided: bool, compiled: bool, kernel: Kernel) -> int:
     """0 if this process, among the others, gets what it got alone, with its part of the work."""
-    replace_flash(pytest.MonkeyPatch())
+    replace_kernels(pytest.MonkeyPatch())
     ensure_process_groups()
     # Double precision: a product of fewer rows may be summed in another order, which must not show.
     network = DiffusionTransformer(**small_transformer_config(num_attention_heads=4)).double()

@@ -24,7 +24,7 @@ from sgm.inference.request import latent_shape
 from sgm.inference.video_io import to_uint8
 from sgm.models.first_stage import build_first_stage, encode_moments
 from sgm.modules.transformer import fp8
-from sgm.modules.transformer.attention import Kernel, choose_kernel
+from sgm.modules.transformer.attention import Kernel, list_kernels
 from sgm.util import instantiate_from_config
 from tools.bench import inputs, rivals
 from tools.bench.jobs import INFERENCE_SECTIONS, Job
@@ -49,7 +49,8 @@ def inference_jobs(
     """
     lines: list[tuple[str, str, Piece, str]] = [
         ("step", "own", partial(step, kernel=options.attention), "pieces"),
-        ("step", "own, sdpa", step_without_flash, "pieces"),
+        ("step", "own, flash", partial(step_by_another, kernel="flash"), "pieces"),
+        ("step", "own, sdpa", partial(step_by_another, kernel="sdpa"), "pieces"),
         ("step", "own, fp8", step_with_fp8, "pieces"),
         ("decode", "own", decode, "pieces"),
         ("encode", "own", encode, "pieces"),
@@ -118,12 +119,16 @@ def step(
     return dataclasses.replace(measured, flops=len(texts) * flops)
 
 
-def step_without_flash(config: Config, options: argparse.Namespace) -> Measured | None:
-    """A step with PyTorch's attention, where `step` takes another by itself."""
+@torch.no_grad()
+def step_by_another(
+    config: Config, options: argparse.Namespace, *, kernel: Kernel
+) -> Measured | None:
+    """A step with this attention, where there is it and `step` takes another by itself."""
     token = torch.empty(1, dtype=inputs.run_dtype(config), device=choose_device())
-    if options.attention or choose_kernel(token) == "sdpa":
+    _, *others = list_kernels(token, head_size=inputs.head_size(config))
+    if options.attention or kernel not in others:
         return None
-    return step(config, options, kernel="sdpa")
+    return step(config, options, kernel=kernel)
 
 
 def step_with_fp8(config: Config, options: argparse.Namespace) -> Measured | None:

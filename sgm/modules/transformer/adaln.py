@@ -180,11 +180,11 @@ class AdaLNMixin(BaseMixin):
         layer = int(layer_id)
         parts = self.block_parts(layer)
         tokens = hidden_states
-        kernel = self.attention_kernel or choose_kernel(tokens)
+        kernel = self.attention_kernel or choose_kernel(tokens, head_size=self.head_size)
         # Before the first block video tokens have not met the text. Not in training, which has one
         # branch: no gradient goes through the log-sum-exp that joins what is shared.
         has_gradient = torch.is_grad_enabled()
-        is_video_shared = layer == 0 and kernel == "flash" and share is None and not has_gradient
+        is_video_shared = layer == 0 and kernel != "sdpa" and share is None and not has_gradient
         if self._run_block is not run_block and has_gradient:
             # With LoRA the first layer's input has no gradient; one that is thrown away costs less
             # than to compile a second graph.
@@ -268,12 +268,13 @@ def _block(
 
     query_key_value = partial(_query_key_value, parts=parts, head_size=head_size)
     if num_branches > 1:
-        assert kernel == "flash" and share is None, (kernel, share)
+        assert kernel != "sdpa" and share is None, (kernel, share)
         num_clips = len(tokens) // num_branches
         text, video = tokens[:, :text_length], tokens[:num_clips, text_length:]
         attended = attend_branches(
             query_key_value(for_attention.text.modulate(layer.input_layernorm(text))),
             query_key_value(for_attention.video.modulate(layer.input_layernorm(video))),
+            kernel=kernel,
         )
     else:
         attention_input = for_attention.modulate(layer.input_layernorm(tokens))

@@ -1,9 +1,10 @@
-"""Full attention between tokens: PyTorch's own, or FlashAttention-4 where that is installed."""
+"""Full attention between tokens: PyTorch's, or what is faster on the GPU at hand."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,23 +13,63 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from sgm.kernels import can_compile_kernels
 from sgm.parallel.sequence import SequenceShare
 
-# What computes the attention: "flash" is FlashAttention-4, "sdpa" is PyTorch.
-Kernel = Literal["flash", "sdpa"]
+logger = logging.getLogger(__name__)
 
-_FLASH_CAPABILITIES = ((9, 0), (10, 0))  # Hopper and Blackwell, for which it is written
+# What computes the attention: "hopper" is this project's own, "flash" is FlashAttention-4, "sdpa"
+# is PyTorch.
+Kernel = Literal["hopper", "flash", "sdpa"]
+
+_HOPPER, _BLACKWELL = (9, 0), (10, 0)  # compute capabilities
+_HOPPER_HEAD_SIZE = 64
 
 
-def choose_kernel(tokens: Tensor) -> Kernel:
+def choose_kernel(tokens: Tensor, *, head_size: int) -> Kernel:
     """The fastest kernel that there is for tokens of this device and type."""
-    half = tokens.dtype in (torch.float16, torch.bfloat16)
-    return "flash" if half and tokens.is_cuda and _flash_runs_on(tokens.device) else "sdpa"
+    return list_kernels(tokens, head_size=head_size)[0]
+
+
+def list_kernels(tokens: Tensor, *, head_size: int) -> list[Kernel]:
+    """The kernels that there are for tokens of this device and type, the fastest first.
+
+    While gradients are computed these are the ones that have a backward pass.
+    """
+    kernels: list[Kernel] = ["sdpa"]
+    if tokens.is_cuda and tokens.dtype in (torch.float16, torch.bfloat16):
+        if _flash_runs_on(tokens.device):
+            kernels.insert(0, "flash")
+        fits = head_size == _HOPPER_HEAD_SIZE and not torch.is_grad_enabled()
+        if fits and _hopper_runs_on(tokens.device):
+            kernels.insert(0, "hopper")
+    return kernels
 
 
 @functools.lru_cache
 def _flash_runs_on(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) in _FLASH_CAPABILITIES and flash_is_installed()
+    capability = torch.cuda.get_device_capability(device)
+    return capability in (_HOPPER, _BLACKWELL) and flash_is_installed()
+
+
+@functools.lru_cache
+def _hopper_runs_on(device: torch.device) -> bool:
+    """Whether this project's kernel works, which is tried once: its language is still changing."""
+    if torch.cuda.get_device_capability(device) != _HOPPER or not can_compile_kernels():
+        return False
+    generator = torch.Generator().manual_seed(0)  # not the one that something else relies on
+    inputs = torch.randn(3, 1, 300, 2, _HOPPER_HEAD_SIZE, generator=generator)
+    query, key, value = inputs.to(device, torch.float16)
+    lacking = None
+    try:
+        found, _ = hopper_attention(query, key, value)
+        if not torch.allclose(found, attend(query, key, value, kernel="sdpa"), rtol=0, atol=0.01):
+            lacking = "its results are off"
+    except Exception as fault:  # of any kind, from Triton's compiler to the driver
+        lacking = f"{type(fault).__name__}: {fault}".splitlines()[0]
+    if lacking:
+        logger.warning("attention without the kernel of our own, so it is slower: %s", lacking)
+    return lacking is None
 
 
 def flash_is_installed() -> bool:
@@ -54,38 +95,42 @@ def attend(
     if share is not None:
         own_heads = [share.to_heads(tensor) for tensor in (query, key, value)]
         return share.to_tokens(attend(*own_heads, kernel=kernel))
-    if kernel == "flash":
-        return flash_attention(query, key, value)[0]
+    if kernel != "sdpa":
+        return _OPERATORS[kernel](query, key, value)[0]
     # Each head is a batch of its own there: (b, heads, n, head_size).
     heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
 
 
-def attend_branches(text: Sequence[Tensor], video: Sequence[Tensor]) -> Tensor:
+def attend_branches(
+    text: Sequence[Tensor], video: Sequence[Tensor], *, kernel: Literal["hopper", "flash"]
+) -> Tensor:
     """Attention where k branches of guidance have a text each, and all the same video tokens.
 
-    The attention among video tokens is computed once, and joined with that to each text. Always by
-    FlashAttention-4, since PyTorch's function does not return the log-sum-exp; without a gradient.
+    The attention among video tokens is computed once, and joined with that to each text; without a
+    gradient. Not by PyTorch's function, which does not return the log-sum-exp.
 
     Args:
         text: query, key and value (k * b, n_text, heads, head_size), branch after branch.
         video: query, key and value (b, n_video, heads, head_size).
+        kernel: what computes it.
 
     Returns:
         (k * b, n_text + n_video, heads, head_size).
     """
     (text_query, *text_key_value), (video_query, *video_key_value) = text, video
+    attention = _OPERATORS[kernel]
     k = len(text_query) // len(video_query)
-    to_text, to_text_sum = flash_attention(video_query.repeat(k, 1, 1, 1), *text_key_value)
+    to_text, to_text_sum = attention(video_query.repeat(k, 1, 1, 1), *text_key_value)
     of_video = _join(
         (to_text.unflatten(0, (k, -1)), to_text_sum.unflatten(0, (k, -1))),
-        flash_attention(video_query, *video_key_value),
+        attention(video_query, *video_key_value),
     )  # (k, b, n_video, heads, head_size)
     # To its video the texts of a clip are as one, so that no branch needs a copy of it.
     queries = rearrange(text_query, "(k b) n heads d -> b (k n) heads d", k=k)
-    to_video, to_video_sum = flash_attention(queries, *video_key_value)
+    to_video, to_video_sum = attention(queries, *video_key_value)
     of_text = _join(
-        flash_attention(text_query, *text_key_value),
+        attention(text_query, *text_key_value),
         (
             rearrange(to_video, "b (k n) heads d -> (k b) n heads d", k=k),
             rearrange(to_video_sum, "b heads (k n) -> (k b) heads n", k=k),
@@ -105,6 +150,14 @@ def _join(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor
     return torch.lerp(result, other, share.to(result.dtype))
 
 
+@torch.library.custom_op("cogvideox::hopper_attention", mutates_args=())
+def hopper_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """This project's kernel as an operator; like `flash_attention`, but without a gradient."""
+    from sgm.modules.transformer.triton_attention import attend_on_hopper
+
+    return attend_on_hopper(query, key, value)
+
+
 @torch.library.custom_op("cogvideox::flash_attention", mutates_args=())
 def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """FlashAttention-4: the result (b, n, heads, head_size), log-sum-exp (b, heads, n) float32.
@@ -118,6 +171,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
     return result, log_sum_exp
 
 
+@hopper_attention.register_fake
 @flash_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     b, n, heads, _ = query.shape
@@ -154,6 +208,8 @@ def _backward(ctx, gradient: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, 
 
 
 flash_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+_OPERATORS = {"hopper": hopper_attention, "flash": flash_attention}
 
 # The operators whose results checkpointing can keep; which of them PyTorch calls, it decides.
 ATTENTION_OPERATORS = frozenset(

@@ -1,16 +1,21 @@
-"""Attention against the written-out one, and the operator around FlashAttention-4."""
+"""Attention against the written-out one, and the operators around kernels for a GPU."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from sgm.modules.transformer import attention
 from sgm.modules.transformer.attention import (
     attend,
     attend_branches,
     choose_kernel,
     flash_attention,
+    hopper_attention,
+    list_kernels,
 )
 from tests.plain_attention import written_out
 
@@ -23,13 +28,13 @@ def tokens() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_attention_equals_the_written_out_one() -> None:
     query, key, value = tokens()
-    assert choose_kernel(query) == "sdpa"  # nothing else runs on a CPU
+    assert choose_kernel(query, head_size=4) == "sdpa"  # nothing else runs on a CPU
     found = attend(query, key, value, kernel="sdpa")
     # Float32 rounding of means of numbers of about 1.
     torch.testing.assert_close(found, written_out(query, key, value)[0], rtol=0, atol=1e-6)
 
 
-@pytest.mark.usefixtures("flash_calls")
+@pytest.mark.usefixtures("kernel_calls")
 def test_flash_operator_hands_everything_on() -> None:
     inputs = tokens()
     expected = written_out(*inputs)[0]
@@ -42,14 +47,32 @@ def test_flash_operator_hands_everything_on() -> None:
     )
 
 
-@pytest.mark.usefixtures("flash_calls")
+@pytest.mark.usefixtures("kernel_calls")
 def test_flash_operator_keeps_what_torch_compile_relies_on() -> None:
     # Shapes and strides of the stand-ins that compiling uses, and the gradient's registration.
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(flash_attention, tokens(), test_utils=checks)
 
 
-@pytest.mark.usefixtures("flash_calls")
+@pytest.mark.usefixtures("kernel_calls")
+def test_own_operator_keeps_what_torch_compile_relies_on() -> None:
+    inputs = tuple(tensor.detach() for tensor in tokens())
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(hopper_attention, inputs, test_utils=checks)
+    torch.testing.assert_close(attend(*inputs, kernel="hopper"), written_out(*inputs)[0])
+
+
+def test_own_kernel_is_not_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens_on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float16, device="an H100")
+    for name in ("_hopper_runs_on", "_flash_runs_on"):
+        monkeypatch.setattr(attention, name, lambda device: True)
+    with torch.no_grad():
+        assert list_kernels(tokens_on_gpu, head_size=64) == ["hopper", "flash", "sdpa"]
+        assert list_kernels(tokens_on_gpu, head_size=32) == ["flash", "sdpa"]
+    assert list_kernels(tokens_on_gpu, head_size=64) == ["flash", "sdpa"]
+
+
+@pytest.mark.usefixtures("kernel_calls")
 @pytest.mark.parametrize("num_branches", [2, 3])
 @pytest.mark.parametrize("num_clips", [1, 3])
 @pytest.mark.parametrize("scale", [1.0, 100.0])  # scores of up to 1e4: some weights vanish
@@ -60,19 +83,19 @@ def test_branches_join_to_the_attention_of_each(
     sizes = {"dtype": torch.float64, "generator": generator}
     text = scale * torch.randn(3, num_branches * num_clips, 3, 2, 4, **sizes)
     video = scale * torch.randn(3, num_clips, 7, 2, 4, **sizes)
-    found = attend_branches(text, video)
+    found = attend_branches(text, video, kernel="flash")
     for branch, of_branch in enumerate(text.chunk(num_branches, dim=1)):
         expected, _ = written_out(*torch.cat([of_branch, video], dim=2))
         torch.testing.assert_close(found.chunk(num_branches)[branch], expected)
 
 
-@pytest.mark.usefixtures("flash_calls")
+@pytest.mark.usefixtures("kernel_calls")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_what_branches_join_is_within_a_unit_of_the_exact_attention(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     text = torch.randn(3, 2, 5, 3, 8, generator=generator).to(dtype)
     video = torch.randn(3, 1, 33, 3, 8, generator=generator).to(dtype)
-    found = attend_branches(text, video).double()
+    found = attend_branches(text, video, kernel="flash").double()
     whole = torch.cat([text, video.repeat(1, 2, 1, 1, 1)], dim=2).double()
     exact, _ = written_out(*whole)
     # Results are means of values of about 1, and a unit is that of such a value.

@@ -1,0 +1,403 @@
+"""Attention for Hopper GPUs, faster than FlashAttention by not looking for each row's maximum.
+
+A softmax subtracts the maximum of a row of scores only to keep its exponentials within the range
+of the numbers; any value near it will do. Here it is the maximum over two blocks of keys, the last
+one and the one in which the queries' own are. So the others go without that search, and what is
+summed already is never scaled again. Where the value was too low, so that something overflowed, the
+result is not finite, and a second kernel computes these queries again with care.
+
+The way of working is that of FlashAttention-3 (Shah et al., 2024, section 3): one warp loads blocks
+of keys and values, three groups of warps take turns with the tensor cores, and in each the scores
+of a block are computed beside the sum over the values of the block before. It is written in Gluon,
+the part of Triton in which one says what each warp does.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+HEAD_SIZE = gl.constexpr(64)
+ROWS = gl.constexpr(64)  # queries of a group of four warps, as many as their instruction takes
+GROUPS = gl.constexpr(3)
+KEYS = gl.constexpr(128)  # in a block
+STAGES = gl.constexpr(2)  # blocks of keys, and of values, in shared memory
+REGISTERS = gl.constexpr(160)  # per thread of the second and third group; the first has the rest
+LOADING_REGISTERS = gl.constexpr(24)
+# The exponential of the maximum that is subtracted is 2 ** -ROOM. Up to 65504, the largest number
+# of float16, there is then room for scores that are higher by 14.5. The smallest that it holds with
+# all its bits, 2 ** -14, is a weight of 2 ** -9, and what smaller ones lose is at most 2 ** -20.
+ROOM = gl.constexpr(5)
+LN_2 = gl.constexpr(math.log(2))
+
+# Which thread holds what of the scores, of the result, and of the weights as a factor of it.
+_SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS.value, 16]))
+_RESULT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_SIZE.value, 16]))
+_RESULT_ROWS = gl.constexpr(gl.SliceLayout(1, _RESULT.value))
+_WEIGHTS = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=_RESULT.value, k_width=2))
+_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+# A Triton after 3.7 gives the function a new name.
+_load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def _load_blocks(tiles, shared, barriers, place):
+    """The queries and the keys beside them, then keys and values block by block from the end.
+
+    Each block is loaded as soon as all groups are done with the one whose place it takes.
+    """
+    query_tiles, key_tiles, value_tiles = tiles
+    queries, keys, values = shared
+    query_ready, key_ready, value_ready, key_free, value_free, _ = barriers
+    tile, query_row, key_row, column, num_blocks = place
+    mbarrier.expect(query_ready, GROUPS * ROWS * HEAD_SIZE * 2)
+    for group in gl.static_range(GROUPS):
+        row = query_row + group * ROWS
+        _load_tile(query_tiles, [row, column], query_ready, queries.index(group))
+    for near in gl.static_range(STAGES):
+        # Not the last block, in which the keys may end.
+        beside = gl.minimum(tile * GROUPS * ROWS // KEYS + near, gl.maximum(num_blocks - 2, 0))
+        row = key_row + beside * KEYS
+        mbarrier.expect(key_ready.index(near), KEYS * HEAD_SIZE * 2)
+        _load_tile(key_tiles, [row, column], key_ready.index(near), keys.index(near))
+    for i in range(num_blocks):
+        stage, turn = i % STAGES, (i // STAGES) & 1
+        row = key_row + (num_blocks - 1 - i) * KEYS
+        mbarrier.wait(key_free.index(stage), turn)
+        mbarrier.expect(key_ready.index(stage), KEYS * HEAD_SIZE * 2)
+        _load_tile(key_tiles, [row, column], key_ready.index(stage), keys.index(stage))
+        mbarrier.wait(value_free.index(stage), turn ^ 1)
+        mbarrier.expect(value_ready.index(stage), KEYS * HEAD_SIZE * 2)
+        _load_tile(value_tiles, [row, column], value_ready.index(stage), values.index(stage))
+
+
+@gluon.jit
+def _sums(exponentials):
+    """Sums over the keys of a block, (ROWS, 8) of them: each is of what one thread holds."""
+    return gl.sum(gl.reshape(exponentials, (ROWS, KEYS // 8, 8)), axis=1)
+
+
+@gluon.jit
+def _scores(query, keys):
+    """Scores (ROWS, KEYS) of a block, unscaled."""
+    nothing = gl.zeros((ROWS, KEYS), gl.float32, _SCORES)
+    scores = warpgroup_mma(query, keys.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    return warpgroup_mma_wait(0, [scores])
+
+
+@gluon.jit
+def _attend_group(outputs, shared, barriers, place, sizes, scale, group: gl.constexpr):
+    """The attention of one group's queries to all keys."""
+    result_ptr, sum_ptr, broken_ptr = outputs
+    queries, keys, values = shared
+    query_ready, key_ready, value_ready, key_free, value_free, turns = barriers
+    tile, query_row, _, column, num_blocks = place
+    num_queries, num_keys, width = sizes
+    query = queries.index(group)
+
+    # The maximum is that of the block in which the queries' own keys are, and of the last.
+    mbarrier.wait(query_ready, 0)
+    for near in gl.static_range(STAGES):
+        mbarrier.wait(key_ready.index(near), 0)
+    own = (tile * GROUPS + group) * ROWS // KEYS - tile * GROUPS * ROWS // KEYS
+    maximum = gl.max(_scores(query, keys.index(own)), 1)
+    maximum = gl.where(num_blocks > 1, maximum, float("-inf"))
+    for near in gl.static_range(STAGES):
+        mbarrier.arrive(key_free.index(near))
+    mbarrier.wait(key_ready.index(0), 1)
+    scores = _scores(query, keys.index(0))
+    mbarrier.arrive(key_free.index(0))
+    key = (num_blocks - 1) * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, _SCORES))
+    scores = gl.where((key < num_keys)[None, :], scores, float("-inf"))
+    maximum = gl.maximum(maximum, gl.max(scores, 1)) * scale + ROOM
+
+    exponentials = gl.exp2(scores * scale - maximum[:, None])
+    sums = _sums(exponentials)
+    weights = gl.convert_layout(exponentials.to(keys.dtype), _WEIGHTS)
+    result = gl.zeros((ROWS, HEAD_SIZE), gl.float32, _RESULT)
+    nothing = gl.zeros((ROWS, KEYS), gl.float32, _SCORES)
+    for i in range(1, num_blocks):
+        # The scores of this block beside the sum over the values of the block before.
+        stage, last = i % STAGES, (i - 1) % STAGES
+        mbarrier.wait(key_ready.index(stage), (i // STAGES + 1) & 1)
+        mbarrier.wait(turns.index(group), (i - 1) & 1)
+        transposed = keys.index(stage).permute((1, 0))
+        scores = warpgroup_mma(query, transposed, nothing, use_acc=False, is_async=True)
+        mbarrier.wait(value_ready.index(last), ((i - 1) // STAGES) & 1)
+        result = warpgroup_mma(weights, values.index(last), result, is_async=True)
+        mbarrier.arrive(turns.index((group + 1) % GROUPS))
+        scores = warpgroup_mma_wait(1, [scores])
+        mbarrier.arrive(key_free.index(stage))
+        exponentials = gl.exp2(scores * scale - maximum[:, None])
+        sums += _sums(exponentials)
+        # Both are waited for, or the compiler would put all exponentials after the products.
+        result, exponentials = warpgroup_mma_wait(0, [result, exponentials])
+        mbarrier.arrive(value_free.index(last))
+        weights = gl.convert_layout(exponentials.to(keys.dtype), _WEIGHTS)
+    last = (num_blocks - 1) % STAGES
+    mbarrier.wait(value_ready.index(last), ((num_blocks - 1) // STAGES) & 1)
+    result = warpgroup_mma(weights, values.index(last), result, is_async=True)
+    result = warpgroup_mma_wait(0, [result])
+
+    total = gl.convert_layout(gl.sum(sums, 1), _RESULT_ROWS)
+    maximum = gl.convert_layout(maximum, _RESULT_ROWS)
+    row = (tile * GROUPS + group) * ROWS + gl.arange(0, ROWS, _RESULT_ROWS)
+    is_row = row < num_queries
+    # What is not finite differs from itself less itself.
+    is_broken = (result - result != 0.0) | (total - total != 0.0)[:, None]
+    num_broken = gl.sum(gl.sum((is_broken & is_row[:, None]).to(gl.int32), 1), 0)
+    head = gl.program_id(1).to(gl.int64)
+    gl.store(broken_ptr + (head * gl.num_programs(0) + tile) * GROUPS + group, num_broken)
+    head_column = column + gl.arange(0, HEAD_SIZE, gl.SliceLayout(0, _RESULT))
+    result_row = (query_row - tile * GROUPS * ROWS + row).to(gl.int64)
+    result_place = result_row[:, None] * width + head_column[None, :]
+    result = (result * (1.0 / total)[:, None]).to(keys.dtype)
+    gl.store(result_ptr + result_place, result, mask=is_row[:, None])
+    log_sum_exp = (maximum + gl.log2(total)) * LN_2
+    gl.store(sum_ptr + head * num_queries + row, log_sum_exp, mask=is_row)
+
+
+@gluon.jit(do_not_specialize=["num_queries", "num_keys", "num_heads"])
+def _fast_kernel(
+    query_tiles,
+    key_tiles,
+    value_tiles,
+    result_ptr,
+    sum_ptr,
+    broken_ptr,
+    num_queries,
+    num_keys,
+    num_heads,
+    scale,
+):
+    """GROUPS * ROWS queries of a head. Programs are (tiles of queries, batch and head)."""
+    tile, head = gl.program_id(0), gl.program_id(1)
+    batch = head // num_heads
+    query_row = batch * num_queries + tile * GROUPS * ROWS
+    column = head % num_heads * HEAD_SIZE
+    place = (tile, query_row, batch * num_keys, column, gl.cdiv(num_keys, KEYS))
+    sizes = (num_queries, num_keys, num_heads * HEAD_SIZE)
+
+    dtype: gl.constexpr = key_tiles.dtype
+    queries = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, HEAD_SIZE], query_tiles.layout)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HEAD_SIZE], key_tiles.layout)
+    values = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HEAD_SIZE], value_tiles.layout)
+    shared = (queries, keys, values)
+
+    layout: gl.constexpr = mbarrier.MBarrierLayout()
+    query_ready = gl.allocate_shared_memory(gl.int64, [1], layout)
+    key_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
+    value_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
+    key_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
+    value_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
+    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], layout)
+    mbarrier.init(query_ready, 1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(key_ready.index(stage), 1)
+        mbarrier.init(value_ready.index(stage), 1)
+        mbarrier.init(key_free.index(stage), GROUPS)
+        mbarrier.init(value_free.index(stage), GROUPS)
+    for group in gl.static_range(GROUPS):
+        mbarrier.init(turns.index(group), 1)
+    mbarrier.arrive(turns.index(0))
+    fence_async_shared()
+    barriers = (query_ready, key_ready, value_ready, key_free, value_free, turns)
+
+    tiles = (query_tiles, key_tiles, value_tiles)
+    outputs = (result_ptr, sum_ptr, broken_ptr)
+    gl.warp_specialize(
+        [
+            (_attend_group, (outputs, shared, barriers, place, sizes, scale, gl.constexpr(0))),
+            (_attend_group, (outputs, shared, barriers, place, sizes, scale, gl.constexpr(1))),
+            (_attend_group, (outputs, shared, barriers, place, sizes, scale, gl.constexpr(2))),
+            (_load_blocks, (tiles, shared, barriers, place)),
+        ],
+        [4, 4, 1],
+        [REGISTERS, REGISTERS, LOADING_REGISTERS],
+    )
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_heads", "num_parts", "total_parts"])
+def _careful_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    result_ptr,
+    sum_ptr,
+    broken_ptr,
+    num_queries,
+    num_keys,
+    num_heads,
+    num_parts,
+    total_parts,
+    query_stride,
+    key_stride,
+    value_stride,
+    scale,
+    PARTS: tl.constexpr,
+):
+    """Parts of ROWS queries that are broken once more, by the maximum of all scores.
+
+    Each program looks at up to PARTS of all `total_parts` at once, of which a head has `num_parts`.
+    """
+    every = tl.num_programs(0)
+    mine = tl.program_id(0) + tl.arange(0, PARTS) * every
+    are_broken = tl.load(broken_ptr + mine, mask=mine < total_parts, other=0)
+    if tl.max(are_broken, 0) != 0:
+        for part in range(tl.program_id(0), total_parts, every):
+            if tl.load(broken_ptr + part) != 0:
+                _attend_carefully(
+                    query_ptr,
+                    key_ptr,
+                    value_ptr,
+                    result_ptr,
+                    sum_ptr,
+                    num_queries,
+                    num_keys,
+                    num_heads,
+                    part // num_parts,
+                    part % num_parts * ROWS,
+                    query_stride,
+                    key_stride,
+                    value_stride,
+                    scale,
+                )
+
+
+@triton.jit
+def _attend_carefully(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    result_ptr,
+    sum_ptr,
+    num_queries,
+    num_keys,
+    num_heads,
+    head,
+    first_row,
+    query_stride,
+    key_stride,
+    value_stride,
+    scale,
+):
+    """ROWS queries of a head by the online softmax of FlashAttention (Dao et al., algorithm 1)."""
+    batch = (head // num_heads).to(tl.int64)
+    column = (head % num_heads * HEAD_SIZE + tl.arange(0, HEAD_SIZE))[None, :]
+    row = first_row + tl.arange(0, ROWS)
+    is_row = row < num_queries
+    rows = (batch * num_queries + row)[:, None]
+    query = tl.load(query_ptr + rows * query_stride + column, mask=is_row[:, None], other=0.0)
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, HEAD_SIZE], tl.float32)
+    for start in range(0, num_keys, ROWS):
+        key_row = start + tl.arange(0, ROWS)
+        is_key = key_row < num_keys
+        key_rows = (batch * num_keys + key_row)[:, None]
+        key_place = key_ptr + key_rows * key_stride + column
+        key = tl.load(key_place, mask=is_key[:, None], other=0.0)
+        scores = tl.dot(query, tl.trans(key)) * scale
+        scores = tl.where(is_key[None, :], scores, float("-inf"))
+        higher = tl.maximum(maximum, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(maximum - higher)
+        maximum = higher
+        total = total * shrink + tl.sum(weights, 1)
+        value_place = value_ptr + key_rows * value_stride + column
+        value = tl.load(value_place, mask=is_key[:, None], other=0.0)
+        result = tl.dot(weights.to(value.dtype), value, result * shrink[:, None])
+    result = (result / total[:, None]).to(result_ptr.dtype.element_ty)
+    result_place = result_ptr + rows * num_heads * HEAD_SIZE + column
+    tl.store(result_place, result, mask=is_row[:, None])
+    log_sum_exp = (maximum + tl.log2(total)) * LN_2
+    tl.store(sum_ptr + head.to(tl.int64) * num_queries + row, log_sum_exp, mask=is_row)
+
+
+def attend_on_hopper(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention without mask, dropout or gradient, on a Hopper GPU.
+
+    Args:
+        query: (b, n, heads, 64), float16 or bfloat16.
+        key: (b, m, heads, 64), of the same type.
+        value: as `key`.
+
+    Returns:
+        The result (b, n, heads, 64), and the log-sum-exp (b, heads, n) of the scores in float32.
+    """
+    b, n, heads, head_size = query.shape
+    assert head_size == HEAD_SIZE.value, head_size
+    # TMA, which loads the tiles, takes what has its rows in equal distances.
+    rows = [tensor.flatten(2).flatten(0, 1) for tensor in (query, key, value)]
+    tiles = [
+        TensorDescriptor.from_tensor(tensor, [size.value, head_size], _SHARED)
+        for tensor, size in zip(rows, (ROWS, KEYS, KEYS), strict=True)
+    ]
+    result = query.new_empty(query.shape)
+    log_sum_exp = query.new_empty(b, heads, n, dtype=torch.float32)
+    num_tiles = triton.cdiv(n, GROUPS.value * ROWS.value)
+    broken = query.new_empty(b, heads, num_tiles * GROUPS.value, dtype=torch.int32)
+    sizes = (n, key.shape[1], heads)
+    scale = _score_scale(head_size)
+    with torch.cuda.device(query.device):
+        _fast_kernel[(num_tiles, b * heads)](
+            *tiles, result, log_sum_exp, broken, *sizes, scale, num_warps=4, enable_fp_fusion=True
+        )
+        attend_again(*rows, result, log_sum_exp, broken, num_keys=key.shape[1])
+    return result, log_sum_exp
+
+
+def attend_again(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    result: Tensor,
+    log_sum_exp: Tensor,
+    broken: Tensor,
+    *,
+    num_keys: int,
+) -> None:
+    """Compute in place the results (b, n, heads, 64) whose part is `broken`, and their sums.
+
+    Inputs have a row for each token of each sample; `broken` (b, heads, parts) is not 0 where one
+    of the ROWS queries of a part is.
+    """
+    _, n, heads, head_size = result.shape
+    # As many as a GPU runs at once; if nothing is broken they have ended in some microseconds.
+    num_programs = min(broken.numel(), 512)
+    _careful_kernel[(num_programs,)](
+        query,
+        key,
+        value,
+        result,
+        log_sum_exp,
+        broken,
+        n,
+        num_keys,
+        heads,
+        broken.shape[-1],
+        broken.numel(),
+        *(tensor.stride(0) for tensor in (query, key, value)),
+        _score_scale(head_size),
+        PARTS=triton.next_power_of_2(triton.cdiv(broken.numel(), num_programs)),
+    )
+
+
+def _score_scale(head_size: int) -> float:
+    """What makes a product of query and key an exponent of 2."""
+    return head_size**-0.5 / math.log(2)

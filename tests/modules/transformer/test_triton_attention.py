@@ -1,0 +1,191 @@
+"""The attention kernels of this project: interpreted, compiled for a Hopper GPU, and on one."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sgm.modules.transformer import attention
+from tests.plain_attention import written_out
+
+pytest.importorskip("triton")
+
+INTERPRETED = """
+import torch
+from sgm.modules.transformer.triton_attention import attend_again
+from tests.plain_attention import written_out
+
+generator = torch.Generator().manual_seed(0)
+for num_queries, num_keys, scale in ((70, 100, 1.0), (130, 1, 1.0), (5, 131, 30.0)):
+    query = scale * torch.randn(2, num_queries, 3, 64, generator=generator)
+    key, value = torch.randn(2, 2, num_keys, 3, 64, generator=generator)
+    expected, expected_sum = written_out(query.double(), key.double(), value.double())
+    result, log_sum_exp = torch.zeros(2, num_queries, 3, 64), torch.zeros(2, 3, num_queries)
+    num_parts = -(-num_queries // 64)
+    broken = torch.randint(0, 2, (2, 3, num_parts), generator=generator, dtype=torch.int32)
+    rows = (tensor.flatten(2).flatten(0, 1) for tensor in (query, key, value))
+    attend_again(*rows, result, log_sum_exp, broken, num_keys=num_keys)
+    is_done = broken.bool().repeat_interleave(64, dim=2)[..., :num_queries]
+    assert 0 < is_done.sum() < is_done.numel()
+    expected *= is_done.transpose(1, 2)[..., None]
+    # Float32 rounding of means of numbers of about 1, and of scores of up to 300.
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-4)
+    expected_sum *= is_done
+    torch.testing.assert_close(log_sum_exp.double(), expected_sum, rtol=1e-6, atol=1e-5)
+print("agrees")
+"""
+
+
+def test_the_careful_kernel_computes_what_is_broken_and_nothing_else(pytestconfig) -> None:
+    # In a process of its own, because Triton asks whether to interpret when it is imported.
+    result = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        cwd=pytestconfig.rootpath,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == "agrees\n", result.stderr
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_the_fast_kernel_compiles_and_keeps_its_numbers_in_registers(
+    dtype: str, tmp_path: Path
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from sgm.modules.transformer import triton_attention as kernels
+
+    shared = repr(kernels._SHARED)
+    tiles = [f"tensordesc<{dtype}[{rows},64],{shared}>" for rows in (64, 128, 128)]
+    types = [*tiles, f"*{dtype}", "*fp32", "*i32", "i32", "i32", "i32", "fp32"]
+    signature = dict(zip(kernels._fast_kernel.arg_names, types, strict=True))
+    source = GluonASTSource(kernels._fast_kernel, signature, {})
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    usage = subprocess.run(
+        [tools / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True
+    )
+    # With 128 registers for each of 512 threads all are taken; they are shared out unevenly then.
+    assert re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout) == [("128", "0")]
+
+
+def test_a_kernel_that_fails_is_left_out_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Here it does, since there is no GPU that the stated one could be.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "can_compile_kernels", lambda: True)
+    attention._hopper_runs_on.cache_clear()
+    assert not attention._hopper_runs_on(torch.device("cpu"))
+    attention._hopper_runs_on.cache_clear()
+    (record,) = caplog.records
+    assert re.match(
+        r"attention without the kernel of our own, so it is slower: \w+", record.message
+    )
+    assert "\n" not in record.message
+
+
+# ---- on a GPU ----
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU",
+)
+
+
+def draw(batch: int, num_queries: int, num_keys: int, dtype: torch.dtype) -> list[Tensor]:
+    """Query, key and value of two heads."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (num_queries, num_keys, num_keys)
+    tensors = [torch.randn(batch, n, 2, 64, generator=generator) for n in sizes]
+    return [tensor.to("cuda", dtype) for tensor in tensors]
+
+
+def check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Compare with the formula."""
+    found, found_sum = attention.hopper_attention(query, key, value)
+    expected, expected_sum = written_out(query.double(), key.double(), value.double())
+    error = found.double() - expected
+    # Weights and result are rounded, each by up to half a unit; PyTorch's attention differs by a
+    # fifth to a third of a unit on average.
+    unit = torch.finfo(found.dtype).eps
+    assert error.norm() <= 0.5 * unit * expected.norm()
+    assert error.abs().max() <= unit * value.abs().max()
+    scale = max(expected_sum.abs().max().item(), 1)
+    torch.testing.assert_close(found_sum.double(), expected_sum, rtol=0, atol=3e-6 * scale)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "num_queries", "num_keys"),
+    [
+        (1, 5, 5),
+        (3, 1, 1),
+        (1, 64, 128),
+        (2, 193, 129),
+        (1, 700, 226),
+        (2, 226, 700),
+        (1, 3000, 3000),
+    ],
+)
+def test_gpu_result_is_within_the_rounding_of_its_type(
+    batch: int, num_queries: int, num_keys: int, dtype: torch.dtype
+) -> None:
+    check(*draw(batch, num_queries, num_keys, dtype))
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [4, 40])
+def test_gpu_result_where_scores_are_too_high_for_the_guess(
+    monkeypatch: pytest.MonkeyPatch, scale: int, dtype: torch.dtype
+) -> None:
+    from sgm.modules.transformer import triton_attention as kernels
+
+    broken = []
+    again = kernels.attend_again
+
+    def look(*tensors: Tensor, num_keys: int) -> None:
+        broken.append(int((tensors[-1] != 0).sum()))
+        again(*tensors, num_keys=num_keys)
+
+    monkeypatch.setattr(kernels, "attend_again", look)
+    query, key, value = draw(1, 1000, 1000, dtype)
+    check(scale * query, scale * key, value)
+    # bfloat16 has room for scores that are higher by 85.
+    assert (broken[-1] > 0) == (dtype == torch.float16 or scale == 40)
+
+
+@on_hopper
+def test_gpu_result_of_one_sample_is_not_spoilt_by_the_next() -> None:
+    query, key, value = draw(2, 300, 300, torch.float16)
+    expected = attention.hopper_attention(query[:1], key[:1], value[:1])[0]
+    value[1, 3] = torch.inf
+    found = attention.hopper_attention(query, key, value)[0]
+    # To the last bits: what the infinite value met is computed by the other kernel.
+    torch.testing.assert_close(found[:1], expected, rtol=0, atol=1e-3)
+    assert not found[1].isfinite().any()
+
+
+@on_hopper
+def test_gpu_takes_tensors_that_are_parts_of_others() -> None:
+    query, key, value = draw(2, 400, 400, torch.float16)
+    whole = torch.cat([query, key, value], dim=2)
+    parts = whole[:, 17:].split(2, dim=2)
+    assert not parts[1].is_contiguous()
+    check(*parts)
