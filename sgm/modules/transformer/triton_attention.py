@@ -35,7 +35,8 @@ HEAD_SIZE = gl.constexpr(64)
 ROWS = gl.constexpr(64)  # queries of a group of four warps, as many as their instruction takes
 GROUPS = gl.constexpr(3)
 KEYS = gl.constexpr(128)  # in a block
-STAGES = gl.constexpr(2)  # blocks of keys, and of values, in shared memory
+# Blocks of keys, and as many of values, in shared memory: at first the two beside the queries.
+STAGES = gl.constexpr(2)
 REGISTERS = gl.constexpr(160)  # per thread of the second and third group; the first has the rest
 LOADING_REGISTERS = gl.constexpr(24)
 # The exponential of the maximum that is subtracted is 2 ** -ROOM. Up to 65504, the largest number
@@ -43,6 +44,7 @@ LOADING_REGISTERS = gl.constexpr(24)
 # all its bits, 2 ** -14, is a weight of 2 ** -9, and what smaller ones lose is at most 2 ** -20.
 ROOM = gl.constexpr(5)
 LN_2 = gl.constexpr(math.log(2))
+CAREFUL_PROGRAMS = 512  # as many as a GPU runs at once; if nothing is broken they end at once
 
 # Which thread holds what of the scores, of the result, and of the weights as a factor of it.
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS.value, 16]))
@@ -378,8 +380,7 @@ def attend_again(
     of the ROWS queries of a part is.
     """
     _, n, heads, head_size = result.shape
-    # As many as a GPU runs at once; if nothing is broken they have ended in some microseconds.
-    num_programs = min(broken.numel(), 512)
+    num_programs = min(broken.numel(), CAREFUL_PROGRAMS)
     _careful_kernel[(num_programs,)](
         query,
         key,
