@@ -259,6 +259,15 @@ class SATVideoDiffusionEngine(nn.Module):
             noise = torch.randn(*shape, generator=generator, pin_memory=is_on_gpu)
             return noise.to(self.device, non_blocking=True)
 
+        network = self.model.diffusion_model
+
+        def after_step(step_index: int, num_steps: int, x: Tensor) -> None:
+            if step_index == 0:
+                network.review_attention()
+            if callback is not None:
+                callback(step_index, num_steps, x)
+
+        network.begin_video()
         with self._network_here:
             return self.sampler(
                 self.model,
@@ -267,7 +276,7 @@ class SATVideoDiffusionEngine(nn.Module):
                 self._here(cond),
                 self._here(uncond),
                 noise=lambda step_index: draw(),
-                callback=callback,
+                callback=after_step,
             )
 
     def _here(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -59,6 +59,6 @@ def replace_kernels(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(
         "sgm.modules.transformer.triton_attention.attend_on_hopper",
-        lambda query, key, value: forward(query, key, value, return_lse=True)[:2],
+        lambda *inputs, tally: forward(*inputs, return_lse=True)[:2],
     )
     return calls

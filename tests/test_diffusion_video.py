@@ -228,6 +228,37 @@ def test_what_one_sample_becomes_does_not_depend_on_the_others(build, video):
     assert torch.equal(both[1:], engine.conditioner({"txt": TEXTS[1:]})["crossattn"])
 
 
+@pytest.mark.parametrize(("computed_twice", "is_left"), [(0.05, False), (0.5, True)])
+def test_our_kernel_leaves_to_another_what_it_has_to_compute_twice(
+    build, kernel_calls, monkeypatch, computed_twice, is_left
+):
+    kernels = "sgm.modules.transformer.attention.list_kernels"
+    monkeypatch.setattr(kernels, lambda tokens, head_size: ["hopper", "sdpa"])
+    shares = []
+
+    def share():
+        shares.append(len(kernel_calls))
+        return computed_twice
+
+    monkeypatch.setattr("sgm.models.transformer.share_computed_twice", share)
+    engine = build().eval()
+    cond = engine.conditioner.encode(["a circle"])
+    steps = []
+    for _ in range(2):  # what was found of one video is nothing to the next
+        kernel_calls.clear()
+        engine.sample(
+            cond,
+            engine.conditioner.unconditional(cond),
+            (1, 3, 4, 4, 6),
+            generator=torch.Generator().manual_seed(1),
+            callback=lambda step_index, *_: steps.append(step_index),
+        )
+        num_steps = engine.sampler.num_steps
+        assert len(kernel_calls) == shares[-1] * (1 if is_left else num_steps) > 0
+    assert len(shares) == 2
+    assert steps == 2 * [*range(num_steps)] != [0, 0]
+
+
 def test_with_cached_input_no_file_of_the_encoders_is_read(build, small_model):
     small_model["first_stage_config"]["params"]["ckpt_path"] = "no such file"
     embedder = small_model["conditioner_config"]["params"]["emb_models"][0]

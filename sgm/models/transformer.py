@@ -6,6 +6,7 @@ Transformer", section 2.2.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -18,13 +19,23 @@ from sat.model.transformer import BaseTransformer
 from torch import Tensor, distributed, nn
 
 from sgm.errors import UserError, nearest_name
-from sgm.modules.transformer.attention import Kernel
+from sgm.modules.transformer.attention import (
+    Kernel,
+    restart_tally,
+    share_computed_twice,
+)
 from sgm.modules.transformer.checkpointing import Keep
 from sgm.modules.transformer.sat_runtime import ensure_process_groups, quiet_sat
 from sgm.parallel.sequence import SequenceShare
 from sgm.util import instantiate_from_config
 
+logger = logging.getLogger(__name__)
+
 LAYER_NORM_EPSILON = 1e-5  # of the norms that SAT holds: two in each block, one after the last
+
+# What this project's kernel of attention may compute twice. The second time takes twice as long; at
+# this share FlashAttention-4 is faster already, and PyTorch's attention at a fifth.
+MOST_COMPUTED_TWICE = 0.1
 
 # The mixins, by name, and what their constructors take besides the params of their own node.
 _SIZES_OF_PARTS = {
@@ -175,6 +186,22 @@ class DiffusionTransformer(BaseModel):
     def set_attention(self, kernel: Kernel | None) -> None:
         """Compute attention with this kernel; None (the default) takes the fastest there is."""
         self.mixins["adaln_layer"].attention_kernel = kernel
+
+    def begin_video(self) -> None:
+        """To be called before the first step of a video; see `review_attention`."""
+        self.mixins["adaln_layer"].own_kernel_pays = True
+        restart_tally()
+
+    def review_attention(self) -> None:
+        """Go on without this project's kernel of attention if it has computed too much twice.
+
+        It does where scores are spread widely. To be called after the first step of a video, so
+        that this depends on nothing but the video. Waits for the GPU.
+        """
+        share = share_computed_twice()
+        if share > MOST_COMPUTED_TWICE:
+            self.mixins["adaln_layer"].own_kernel_pays = False
+            logger.info("attention by another kernel, since %.0f%% was computed twice", 100 * share)
 
     def split_sequence(self, group: distributed.ProcessGroup) -> None:
         """Share the tokens, for inference, with the other processes of `group`.

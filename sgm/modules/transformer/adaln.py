@@ -107,6 +107,8 @@ class AdaLNMixin(BaseMixin):
     Attributes:
         checkpoint_keep: what is kept of a block for the backward pass; None for everything.
         attention_kernel: what computes the attention; None for the fastest that there is.
+        own_kernel_pays: whether that may be this project's own, as it is until it is found to
+            compute too much twice.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class AdaLNMixin(BaseMixin):
         super().__init__()
         self.checkpoint_keep: Keep | None = "block" if checkpoint_activations else None
         self.attention_kernel: Kernel | None = None
+        self.own_kernel_pays = True
         self.qk_ln = qk_ln
         self.head_size = head_size
         self._run_block = run_block
@@ -180,7 +183,9 @@ class AdaLNMixin(BaseMixin):
         layer = int(layer_id)
         parts = self.block_parts(layer)
         tokens = hidden_states
-        kernel = self.attention_kernel or choose_kernel(tokens, head_size=self.head_size)
+        kernel = self.attention_kernel or choose_kernel(
+            tokens, head_size=self.head_size, own=self.own_kernel_pays
+        )
         # Before the first block video tokens have not met the text. Not in training, which has one
         # branch: no gradient goes through the log-sum-exp that joins what is shared.
         has_gradient = torch.is_grad_enabled()

@@ -26,9 +26,13 @@ _HOPPER, _BLACKWELL = (9, 0), (10, 0)  # compute capabilities
 _HOPPER_HEAD_SIZE = 64
 
 
-def choose_kernel(tokens: Tensor, *, head_size: int) -> Kernel:
-    """The fastest kernel that there is for tokens of this device and type."""
-    return list_kernels(tokens, head_size=head_size)[0]
+def choose_kernel(tokens: Tensor, *, head_size: int, own: bool = True) -> Kernel:
+    """The fastest kernel that there is for tokens of this device and type.
+
+    Without `own` it is not this project's.
+    """
+    kernels = list_kernels(tokens, head_size=head_size)
+    return next(kernel for kernel in kernels if own or kernel != "hopper")
 
 
 def list_kernels(tokens: Tensor, *, head_size: int) -> list[Kernel]:
@@ -44,6 +48,23 @@ def list_kernels(tokens: Tensor, *, head_size: int) -> list[Kernel]:
         if fits and _hopper_runs_on(tokens.device):
             kernels.insert(0, "hopper")
     return kernels
+
+
+# How many parts of the queries this project's kernel computed on a GPU, and how many of them twice.
+_tallies: dict[torch.device, Tensor] = {}
+
+
+def restart_tally() -> None:
+    """Count from here on what this project's kernel computes twice."""
+    for tally in _tallies.values():
+        tally.zero_()
+
+
+def share_computed_twice() -> float:
+    """Of what this project's kernel computed since the count began; waits for the GPU."""
+    counts = [tally.tolist() for tally in _tallies.values()]
+    computed, twice = map(sum, zip(*counts, strict=True)) if counts else (0, 0)
+    return twice / max(computed, 1)
 
 
 @functools.lru_cache
@@ -155,7 +176,9 @@ def hopper_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
     """This project's kernel as an operator; like `flash_attention`, but without a gradient."""
     from sgm.modules.transformer.triton_attention import attend_on_hopper
 
-    return attend_on_hopper(query, key, value)
+    if query.device not in _tallies:
+        _tallies[query.device] = torch.zeros(2, dtype=torch.int64, device=query.device)
+    return attend_on_hopper(query, key, value, tally=_tallies[query.device])
 
 
 @torch.library.custom_op("cogvideox::flash_attention", mutates_args=())

@@ -242,6 +242,7 @@ def _careful_kernel(
     result_ptr,
     sum_ptr,
     broken_ptr,
+    tally_ptr,
     num_queries,
     num_keys,
     num_heads,
@@ -258,11 +259,14 @@ def _careful_kernel(
     Each program looks at up to PARTS of all `total_parts` at once, of which a head has `num_parts`.
     """
     every = tl.num_programs(0)
+    if tl.program_id(0) == 0:
+        tl.atomic_add(tally_ptr, total_parts.to(tl.int64))
     mine = tl.program_id(0) + tl.arange(0, PARTS) * every
     are_broken = tl.load(broken_ptr + mine, mask=mine < total_parts, other=0)
     if tl.max(are_broken, 0) != 0:
         for part in range(tl.program_id(0), total_parts, every):
             if tl.load(broken_ptr + part) != 0:
+                tl.atomic_add(tally_ptr + 1, 1)
                 _attend_carefully(
                     query_ptr,
                     key_ptr,
@@ -331,13 +335,17 @@ def _attend_carefully(
     tl.store(sum_ptr + head.to(tl.int64) * num_queries + row, log_sum_exp, mask=is_row)
 
 
-def attend_on_hopper(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def attend_on_hopper(
+    query: Tensor, key: Tensor, value: Tensor, *, tally: Tensor
+) -> tuple[Tensor, Tensor]:
     """Attention without mask, dropout or gradient, on a Hopper GPU.
 
     Args:
         query: (b, n, heads, 64), float16 or bfloat16.
         key: (b, m, heads, 64), of the same type.
         value: as `key`.
+        tally: int64 (2,), to which the number of parts of the queries is added, and of those that
+            were computed a second time.
 
     Returns:
         The result (b, n, heads, 64), and the log-sum-exp (b, heads, n) of the scores in float32.
@@ -360,7 +368,7 @@ def attend_on_hopper(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
         _fast_kernel[(num_tiles, b * heads)](
             *tiles, result, log_sum_exp, broken, *sizes, scale, num_warps=4, enable_fp_fusion=True
         )
-        attend_again(*rows, result, log_sum_exp, broken, num_keys=key.shape[1])
+        attend_again(*rows, result, log_sum_exp, broken, tally, num_keys=key.shape[1])
     return result, log_sum_exp
 
 
@@ -371,13 +379,14 @@ def attend_again(
     result: Tensor,
     log_sum_exp: Tensor,
     broken: Tensor,
+    tally: Tensor,
     *,
     num_keys: int,
 ) -> None:
     """Compute in place the results (b, n, heads, 64) whose part is `broken`, and their sums.
 
     Inputs have a row for each token of each sample; `broken` (b, heads, parts) is not 0 where one
-    of the ROWS queries of a part is.
+    of the ROWS queries of a part is. For `tally` see `attend_on_hopper`.
     """
     _, n, heads, head_size = result.shape
     num_programs = min(broken.numel(), CAREFUL_PROGRAMS)
@@ -388,6 +397,7 @@ def attend_again(
         result,
         log_sum_exp,
         broken,
+        tally,
         n,
         num_keys,
         heads,

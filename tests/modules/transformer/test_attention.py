@@ -69,6 +69,8 @@ def test_own_kernel_is_not_for_training(monkeypatch: pytest.MonkeyPatch) -> None
     with torch.no_grad():
         assert list_kernels(tokens_on_gpu, head_size=64) == ["hopper", "flash", "sdpa"]
         assert list_kernels(tokens_on_gpu, head_size=32) == ["flash", "sdpa"]
+        assert choose_kernel(tokens_on_gpu, head_size=64) == "hopper"
+        assert choose_kernel(tokens_on_gpu, head_size=64, own=False) == "flash"
     assert list_kernels(tokens_on_gpu, head_size=64) == ["flash", "sdpa"]
 
 
@@ -100,3 +102,16 @@ def test_what_branches_join_is_within_a_unit_of_the_exact_attention(dtype: torch
     exact, _ = written_out(*whole)
     # Results are means of values of about 1, and a unit is that of such a value.
     assert (found - exact).abs().max() <= torch.finfo(dtype).eps
+
+
+def test_share_of_what_is_computed_twice_counts_from_the_restart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "_tallies", {})
+    attention.restart_tally()
+    assert attention.share_computed_twice() == 0
+    attention._tallies[torch.device("cpu")] = tally = torch.tensor([5, 5])
+    attention.restart_tally()
+    assert attention.share_computed_twice() == 0
+    tally += torch.tensor([8, 2])
+    assert attention.share_computed_twice() == 0.25

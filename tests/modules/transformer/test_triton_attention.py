@@ -32,7 +32,9 @@ for num_queries, num_keys, scale in ((70, 100, 1.0), (130, 1, 1.0), (5, 131, 30.
     num_parts = -(-num_queries // 64)
     broken = torch.randint(0, 2, (2, 3, num_parts), generator=generator, dtype=torch.int32)
     rows = (tensor.flatten(2).flatten(0, 1) for tensor in (query, key, value))
-    triton_attention.attend_again(*rows, result, log_sum_exp, broken, num_keys=num_keys)
+    tally = torch.zeros(2, dtype=torch.int64)
+    triton_attention.attend_again(*rows, result, log_sum_exp, broken, tally, num_keys=num_keys)
+    assert tally.tolist() == [broken.numel(), broken.sum()]
     is_done = broken.bool().repeat_interleave(64, dim=2)[..., :num_queries]
     assert 0 < is_done.sum() < is_done.numel()
     expected *= is_done.transpose(1, 2)[..., None]
@@ -163,12 +165,15 @@ def test_gpu_result_where_scores_are_too_high_for_the_guess(
     again = kernels.attend_again
 
     def look(*tensors: Tensor, num_keys: int) -> None:
-        broken.append(int((tensors[-1] != 0).sum()))
+        broken.append(int((tensors[-2] != 0).sum()))
         again(*tensors, num_keys=num_keys)
 
     monkeypatch.setattr(kernels, "attend_again", look)
     query, key, value = draw(1, 1000, 1000, dtype)
+    attention.restart_tally()
     check(scale * query, scale * key, value)
+    # Two heads with six tiles of three parts each.
+    assert attention.share_computed_twice() == broken[-1] / 36
     # bfloat16 has room for scores that are higher by 85.
     assert (broken[-1] > 0) == (dtype == torch.float16 or scale == 40)
 
