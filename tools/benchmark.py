@@ -261,7 +261,11 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--against", choices=("diffusers",), help="measure another code beside it")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
-    parser.add_argument("--attention", choices=("flash", "sdpa"), help="default: the fastest")
+    parser.add_argument(
+        "--attention",
+        choices=("flash", "sdpa"),
+        help="default: the fastest, of which one for sampling has no name here",
+    )
     parser.add_argument(
         "--warmup", type=int, help="runs before the measured: 1; train: 3; a step on a GPU: 5"
     )

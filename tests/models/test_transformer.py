@@ -320,12 +320,16 @@ def test_gradients_of_branches_are_those_of_copies_of_the_clips(
 
 
 @pytest.mark.usefixtures("kernel_calls")
+@pytest.mark.parametrize("kernel", ["hopper", "flash"])
 def test_first_block_of_branches_compiles_to_one_graph(
-    small_config: Config, randomize: Callable[..., None], compiled_graphs: dict[str, int]
+    small_config: Config,
+    randomize: Callable[..., None],
+    compiled_graphs: dict[str, int],
+    kernel: str,
 ) -> None:
     model = DiffusionTransformer(**small_config(num_layers=3))
     randomize(model)
-    model.set_attention("flash")
+    model.set_attention(kernel)
     clips = inputs(model)
     clips["context"] = torch.randn(4, 10, 48)
     with torch.no_grad():

@@ -123,7 +123,7 @@ def step(
 def step_by_another(
     config: Config, options: argparse.Namespace, *, kernel: Kernel
 ) -> Measured | None:
-    """A step with this attention, where there is it and `step` takes another by itself."""
+    """A step with this attention; None unless it is there and `step` would take another."""
     token = torch.empty(1, dtype=inputs.run_dtype(config), device=choose_device())
     _, *others = list_kernels(token, head_size=inputs.head_size(config))
     if options.attention or kernel not in others:

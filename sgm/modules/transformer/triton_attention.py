@@ -2,14 +2,19 @@
 
 A softmax subtracts the maximum of a row of scores only to keep its exponentials within the range
 of the numbers; any value near it will do. Here it is the maximum over two blocks of keys, the last
-one and the one in which the queries' own are. So the others go without that search, and what is
-summed already is never scaled again. Where the value was too low, so that something overflowed, the
-result is not finite, and a second kernel computes these queries again with care.
+one and, where tokens attend to themselves, the one in which the queries' own are. So the others go
+without that search, and what is summed already is never scaled again. Where the value was too low,
+so that something overflowed, the result is not finite, and a second kernel computes these queries,
+ROWS at a time, again with care.
 
 The way of working is that of FlashAttention-3 (Shah et al., 2024, section 3): one warp loads blocks
 of keys and values, three groups of warps take turns with the tensor cores, and in each the scores
-of a block are computed beside the sum over the values of the block before. It is written in Gluon,
-the part of Triton in which one says what each warp does.
+of a block are computed beside the sum over the values of the block before.
+
+It is written in Gluon, the part of Triton in which one says what each warp does. Warps wait for
+each other by barriers, which count arrivals, or bytes that come, and go through phases 0, 1, 0 and
+so on: `wait(barrier, phase)` waits until that phase is complete. Of a fresh barrier, in its phase
+0, phase 1 counts as complete. Rows are tokens of all samples, columns those of all heads.
 """
 
 from __future__ import annotations
@@ -33,18 +38,20 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 HEAD_SIZE = gl.constexpr(64)
 ROWS = gl.constexpr(64)  # queries of a group of four warps, as many as their instruction takes
-GROUPS = gl.constexpr(3)
+GROUPS = gl.constexpr(3)  # for which registers are shared out and `_fast_kernel` is written
 KEYS = gl.constexpr(128)  # in a block
 # Blocks of keys, and as many of values, in shared memory: at first the two beside the queries.
 STAGES = gl.constexpr(2)
 REGISTERS = gl.constexpr(160)  # per thread of the second and third group; the first has the rest
 LOADING_REGISTERS = gl.constexpr(24)
-# The exponential of the maximum that is subtracted is 2 ** -ROOM. Up to 65504, the largest number
-# of float16, there is then room for scores that are higher by 14.5. The smallest that it holds with
-# all its bits, 2 ** -14, is a weight of 2 ** -9, and what smaller ones lose is at most 2 ** -20.
+# A score equal to the maximum of the two blocks gets the weight 2 ** -ROOM. Up to 65504, float16's
+# largest number, there is then room for scores that are higher by (16 + ROOM) ln 2 = 14.5. If none
+# is, the smallest number that float16 holds with all its bits, 2 ** -14, is 2 ** -9 of the largest
+# weight, and what smaller ones lose is at most 2 ** -20 of it.
 ROOM = gl.constexpr(5)
 LN_2 = gl.constexpr(math.log(2))
-CAREFUL_PROGRAMS = 512  # as many as a GPU runs at once; if nothing is broken they end at once
+CAREFUL_PROGRAMS = 512  # somewhat more than a GPU runs at once
+CAREFUL_PARTS = gl.constexpr(64)  # that a program looks at, at most
 
 # Which thread holds what of the scores, of the result, and of the weights as a factor of it.
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS.value, 16]))
@@ -61,7 +68,7 @@ _load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_gl
 def _load_blocks(tiles, shared, barriers, place):
     """The queries and the keys beside them, then keys and values block by block from the end.
 
-    Each block is loaded as soon as all groups are done with the one whose place it takes.
+    One after the other, each as soon as all groups are done with the block whose place it takes.
     """
     query_tiles, key_tiles, value_tiles = tiles
     queries, keys, values = shared
@@ -72,7 +79,7 @@ def _load_blocks(tiles, shared, barriers, place):
         row = query_row + group * ROWS
         _load_tile(query_tiles, [row, column], query_ready, queries.index(group))
     for near in gl.static_range(STAGES):
-        # Not the last block, in which the keys may end.
+        # Not the last block, which comes by itself, and in which the keys may end.
         beside = gl.minimum(tile * GROUPS * ROWS // KEYS + near, gl.maximum(num_blocks - 2, 0))
         row = key_row + beside * KEYS
         mbarrier.expect(key_ready.index(near), KEYS * HEAD_SIZE * 2)
@@ -112,7 +119,7 @@ def _attend_group(outputs, shared, barriers, place, sizes, scale, group: gl.cons
     num_queries, num_keys, width = sizes
     query = queries.index(group)
 
-    # The maximum is that of the block in which the queries' own keys are, and of the last.
+    # The maximum over the block beside the queries, in phase 0 of the keys, and over the last.
     mbarrier.wait(query_ready, 0)
     for near in gl.static_range(STAGES):
         mbarrier.wait(key_ready.index(near), 0)
@@ -126,9 +133,9 @@ def _attend_group(outputs, shared, barriers, place, sizes, scale, group: gl.cons
     mbarrier.arrive(key_free.index(0))
     key = (num_blocks - 1) * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, _SCORES))
     scores = gl.where((key < num_keys)[None, :], scores, float("-inf"))
-    maximum = gl.maximum(maximum, gl.max(scores, 1)) * scale + ROOM
+    shift = gl.maximum(maximum, gl.max(scores, 1)) * scale + ROOM
 
-    exponentials = gl.exp2(scores * scale - maximum[:, None])
+    exponentials = gl.exp2(scores * scale - shift[:, None])
     sums = _sums(exponentials)
     weights = gl.convert_layout(exponentials.to(keys.dtype), _WEIGHTS)
     result = gl.zeros((ROWS, HEAD_SIZE), gl.float32, _RESULT)
@@ -145,7 +152,7 @@ def _attend_group(outputs, shared, barriers, place, sizes, scale, group: gl.cons
         mbarrier.arrive(turns.index((group + 1) % GROUPS))
         scores = warpgroup_mma_wait(1, [scores])
         mbarrier.arrive(key_free.index(stage))
-        exponentials = gl.exp2(scores * scale - maximum[:, None])
+        exponentials = gl.exp2(scores * scale - shift[:, None])
         sums += _sums(exponentials)
         # Both are waited for, or the compiler would put all exponentials after the products.
         result, exponentials = warpgroup_mma_wait(0, [result, exponentials])
@@ -157,7 +164,7 @@ def _attend_group(outputs, shared, barriers, place, sizes, scale, group: gl.cons
     result = warpgroup_mma_wait(0, [result])
 
     total = gl.convert_layout(gl.sum(sums, 1), _RESULT_ROWS)
-    maximum = gl.convert_layout(maximum, _RESULT_ROWS)
+    shift = gl.convert_layout(shift, _RESULT_ROWS)
     row = (tile * GROUPS + group) * ROWS + gl.arange(0, ROWS, _RESULT_ROWS)
     is_row = row < num_queries
     # What is not finite differs from itself less itself.
@@ -170,7 +177,7 @@ def _attend_group(outputs, shared, barriers, place, sizes, scale, group: gl.cons
     result_place = result_row[:, None] * width + head_column[None, :]
     result = (result * (1.0 / total)[:, None]).to(keys.dtype)
     gl.store(result_ptr + result_place, result, mask=is_row[:, None])
-    log_sum_exp = (maximum + gl.log2(total)) * LN_2
+    log_sum_exp = (shift + gl.log2(total)) * LN_2
     gl.store(sum_ptr + head * num_queries + row, log_sum_exp, mask=is_row)
 
 
@@ -187,7 +194,19 @@ def _fast_kernel(
     num_heads,
     scale,
 ):
-    """GROUPS * ROWS queries of a head. Programs are (tiles of queries, batch and head)."""
+    """GROUPS * ROWS queries of a head. Programs are (tiles of queries, samples times heads).
+
+    Args:
+        query_tiles: descriptor of (b * num_queries, heads * HEAD_SIZE), in tiles of ROWS.
+        key_tiles: of (b * num_keys, heads * HEAD_SIZE), in tiles of KEYS.
+        value_tiles: as `key_tiles`.
+        result_ptr: to as much as the queries.
+        sum_ptr: to the log-sum-exp (b, heads, num_queries), float32.
+        broken_ptr: to how many numbers of the results are not finite (b, heads, parts), int32.
+        num_queries: of a sample; likewise `num_keys`.
+        num_heads: of a sample.
+        scale: what makes a product of query and key an exponent of 2.
+    """
     tile, head = gl.program_id(0), gl.program_id(1)
     batch = head // num_heads
     query_row = batch * num_queries + tile * GROUPS * ROWS
@@ -252,16 +271,15 @@ def _careful_kernel(
     key_stride,
     value_stride,
     scale,
-    PARTS: tl.constexpr,
 ):
-    """Parts of ROWS queries that are broken once more, by the maximum of all scores.
+    """Compute the broken parts, of ROWS queries each, again, with the true maximum of the scores.
 
-    Each program looks at up to PARTS of all `total_parts` at once, of which a head has `num_parts`.
+    Each program looks at every so many of all `total_parts`, of which a head has `num_parts`.
     """
     every = tl.num_programs(0)
     if tl.program_id(0) == 0:
         tl.atomic_add(tally_ptr, total_parts.to(tl.int64))
-    mine = tl.program_id(0) + tl.arange(0, PARTS) * every
+    mine = tl.program_id(0) + tl.arange(0, CAREFUL_PARTS) * every
     are_broken = tl.load(broken_ptr + mine, mask=mine < total_parts, other=0)
     if tl.max(are_broken, 0) != 0:
         for part in range(tl.program_id(0), total_parts, every):
@@ -341,7 +359,8 @@ def attend_on_hopper(
     """Attention without mask, dropout or gradient, on a Hopper GPU.
 
     Args:
-        query: (b, n, heads, 64), float16 or bfloat16.
+        query: (b, n, heads, 64), float16 or bfloat16, from an address that is a multiple of 16
+            bytes. What is not one row after the other, with equal distances, is copied.
         key: (b, m, heads, 64), of the same type.
         value: as `key`.
         tally: int64 (2,), to which the number of parts of the queries is added, and of those that
@@ -351,7 +370,10 @@ def attend_on_hopper(
         The result (b, n, heads, 64), and the log-sum-exp (b, heads, n) of the scores in float32.
     """
     b, n, heads, head_size = query.shape
-    assert head_size == HEAD_SIZE.value, head_size
+    assert head_size == HEAD_SIZE.value and b * n * heads > 0, query.shape
+    assert key.shape == value.shape == (b, key.shape[1], heads, head_size), (key.shape, value.shape)
+    types = {tensor.dtype for tensor in (query, key, value)}
+    assert types in ({torch.float16}, {torch.bfloat16}), types
     # TMA, which loads the tiles, takes what has its rows in equal distances.
     rows = [tensor.flatten(2).flatten(0, 1) for tensor in (query, key, value)]
     tiles = [
@@ -365,6 +387,7 @@ def attend_on_hopper(
     sizes = (n, key.shape[1], heads)
     scale = _score_scale(head_size)
     with torch.cuda.device(query.device):
+        # A weight is one fused product and sum and one power of 2.
         _fast_kernel[(num_tiles, b * heads)](
             *tiles, result, log_sum_exp, broken, *sizes, scale, num_warps=4, enable_fp_fusion=True
         )
@@ -385,11 +408,13 @@ def attend_again(
 ) -> None:
     """Compute in place the results (b, n, heads, 64) whose part is `broken`, and their sums.
 
-    Inputs have a row for each token of each sample; `broken` (b, heads, parts) is not 0 where one
-    of the ROWS queries of a part is. For `tally` see `attend_on_hopper`.
+    Queries are (b * n, heads * 64), keys and values (b * num_keys, heads * 64); `broken` (b, heads,
+    parts) is not 0 where one of the ROWS queries of a part is. For `tally` see `attend_on_hopper`.
     """
     _, n, heads, head_size = result.shape
-    num_programs = min(broken.numel(), CAREFUL_PROGRAMS)
+    num_parts = broken.numel()
+    at_least = triton.cdiv(num_parts, CAREFUL_PARTS.value)
+    num_programs = max(min(num_parts, CAREFUL_PROGRAMS), at_least)
     _careful_kernel[(num_programs,)](
         query,
         key,
@@ -402,10 +427,10 @@ def attend_again(
         num_keys,
         heads,
         broken.shape[-1],
-        broken.numel(),
+        num_parts,
         *(tensor.stride(0) for tensor in (query, key, value)),
         _score_scale(head_size),
-        PARTS=triton.next_power_of_2(triton.cdiv(broken.numel(), num_programs)),
+        enable_fp_fusion=True,
     )
 
 

@@ -62,16 +62,33 @@ def test_own_operator_keeps_what_torch_compile_relies_on() -> None:
     torch.testing.assert_close(attend(*inputs, kernel="hopper"), written_out(*inputs)[0])
 
 
+@pytest.mark.usefixtures("kernel_calls")
+def test_own_operator_has_no_gradient() -> None:
+    with pytest.raises(RuntimeError, match="autograd"):
+        attend(*tokens(), kernel="hopper").sum().backward()
+
+
 def test_own_kernel_is_not_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens_on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float16, device="an H100")
-    for name in ("_hopper_runs_on", "_flash_runs_on"):
-        monkeypatch.setattr(attention, name, lambda device: True)
+    device = SimpleNamespace(type="cuda")
+    half = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=device)
+    single = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=device)
+    monkeypatch.setattr(attention, "_flash_runs_on", lambda device: True)
+    monkeypatch.setattr(attention, "_hopper_runs_on", lambda device, dtype: True)
     with torch.no_grad():
-        assert list_kernels(tokens_on_gpu, head_size=64) == ["hopper", "flash", "sdpa"]
-        assert list_kernels(tokens_on_gpu, head_size=32) == ["flash", "sdpa"]
-        assert choose_kernel(tokens_on_gpu, head_size=64) == "hopper"
-        assert choose_kernel(tokens_on_gpu, head_size=64, own=False) == "flash"
-    assert list_kernels(tokens_on_gpu, head_size=64) == ["flash", "sdpa"]
+        assert list_kernels(half, head_size=64) == ["hopper", "flash", "sdpa"]
+        assert list_kernels(half, head_size=32) == ["flash", "sdpa"]
+        assert list_kernels(single, head_size=64) == ["sdpa"]
+        assert choose_kernel(half, head_size=64) == "hopper"
+        assert choose_kernel(half, head_size=64, own=False) == "flash"
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: True)
+        assert list_kernels(half, head_size=64) == ["flash", "sdpa"]
+        monkeypatch.undo()
+    assert list_kernels(tokens()[0], head_size=64) == ["sdpa"]
+    monkeypatch.setattr(attention, "_flash_runs_on", lambda device: False)
+    monkeypatch.setattr(attention, "_hopper_runs_on", lambda device, dtype: True)
+    assert list_kernels(half, head_size=64) == ["sdpa"]
+    with torch.no_grad():
+        assert list_kernels(half, head_size=64) == ["hopper", "sdpa"]
 
 
 @pytest.mark.usefixtures("kernel_calls")

@@ -6,7 +6,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 from sgm.modules.transformer import attention
 from tests.plain_attention import written_out
 
-pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon")
 
 INTERPRETED = """
 import torch
@@ -87,20 +90,79 @@ def test_the_fast_kernel_compiles_and_keeps_its_numbers_in_registers(
     assert re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout) == [("128", "0")]
 
 
-def test_a_kernel_that_fails_is_left_out_with_a_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    # Here it does, since there is no GPU that the stated one could be.
+@pytest.fixture
+def try_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], bool]]:
+    """The trial of the kernel, as if there were a Hopper GPU."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention, "can_compile_kernels", lambda: True)
     attention._hopper_runs_on.cache_clear()
-    assert not attention._hopper_runs_on(torch.device("cpu"))
+    yield partial(attention._hopper_runs_on, torch.device("cpu"), torch.float16)
     attention._hopper_runs_on.cache_clear()
+
+
+@pytest.mark.usefixtures("kernel_calls")
+def test_a_kernel_that_works_is_taken(
+    try_kernel: Callable[[], bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert try_kernel()
+    assert not caplog.records
+
+
+def test_a_kernel_that_fails_is_left_out_with_a_warning(
+    try_kernel: Callable[[], bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not try_kernel()  # there is no GPU
     (record,) = caplog.records
-    assert re.match(
-        r"attention without the kernel of our own, so it is slower: \w+", record.message
-    )
-    assert "\n" not in record.message
+    reason = record.message.removeprefix("attention without the kernel of our own, so it is slower")
+    assert re.match(r": \w+", reason)
+    assert "\n" not in reason
+
+
+def test_a_kernel_with_other_results_is_left_out_with_a_warning(
+    try_kernel: Callable[[], bool],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(attention, "hopper_attention", lambda q, k, v: (q.new_zeros(q.shape), q))
+    assert not try_kernel()
+    assert caplog.records[0].message.endswith(": its results are off")
+
+
+def test_a_lack_of_memory_says_nothing_about_the_kernel(
+    try_kernel: Callable[[], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Tensor) -> NoReturn:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(attention, "hopper_attention", fail)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            try_kernel()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        (((1, 4, 2, 32), (1, 4, 2, 32)), torch.float16),
+        (((1, 0, 2, 64), (1, 4, 2, 64)), torch.float16),
+        (((2, 4, 2, 64), (1, 4, 2, 64)), torch.float16),
+        (((1, 4, 2, 64), (1, 4, 2, 64)), torch.float32),
+    ],
+)
+def test_what_the_kernel_would_read_wrongly_is_refused(
+    sizes: tuple[tuple[int, ...], ...], dtype: torch.dtype
+) -> None:
+    from sgm.modules.transformer.triton_attention import attend_on_hopper
+
+    query, key = (torch.zeros(size, dtype=dtype) for size in sizes)
+    with pytest.raises(AssertionError, match=r"\w"):
+        attend_on_hopper(query, key, key, tally=torch.zeros(2, dtype=torch.int64))
+
+
+def test_the_size_of_a_head_is_the_same_in_both_places() -> None:
+    from sgm.modules.transformer.triton_attention import HEAD_SIZE
+
+    assert HEAD_SIZE.value == attention._HOPPER_HEAD_SIZE
 
 
 # ---- on a GPU ----
@@ -174,7 +236,7 @@ def test_gpu_result_where_scores_are_too_high_for_the_guess(
     check(scale * query, scale * key, value)
     # Two heads with six tiles of three parts each.
     assert attention.share_computed_twice() == broken[-1] / 36
-    # bfloat16 has room for scores that are higher by 85.
+    # bfloat16 has room for scores that are higher by (128 + 5) ln 2 = 92.
     assert (broken[-1] > 0) == (dtype == torch.float16 or scale == 40)
 
 
@@ -196,3 +258,19 @@ def test_gpu_takes_tensors_that_are_parts_of_others() -> None:
     parts = whole[:, 17:].split(2, dim=2)
     assert not parts[1].is_contiguous()
     check(*parts)
+
+
+@on_hopper
+def test_gpu_result_is_what_torch_compile_expects() -> None:
+    checks = ("test_schema", "test_faketensor")
+    inputs = tuple(draw(2, 300, 200, torch.float16))
+    torch.library.opcheck(attention.hopper_attention, inputs, test_utils=checks)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gpu_kernel_is_chosen(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    tokens = torch.zeros(1, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        assert attention.choose_kernel(tokens, head_size=64) == "hopper"
+    assert not caplog.records
