@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -250,10 +250,14 @@ class PromptRunner:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     names = ("torch", "SwissArmyTransformer", "transformers", "imageio-ffmpeg")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
+    found = {"python": platform.python_version()} | {name: version(name) for name in names}
+    for optional in ("triton", "flash-attn-4"):
+        with suppress(PackageNotFoundError):
+            found[optional] = version(optional)
+    return found
 
 
 def peak_memory() -> dict[str, float]:

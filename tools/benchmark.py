@@ -12,8 +12,9 @@ A configuration with a section `deepspeed` trains, one without makes videos:
     pipeline  a prompt to a video: T5, all steps of the sampler, decoding
     train     a training step: the objective, DeepSpeed's engine and the optimizer
 
-Time and memory do not depend on the values of weights: where the files that a configuration names
-are not there, or `--weights` says so, random ones are written and read.
+Where the files that a configuration names are not there, or `--weights` says so, random weights are
+written and read. Time and memory do not depend on their values, but for attention on Hopper GPUs:
+the wider its scores are spread, the more of it is computed twice.
 """
 
 from __future__ import annotations

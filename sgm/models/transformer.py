@@ -201,7 +201,11 @@ class DiffusionTransformer(BaseModel):
         share = share_computed_twice()
         if share > MOST_COMPUTED_TWICE:
             self.mixins["adaln_layer"].own_kernel_pays = False
-            logger.info("attention by another kernel, since %.0f%% was computed twice", 100 * share)
+            logger.info(
+                "attention goes on by FlashAttention-4 or PyTorch: of the first step the kernel of "
+                "our own computed %.0f%% twice",
+                100 * share,
+            )
 
     def split_sequence(self, group: distributed.ProcessGroup) -> None:
         """Share the tokens, for inference, with the other processes of `group`.

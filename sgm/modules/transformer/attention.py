@@ -97,6 +97,8 @@ def _hopper_runs_on(device: torch.device, dtype: torch.dtype) -> bool:
         lacking = f"{type(fault).__name__}: {fault}".splitlines()[0]
     if lacking:
         logger.warning("attention without the kernel of our own, so it is slower: %s", lacking)
+    else:
+        logger.info("attention by the kernel of our own")
     return lacking is None
 
 
