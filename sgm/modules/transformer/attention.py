@@ -95,6 +95,7 @@ def _hopper_runs_on(device: torch.device, dtype: torch.dtype) -> bool:
         raise
     except Exception as fault:  # of any kind, from Triton's compiler to the driver
         lacking = f"{type(fault).__name__}: {fault}".splitlines()[0]
+    restart_tally()  # the trial is none of the video's
     if lacking:
         logger.warning("attention without the kernel of our own, so it is slower: %s", lacking)
     else:
