@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from sgm.inference.prompts import Prompt, read_prompt_file, read_typed_prompts
 from sgm.inference.request import latent_shape
 from sgm.inference.weights import check_weight_paths
 from sgm.kernels import can_compile_kernels, check_compile
+from sgm.versions import installed_versions
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,15 @@ logger = logging.getLogger(__name__)
 COMPILE_STEPS = 100
 # Weights of the transformer, from which on a CPU takes minutes for a step.
 LARGE_MODEL = 500_000_000
+# What the numbers of a video depend on.
+PACKAGES = (
+    "torch",
+    "SwissArmyTransformer",
+    "transformers",
+    "imageio-ffmpeg",
+    "triton",
+    "flash-attn-4",
+)
 
 
 @dataclass(frozen=True)
@@ -242,22 +252,10 @@ class PromptRunner:
             "config_files": self.config.files,
             "args": asdict(self.args),
             "model": self.config.model,
-            "versions": versions(),
+            "versions": {"python": platform.python_version()} | installed_versions(PACKAGES),
             "timings": timings | peak_memory(),
         }
         write_json(record, folder / "run.json")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    names = ("torch", "SwissArmyTransformer", "transformers", "imageio-ffmpeg")
-    found = {"python": platform.python_version()} | {name: version(name) for name in names}
-    for optional in ("triton", "flash-attn-4"):
-        with suppress(PackageNotFoundError):
-            found[optional] = version(optional)
-    return found
 
 
 def peak_memory() -> dict[str, float]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import resource
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -74,3 +78,23 @@ def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """What the kernels for a GPU, of which none is needed then, were given: see there."""
     return replace_kernels(monkeypatch)
+
+
+@pytest.fixture
+def run_interpreted(pytestconfig: pytest.Config) -> Callable[[str], CompletedProcess[str]]:
+    """Runs code in which Triton's kernels are interpreted, on a CPU.
+
+    In a process of its own, because Triton asks whether to interpret when it is imported.
+    """
+
+    def run(code: str) -> CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=pytestconfig.rootpath,
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run

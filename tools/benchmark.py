@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
@@ -30,7 +29,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ from sgm.errors import UserError, nearest_name
 from sgm.files import new_folder, replacing
 from sgm.inference.request import check_model_section, latent_shape
 from sgm.inference.weights import check_weight_paths
+from sgm.versions import installed_versions
 from tools.bench.inputs import run_dtype, t5_params
 from tools.bench.jobs import INFERENCE_SECTIONS, METHODS, SECTIONS, Job, Result, run_jobs
 
@@ -194,10 +194,7 @@ def _write_apart(config: Config, folder: Path) -> None:
 
 def circumstances(argv: Sequence[str], files: Sequence[str]) -> dict[str, Any]:
     """What results are to be read with: the command line, its configurations, the versions."""
-    versions = {}
-    for name in ("torch", "triton", "flash-attn-4", "diffusers"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+    versions = installed_versions(("torch", "triton", "flash-attn-4", "diffusers"))
     return {"argv": list(argv), "base": list(files), "versions": versions}
 
 

@@ -19,11 +19,7 @@ from sat.model.transformer import BaseTransformer
 from torch import Tensor, distributed, nn
 
 from sgm.errors import UserError, nearest_name
-from sgm.modules.transformer.attention import (
-    Kernel,
-    restart_tally,
-    share_computed_twice,
-)
+from sgm.modules.transformer.attention import Kernel, restart_tally, share_computed_twice
 from sgm.modules.transformer.checkpointing import Keep
 from sgm.modules.transformer.sat_runtime import ensure_process_groups, quiet_sat
 from sgm.parallel.sequence import SequenceShare

@@ -50,6 +50,7 @@ LOADING_REGISTERS = gl.constexpr(24)
 # weight, and what smaller ones lose is at most 2 ** -20 of it.
 ROOM = gl.constexpr(5)
 LN_2 = gl.constexpr(math.log(2))
+_SCALE = HEAD_SIZE.value**-0.5 / math.log(2)  # makes a product of query and key an exponent of 2
 CAREFUL_PROGRAMS = 512  # somewhat more than a GPU runs at once
 CAREFUL_PARTS = gl.constexpr(64)  # that a program looks at, at most
 
@@ -286,41 +287,23 @@ def _careful_kernel(
             if tl.load(broken_ptr + part) != 0:
                 tl.atomic_add(tally_ptr + 1, 1)
                 _attend_carefully(
-                    query_ptr,
-                    key_ptr,
-                    value_ptr,
-                    result_ptr,
-                    sum_ptr,
-                    num_queries,
-                    num_keys,
-                    num_heads,
+                    (query_ptr, key_ptr, value_ptr),
+                    (query_stride, key_stride, value_stride),
+                    (result_ptr, sum_ptr),
+                    (num_queries, num_keys, num_heads),
                     part // num_parts,
                     part % num_parts * ROWS,
-                    query_stride,
-                    key_stride,
-                    value_stride,
                     scale,
                 )
 
 
 @triton.jit
-def _attend_carefully(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    result_ptr,
-    sum_ptr,
-    num_queries,
-    num_keys,
-    num_heads,
-    head,
-    first_row,
-    query_stride,
-    key_stride,
-    value_stride,
-    scale,
-):
+def _attend_carefully(inputs, strides, outputs, sizes, head, first_row, scale):
     """ROWS queries of a head by the online softmax of FlashAttention (Dao et al., algorithm 1)."""
+    query_ptr, key_ptr, value_ptr = inputs
+    query_stride, key_stride, value_stride = strides
+    result_ptr, sum_ptr = outputs
+    num_queries, num_keys, num_heads = sizes
     batch = (head // num_heads).to(tl.int64)
     column = (head % num_heads * HEAD_SIZE + tl.arange(0, HEAD_SIZE))[None, :]
     row = first_row + tl.arange(0, ROWS)
@@ -385,11 +368,10 @@ def attend_on_hopper(
     num_tiles = triton.cdiv(n, GROUPS.value * ROWS.value)
     broken = query.new_empty(b, heads, num_tiles * GROUPS.value, dtype=torch.int32)
     sizes = (n, key.shape[1], heads)
-    scale = _score_scale(head_size)
     with torch.cuda.device(query.device):
         # A weight is one fused product and sum and one power of 2.
         _fast_kernel[(num_tiles, b * heads)](
-            *tiles, result, log_sum_exp, broken, *sizes, scale, num_warps=4, enable_fp_fusion=True
+            *tiles, result, log_sum_exp, broken, *sizes, _SCALE, num_warps=4, enable_fp_fusion=True
         )
         attend_again(*rows, result, log_sum_exp, broken, tally, num_keys=key.shape[1])
     return result, log_sum_exp
@@ -411,7 +393,7 @@ def attend_again(
     Queries are (b * n, heads * 64), keys and values (b * num_keys, heads * 64); `broken` (b, heads,
     parts) is not 0 where one of the ROWS queries of a part is. For `tally` see `attend_on_hopper`.
     """
-    _, n, heads, head_size = result.shape
+    _, n, heads, _ = result.shape
     num_parts = broken.numel()
     at_least = triton.cdiv(num_parts, CAREFUL_PARTS.value)
     num_programs = max(min(num_parts, CAREFUL_PROGRAMS), at_least)
@@ -429,11 +411,6 @@ def attend_again(
         broken.shape[-1],
         num_parts,
         *(tensor.stride(0) for tensor in (query, key, value)),
-        _score_scale(head_size),
+        _SCALE,
         enable_fp_fusion=True,
     )
-
-
-def _score_scale(head_size: int) -> float:
-    """What makes a product of query and key an exponent of 2."""
-    return head_size**-0.5 / math.log(2)

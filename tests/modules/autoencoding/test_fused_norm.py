@@ -1,9 +1,5 @@
 """Norm, modulation and SiLU in one go, plain and as Triton kernels, against float64."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,15 +143,7 @@ print("agrees")
 """
 
 
-def test_triton_kernels_agree_with_the_plain_path_when_interpreted(pytestconfig):
+def test_triton_kernels_agree_with_the_plain_path_when_interpreted(run_interpreted):
     pytest.importorskip("triton")
-    # In a process of its own, because Triton asks whether to interpret when it is imported.
-    result = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        cwd=pytestconfig.rootpath,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_interpreted(INTERPRETED)
     assert result.stdout == "agrees\n", result.stderr

@@ -74,21 +74,20 @@ def test_own_kernel_is_not_for_training(monkeypatch: pytest.MonkeyPatch) -> None
     single = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=device)
     monkeypatch.setattr(attention, "_flash_runs_on", lambda device: True)
     monkeypatch.setattr(attention, "_hopper_runs_on", lambda device, dtype: True)
+    assert list_kernels(half, head_size=64) == ["flash", "sdpa"]
     with torch.no_grad():
         assert list_kernels(half, head_size=64) == ["hopper", "flash", "sdpa"]
         assert list_kernels(half, head_size=32) == ["flash", "sdpa"]
         assert list_kernels(single, head_size=64) == ["sdpa"]
+        assert list_kernels(tokens()[0], head_size=64) == ["sdpa"]
         assert choose_kernel(half, head_size=64) == "hopper"
         assert choose_kernel(half, head_size=64, own=False) == "flash"
-        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: True)
-        assert list_kernels(half, head_size=64) == ["flash", "sdpa"]
-        monkeypatch.undo()
-    assert list_kernels(tokens()[0], head_size=64) == ["sdpa"]
-    monkeypatch.setattr(attention, "_flash_runs_on", lambda device: False)
-    monkeypatch.setattr(attention, "_hopper_runs_on", lambda device, dtype: True)
-    assert list_kernels(half, head_size=64) == ["sdpa"]
-    with torch.no_grad():
+        with monkeypatch.context() as autocast:
+            autocast.setattr(torch, "is_autocast_enabled", lambda device_type: True)
+            assert list_kernels(half, head_size=64) == ["flash", "sdpa"]
+        monkeypatch.setattr(attention, "_flash_runs_on", lambda device: False)
         assert list_kernels(half, head_size=64) == ["hopper", "sdpa"]
+    assert list_kernels(half, head_size=64) == ["sdpa"]
 
 
 @pytest.mark.usefixtures("kernel_calls")

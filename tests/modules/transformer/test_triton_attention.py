@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import NoReturn
 
 import pytest
@@ -49,16 +48,10 @@ print("agrees")
 """
 
 
-def test_the_careful_kernel_computes_what_is_broken_and_nothing_else(pytestconfig) -> None:
-    # In a process of its own, because Triton asks whether to interpret when it is imported.
-    result = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        cwd=pytestconfig.rootpath,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_the_careful_kernel_computes_what_is_broken_and_nothing_else(
+    run_interpreted: Callable[[str], CompletedProcess[str]],
+) -> None:
+    result = run_interpreted(INTERPRETED)
     assert result.stdout == "agrees\n", result.stderr
 
 
