@@ -58,12 +58,22 @@ class CommonArgs:
     fp16: bool = _option(False, "run in float16")
     bf16: bool = _option(False, "run in bfloat16")
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto: a GPU where there is one")
+    attention: Literal["auto", "hopper", "flash", "sdpa"] = _option(
+        "auto",
+        "what computes attention: this project's kernel for Hopper GPUs (not for training), "
+        "FlashAttention-4 or PyTorch; auto: the fastest that runs here",
+    )
     model_parallel_size: int = _option(1, "kept for old files; only 1 is supported")
 
     @property
     def precision(self) -> str:
         """The name that PyTorch has for the precision of the run."""
         return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
+
+    @property
+    def attention_kernel(self) -> str | None:
+        """The kernel of attention that was asked for; None for the fastest."""
+        return None if self.attention == "auto" else self.attention
 
 
 @dataclass
@@ -153,6 +163,10 @@ class Config:
     deepspeed: dict[str, Any]
     files: list[str]
     allow_target: list[str]
+
+    def place(self, section: str) -> str:
+        """Where a section stands, for messages."""
+        return f"configuration {' + '.join(self.files)}: {section}"
 
 
 def _value_type(annotation: Any) -> tuple[type, tuple[Any, ...], bool]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from arguments import Config, TrainingArgs, parse_config
 from sgm.cli import run_and_exit, set_up_logging
 from sgm.errors import UserError
+from sgm.inference.request import check_model_section, head_size
 from sgm.inference.weights import check_weight_paths
 from sgm.kernels import can_compile_kernels, check_compile
 from sgm.training.checks import (
@@ -56,22 +57,28 @@ def load_engine(
     """
     from diffusion_video import SATVideoDiffusionEngine
     from sgm.checkpoint import load_lora
+    from sgm.modules.transformer.attention import check_kernel
     from sgm.training.checkpoint import holds_lora, restore_conditioner
     from sgm.training.deepspeed_engine import weight_dtype
     from sgm.util import check_params
 
-    args = config.args
+    args, dtype = config.args, weight_dtype(config.deepspeed)
+    width = head_size(check_model_section(config.model))
+    check_kernel(args.attention_kernel, device=device, dtype=dtype, head_size=width, trains=True)
     is_lora = checkpoint is not None and holds_lora(checkpoint)
     load = None if args.mode == "pretrain" else args.load
     if checkpoint is not None and not is_lora:
         load = str(checkpoint)
-    extra = {"load": load, "device": device, "dtype": weight_dtype(config.deepspeed)}
+    extra = {"load": load, "device": device, "dtype": dtype}
     extra["text_device"] = text_device(config, device)
     extra["cached_input"] = bool(args.cache_dir)
-    params = check_params(SATVideoDiffusionEngine, config.model | extra, where="model")
+    params = check_params(
+        SATVideoDiffusionEngine, config.model | extra, where=config.place("model")
+    )
     if not params.get("loss_fn_config"):
         raise UserError("model.loss_fn_config is absent; training needs one")
     engine = SATVideoDiffusionEngine(**params).train()
+    engine.model.diffusion_model.set_attention(args.attention_kernel)
     if is_lora:
         load_lora(engine.model.diffusion_model, checkpoint, base=engine.base_fingerprint)
     elif checkpoint is not None:

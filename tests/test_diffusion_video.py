@@ -257,6 +257,14 @@ def test_our_kernel_leaves_to_another_what_it_has_to_compute_twice(
         assert len(kernel_calls) == shares[-1] * (1 if is_left else num_steps) > 0
     assert len(shares) == 2
     assert steps == 2 * [*range(num_steps)] != [0, 0]
+    engine.model.diffusion_model.set_attention("hopper")  # whoever insists on it gets it
+    engine.sample(
+        cond,
+        engine.conditioner.unconditional(cond),
+        (1, 3, 4, 4, 6),
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert len(shares) == 2
 
 
 def test_with_cached_input_no_file_of_the_encoders_is_read(build, small_model):

@@ -63,12 +63,29 @@ def test_the_mode_of_memory_reaches_the_engine(monkeypatch, memory):
     assert waiting == (torch.float32 if memory == "low" else torch.bfloat16)
 
 
-@pytest.mark.parametrize("flag", ["--fp8", "--compile"])
-def test_what_the_gpu_cannot_do_is_refused_before_weights_are_read(monkeypatch, flag):
+@pytest.mark.parametrize(
+    "flags", [["--fp8"], ["--compile"], ["--attention", "hopper"], ["--attention", "flash"]]
+)
+def test_what_the_gpu_cannot_do_is_refused_before_weights_are_read(monkeypatch, flags):
     monkeypatch.setattr("diffusion_video.SATVideoDiffusionEngine", lambda **_: pytest.fail("late"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an older GPU")
     monkeypatch.setattr("sgm.kernels.can_compile_kernels", lambda: False)
-    config = parse_config(SamplingArgs, "", ["--base", CONFIG, flag])
-    with pytest.raises(UserError, match="leave (fp8|compile) out"):
-        sample_video.load_engine(config, torch.device("cuda"))
+    # Attention is asked for on a device that can be had here, which has PyTorch's only.
+    device = CPU if "--attention" in flags else torch.device("cuda")
+    config = parse_config(SamplingArgs, "", ["--base", CONFIG, *flags])
+    with pytest.raises(UserError, match=f"leave {flags[0][2:]} out"):
+        sample_video.load_engine(config, device)
+
+
+def test_a_mistyped_key_of_the_model_names_its_files():
+    config = parse_config(SamplingArgs, "", ["--base", CONFIG])
+    config.model["scale_factr"] = config.model.pop("scale_factor")
+    with pytest.raises(UserError, match=rf"{CONFIG}: model: .*'scale_factr'.*'scale_factor'"):
+        sample_video.load_engine(config, CPU)
+
+
+def test_the_kernel_of_attention_is_the_one_asked_for():
+    config = parse_config(SamplingArgs, "", ["--base", CONFIG, "--attention", "sdpa"])
+    network = sample_video.load_engine(config, CPU).model.diffusion_model
+    assert network.mixins["adaln_layer"].attention_kernel == "sdpa"

@@ -261,8 +261,8 @@ def build_parser() -> CommandParser:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
     parser.add_argument(
         "--attention",
-        choices=("flash", "sdpa"),
-        help="default: the fastest, of which one for sampling has no name here",
+        choices=("hopper", "flash", "sdpa"),
+        help="kernel of attention; default: that of the configuration",
     )
     parser.add_argument(
         "--warmup", type=int, help="runs before the measured: 1; train: 3; a step on a GPU: 5"
@@ -297,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_flags(options, sections)
     check_packages(options, sections)
     head = circumstances(argv, options.base)
+    options.attention = options.attention or config.args.attention_kernel
     if options.compile is None:
         import torch
 

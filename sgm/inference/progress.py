@@ -33,7 +33,8 @@ class Progress:
         self._unit = unit
         self._done = self._done_before = done
         self._lines = lines
-        self._started = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
+        self._first_step: float | None = None
         # Of several ranks, the first one's progress stands for all.
         on_terminal = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
         self._bar = None
@@ -85,12 +86,20 @@ class Progress:
             self._bar.update()
             return
         now = time.monotonic()
+        if self._first_step is None:
+            self._first_step = now
         if not self._lines or now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
         left = ""
         if self._total is not None:
-            seconds = (now - self._started) / (self._done - self._done_before)
-            seconds *= self._total - self._done
-            left = f" of {self._total}, {seconds:.0f} s left"
+            left = f" of {self._total}{self._time_left(now)}"
         logger.info("%s: %s %d%s", description, self._unit, self._done, left)
+
+    def _time_left(self, now: float) -> str:
+        """By the steps after the first one, which may have compiled or read what all use."""
+        measured = self._done - self._done_before - 1
+        if not measured:
+            return ""
+        seconds = (now - self._first_step) / measured * (self._total - self._done)
+        return f", {seconds:.0f} s left"

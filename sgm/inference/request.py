@@ -11,6 +11,7 @@ from sgm.errors import UserError
 SPATIAL_FACTOR = 8  # of the autoencoder, in height and width
 TEMPORAL_FACTOR = 4  # in time, where the configuration names none
 _SIZES = ("num_frames", "latent_height", "latent_width", "in_channels")
+_WIDTHS = ("hidden_size", "num_attention_heads")
 
 
 def check_model_section(model: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -30,7 +31,7 @@ def check_model_section(model: Mapping[str, Any]) -> Mapping[str, Any]:
             "model.network_config.params is absent or holds no keys; name a configuration that has "
             "it, before this one if this goes on top of it"
         )
-    for key in (*_SIZES, "time_compressed_rate"):
+    for key in (*_SIZES, *_WIDTHS, "time_compressed_rate"):
         if key in params:
             value = params[key]
             # bool is an int in Python, but true is no size.
@@ -51,6 +52,16 @@ def require_sizes(params: Mapping[str, Any], keys: Sequence[str]) -> None:
     for key in keys:
         if key not in params:
             raise UserError(f"model.network_config.params lacks {key}; add it, a whole number")
+
+
+def head_size(params: Mapping[str, Any]) -> int:
+    """Width of an attention head of the network.
+
+    Raises:
+        UserError: a size that decides it is absent.
+    """
+    require_sizes(params, _WIDTHS)
+    return params["hidden_size"] // params["num_attention_heads"]
 
 
 def video_size(params: Mapping[str, Any]) -> list[int]:

@@ -192,11 +192,15 @@ class DiffusionTransformer(BaseModel):
         """Go on without this project's kernel of attention if it has computed too much twice.
 
         It does where scores are spread widely. To be called after the first step of a video, so
-        that this depends on nothing but the video. Waits for the GPU.
+        that this depends on nothing but the video. Waits for the GPU. A kernel that was set
+        stays.
         """
+        adaln = self.mixins["adaln_layer"]
+        if adaln.attention_kernel is not None:
+            return
         share = share_computed_twice()
         if share > MOST_COMPUTED_TWICE:
-            self.mixins["adaln_layer"].own_kernel_pays = False
+            adaln.own_kernel_pays = False
             logger.info(
                 "attention goes on by FlashAttention-4 or PyTorch: of the first step the kernel of "
                 "our own computed %.0f%% twice",

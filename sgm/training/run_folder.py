@@ -1,13 +1,15 @@
 """The folder of a training run: where its checkpoints lie, and how one comes into being whole.
 
 ``{save}/{experiment_name}-MM-DD-HH-MM/`` holds a folder for each saved iteration, ``latest`` with
-the name of the newest, ``training_config.yaml``, and what watches the run. A checkpoint is written
-into ``{iteration}.partial`` and renamed when it is complete, then ``latest`` changes: whenever the
-process is killed, ``latest`` names a whole checkpoint.
+the name of the newest, ``training_config.yaml``, and what watches the run; the second run of a
+minute has ``_2`` after its name. A checkpoint is written into ``{iteration}.partial`` and renamed
+when it is complete, then ``latest`` changes: whenever the process is killed, ``latest`` names a
+whole checkpoint.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -38,23 +40,30 @@ def start_run(args: Any) -> Path:
     """A new run's folder, made by rank 0; its name has the time, so the others ask for it.
 
     Raises:
-        UserError: it cannot be made, or holds a run already.
+        UserError: it cannot be made.
     """
-    names = [f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}"]
+    save = Path(args.save).expanduser()
+    names = [""]
     if is_main():
-        folder = make_output_folder(Path(args.save).expanduser()) / names[0]
-        try:
-            folder.mkdir()  # also tells two runs apart that start at once
-        except OSError as error:
-            if not isinstance(error, FileExistsError):
-                raise UserError(
-                    f"{folder} cannot be made ({error.strerror}); change experiment_name"
-                ) from None
-            raise UserError(
-                f"{folder} belongs to another run; wait a minute or change experiment_name"
-            ) from None
+        name = f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}"
+        names = [_make_folder(make_output_folder(save), name)]
     distributed.broadcast_object_list(names, src=0, device=torch.device("cpu"))
-    return Path(args.save).expanduser() / names[0]
+    return save / names[0]
+
+
+def _make_folder(save: Path, name: str) -> str:
+    """Make a folder of this name, or with a number after it, and return its name."""
+    for number in itertools.count(1):
+        own = name if number == 1 else f"{name}_{number}"
+        try:
+            (save / own).mkdir()
+        except FileExistsError:  # of a run that was started in the same minute
+            continue
+        except OSError as error:
+            raise UserError(
+                f"{save / own} cannot be made ({error.strerror}); change experiment_name"
+            ) from None
+        return own
 
 
 def find_checkpoint(args: Any) -> Path:
@@ -77,7 +86,7 @@ def _find_checkpoint(args: Any) -> Path:
         return _checkpoint_in(Path(args.resume).expanduser(), args.resume)
     save = Path(args.save).expanduser()
     # With the time in full: to the experiment "a" belongs no run of "a-b".
-    name = re.compile(re.escape(args.experiment_name) + r"(-\d\d){4}")
+    name = re.compile(re.escape(args.experiment_name) + r"(-\d\d){4}(_\d+)?")
     runs = [path.parent for path in save.glob("*/latest") if name.fullmatch(path.parent.name)]
     if not runs:
         raise UserError(

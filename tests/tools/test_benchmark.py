@@ -24,7 +24,7 @@ from tools import benchmark
 from tools.bench import inference
 from tools.bench import jobs as jobs_module
 from tools.bench.inference import inference_jobs
-from tools.bench.jobs import METHODS, SECTIONS, Job, Result, run_job, run_jobs
+from tools.bench.jobs import METHODS, SECTIONS, DoesNotApply, Job, Result, run_job, run_jobs
 from tools.bench.measuring import Measured, forward_flops, measure
 from tools.benchmark import (
     build_parser,
@@ -119,7 +119,7 @@ def test_all_lines_of_inference(with_weights: Config, against: tuple[str, ...]) 
     if not against:
         # A CPU has one kernel of attention, which is the line before, and no float8 products.
         for label in ("own, flash", "own, sdpa", "own, fp8"):
-            assert results.pop(("step", label)) is None
+            assert isinstance(results.pop(("step", label)), DoesNotApply)
         own = [("step", "own"), ("decode", "own"), ("encode", "own"), ("t5", "own")]
         assert list(results) == [*own, ("pipeline", "own")]
         assert results["pipeline", "own"].startup_seconds > 0
@@ -142,8 +142,9 @@ def test_what_fails_or_does_not_apply_stops_no_other_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # Nothing of this file, which another process would take long to import.
-    nothing, wrong, deadly = partial({}.get, "x"), partial(int, "x"), partial(os._exit, 9)
-    runs = [nothing, wrong, deadly, partial(Measured, 2.0, 3 * 10**9)]
+    idle = partial(inference.step_with_fp8, None, None)
+    wrong, deadly = partial(int, "x"), partial(os._exit, 9)
+    runs = [idle, wrong, deadly, partial(Measured, 2.0, 3 * 10**9)]
     jobs = [Job("step", label, run, "same") for label, run in zip("nabc", runs, strict=True)]
     results = report(jobs, tmp_path / "out.json", head={"base": ["x.yaml"]})
     reason = "invalid literal for int() with base 10: 'x'"
@@ -152,7 +153,7 @@ def test_what_fails_or_does_not_apply_stops_no_other_line(
     assert (results[2].seconds, results[2].device) == (2.0, "cpu")
     told = capfd.readouterr().err
     assert "step      a" in told and f"failed: {reason}" in told
-    assert "step: n does not apply here" in told
+    assert "step: n is left out: there are no float8 products here" in told
     written = json.loads((tmp_path / "out.json").read_text())
     lines = [dataclasses.asdict(result) for result in results]
     assert written == {"base": ["x.yaml"], "results": lines}

@@ -1,5 +1,6 @@
 """Folders of runs: finding a checkpoint, giving it its name, and clearing old ones away."""
 
+import dataclasses
 import os
 
 import pytest
@@ -33,10 +34,12 @@ def test_two_runs_in_one_minute_do_not_share_a_folder(tmp_path):
     args = TrainingArgs(save=str(tmp_path), experiment_name="a")
     run = run_folder.start_run(args)
     assert run.is_dir() and run.name.startswith("a-")
-    run.with_name(run.name).mkdir(exist_ok=True)
-    with pytest.raises(UserError, match="belongs to another run"):
-        for _ in range(2):  # two, should the minute turn in between
-            run_folder.start_run(args)
+    others = [run_folder.start_run(args) for _ in range(3)]
+    assert {other.name for other in others} & {f"{run.name}_2", f"{others[0].name}_2"}
+    assert names(tmp_path) == sorted({one.name for one in (run, *others)})
+    saved(others[-1], 5)
+    resumed = run_folder.find_checkpoint(dataclasses.replace(args, resume="latest"))
+    assert resumed == others[-1] / "5"
 
 
 def test_other_ranks_take_the_folder_that_rank_0_made(tmp_path, monkeypatch):

@@ -20,14 +20,14 @@ from arguments import Config
 from diffusion_video import NetworkWrapper
 from sample_video import load_engine
 from sgm.cli import no_garbage_collection
-from sgm.inference.request import latent_shape
+from sgm.inference.request import head_size, latent_shape
 from sgm.inference.video_io import to_uint8
 from sgm.models.first_stage import build_first_stage, encode_moments
 from sgm.modules.transformer import fp8
-from sgm.modules.transformer.attention import Kernel, list_kernels
+from sgm.modules.transformer.attention import Kernel, check_kernel, list_kernels
 from sgm.util import instantiate_from_config
 from tools.bench import inputs, rivals
-from tools.bench.jobs import INFERENCE_SECTIONS, Job
+from tools.bench.jobs import INFERENCE_SECTIONS, DoesNotApply, Job
 from tools.bench.measuring import (
     Measured,
     choose_device,
@@ -36,7 +36,7 @@ from tools.bench.measuring import (
     random_network,
 )
 
-Piece = Callable[[Config, argparse.Namespace], "Measured | None"]
+Piece = Callable[[Config, argparse.Namespace], Measured]
 
 
 def inference_jobs(
@@ -94,7 +94,9 @@ def step(
     Its operations are counted as if the branches shared none.
     """
     device, node = choose_device(), config.model["network_config"]
-    network = random_network(node, dtype=inputs.run_dtype(config), device=device).eval()
+    dtype, width = inputs.run_dtype(config), head_size(node["params"])
+    check_kernel(kernel, device=device, dtype=dtype, head_size=width)
+    network = random_network(node, dtype=dtype, device=device).eval()
     network.set_attention(kernel)
     layers = network.transformer.layers
     num_weights = sum(weight.numel() for weight in layers.parameters() if weight.ndim == 2)
@@ -120,22 +122,33 @@ def step(
 
 
 @torch.no_grad()
-def step_by_another(
-    config: Config, options: argparse.Namespace, *, kernel: Kernel
-) -> Measured | None:
-    """A step with this attention; None unless it is there and `step` would take another."""
+def step_by_another(config: Config, options: argparse.Namespace, *, kernel: Kernel) -> Measured:
+    """A step with this attention, where it is there and `step` takes another.
+
+    Raises:
+        DoesNotApply: it is not so.
+    """
     token = torch.empty(1, dtype=inputs.run_dtype(config), device=choose_device())
-    _, *others = list_kernels(token, head_size=inputs.head_size(config))
-    if options.attention or kernel not in others:
-        return None
+    width = head_size(config.model["network_config"]["params"])
+    fastest, *others = list_kernels(token, head_size=width)
+    if options.attention:
+        raise DoesNotApply(f"{options.attention} alone was asked for")
+    if kernel == fastest:
+        raise DoesNotApply("the line before is of the same kernel")
+    if kernel not in others:
+        raise DoesNotApply("this kernel does not run here")
     return step(config, options, kernel=kernel)
 
 
-def step_with_fp8(config: Config, options: argparse.Namespace) -> Measured | None:
-    """A step with float8 products, on a GPU that has them."""
+def step_with_fp8(config: Config, options: argparse.Namespace) -> Measured:
+    """A step with float8 products, on a GPU that has them.
+
+    Raises:
+        DoesNotApply: on another.
+    """
     device = choose_device()
     if device.type != "cuda" or not fp8.runs_on(device):
-        return None
+        raise DoesNotApply("there are no float8 products here")
     return step(config, options, kernel=options.attention, in_fp8=True)
 
 
@@ -183,12 +196,12 @@ def pipeline(config: Config, options: argparse.Namespace, *, memory: str = "high
     """A prompt to frames of 8 bits on the host: the engine of sample_video.py."""
     config = copy.deepcopy(config)
     config.args.memory = memory
+    config.args.attention = options.attention or "auto"
     device = choose_device()
     with no_garbage_collection():
         engine = load_engine(config, device)
     ready_at = time.time()
     network = engine.model.diffusion_model
-    network.set_attention(options.attention)
     if options.compile:
         network.compile_blocks()
     sampler, node = engine.sampler, copy.deepcopy(config.model["sampler_config"])

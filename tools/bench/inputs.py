@@ -65,12 +65,6 @@ def text_shape(config: Config) -> tuple[int, int]:
     )
 
 
-def head_size(config: Config) -> int:
-    """Width of an attention head."""
-    params = config.model["network_config"]["params"]
-    return params["hidden_size"] // params["num_attention_heads"]
-
-
 def step_inputs(config: Config, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Latents (1, t, c, h, w), texts (2, n, d) and timestep (1,) of a step with guidance."""
     texts = torch.randn(2, *text_shape(config), device=device)

@@ -25,6 +25,10 @@ SECTIONS = (*INFERENCE_SECTIONS, "train")
 METHODS = ("lora", "full", "offload")  # of training
 
 
+class DoesNotApply(Exception):
+    """Raised by a line that cannot be measured here, or need not be; its text says why."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What makes one line of the table.
@@ -32,14 +36,14 @@ class Job:
     Args:
         section: what is measured.
         label: whose, and how.
-        run: measures it; a function that can be pickled. None where it does not apply here.
+        run: measures it, or raises `DoesNotApply`; a function that can be pickled.
         process: neighbours of the same process share one, and so what it has compiled.
         is_reference: the section's other lines are compared with this one.
     """
 
     section: str
     label: str
-    run: Callable[[], Measured | None]
+    run: Callable[[], Measured]
     process: str
     is_reference: bool = False
 
@@ -95,8 +99,8 @@ def _run_apart(jobs: Sequence[Job], started: float) -> Iterator[Result]:
                 if rest:
                     yield from _run_apart(rest, started)
                 return
-            if result is None:
-                print(f"{job.section}: {job.label} does not apply here", file=sys.stderr)
+            if isinstance(result, DoesNotApply):
+                print(f"{job.section}: {job.label} is left out: {result}", file=sys.stderr)
             else:
                 yield result
         process.join()
@@ -106,7 +110,7 @@ def _run_apart(jobs: Sequence[Job], started: float) -> Iterator[Result]:
 
 
 def _work(jobs: Sequence[Job], sender: Connection, started: float) -> None:
-    """The process: sends each job's result, or None, to the other end."""
+    """The process: sends each job's result, or why there is none, to the other end."""
     set_up_logging()
     try:
         for job in jobs:
@@ -115,7 +119,7 @@ def _work(jobs: Sequence[Job], sender: Connection, started: float) -> None:
         return  # nobody listens any more
 
 
-def run_job(job: Job, *, started: float) -> Result | None:
+def run_job(job: Job, *, started: float) -> Result | DoesNotApply:
     """A job's result in this process, which began at `started`; nothing stays in its memory."""
     import torch
 
@@ -124,6 +128,8 @@ def run_job(job: Job, *, started: float) -> Result | None:
     device = choose_device()
     try:
         measured = job.run()
+    except DoesNotApply as reason:
+        return reason
     except Exception as error:  # whatever it is, the other lines can be measured all the same
         logger.debug("%s: %s", job.section, job.label, exc_info=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -133,8 +139,6 @@ def run_job(job: Job, *, started: float) -> Result | None:
             torch.compiler.reset()  # what was compiled may hold weights
             gc.collect()
             torch.cuda.empty_cache()
-    if measured is None:
-        return None
     seconds, flops, rate = measured.seconds, measured.flops, peak_rate(device)
     return Result(
         section=job.section,

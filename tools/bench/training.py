@@ -21,7 +21,9 @@ from torch import Tensor
 from arguments import Config
 from diffusion_video import NetworkWrapper
 from sgm.checkpoint import is_lora_matrix
+from sgm.inference.request import head_size
 from sgm.models.transformer import DiffusionTransformer
+from sgm.modules.transformer.attention import check_kernel
 from sgm.training.deepspeed_engine import start_deepspeed
 from sgm.training.objective import TrainingObjective
 from sgm.util import instantiate_from_config
@@ -123,7 +125,9 @@ def build_network(
     if variant.method == "lora":
         target = "sat.model.finetune.lora2.LoraMixin"
         modules["lora_config"] = {"target": target, "params": {"r": rank}}
-    network = random_network(node, dtype=torch.bfloat16, device=device)
+    dtype, width = torch.bfloat16, head_size(node["params"])
+    check_kernel(variant.kernel, device=device, dtype=dtype, head_size=width, trains=True)
+    network = random_network(node, dtype=dtype, device=device)
     if variant.method == "lora":
         for name, weight in network.named_parameters():
             weight.requires_grad_(is_lora_matrix(name))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from sgm.errors import UserError
 from sgm.kernels import can_compile_kernels
 from sgm.parallel.sequence import SequenceShare
 
@@ -21,6 +22,11 @@ logger = logging.getLogger(__name__)
 # What computes the attention: "hopper" is this project's own, "flash" is FlashAttention-4, "sdpa"
 # is PyTorch.
 Kernel = Literal["hopper", "flash", "sdpa"]
+
+_NEEDS: dict[Kernel, str] = {
+    "hopper": "Triton, a Hopper GPU, fp16 or bf16 and heads of 64, and is not for training",
+    "flash": "FlashAttention-4, a Hopper or Blackwell GPU, and fp16 or bf16",
+}
 
 _HOPPER, _BLACKWELL = (9, 0), (10, 0)  # compute capabilities
 _HOPPER_HEAD_SIZE = 64  # HEAD_SIZE of triton_attention, which imports Triton
@@ -50,6 +56,30 @@ def list_kernels(tokens: Tensor, *, head_size: int) -> list[Kernel]:
         if is_plain and fits and _hopper_runs_on(tokens.device, tokens.dtype):
             kernels.insert(0, "hopper")
     return kernels
+
+
+def check_kernel(
+    kernel: Kernel | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int,
+    trains: bool = False,
+) -> None:
+    """Find out whether a kernel runs, before anything is loaded for it; the fastest, None, does.
+
+    Raises:
+        UserError: it does not; says what it needs.
+    """
+    if kernel is None:
+        return
+    with torch.set_grad_enabled(trains):
+        found = list_kernels(torch.empty(0, dtype=dtype, device=device), head_size=head_size)
+    if kernel not in found:
+        raise UserError(
+            f"attention: {kernel} does not run here: it needs {_NEEDS[kernel]}; leave attention "
+            f"out for the fastest that does ({found[0]})"
+        )
 
 
 # How many parts of the queries this project's kernel computed on a GPU, and how many of them twice.

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from sgm.errors import UserError
 from sgm.modules.transformer import attention
 from sgm.modules.transformer.attention import (
     attend,
     attend_branches,
+    check_kernel,
     choose_kernel,
     flash_attention,
     hopper_attention,
@@ -88,6 +90,24 @@ def test_own_kernel_is_not_for_training(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(attention, "_flash_runs_on", lambda device: False)
         assert list_kernels(half, head_size=64) == ["hopper", "sdpa"]
     assert list_kernels(half, head_size=64) == ["sdpa"]
+
+
+def test_a_kernel_that_does_not_run_is_refused_with_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    half = {"device": torch.device("cpu"), "dtype": torch.float16}
+    check_kernel(None, **half, head_size=4)
+    check_kernel("sdpa", **half, head_size=4)
+    with pytest.raises(UserError, match=r"hopper does not run here: .* heads of 64.*\(sdpa\)"):
+        check_kernel("hopper", **half, head_size=64)
+    monkeypatch.setattr(
+        attention,
+        "list_kernels",
+        lambda token, *, head_size: ["flash" if torch.is_grad_enabled() else "hopper"],
+    )
+    check_kernel("hopper", **half, head_size=64)
+    with pytest.raises(UserError, match=r"hopper .* not for training; .*\(flash\)"):
+        check_kernel("hopper", **half, head_size=64, trains=True)
 
 
 @pytest.mark.usefixtures("kernel_calls")
