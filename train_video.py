@@ -57,19 +57,16 @@ def load_engine(
     """
     from diffusion_video import SATVideoDiffusionEngine
     from sgm.checkpoint import load_lora
-    from sgm.modules.transformer.attention import check_kernel
     from sgm.training.checkpoint import holds_lora, restore_conditioner
     from sgm.training.deepspeed_engine import weight_dtype
     from sgm.util import check_params
 
-    args, dtype = config.args, weight_dtype(config.deepspeed)
-    width = head_size(check_model_section(config.model))
-    check_kernel(args.attention_kernel, device=device, dtype=dtype, head_size=width, trains=True)
+    args = config.args
     is_lora = checkpoint is not None and holds_lora(checkpoint)
     load = None if args.mode == "pretrain" else args.load
     if checkpoint is not None and not is_lora:
         load = str(checkpoint)
-    extra = {"load": load, "device": device, "dtype": dtype}
+    extra = {"load": load, "device": device, "dtype": weight_dtype(config.deepspeed)}
     extra["text_device"] = text_device(config, device)
     extra["cached_input"] = bool(args.cache_dir)
     params = check_params(
@@ -376,13 +373,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         # DeepSpeed, which is imported after this, would move the model to a GPU that is there.
         os.environ["DS_ACCELERATOR"] = "cpu"
+    from sgm.modules.transformer.attention import check_kernel
     from sgm.modules.transformer.sat_runtime import (
         ensure_process_groups,
         leave_process_groups_at_exit,
     )
-    from sgm.training.deepspeed_engine import check_sections
+    from sgm.training.deepspeed_engine import check_sections, weight_dtype
 
     check_sections(config.deepspeed)
+    width = head_size(check_model_section(config.model))
+    check_kernel(
+        config.args.attention_kernel,
+        device=device,
+        dtype=weight_dtype(config.deepspeed),
+        head_size=width,
+        trains=True,
+    )
     ensure_process_groups()
     train(config, device)
     leave_process_groups_at_exit()

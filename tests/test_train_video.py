@@ -239,6 +239,14 @@ def test_a_mistake_in_a_section_of_deepspeed_is_named_before_data_is_read(
         train_video.main([*base, "--device", "cpu"])
 
 
+@pytest.mark.parametrize("kernel", ["hopper", "flash"])
+def test_attention_that_does_not_run_here_is_refused_before_data_is_read(monkeypatch, kernel):
+    monkeypatch.setattr(train_video, "build_dataset", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(UserError, match=f"attention: {kernel} does not run here"):
+        train_video.main(["--base", CONFIG, "--device", "cpu", "--attention", kernel])
+
+
 def test_a_section_that_deepspeed_refuses_by_itself_is_one_sentence():
     both = {"cpu_offload": True, "offload_optimizer": {"device": "cpu"}}
     with pytest.raises(UserError, match="^deepspeed.zero_optimization: AssertionError: .*cpu_off"):

@@ -48,15 +48,15 @@ def merge_lora(
     """
     from sgm.checkpoint.lora_merging import merged_tensors
     from sgm.checkpoint.transformer import read_transformer
-    from sgm.checkpoint.writing import in_dtype, save_sat_transformer
+    from sgm.checkpoint.writing import save_sat_transformer
 
     refuse_existing(Path(folder).expanduser())
     path, base, own = read_transformer(load, option="--load")
     if own:
         logger.warning("%s also holds LoRA matrices; they are merged if --lora names it too", path)
-    merged = merged_tensors(base, loras, where=path)
+    merged = merged_tensors(base, loras, where=path, dtype=dtype)
     with new_folder(folder) as made:
-        save_sat_transformer(made, in_dtype(merged, dtype, where=path))
+        save_sat_transformer(made, merged)
 
 
 def build_parser() -> CommandParser:

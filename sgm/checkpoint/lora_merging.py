@@ -18,6 +18,7 @@ from sgm.checkpoint.lora import HINT, alpha_of, check_matrices, read_lora, warn_
 from sgm.checkpoint.lora_formats import NUM_PAIRS
 from sgm.checkpoint.table import LazyTensors, on_meta
 from sgm.checkpoint.transformer import fingerprint, is_lora_matrix
+from sgm.checkpoint.writing import in_dtype
 from sgm.lora_choice import LoraChoice
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _read_update(
 
 
 def _updated(weight: Tensor, layer: str, updates: Iterable[_Update]) -> Tensor:
-    """A layer's weight (out, in) and the updates, summed in float32 on its device, rounded once.
+    """A layer's weight (out, in) and the updates, summed in float32 on its device.
 
     Without any update that is not zero it is the weight itself: adding 0 would turn -0 into 0.
     """
@@ -68,7 +69,7 @@ def _updated(weight: Tensor, layer: str, updates: Iterable[_Update]) -> Tensor:
         if change.any():
             change *= update.factor
             total = change if total is None else total.add_(change)
-    return weight if total is None else (weight.float() + total).to(weight.dtype)
+    return weight if total is None else weight.float() + total
 
 
 @torch.no_grad()
@@ -96,21 +97,26 @@ def merge_loras(
     updates = [_read_update(choice, weights, base=base, hint=HINT) for choice in loras]
     for layer in frozenset[str]().union(*(update.layers for update in updates)):
         weight = weights[f"{layer}.weight"]
-        weight.copy_(_updated(weight, layer, updates))
+        weight.copy_(_updated(weight, layer, updates))  # this rounds
 
 
 def merged_tensors(
-    base: Mapping[str, Tensor], loras: Sequence[LoraChoice], *, where: str | Path
+    base: Mapping[str, Tensor],
+    loras: Sequence[LoraChoice],
+    *,
+    where: str | Path,
+    dtype: torch.dtype | None = None,
 ) -> Mapping[str, Tensor]:
     """The tensors of a base model with LoRAs added, each computed when it is asked for.
 
     Args:
-        base: name as in the plain model → tensor; those that no LoRA changes come back as they are.
+        base: name as in the plain model → tensor.
         loras: as in `merge_loras`, whose sums these are.
         where: the file or folder of `base`, for messages.
+        dtype: of what comes back, rounded once; None leaves each tensor its own.
 
     Raises:
-        UserError: as `merge_loras`, at once.
+        UserError: as `merge_loras`, at once; as `in_dtype`, when a tensor is asked for.
     """
     hint = f"is {where} the base model that the LoRA was trained on?"
     known, shapes = fingerprint(base), on_meta(base)
@@ -119,8 +125,10 @@ def merged_tensors(
 
     @torch.no_grad()
     def merged(layer: str) -> Tensor:
-        return _updated(base[f"{layer}.weight"], layer, updates)
+        weight = base[f"{layer}.weight"]
+        total = _updated(weight, layer, updates)
+        return total if dtype else total.to(weight.dtype)
 
     makers = {name: partial(base.__getitem__, name) for name in base}
     makers |= {f"{layer}.weight": partial(merged, layer) for layer in layers}
-    return LazyTensors(makers, meta=lambda: shapes)
+    return in_dtype(LazyTensors(makers, meta=lambda: shapes), dtype, where=where)

@@ -138,6 +138,20 @@ def test_merged_tensors_are_what_the_network_gets(build, two, dtype):
     assert merged[bias] is base[bias]
 
 
+def test_merged_tensors_of_another_precision_are_rounded_once(build, two):
+    base = build().half().state_dict()
+    exact = merged_tensors({n: w.float() for n, w in base.items()}, two, where="base")
+    merged = merged_tensors(base, two, where="base", dtype=torch.bfloat16)
+    twice = 0
+    for name, weight in exact.items():
+        assert merged[name].equal(weight.bfloat16()), name
+        twice += int((weight.half().bfloat16() != weight.bfloat16()).sum())
+    assert twice  # so the above does tell
+    wide = {n: w.float() * 1e6 for n, w in base.items()}
+    with pytest.raises(UserError, match="base: .* beyond the range of float16"):
+        dict(merged_tensors(wide, two, where="base", dtype=torch.float16))
+
+
 def test_nothing_is_merged_if_one_of_several_is_wrong(build, two, tmp_path):
     network = build()
     wide = save(build({"r": 2}, hidden_size=96), tmp_path / "wide.pt")
