@@ -129,7 +129,10 @@ def new_partial(run: Path, name: str) -> Path:
 
 
 def publish(run: Path, *names: str) -> None:
-    """Give complete checkpoints their names; rank 0 calls it when all processes are done."""
+    """Give complete checkpoints their names; rank 0 calls it when all processes are done.
+
+    `names` are those of one iteration: its moving average if there is one, and its weights.
+    """
     for name in names:
         target = run / name
         # One of a run that was resumed further back. `latest` may name it still, so that the new
@@ -138,6 +141,9 @@ def publish(run: Path, *names: str) -> None:
         os.replace(run / f"{name}{PARTIAL}", target)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
+    average = run / f"{names[-1]}{EMA}"
+    if average.name not in names and average.exists():  # of weights that are no longer there
+        shutil.rmtree(_set_aside(average), ignore_errors=True)
 
 
 def point_latest(run: Path, iteration: int) -> None:

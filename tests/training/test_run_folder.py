@@ -103,3 +103,10 @@ def test_a_checkpoint_takes_the_place_of_one_of_the_same_iteration(tmp_path):
     saved(run, 2)
     assert names(run / "2") == ["weights"]
     assert names(run) == ["2", "2-ema", "latest"]
+
+
+def test_an_average_goes_with_the_weights_that_it_is_of(tmp_path):
+    run = saved(tmp_path / "a", 2, 4)
+    run_folder.new_partial(run, "4")  # by a run that was resumed without ema_decay
+    run_folder.publish(run, "4")
+    assert names(run) == ["2", "2-ema", "4", "latest"]
