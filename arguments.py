@@ -58,22 +58,12 @@ class CommonArgs:
     fp16: bool = _option(False, "run in float16")
     bf16: bool = _option(False, "run in bfloat16")
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto: a GPU where there is one")
-    attention: Literal["auto", "hopper", "flash", "sdpa"] = _option(
-        "auto",
-        "what computes attention: this project's kernel for Hopper GPUs (not for training), "
-        "FlashAttention-4 or PyTorch; auto: the fastest that runs here",
-    )
     model_parallel_size: int = _option(1, "kept for old files; only 1 is supported")
 
     @property
     def precision(self) -> str:
         """The name that PyTorch has for the precision of the run."""
         return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
-
-    @property
-    def attention_kernel(self) -> str | None:
-        """The kernel of attention that was asked for; None for the fastest."""
-        return None if self.attention == "auto" else self.attention
 
 
 @dataclass
@@ -102,6 +92,11 @@ class SamplingArgs(CommonArgs):
     )
     compile: bool | None = _option(
         None, "compile the transformer's blocks; default: on a GPU, from 100 steps on"
+    )
+    attention: Literal["auto", "hopper", "flash", "sdpa"] = _option(
+        "auto",
+        "what computes attention: this project's kernel for Hopper GPUs, FlashAttention-4 or "
+        "PyTorch; auto: the fastest that runs here",
     )
     fp8: bool = _option(
         False, "the blocks' MLPs in float8: faster where the GPU has it, not the same video"
@@ -137,6 +132,10 @@ class TrainingArgs(CommonArgs):
         "block", "kept of each block: its input, or the attention's output too (faster)"
     )
     compile: bool | None = _option(None, "compile the blocks; default: on a GPU, from 300 steps on")
+    attention: Literal["auto", "flash", "sdpa"] = _option(
+        "auto",
+        "what computes attention: FlashAttention-4 or PyTorch; auto: the fastest that runs here",
+    )
     eval_iters: int = _option(1, "batches in a validation")
     eval_interval: int = _option(100, "steps between validations")
     eval_batch_size: int = _option(1, "samples in a validation batch")

@@ -17,7 +17,7 @@ from sgm.cli import no_garbage_collection, run_and_exit, set_up_logging
 from sgm.errors import UserError
 from sgm.files import make_output_folder
 from sgm.inference.prompts import Prompt, read_prompt_file, read_typed_prompts
-from sgm.inference.request import check_model_section, head_size, latent_shape
+from sgm.inference.request import check_attention, latent_shape
 from sgm.inference.weights import check_weight_paths
 from sgm.kernels import can_compile_kernels, check_compile
 from sgm.versions import installed_versions
@@ -116,7 +116,6 @@ def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine
     from diffusion_video import SATVideoDiffusionEngine
     from sgm.inference.memory import choose_memory
     from sgm.modules.transformer import fp8
-    from sgm.modules.transformer.attention import check_kernel
     from sgm.util import check_params
 
     args = config.args
@@ -128,8 +127,7 @@ def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine
     if args.compile:
         check_compile(device.type)
     dtype = getattr(torch, args.precision)
-    width = head_size(check_model_section(config.model))
-    check_kernel(args.attention_kernel, device=device, dtype=dtype, head_size=width)
+    check_attention(args.attention, config.model, device=device, dtype=dtype)
     memory = choose_memory(args, config.model, device=device, dtype=dtype)
     extra = {
         "load": args.load,
@@ -144,9 +142,9 @@ def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine
         SATVideoDiffusionEngine, config.model | extra, where=config.place("model")
     )
     if not params.get("sampler_config"):
-        raise UserError("model.sampler_config is absent; sampling needs one")
+        raise UserError(f"{config.place('model')}: sampler_config is absent; sampling needs one")
     engine = SATVideoDiffusionEngine(**params).eval()
-    engine.model.diffusion_model.set_attention(args.attention_kernel)
+    engine.model.diffusion_model.set_attention(args.attention)
     if args.fp8:
         fp8.quantize_linears(engine.model.diffusion_model)
     if memory == "low":

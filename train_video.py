@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from arguments import Config, TrainingArgs, parse_config
 from sgm.cli import run_and_exit, set_up_logging
 from sgm.errors import UserError
-from sgm.inference.request import check_model_section, head_size
+from sgm.inference.request import check_attention
 from sgm.inference.weights import check_weight_paths
 from sgm.kernels import can_compile_kernels, check_compile
 from sgm.training.checks import (
@@ -73,9 +73,9 @@ def load_engine(
         SATVideoDiffusionEngine, config.model | extra, where=config.place("model")
     )
     if not params.get("loss_fn_config"):
-        raise UserError("model.loss_fn_config is absent; training needs one")
+        raise UserError(f"{config.place('model')}: loss_fn_config is absent; training needs one")
     engine = SATVideoDiffusionEngine(**params).train()
-    engine.model.diffusion_model.set_attention(args.attention_kernel)
+    engine.model.diffusion_model.set_attention(args.attention)
     if is_lora:
         load_lora(engine.model.diffusion_model, checkpoint, base=engine.base_fingerprint)
     elif checkpoint is not None:
@@ -373,7 +373,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         # DeepSpeed, which is imported after this, would move the model to a GPU that is there.
         os.environ["DS_ACCELERATOR"] = "cpu"
-    from sgm.modules.transformer.attention import check_kernel
     from sgm.modules.transformer.sat_runtime import (
         ensure_process_groups,
         leave_process_groups_at_exit,
@@ -381,14 +380,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sgm.training.deepspeed_engine import check_sections, weight_dtype
 
     check_sections(config.deepspeed)
-    width = head_size(check_model_section(config.model))
-    check_kernel(
-        config.args.attention_kernel,
-        device=device,
-        dtype=weight_dtype(config.deepspeed),
-        head_size=width,
-        trains=True,
-    )
+    dtype = weight_dtype(config.deepspeed)
+    check_attention(config.args.attention, config.model, device=device, dtype=dtype)
     ensure_process_groups()
     train(config, device)
     leave_process_groups_at_exit()

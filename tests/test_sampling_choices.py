@@ -88,4 +88,4 @@ def test_a_mistyped_key_of_the_model_names_its_files():
 def test_the_kernel_of_attention_is_the_one_asked_for():
     config = parse_config(SamplingArgs, "", ["--base", CONFIG, "--attention", "sdpa"])
     network = sample_video.load_engine(config, CPU).model.diffusion_model
-    assert network.mixins["adaln_layer"].attention_kernel == "sdpa"
+    assert network.mixins["adaln_layer"].attention == "sdpa"

@@ -98,7 +98,7 @@ def check_packages(options: argparse.Namespace, sections: Sequence[str]) -> None
 
     if not flash_is_installed():
         raise UserError(
-            '--attention flash needs FlashAttention-4; pip install --pre "flash-attn-4[cu13]"'
+            'attention: flash needs FlashAttention-4; pip install --pre "flash-attn-4[cu13]"'
         )
 
 
@@ -106,8 +106,8 @@ def check_flags(options: argparse.Namespace, sections: Sequence[str]) -> None:
     """Refuse flags that nothing would read, and fill in the training's where they are absent.
 
     Raises:
-        UserError: a number below 1, a flag that is not of these sections, or a result that could
-            not be written.
+        UserError: a number below 1, a flag or kernel that is not for these sections, or a result
+            that could not be written.
     """
     names = ", ".join(sections)
     for name, default in _TRAINING.items():
@@ -117,6 +117,8 @@ def check_flags(options: argparse.Namespace, sections: Sequence[str]) -> None:
             raise UserError(f"--{name} is for train, but only {names} would be measured")
     if any(n is not None and n < 1 for n in (options.steps, options.warmup, options.rank)):
         raise UserError("--steps, --warmup and --rank must be at least 1")
+    if options.attention == "hopper" and "train" in sections:
+        raise UserError("--attention hopper is for sampling; for training take flash or sdpa")
     if options.weights and not any(section in _WITH_WEIGHTS for section in sections):
         raise UserError(
             f"--weights is for {' and '.join(_WITH_WEIGHTS)}, but only {names} would be measured"
@@ -261,8 +263,8 @@ def build_parser() -> CommandParser:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
     parser.add_argument(
         "--attention",
-        choices=("hopper", "flash", "sdpa"),
-        help="kernel of attention; default: that of the configuration",
+        choices=("auto", "hopper", "flash", "sdpa"),
+        help="kernel of attention; default: args.attention of the configuration",
     )
     parser.add_argument(
         "--warmup", type=int, help="runs before the measured: 1; train: 3; a step on a GPU: 5"
@@ -292,12 +294,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     set_up_logging()
     files = ["--base", *options.base]
-    config = parse_config(TrainingArgs, "", files)
+    config = parse_config(SamplingArgs, "", files)
     sections = choose_sections(config, options.only)
+    if sections == ["train"]:
+        config = parse_config(TrainingArgs, "", files)
+    options.attention = options.attention or config.args.attention
     check_flags(options, sections)
     check_packages(options, sections)
     head = circumstances(argv, options.base)
-    options.attention = options.attention or config.args.attention_kernel
     if options.compile is None:
         import torch
 
@@ -310,7 +314,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         from tools.bench.inference import inference_jobs
 
-        config = parse_config(SamplingArgs, "", files)
         latent_shape(config.args, config.model)
         for node in ("conditioner_config", "first_stage_config", "sampler_config"):
             if not config.model.get(node):

@@ -164,9 +164,11 @@ class Conversion:
             check_weights(
                 base, "transformer", self._network, where=path, described_by=self._described_by
             )
-        # Rounded here, so that a merged sum is rounded once.
-        tensors = merged_tensors(base, loras, where=path, dtype=dtype) if loras else base
-        tensors = in_dtype(to_diffusers(tensors, "transformer", where=path), dtype, where=path)
+        if loras:
+            tensors = merged_tensors(base, loras, where=path, dtype=dtype)
+        else:
+            tensors = in_dtype(base, dtype, where=path)
+        tensors = to_diffusers(tensors, "transformer", where=path)
         config = transformer_config(sizes, self._geometry)
         self.parts.append(_Part("transformer", config, tensors))
         return path

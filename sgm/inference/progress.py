@@ -34,7 +34,7 @@ class Progress:
         self._done = self._done_before = done
         self._lines = lines
         self._last_line = time.monotonic()
-        self._first_step: float | None = None
+        self._first_step_at: float | None = None
         # Of several ranks, the first one's progress stands for all.
         on_terminal = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
         self._bar = None
@@ -86,8 +86,8 @@ class Progress:
             self._bar.update()
             return
         now = time.monotonic()
-        if self._first_step is None:
-            self._first_step = now
+        if self._first_step_at is None:
+            self._first_step_at = now
         if not self._lines or now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
@@ -101,5 +101,5 @@ class Progress:
         measured = self._done - self._done_before - 1
         if not measured:
             return ""
-        seconds = (now - self._first_step) / measured * (self._total - self._done)
+        seconds = (now - self._first_step_at) / measured * (self._total - self._done)
         return f", {seconds:.0f} s left"

@@ -54,14 +54,32 @@ def require_sizes(params: Mapping[str, Any], keys: Sequence[str]) -> None:
             raise UserError(f"model.network_config.params lacks {key}; add it, a whole number")
 
 
-def head_size(params: Mapping[str, Any]) -> int:
-    """Width of an attention head of the network.
+def head_size(model: Mapping[str, Any]) -> int:
+    """Width of an attention head of the network in a `model` section.
 
     Raises:
-        UserError: a size that decides it is absent.
+        UserError: as in `check_model_section`; or a size that decides it is absent.
     """
+    params = check_model_section(model)
     require_sizes(params, _WIDTHS)
     return params["hidden_size"] // params["num_attention_heads"]
+
+
+def check_attention(choice: str, model: Mapping[str, Any], **where: Any) -> None:
+    """Find out whether the kernel of attention that `args` ask for runs; "auto" always does.
+
+    Args:
+        choice: "auto", or the name of a kernel.
+        model: the `model` section.
+        where: `device` and `dtype` of the network.
+
+    Raises:
+        UserError: it does not; says what it needs.
+    """
+    if choice != "auto":
+        from sgm.modules.transformer.attention import check_kernel  # imports PyTorch
+
+        check_kernel(choice, head_size=head_size(model), **where)
 
 
 def video_size(params: Mapping[str, Any]) -> list[int]:

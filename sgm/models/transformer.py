@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -179,9 +179,9 @@ class DiffusionTransformer(BaseModel):
         """Keep of each block its input ("block"), the attention's result too, or all (None)."""
         self.mixins["adaln_layer"].checkpoint_keep = keep
 
-    def set_attention(self, kernel: Kernel | None) -> None:
-        """Compute attention with this kernel; None (the default) takes the fastest there is."""
-        self.mixins["adaln_layer"].attention_kernel = kernel
+    def set_attention(self, kernel: Kernel | Literal["auto"]) -> None:
+        """Compute attention with this kernel; "auto" (the default) takes the fastest there is."""
+        self.mixins["adaln_layer"].attention = kernel
 
     def begin_video(self) -> None:
         """To be called before the first step of a video; see `review_attention`."""
@@ -196,7 +196,7 @@ class DiffusionTransformer(BaseModel):
         stays.
         """
         adaln = self.mixins["adaln_layer"]
-        if adaln.attention_kernel is not None:
+        if adaln.attention != "auto":
             return
         share = share_computed_twice()
         if share > MOST_COMPUTED_TWICE:

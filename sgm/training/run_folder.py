@@ -1,10 +1,10 @@
 """The folder of a training run: where its checkpoints lie, and how one comes into being whole.
 
 ``{save}/{experiment_name}-MM-DD-HH-MM/`` holds a folder for each saved iteration, ``latest`` with
-the name of the newest, ``training_config.yaml``, and what watches the run; the second run of a
-minute has ``_2`` after its name. A checkpoint is written into ``{iteration}.partial`` and renamed
-when it is complete, then ``latest`` changes: whenever the process is killed, ``latest`` names a
-whole checkpoint.
+the name of the newest, ``training_config.yaml``, and what watches the run; further runs of the same
+minute have ``_2``, ``_3`` … after their names. A checkpoint is written into
+``{iteration}.partial`` and renamed when it is complete, then ``latest`` changes: whenever the
+process is killed, ``latest`` names a whole checkpoint.
 """
 
 from __future__ import annotations
@@ -133,6 +133,9 @@ def publish(run: Path, *names: str) -> None:
 
     `names` are those of one iteration: its moving average if there is one, and its weights.
     """
+    average = f"{names[-1]}{EMA}"
+    if average not in names:  # one that is there is not of these weights
+        _remove(run / average)
     for name in names:
         target = run / name
         # One of a run that was resumed further back. `latest` may name it still, so that the new
@@ -141,9 +144,6 @@ def publish(run: Path, *names: str) -> None:
         os.replace(run / f"{name}{PARTIAL}", target)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
-    average = run / f"{names[-1]}{EMA}"
-    if average.name not in names and average.exists():  # of weights that are no longer there
-        shutil.rmtree(_set_aside(average), ignore_errors=True)
 
 
 def point_latest(run: Path, iteration: int) -> None:
@@ -158,8 +158,13 @@ def prune(run: Path, limit: int, *, up_to: int) -> None:
     saved.sort(key=lambda path: int(path.name))
     for path in saved[:-limit] if limit else []:
         for old in (path, run / f"{path.name}{EMA}"):
-            if old.exists():
-                shutil.rmtree(_set_aside(old), ignore_errors=True)
+            _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, if it is there."""
+    if folder.exists():
+        shutil.rmtree(_set_aside(folder), ignore_errors=True)
 
 
 def _set_aside(folder: Path) -> Path:

@@ -147,9 +147,9 @@ def test_merged_tensors_of_another_precision_are_rounded_once(build, two):
         assert merged[name].equal(weight.bfloat16()), name
         twice += int((weight.half().bfloat16() != weight.bfloat16()).sum())
     assert twice  # so the above does tell
-    wide = {n: w.float() * 1e6 for n, w in base.items()}
+    strong = [LoraChoice(choice.path, 1e8) for choice in two]
     with pytest.raises(UserError, match="base: .* beyond the range of float16"):
-        dict(merged_tensors(wide, two, where="base", dtype=torch.float16))
+        dict(merged_tensors(base, strong, where="base", dtype=torch.float16))
 
 
 def test_nothing_is_merged_if_one_of_several_is_wrong(build, two, tmp_path):

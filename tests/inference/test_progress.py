@@ -16,6 +16,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The time; `now` is to be set."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
     return clock
 
 

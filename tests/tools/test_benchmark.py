@@ -24,7 +24,7 @@ from tools import benchmark
 from tools.bench import inference
 from tools.bench import jobs as jobs_module
 from tools.bench.inference import inference_jobs
-from tools.bench.jobs import METHODS, SECTIONS, DoesNotApply, Job, Result, run_job, run_jobs
+from tools.bench.jobs import METHODS, SECTIONS, Job, Result, run_job, run_jobs
 from tools.bench.measuring import Measured, forward_flops, measure
 from tools.benchmark import (
     build_parser,
@@ -85,7 +85,8 @@ def write_here(config: Config, folder: Path) -> None:
 
 def options(*words: str) -> argparse.Namespace:
     return build_parser().parse_args(
-        ["--base", "x.yaml", "--no-compile", "--warmup", "1", "--steps", "1", *words]
+        ["--base", "x.yaml", "--no-compile", "--attention", "auto", "--warmup", "1", "--steps", "1"]
+        + [*words]
     )
 
 
@@ -118,8 +119,13 @@ def test_all_lines_of_inference(with_weights: Config, against: tuple[str, ...]) 
     }  # fmt: skip
     if not against:
         # A CPU has one kernel of attention, which is the line before, and no float8 products.
-        for label in ("own, flash", "own, sdpa", "own, fp8"):
-            assert isinstance(results.pop(("step", label)), DoesNotApply)
+        reasons = {
+            "own, flash": "this kernel does not run here",
+            "own, sdpa": "the line before is of the same kernel",
+            "own, fp8": "there are no float8 products here",
+        }
+        left_out = {label: str(results.pop(("step", label))) for label in reasons}
+        assert left_out == reasons
         own = [("step", "own"), ("decode", "own"), ("encode", "own"), ("t5", "own")]
         assert list(results) == [*own, ("pipeline", "own")]
         assert results["pipeline", "own"].startup_seconds > 0
@@ -141,7 +147,7 @@ def test_the_compiled_step_is_the_one_to_compare_with(config: Config) -> None:
 def test_what_fails_or_does_not_apply_stops_no_other_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    # Nothing of this file, which another process would take long to import.
+    # Nothing of this file, which another process cannot import.
     idle = partial(inference.step_with_fp8, None, None)
     wrong, deadly = partial(int, "x"), partial(os._exit, 9)
     runs = [idle, wrong, deadly, partial(Measured, 2.0, 3 * 10**9)]
@@ -322,6 +328,38 @@ def test_flags_that_would_be_in_vain(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=told):
         main(["--base", INFER, "--only", "t5", *words])
+
+
+@pytest.mark.parametrize("flags", [[], ["--attention", "hopper"]])
+def test_attention_is_that_of_the_flag_or_of_the_configuration(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    sections = yaml.safe_load(Path(small).read_text())
+    sections["args"]["attention"] = "sdpa" if flags else "hopper"
+    path = tmp_path / "with_attention.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    results = []
+
+    def run_here(jobs: list[Job], *_: Any, **__: Any) -> list[Result]:
+        results.extend(run_job(job, started=0.0) for job in jobs)
+        return [result for result in results if isinstance(result, Result)]
+
+    monkeypatch.setattr(benchmark, "report", run_here)
+    assert main(["--base", str(path), "--only", "step", *flags]) == 1
+    step, *others = results
+    assert step.failure.startswith("attention: hopper does not run here: it needs Triton")
+    assert [str(reason) for reason in others[:2]] == 2 * ["hopper alone was asked for"]
+    engine = load_engine(parse_config(SamplingArgs, "", ["--base", INFER, "--device", "cpu"]), CPU)
+    monkeypatch.setattr(inference, "load_engine", lambda config, _: asked.append(config) or engine)
+    asked: list[Config] = []
+    config = parse_config(SamplingArgs, "", ["--base", INFER])
+    inference.pipeline(config, options("--attention", "sdpa"))
+    assert asked[0].args.attention == "sdpa" != config.args.attention
+
+
+def test_this_projects_kernel_is_not_for_training() -> None:
+    with pytest.raises(UserError, match="--attention hopper is for sampling"):
+        main(["--base", SFT, "--attention", "hopper"])
 
 
 def test_flags_of_training_have_defaults() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from arguments import Config, TrainingArgs, parse_config
+from sgm.errors import UserError
 from tools.bench.training import (
     Variant,
     build_network,
@@ -63,6 +64,12 @@ def test_offload_keeps_the_rest_of_the_section(config: Config) -> None:
     assert settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert settings["gradient_clipping"] == 0.5
     assert "offload_optimizer" not in config.deepspeed["zero_optimization"]
+
+
+def test_attention_that_does_not_run_here_is_one_sentence(config: Config) -> None:
+    flash, cpu = Variant("full", compiled=False, kernel="flash"), torch.device("cpu")
+    with pytest.raises(UserError, match="attention: flash does not run here"):
+        build_network(config, flash, rank=RANK, device=cpu)
 
 
 def test_a_line_for_each_way_of_training(config: Config) -> None:

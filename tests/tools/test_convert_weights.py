@@ -240,6 +240,13 @@ def test_loras_are_merged_on_request_and_never_dropped(small, tmp_path, capsys):
     expected = (weight.float() + 2 * 0.5).half()  # scale · alpha / r · B A with alpha 1
     assert torch.equal(found["transformer_blocks.0.attn1.to_out.0.weight"], expected)
 
+    options = ["--lora", f"{small.transformer}:0.3", "--bf16"]
+    assert small.convert(*options, vae_ckpt_path=None, output="in_bf16") == 0
+    found = load_file(small.folder / "in_bf16/transformer/diffusion_pytorch_model.safetensors")
+    total = weight.float() + 0.3 * 0.5
+    assert torch.equal(found["transformer_blocks.0.attn1.to_out.0.weight"], total.bfloat16())
+    assert not torch.equal(total.half().bfloat16(), total.bfloat16())  # so rounding twice shows
+
     lora = tmp_path / "lora"
     save_sat_transformer(lora, add_matrices(small.base, ""), lora={"r": 1, "lora_alpha": 1.0})
     refused(capsys, small.convert(transformer_ckpt_path=lora, output="o"), "is a LoRA", "--lora")

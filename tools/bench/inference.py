@@ -20,11 +20,11 @@ from arguments import Config
 from diffusion_video import NetworkWrapper
 from sample_video import load_engine
 from sgm.cli import no_garbage_collection
-from sgm.inference.request import head_size, latent_shape
+from sgm.inference.request import check_attention, head_size, latent_shape
 from sgm.inference.video_io import to_uint8
 from sgm.models.first_stage import build_first_stage, encode_moments
 from sgm.modules.transformer import fp8
-from sgm.modules.transformer.attention import Kernel, check_kernel, list_kernels
+from sgm.modules.transformer.attention import Kernel, list_kernels
 from sgm.util import instantiate_from_config
 from tools.bench import inputs, rivals
 from tools.bench.jobs import INFERENCE_SECTIONS, DoesNotApply, Job
@@ -87,15 +87,15 @@ def inference_jobs(
 
 @torch.no_grad()
 def step(
-    config: Config, options: argparse.Namespace, *, kernel: Kernel | None, in_fp8: bool = False
+    config: Config, options: argparse.Namespace, *, kernel: str, in_fp8: bool = False
 ) -> Measured:
     """One batched forward of the transformer for both branches of guidance.
 
     Its operations are counted as if the branches shared none.
     """
     device, node = choose_device(), config.model["network_config"]
-    dtype, width = inputs.run_dtype(config), head_size(node["params"])
-    check_kernel(kernel, device=device, dtype=dtype, head_size=width)
+    dtype = inputs.run_dtype(config)
+    check_attention(kernel, config.model, device=device, dtype=dtype)
     network = random_network(node, dtype=dtype, device=device).eval()
     network.set_attention(kernel)
     layers = network.transformer.layers
@@ -129,9 +129,8 @@ def step_by_another(config: Config, options: argparse.Namespace, *, kernel: Kern
         DoesNotApply: it is not so.
     """
     token = torch.empty(1, dtype=inputs.run_dtype(config), device=choose_device())
-    width = head_size(config.model["network_config"]["params"])
-    fastest, *others = list_kernels(token, head_size=width)
-    if options.attention:
+    fastest, *others = list_kernels(token, head_size=head_size(config.model))
+    if options.attention != "auto":
         raise DoesNotApply(f"{options.attention} alone was asked for")
     if kernel == fastest:
         raise DoesNotApply("the line before is of the same kernel")
@@ -196,7 +195,7 @@ def pipeline(config: Config, options: argparse.Namespace, *, memory: str = "high
     """A prompt to frames of 8 bits on the host: the engine of sample_video.py."""
     config = copy.deepcopy(config)
     config.args.memory = memory
-    config.args.attention = options.attention or "auto"
+    config.args.attention = options.attention
     device = choose_device()
     with no_garbage_collection():
         engine = load_engine(config, device)

@@ -21,9 +21,8 @@ from torch import Tensor
 from arguments import Config
 from diffusion_video import NetworkWrapper
 from sgm.checkpoint import is_lora_matrix
-from sgm.inference.request import head_size
+from sgm.inference.request import check_attention
 from sgm.models.transformer import DiffusionTransformer
-from sgm.modules.transformer.attention import check_kernel
 from sgm.training.deepspeed_engine import start_deepspeed
 from sgm.training.objective import TrainingObjective
 from sgm.util import instantiate_from_config
@@ -44,14 +43,15 @@ class Variant:
     method: str
     keep: str | None = "attention"
     compiled: bool = True
-    kernel: str | None = None
+    kernel: str = "auto"
 
     def label(self) -> str:
         """The variant in a few words."""
         if self.method not in METHODS:
             return f"{self.method}, LoRA"
-        parts = [self.method, f"keep {self.keep or 'all'}", "compiled" if self.compiled else ""]
-        return ", ".join(part for part in [*parts, self.kernel] if part)
+        parts = [self.method, f"keep {self.keep or 'all'}"]
+        parts += ["compiled"] if self.compiled else []
+        return ", ".join(parts + ([self.kernel] if self.kernel != "auto" else []))
 
 
 def training_jobs(config: Config, options: argparse.Namespace) -> list[Job]:
@@ -125,9 +125,8 @@ def build_network(
     if variant.method == "lora":
         target = "sat.model.finetune.lora2.LoraMixin"
         modules["lora_config"] = {"target": target, "params": {"r": rank}}
-    dtype, width = torch.bfloat16, head_size(node["params"])
-    check_kernel(variant.kernel, device=device, dtype=dtype, head_size=width, trains=True)
-    network = random_network(node, dtype=dtype, device=device)
+    check_attention(variant.kernel, config.model, device=device, dtype=torch.bfloat16)
+    network = random_network(node, dtype=torch.bfloat16, device=device)
     if variant.method == "lora":
         for name, weight in network.named_parameters():
             weight.requires_grad_(is_lora_matrix(name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -106,7 +106,7 @@ class AdaLNMixin(BaseMixin):
 
     Attributes:
         checkpoint_keep: what is kept of a block for the backward pass; None for everything.
-        attention_kernel: what computes the attention; None for the fastest that there is.
+        attention: what computes it, "auto" for the fastest kernel that there is.
         own_kernel_pays: whether that may be this project's own, as it is until it is found to
             compute too much twice.
     """
@@ -124,7 +124,7 @@ class AdaLNMixin(BaseMixin):
     ) -> None:
         super().__init__()
         self.checkpoint_keep: Keep | None = "block" if checkpoint_activations else None
-        self.attention_kernel: Kernel | None = None
+        self.attention: Kernel | Literal["auto"] = "auto"
         self.own_kernel_pays = True
         self.qk_ln = qk_ln
         self.head_size = head_size
@@ -183,9 +183,9 @@ class AdaLNMixin(BaseMixin):
         layer = int(layer_id)
         parts = self.block_parts(layer)
         tokens = hidden_states
-        kernel = self.attention_kernel or choose_kernel(
-            tokens, head_size=self.head_size, own=self.own_kernel_pays
-        )
+        kernel = self.attention
+        if kernel == "auto":
+            kernel = choose_kernel(tokens, head_size=self.head_size, own=self.own_kernel_pays)
         # Before the first block video tokens have not met the text. Not in training, which has one
         # branch: no gradient goes through the log-sum-exp that joins what is shared.
         has_gradient = torch.is_grad_enabled()

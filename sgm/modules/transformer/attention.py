@@ -22,9 +22,10 @@ logger = logging.getLogger(__name__)
 # What computes the attention: "hopper" is this project's own, "flash" is FlashAttention-4, "sdpa"
 # is PyTorch.
 Kernel = Literal["hopper", "flash", "sdpa"]
-
+_FASTEST_FIRST: tuple[Kernel, ...] = ("hopper", "flash", "sdpa")
 _NEEDS: dict[Kernel, str] = {
-    "hopper": "Triton, a Hopper GPU, fp16 or bf16 and heads of 64, and is not for training",
+    "hopper": "Triton with a C compiler and Python's headers, a Hopper GPU, fp16 or bf16, and "
+    "heads of 64",
     "flash": "FlashAttention-4, a Hopper or Blackwell GPU, and fp16 or bf16",
 }
 
@@ -35,50 +36,45 @@ _HOPPER_HEAD_SIZE = 64  # HEAD_SIZE of triton_attention, which imports Triton
 def choose_kernel(tokens: Tensor, *, head_size: int, own: bool = True) -> Kernel:
     """The fastest kernel that there is for tokens of this device and type.
 
-    Without `own` it is not this project's.
+    While gradients are computed it is one that has a backward pass. Without `own` it is not this
+    project's.
     """
-    kernels = list_kernels(tokens, head_size=head_size)
-    return next(kernel for kernel in kernels if own or kernel != "hopper")
+    allowed = [kernel for kernel in _FASTEST_FIRST if own or kernel != "hopper"]
+    return next(kernel for kernel in allowed if _runs(kernel, tokens, head_size))
 
 
 def list_kernels(tokens: Tensor, *, head_size: int) -> list[Kernel]:
-    """The kernels that there are for tokens of this device and type, the fastest first.
-
-    While gradients are computed these are the ones that have a backward pass.
-    """
-    kernels: list[Kernel] = ["sdpa"]
-    if tokens.is_cuda and tokens.dtype in (torch.float16, torch.bfloat16):
-        if _flash_runs_on(tokens.device):
-            kernels.insert(0, "flash")
-        # Under autocast norms return float32, so that queries and keys are not what tokens are.
-        is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda")
-        fits = head_size == _HOPPER_HEAD_SIZE
-        if is_plain and fits and _hopper_runs_on(tokens.device, tokens.dtype):
-            kernels.insert(0, "hopper")
-    return kernels
+    """All kernels of which `choose_kernel` takes the first."""
+    return [kernel for kernel in _FASTEST_FIRST if _runs(kernel, tokens, head_size)]
 
 
+def _runs(kernel: Kernel, tokens: Tensor, head_size: int) -> bool:
+    """Whether there is this kernel for tokens of this device and type."""
+    if kernel == "sdpa":
+        return True
+    if not tokens.is_cuda or tokens.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if kernel == "flash":
+        return _flash_runs_on(tokens.device)
+    # Under autocast norms return float32, so that queries and keys are not what tokens are.
+    is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda")
+    fits = head_size == _HOPPER_HEAD_SIZE
+    return is_plain and fits and _hopper_runs_on(tokens.device, tokens.dtype)
+
+
+@torch.no_grad()
 def check_kernel(
-    kernel: Kernel | None,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    head_size: int,
-    trains: bool = False,
+    kernel: Kernel, *, head_size: int, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Find out whether a kernel runs, before anything is loaded for it; the fastest, None, does.
+    """Find out whether a kernel runs, before anything is loaded for it.
 
     Raises:
         UserError: it does not; says what it needs.
     """
-    if kernel is None:
-        return
-    with torch.set_grad_enabled(trains):
-        found = list_kernels(torch.empty(0, dtype=dtype, device=device), head_size=head_size)
-    if kernel not in found:
+    if not _runs(kernel, torch.empty(0, dtype=dtype, device=device), head_size):
         raise UserError(
             f"attention: {kernel} does not run here: it needs {_NEEDS[kernel]}; leave attention "
-            f"out for the fastest that does ({found[0]})"
+            "out for the fastest that does"
         )
 
 

@@ -92,22 +92,26 @@ def test_own_kernel_is_not_for_training(monkeypatch: pytest.MonkeyPatch) -> None
     assert list_kernels(half, head_size=64) == ["sdpa"]
 
 
-def test_a_kernel_that_does_not_run_is_refused_with_what_it_needs(
+def test_a_kernel_that_does_not_run_is_refused_with_what_it_needs() -> None:
+    half = {"device": torch.device("cpu"), "dtype": torch.float16}
+    check_kernel("sdpa", **half, head_size=4)
+    needs = {"hopper": "a C compiler .* heads of 64", "flash": "FlashAttention-4"}
+    for kernel, needed in needs.items():
+        with pytest.raises(UserError, match=f"{kernel} does not run here: it needs .*{needed}"):
+            check_kernel(kernel, **half, head_size=64)
+
+
+def test_own_kernel_is_not_tried_where_another_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    half = {"device": torch.device("cpu"), "dtype": torch.float16}
-    check_kernel(None, **half, head_size=4)
-    check_kernel("sdpa", **half, head_size=4)
-    with pytest.raises(UserError, match=r"hopper does not run here: .* heads of 64.*\(sdpa\)"):
-        check_kernel("hopper", **half, head_size=64)
-    monkeypatch.setattr(
-        attention,
-        "list_kernels",
-        lambda token, *, head_size: ["flash" if torch.is_grad_enabled() else "hopper"],
-    )
-    check_kernel("hopper", **half, head_size=64)
-    with pytest.raises(UserError, match=r"hopper .* not for training; .*\(flash\)"):
-        check_kernel("hopper", **half, head_size=64, trains=True)
+    monkeypatch.setattr(attention, "_flash_runs_on", lambda device: True)
+    monkeypatch.setattr(attention, "_hopper_runs_on", lambda *_: pytest.fail("tried"))
+    half = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: half)
+    for kernel in ("sdpa", "flash"):
+        check_kernel(kernel, device=half.device, dtype=half.dtype, head_size=64)
+    with torch.no_grad():
+        assert choose_kernel(half, head_size=64, own=False) == "flash"
 
 
 @pytest.mark.usefixtures("kernel_calls")
