@@ -306,10 +306,9 @@ class SATVideoDiffusionEngine(nn.Module):
         return latents, self._here(self.conditioner(batch))
 
 
-def _checked_scale(value: Any) -> float:
-    """`scale_factor`, if it is a finite number above 0; UserError if not."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:
+def _checked_scale(value: float) -> float:
+    """`scale_factor`, if it is finite and above 0; UserError if not."""
+    if not math.isfinite(value) or value <= 0:
         raise UserError(f"model.scale_factor: {value!r} must be a finite number above 0")
     return value
 

@@ -314,6 +314,7 @@ def train(config: Config, device: torch.device) -> None:
     set_up_activations(engine, config)
     wrapped = start_deepspeed(TrainingObjective(engine), config.deepspeed, args)
     run = checkpoint.parent if checkpoint else run_folder.start_run(args)
+    lock = run_folder.reserve(run) if run_folder.is_main() else None
     batch_size = wrapped.train_micro_batch_size_per_gpu()
     lockstep = wrapped.zero_optimization_stage() == 3
     average = start_average(wrapped, args)
@@ -351,6 +352,8 @@ def train(config: Config, device: torch.device) -> None:
     )
     trainer.run(checked_batches(loader), progress)
     report.close()
+    if lock is not None:
+        lock.close()
     flag = "--lora" if trains_lora(wrapped.module) else "--load"
     logger.info("to sample: bash inference.sh CONFIG.yaml %s %s", flag, run)
 

@@ -138,13 +138,14 @@ def make_output_folder(path: str | Path) -> Path:
     Raises:
         UserError: it cannot be made or written to.
     """
+    if path == "":
+        raise UserError("a folder for results has an empty name; choose another")
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"0" * 4096)
-    except OSError as error:
-        raise UserError(
-            f"folder {path} cannot be written to ({error.strerror}); choose another"
-        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"folder {path} cannot be written to ({reason}); choose another") from None
     return folder

@@ -37,6 +37,14 @@ TARGET_ALIASES = {
     ),
 }
 
+# Annotations, as text, of what is checked before a class is built.
+_PLAIN_TYPES: dict[str, tuple[Any, str]] = {
+    "bool": (bool, "true or false"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": (str, "a text"),
+}
+
 # A YAML file from elsewhere names classes to be called, so it may name only what is meant for it.
 # `allow_targets` (the flag --allow-target) is the one way to extend this list.
 _allowed_prefixes = ["sgm", "sat", "data_video", "torch.nn", "torch.optim"]
@@ -92,7 +100,7 @@ def check_params(cls: type, params: Mapping[str, Any], *, where: str) -> dict[st
     Names in ``cls.IGNORED_PARAMS`` are dropped: older files carry them and nothing here needs them.
 
     Raises:
-        UserError: a name is unknown, or a required one is absent.
+        UserError: a name is unknown, a required one is absent, or a value is none of its type.
     """
     ignored = getattr(cls, "IGNORED_PARAMS", frozenset())
     used = {name: value for name, value in params.items() if name not in ignored}
@@ -100,16 +108,31 @@ def check_params(cls: type, params: Mapping[str, Any], *, where: str) -> dict[st
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature):
         return used
     named = [p for p in signature if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    known = {parameter.name for parameter in named}
-    for name in used:
+    known = {parameter.name: parameter for parameter in named}
+    for name, value in used.items():
         if name not in known:
-            hint = nearest_name(name, known | ignored)
+            hint = nearest_name(name, known.keys() | ignored)
             raise UserError(f"{where}: unknown key {name!r} in params; {hint}")
+        _check_type(known[name], value, where=where)
     required = [p.name for p in named if p.default is p.empty]
     absent = [name for name in required if name not in used]
     if absent:
         raise UserError(f"{where}: params lacks {', '.join(absent)}; add it to the configuration")
     return used
+
+
+def _check_type(parameter: inspect.Parameter, value: Any, *, where: str) -> None:
+    """Refuse a value of another type than a plain annotation says; others say it themselves.
+
+    Raises:
+        UserError: it is of another type, such as a number in quotes.
+    """
+    if parameter.annotation not in _PLAIN_TYPES:
+        return
+    kinds, name = _PLAIN_TYPES[parameter.annotation]
+    # bool is an int in Python, but true is no number here.
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        raise UserError(f"{where}: {parameter.name}: {value!r} must be {name}")
 
 
 def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:

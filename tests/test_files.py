@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sgm.errors import UserError
-from sgm.files import new_folder, replacing, save_torch
+from sgm.files import make_output_folder, new_folder, replacing, save_torch
 
 
 def test_an_error_that_is_not_the_disks_passes_and_leaves_no_file(tmp_path):
@@ -102,3 +102,8 @@ def test_a_full_disk_is_called_full(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be written: Permission denied"):
         with new_folder(tmp_path / "out"):
             raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_a_folder_without_a_name_is_refused():
+    with pytest.raises(UserError, match="has an empty name"):
+        make_output_folder("")

@@ -170,12 +170,12 @@ WRONG = {
     "deepspeed.zero_optimization": [3, [1]],
     "deepspeed.zero_optimization.elastic_checkpoint": [True],
     "deepspeed.bf16": [True],
-    "deepspeed.gradient_clipping": ["a", True, -1],
+    "deepspeed.gradient_clipping": ["a", True, -1, math.nan],
     "args.experiment_name": ["a/b", ""],
     "args.bf16": [True],
-    "args.warmup": [-0.1, 1.1],
-    "args.ema_decay": [1.0],
-    "args.lr_decay_ratio": [0.0],
+    "args.warmup": [-0.1, 1.1, math.nan],
+    "args.ema_decay": [1.0, math.nan],
+    "args.lr_decay_ratio": [0.0, math.nan],
     "deepspeed.zero_optimization.stage": ["two", 4, True, -1],
     "deepspeed.optimizer": ["Adam", None],
     "deepspeed.optimizer.params": [[1]],
@@ -196,6 +196,14 @@ def test_a_wrong_value_is_named_before_a_folder_is_made_or_data_read(
         train_video.main(base)
     assert key.rpartition(".")[2].split("_per_")[0] in str(failure.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_empty_or_impossible_folder_for_runs_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(train_video, "build_dataset", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for folder, said in (("", "save is empty"), ("a\0b", "cannot be written to .*null byte")):
+        with pytest.raises(UserError, match=said):
+            train_video.main(["--base", CONFIG, "--device", "cpu", "--save", folder])
 
 
 def test_a_mistyped_key_of_deepspeed_is_named_and_a_strange_one_warned_of(caplog):

@@ -1,5 +1,7 @@
 """From a node of a configuration to an object: which names are obeyed, which are refused."""
 
+from __future__ import annotations
+
 import sys
 
 import pytest
@@ -96,6 +98,44 @@ def test_an_unknown_parameter_gets_the_nearest_name():
 def test_an_absent_parameter_is_named():
     with pytest.raises(UserError, match="part: params lacks width"):
         check_params(Part, {"depth": 1}, where="part")
+
+
+class Typed:
+    """Takes values of plain types."""
+
+    def __init__(
+        self,
+        *,
+        on: bool = True,
+        count: int = 1,
+        share: float = 0.5,
+        name: str = "",
+        other: int | None = None,
+    ) -> None:
+        self.values = on, count, share, name, other
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        ({"on": "no"}, "part: on: 'no' must be true or false"),
+        ({"on": 1}, "true or false"),
+        ({"count": "2"}, "part: count: '2' must be a whole number"),
+        ({"count": True}, "a whole number"),
+        ({"count": 2.5}, "a whole number"),
+        ({"share": "0.1"}, "share: '0.1' must be a number"),
+        ({"name": 3}, "name: 3 must be a text"),
+        ({"count": None}, "count: None must be"),
+    ],
+)
+def test_a_value_of_another_type_is_named(params, told):
+    with pytest.raises(UserError, match=told):
+        check_params(Typed, params, where="part")
+
+
+def test_values_of_their_types_pass_and_what_is_not_plain_is_left_to_the_class():
+    params = {"on": False, "count": 3, "share": 1, "name": "a", "other": "x"}
+    assert check_params(Typed, params, where="part") == params
 
 
 def test_parameters_of_older_files_are_dropped():

@@ -16,13 +16,19 @@ def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
     """Names of a file's weights, `found`, that are not as in a model, `wanted`.
 
     Returns:
-        Names "of another shape", each with both shapes, "missing" ones and "unknown" ones.
+        Names "of another shape", each with both shapes, "of whole numbers" where the model has
+        others, "missing" ones and "unknown" ones.
     """
     return {
         "of another shape": [
             f"{name} is {list(found[name].shape)} in the file, {list(tensor.shape)} in the model"
             for name, tensor in wanted.items()
             if name in found and found[name].shape != tensor.shape
+        ],
+        "of whole numbers": [
+            f"{name} is {str(found[name].dtype)[6:]}"
+            for name, tensor in wanted.items()
+            if name in found and tensor.is_floating_point() > found[name].is_floating_point()
         ],
         "missing": [name for name in wanted if name not in found],
         "unknown": [name for name in found if name not in wanted],
@@ -37,7 +43,7 @@ def check_fit(
     hint: str,
     model: str = "the model of the configuration",
 ) -> None:
-    """Compare names and shapes of a file's weights, `found`, with a model's, `wanted`.
+    """Compare names, shapes and kinds of a file's weights, `found`, with a model's, `wanted`.
 
     Args:
         found: name → tensor of the file.
@@ -47,7 +53,7 @@ def check_fit(
         model: what the message calls the model.
 
     Raises:
-        UserError: names or shapes differ; it names the first few of each kind.
+        UserError: they differ; it names the first few of each kind.
     """
     clauses = [
         f"{len(names)} {kind} ({', '.join(names[:_NUM_NAMED])}"

@@ -221,7 +221,10 @@ def read_checkpoint(path: str | Path) -> Any:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     is_dense = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
-    return is_dense and not (tensor.is_meta or tensor.is_complex())
+    if not is_dense or tensor.is_meta or tensor.is_complex():
+        return False
+    # An expanded one is of any size in a file of a few bytes, and would fill the memory.
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def tensors_of(state: Any, path: Path, *, wrapper: str) -> dict[str, torch.Tensor]:

@@ -203,6 +203,8 @@ def _probe_here(paths: Sequence[Path], settings: FrameSettings) -> list[ClipFact
         idle.put(child)
 
     def probe(path: Path) -> ClipFacts | ClipError:
+        if os.path.exists(path) and not os.path.isfile(path):
+            return ClipError("it is no file")  # a pipe, from which one would wait for ever
         child = idle.get()
         try:
             return child.probe(path, settings)

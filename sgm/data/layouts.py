@@ -124,6 +124,11 @@ def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
             for row in reader:
+                if None in row:  # what there are no columns for
+                    raise UserError(
+                        f"{path}:{reader.line_num}: the row has {len(row[None])} values more than "
+                        "the first line has columns; a caption with commas must be in quotes"
+                    )
                 yield reader.line_num, row
         except csv.Error as error:
             raise UserError(f"{path}:{reader.line_num}: {error}; it must be CSV") from None
@@ -140,10 +145,18 @@ def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8; JSON may hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _column(path: Path, known: Iterable[str], row: dict[str, Any], *, what: str) -> str:
     """The first of the `known` names that is a column of `row`; UserError where none is."""
-    # A row of a CSV file that is too long has the rest under None.
-    columns = {str(name).strip().lower(): name for name in row if name is not None}
+    columns = {str(name).strip().lower(): name for name in row}
     for name in known:
         if name in columns:
             return columns[name]
@@ -170,8 +183,9 @@ def _from_table(path: Path) -> list[Sample]:
         if not isinstance(name, str) or not name.strip():
             samples.append((Path(f"{path}:{number}"), ClipError("the row names no clip")))
             continue
-        text = caption.strip() if isinstance(caption, str) else ""
-        what = "is no text" if caption and not isinstance(caption, str) else "is empty"
+        is_text = isinstance(caption, str) and _is_unicode(caption)
+        text = caption.strip() if is_text else ""
+        what = "is no text" if caption and not is_text else "is empty"
         reason = ClipError(f"its caption, in {path}:{number}, {what}")
         samples.append((path.parent / name.strip(), text or reason))
     return samples

@@ -17,5 +17,10 @@ def sample_generator(seed: int, line: int, sample: int) -> torch.Generator:
     Returns:
         A generator on the CPU, so that a seed means the same everywhere.
     """
-    state = np.random.SeedSequence([seed % 2**64, line, sample]).generate_state(1, np.uint64)
+    seed = seed % 2**64
+    if seed < 2**32:
+        sequence = np.random.SeedSequence([seed, line, sample])
+    else:  # in a list it would take two places, and so mean the same as another line's
+        sequence = np.random.SeedSequence(seed, spawn_key=(line, sample))
+    state = sequence.generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))

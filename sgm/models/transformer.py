@@ -19,6 +19,7 @@ from sat.model.transformer import BaseTransformer
 from torch import Tensor, distributed, nn
 
 from sgm.errors import UserError, nearest_name
+from sgm.modules.diffusionmodules.checks import check_number
 from sgm.modules.transformer.attention import Kernel, restart_tally, share_computed_twice
 from sgm.modules.transformer.checkpointing import Keep
 from sgm.modules.transformer.sat_runtime import ensure_process_groups, quiet_sat
@@ -408,8 +409,10 @@ def _check_modules(modules: Mapping[str, Any], *, num_layers: int) -> None:
         if not modules.get(name):
             raise UserError(f"modules lacks {name}; add it to network_config.params.modules")
     lora = (modules.get("lora_config") or {}).get("params") or {}
-    if modules.get("lora_config") and lora.get("r", 0) < 1:
-        raise UserError(f"lora_config: r={lora.get('r')!r}; the rank must be 1 or more")
+    if modules.get("lora_config"):
+        check_number("lora_config: r", lora.get("r"), low=1, whole=True)
+        check_number("lora_config: lora_alpha", lora.get("lora_alpha", 1))
+        check_number("lora_config: lora_dropout", lora.get("lora_dropout", 0), low=0, high=1)
     outside = [i for i in lora.get("layer_range") or [] if not 0 <= i < num_layers]
     if outside:
         raise UserError(f"lora_config: layer_range names layer {outside[0]} of {num_layers} layers")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.errors import UserError, nearest_name
+from sgm.modules.diffusionmodules.checks import check_number
 from sgm.util import instantiate_from_config
 
 _EMBEDDER_KEYS = ("target", "params", "is_trainable", "input_key", "ucg_rate")
@@ -64,7 +65,9 @@ class GeneralConditioner(nn.Module):
                         f"{nearest_name(key, _EMBEDDER_KEYS)}"
                     )
             self.input_keys.append(node.get("input_key", "txt"))
-            self.ucg_rates.append(float(node.get("ucg_rate", 0.0)))
+            rate = node.get("ucg_rate", 0.0)
+            check_number("conditioner_config: ucg_rate", rate, low=0, high=1)
+            self.ucg_rates.append(float(rate))
             if not with_embedders:
                 continue
             config = {"target": node.get("target"), "params": node.get("params")}

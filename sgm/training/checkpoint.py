@@ -13,7 +13,7 @@ import contextlib
 import enum
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from sgm.checkpoint.transformer import MODEL_FILES, is_lora_matrix
 from sgm.errors import UserError
 from sgm.files import save_torch
 from sgm.training import run_folder
-from sgm.training.deepspeed_engine import gathered
+from sgm.training.deepspeed_engine import WHAT_TO_DO, gathered
 from sgm.training.ema import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ class Checkpointer:
         wrapped: DeepSpeed's engine.
         run: the run's folder.
         average: the moving average of the weights, if there is one.
-        watched: what else goes into the state, by name: objects with state_dict and
-            load_state_dict.
+        watched: what else goes into the state, by name: objects with state_dict, which all
+            processes call, and load_state_dict.
         limit: checkpoints that are kept; 0: all.
         base: `fingerprint` of the weights that training began with.
     """
@@ -99,8 +99,9 @@ class Checkpointer:
         if self.divided:
             rank = distributed.get_rank()
             save_torch(_plain(self._optimizer_state()), folder / _rank_file(rank))
+        state = self._state(progress)
         if run_folder.is_main():
-            save_torch(_plain(self._state(progress)), folder / STATE_FILE)
+            save_torch(_plain(state), folder / STATE_FILE)
         distributed.barrier()
         if run_folder.is_main():
             run_folder.publish(self.run, *names)
@@ -133,7 +134,8 @@ class Checkpointer:
         if self.divided:
             own = _read_state(folder / _rank_file(distributed.get_rank()))
         try:
-            self._load_optimizer(own)
+            with _own_settings(self.wrapped.basic_optimizer):
+                self._load_optimizer(own)
             self.wrapped.lr_scheduler.load_state_dict(state["schedule"])
             _catch_up(self.wrapped.lr_scheduler, state["schedule"])
             for name, part in self.watched.items():
@@ -250,9 +252,7 @@ def _check_finite(name: str, weight: Tensor) -> None:
     """Keep weights that nobody can go on from out of checkpoints, which push older ones out."""
     if not weight.isfinite().all():
         raise UserError(
-            f"the weight {name} is not finite any more, so nothing is saved; lower the learning "
-            "rate or use bf16 in the deepspeed section, and go on from the last checkpoint with "
-            "--resume"
+            f"the weight {name} is not finite any more, so nothing is saved; {WHAT_TO_DO}"
         )
 
 
@@ -261,6 +261,19 @@ def is_divided(optimizer: Any) -> bool:
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
     return isinstance(optimizer, ZeROOptimizer)
+
+
+@contextlib.contextmanager
+def _own_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within it an optimizer's state may be loaded; what it was built with (betas, …) stays.
+
+    The learning rate comes from the schedule.
+    """
+    names = optimizer.defaults.keys() - {"lr"}
+    settings = [{name: group[name] for name in names} for group in optimizer.param_groups]
+    yield
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 def _rank_file(rank: int) -> str:

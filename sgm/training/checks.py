@@ -64,10 +64,10 @@ def check_args(args: Any) -> None:
         UserError: one is out of its range.
     """
     for key, least in _LEAST.items():
-        if getattr(args, key) < least:
+        if not getattr(args, key) >= least:  # NaN is not either
             raise UserError(f"{key}={getattr(args, key)}: it must be at least {least}")
     for key, most in _MOST.items():
-        if getattr(args, key) > most:
+        if not getattr(args, key) <= most:
             raise UserError(f"{key}={getattr(args, key)}: it must be at most {most}")
     if args.train_iters <= args.auto_warmup_steps:
         logger.warning(
@@ -76,10 +76,12 @@ def check_args(args: Any) -> None:
             args.auto_warmup_steps,
             args.train_iters,
         )
-    if args.lr_decay_ratio <= 0:
+    if not args.lr_decay_ratio > 0:
         raise UserError(f"lr_decay_ratio={args.lr_decay_ratio}: it must be above 0")
     if args.lr_decay_iters is not None and args.lr_decay_iters < 1:
         raise UserError(f"lr_decay_iters={args.lr_decay_iters}: it must be at least 1")
+    if not args.save:
+        raise UserError("save is empty; it must be the folder for the runs' folders")
     if "/" in args.experiment_name or not args.experiment_name:
         raise UserError(
             f"experiment_name={args.experiment_name!r}: it must be the name of a folder in `save`, "
@@ -104,7 +106,7 @@ def check_deepspeed(settings: Mapping[str, Any]) -> None:
             "from 1 ('auto' is not supported)"
         )
     clipping = settings.get("gradient_clipping", 0.0)
-    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0:
+    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or not clipping >= 0:
         raise UserError(f"deepspeed.gradient_clipping: {clipping!r} must be a number from 0")
     optimizer = _section(settings.get("optimizer"), "optimizer")
     _section(optimizer.get("params"), "optimizer.params")

@@ -22,6 +22,11 @@ from sgm.training.schedule import build_schedule
 
 logger = logging.getLogger(__name__)
 
+# Where the loss, its gradient or a weight is not finite.
+WHAT_TO_DO = (
+    "lower the learning rate or use bf16 in the deepspeed section, and go on from the last "
+    "checkpoint with --resume"
+)
 # What DeepSpeed raises for settings it refuses, besides its own error.
 _REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError)
 
@@ -179,6 +184,23 @@ def outside_forward(wrapped: Any) -> Iterator[None]:
     finally:
         for weights in divided:
             weights._in_forward = False
+
+
+def take_step(wrapped: Any) -> None:
+    """The engine's step.
+
+    Raises:
+        UserError: float16's gradients still overflow at the smallest scale of the loss.
+    """
+    try:
+        wrapped.step()
+    except Exception as error:  # which is all that DeepSpeed says it is
+        if "scale already at minimum" not in str(error):
+            raise
+        raise UserError(
+            "the gradients of float16 overflow at every scale of the loss, down to the smallest; "
+            f"{WHAT_TO_DO}"
+        ) from None
 
 
 def gradient_norm(wrapped: Any) -> float | Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 
 from sgm.errors import UserError
 from sgm.training.checkpoint import Checkpointer, Progress
-from sgm.training.deepspeed_engine import gradient_norm, outside_forward
+from sgm.training.deepspeed_engine import WHAT_TO_DO, gradient_norm, outside_forward, take_step
 from sgm.training.ema import WeightAverage
 from sgm.training.optimizer import StepGuard
 from sgm.training.report import Report
@@ -97,13 +97,16 @@ class Trainer:
             if part == self.accumulation - 1:
                 norm = gradient_norm(self.wrapped)
                 self.guard.void = not self._all_finite(losses if norm is None else [*losses, norm])
-            self.wrapped.step()
+            take_step(self.wrapped)
         progress.step += 1
-        if self.guard.void:
+        # DeepSpeed takes no step where gradients are not finite. With float16 that is how the scale
+        # of the loss is found; otherwise something is wrong.
+        has_moved = self.wrapped.was_step_applied()
+        if self.guard.void or not (has_moved or self.wrapped.fp16_enabled()):
             self._count_nonfinite(progress.step)
             return
         self.num_nonfinite = 0
-        if self.average is not None:
+        if self.average is not None and has_moved:
             self.average.update(progress.step)
         self.report.step(
             progress.step,
@@ -124,14 +127,14 @@ class Trainer:
         self.num_nonfinite += 1
         limit = self.args.nonfinite_limit
         logger.warning(
-            "step %d: the loss is not finite; the step is skipped (%d of at most %d in a row)",
+            "step %d: the loss or its gradient is not finite; the step is skipped (%d of at most "
+            "%d in a row)",
             *(step, self.num_nonfinite, limit),
         )
         if self.num_nonfinite >= limit:
             raise UserError(
-                f"the loss was not finite for {limit} steps in a row, up to step {step}; lower the "
-                "learning rate or use bf16 in the deepspeed section, and go on from the last "
-                "checkpoint with --resume"
+                f"the loss or its gradient was not finite for {limit} steps in a row, up to step "
+                f"{step}; {WHAT_TO_DO}"
             )
 
     def _validate(self, progress: Progress) -> None:

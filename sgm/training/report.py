@@ -135,14 +135,18 @@ class Report:
 
     def _read_losses(self) -> tuple[float, float]:
         """Mean loss since the last line and smoothed loss, over all processes."""
-        if distributed.is_initialized() and distributed.get_world_size() > 1:
-            distributed.all_reduce(self._sums)
-            self._sums /= distributed.get_world_size()  # a share for each, to go on from
+        self._share_sums()
         (total, number), (fading_total, fading_number) = self._sums.tolist()
         self._sums[0] = 0.0
         # The fading weights add up to less than 1 at first; dividing by them mends it (Kingma and
         # Ba, "Adam" (2014), section 3).
         return _ratio(total, number), _ratio(fading_total, fading_number)
+
+    def _share_sums(self) -> None:
+        """Give each process the same share of all sums, to go on from; all must call it."""
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            distributed.all_reduce(self._sums)
+            self._sums /= distributed.get_world_size()
 
     def validation(self, step: int, losses: Mapping[str, float]) -> None:
         """Say what a validation at `step` found: ``loss`` and further ones, as `Validation` does.
@@ -184,7 +188,8 @@ class Report:
             self.trackers.pop().close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What this process needs to go on with the same figures; each has its own."""
+        """What every process needs to go on with the same figures; all must call it."""
+        self._share_sums()
         return {"sums": self._sums.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

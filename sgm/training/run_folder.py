@@ -9,6 +9,7 @@ process is killed, ``latest`` names a whole checkpoint.
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import logging
 import os
@@ -16,7 +17,7 @@ import re
 import shutil
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import distributed
@@ -27,20 +28,23 @@ from sgm.files import make_output_folder, replacing
 logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
+_DOOMED = f".old{PARTIAL}"  # of what is being deleted
+_REPLACED = f".replaced{PARTIAL}"  # of a whole checkpoint whose place another one takes
+_LOCK = ".lock"
 EMA = "-ema"
 _LONGEST_QUOTE = 60  # characters of a path that a message repeats
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks for all."""
-    return distributed.get_rank() == 0
+    """Whether this is the process that writes and speaks for all, or the only one."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def start_run(args: Any) -> Path:
     """A new run's folder, made by rank 0; its name has the time, so the others ask for it.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be made, or another machine does not see it.
     """
     save = Path(args.save).expanduser()
     names = [""]
@@ -48,7 +52,13 @@ def start_run(args: Any) -> Path:
         name = f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}"
         names = [_make_folder(make_output_folder(save), name)]
     distributed.broadcast_object_list(names, src=0, device=torch.device("cpu"))
-    return save / names[0]
+    folder = save / names[0]
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}, which the first process has made, is not there for process "
+            f"{distributed.get_rank()}: save must be a folder that all machines share"
+        )
+    return folder
 
 
 def _make_folder(save: Path, name: str) -> str:
@@ -66,8 +76,30 @@ def _make_folder(save: Path, name: str) -> str:
         return own
 
 
+def reserve(run: Path) -> IO[str] | None:
+    """Keep other processes from training this run too, as long as the file returned is open.
+
+    To be called by rank 0. The lock ends with the process, however that ends; a disk without locks
+    has none, and there is no file then.
+
+    Raises:
+        UserError: another process has it.
+    """
+    try:
+        file = (run / _LOCK).open("w")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # of the lock; a folder is written to before
+        raise UserError(
+            f"{run} is being trained by another process; wait for its end, or start a new run"
+        ) from None
+    except OSError as error:
+        logger.debug("%s cannot be locked: %s", run, error)
+        return None
+    return file
+
+
 def find_checkpoint(args: Any) -> Path:
-    """The folder of the iteration that `resume` means.
+    """The folder of the iteration that `resume` means; all processes of a run must call it.
 
     Raises:
         UserError: there is none; says where it was looked for.
@@ -100,6 +132,10 @@ def _find_checkpoint(args: Any) -> Path:
 def _checkpoint_in(folder: Path, given: str) -> Path:
     if (folder / "latest").is_file():
         folder = folder / (folder / "latest").read_text("utf-8", errors="replace").strip()
+    if is_main():
+        _put_back(folder)
+    if distributed.is_initialized():
+        distributed.barrier()
     # A path with a newline or NUL in it, from a damaged `latest`, is no folder either.
     if not folder.name.isdecimal() or not folder.is_dir():
         raise UserError(
@@ -111,6 +147,8 @@ def _checkpoint_in(folder: Path, given: str) -> Path:
 
 def clear_partial(run: Path) -> None:
     """Remove what a killed process left half written."""
+    for aside in run.glob(f"*[0-9]{_REPLACED}"):
+        _put_back(run / aside.name.removesuffix(_REPLACED))
     for path in run.glob(f"*{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -133,17 +171,14 @@ def publish(run: Path, *names: str) -> None:
 
     `names` are those of one iteration: its moving average if there is one, and its weights.
     """
-    average = f"{names[-1]}{EMA}"
-    if average not in names:  # one that is there is not of these weights
-        _remove(run / average)
+    iteration = names[-1]
+    # Those of a run that was resumed further back. `latest` may name them still, so that they are
+    # not deleted before the new ones are there: whoever is killed in between gets them back.
+    old = [_set_aside(run / name, _REPLACED) for name in (iteration, f"{iteration}{EMA}")]
     for name in names:
-        target = run / name
-        # One of a run that was resumed further back. `latest` may name it still, so that the new
-        # one takes its place at once; deleting takes time.
-        old = _set_aside(target) if target.exists() else None
-        os.replace(run / f"{name}{PARTIAL}", target)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        os.replace(run / f"{name}{PARTIAL}", run / name)
+    for folder in old:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def point_latest(run: Path, iteration: int) -> None:
@@ -158,21 +193,28 @@ def prune(run: Path, limit: int, *, up_to: int) -> None:
     saved.sort(key=lambda path: int(path.name))
     for path in saved[:-limit] if limit else []:
         for old in (path, run / f"{path.name}{EMA}"):
-            _remove(old)
+            shutil.rmtree(_set_aside(old, _DOOMED), ignore_errors=True)
 
 
-def _remove(folder: Path) -> None:
-    """Delete a folder, if it is there."""
+def _set_aside(folder: Path, suffix: str) -> Path:
+    """Rename what is to be deleted: a folder under its own name is whole or not there at all.
+
+    Nothing happens if it is not there.
+    """
+    aside = folder.with_name(f"{folder.name}{suffix}")
+    shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(_set_aside(folder), ignore_errors=True)
+        os.replace(folder, aside)
+    return aside
 
 
-def _set_aside(folder: Path) -> Path:
-    """Rename what is to be deleted: a folder under its own name is whole or not there at all."""
-    doomed = folder.with_name(f"{folder.name}.old{PARTIAL}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
-    return doomed
+def _put_back(checkpoint: Path) -> None:
+    """Undo a `publish` that was killed after it had set a checkpoint aside."""
+    for name in (f"{checkpoint.name}{EMA}", checkpoint.name):  # the weights last: then it is whole
+        aside = checkpoint.with_name(f"{name}{_REPLACED}")
+        if not os.path.lexists(checkpoint) and aside.is_dir():
+            shutil.rmtree(checkpoint.with_name(name), ignore_errors=True)
+            os.replace(aside, checkpoint.with_name(name))
 
 
 def save_config(config: Any, run: Path) -> None:

@@ -40,3 +40,9 @@ def test_of_each_kind_three_are_named_and_all_are_counted():
 
 def test_exactly_three_are_named_without_dots():
     assert "3 missing (a, b, c);" in refusal({}, tensors("a", "b", "c"))
+
+
+def test_whole_numbers_are_no_weights():
+    found = tensors("a") | {"b": torch.empty(2, dtype=torch.int8, device="meta")}
+    assert "keys 1 of whole numbers (b is int8);" in refusal(found, tensors("a", "b"))
+    check_fit(found, found, path="weights.pt", hint="")  # where the model has them too

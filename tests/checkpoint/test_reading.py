@@ -19,7 +19,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from safetensors.torch import save_file
 
 from sgm.checkpoint import load_vae_state, read_checkpoint
-from sgm.checkpoint.reading import check_kind
+from sgm.checkpoint.reading import check_kind, tensors_of
 from sgm.errors import UserError
 
 
@@ -212,3 +212,14 @@ def test_one_key_to_ignore_may_be_a_plain_text(tmp_path):
     with pytest.raises(UserError, match="holds no video autoencoder"):
         load_vae_state(tmp_path / "vae", "encoder")
     assert len(load_vae_state(tmp_path / "vae", "xe")) == 2
+
+
+def test_a_small_file_cannot_ask_for_a_large_memory(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save({"module": {"a": torch.zeros(1).expand(10**13)}}, path)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(UserError, match="'a' is not a dense tensor"):
+        tensors_of(read_checkpoint(path), path, wrapper="module")
+    shared = torch.arange(6.0)  # views, as of tied weights, are no such thing
+    torch.save({"module": {"a": shared.view(2, 3).T, "b": shared[1:3]}}, path)
+    assert tensors_of(read_checkpoint(path), path, wrapper="module")["a"].shape == (3, 2)

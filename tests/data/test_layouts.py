@@ -108,6 +108,7 @@ def test_tables_of_either_form(tmp_path, clip_column, caption_column):
         ("metadata.jsonl", '{"video": "a", "text": "b"}\n{"video"\n', "jsonl:2: .*one JSON object"),
         ("metadata.jsonl", "[1]\n", "jsonl:1: a line must be one JSON object"),
         ("metadata.csv", 'video,text\n"a,b\n', "must be CSV"),
+        ("metadata.csv", "video,text\na,b\na,b, c,d\n", "csv:3: the row has 2 values more.*quotes"),
     ],
 )
 def test_a_table_that_is_wrong_is_an_error_with_the_place(tmp_path, name, text, named):
@@ -157,3 +158,9 @@ def test_a_folder_that_is_absent_or_empty(tmp_path):
     assert find_samples(tmp_path) == []
     with pytest.raises(UserError, match="videos/NAME.mp4 .* labels/NAME.txt"):
         find_samples(tmp_path / "absent")
+
+
+def test_half_a_character_is_no_caption(tmp_path):
+    write(tmp_path, {"metadata.jsonl": '{"video": "a.mp4", "text": "\\ud800"}\n', "a.mp4": ""})
+    (sample,) = find_samples(tmp_path)
+    assert "metadata.jsonl:1, is no text" in str(sample[1])

@@ -110,6 +110,12 @@ def test_an_unknown_key_gets_the_nearest_name(node):
         GeneralConditioner([node(ucg_rat=0.1)])
 
 
+@pytest.mark.parametrize("rate", [-0.1, 3, True, "0.1"])
+def test_a_rate_is_from_0_to_1(node, rate):
+    with pytest.raises(UserError, match="ucg_rate=.* from 0 to 1"):
+        GeneralConditioner([node(ucg_rate=rate)])
+
+
 def test_an_embedder_without_target_is_refused():
     with pytest.raises(UserError, match="target None"):
         GeneralConditioner([{"input_key": "txt"}])

@@ -60,6 +60,22 @@ def test_a_resumed_run_ends_with_the_same_bits(small, tmp_path, caplog, monkeypa
     assert not same(whole / "2", whole / "3") and not same(whole / "3", whole / "3-ema")
 
 
+@pytest.mark.parametrize("zero", [0, 1])
+def test_settings_of_the_optimizer_are_those_of_the_run_that_goes_on(small, tmp_path, zero):
+    deepspeed = {"zero_optimization": {"stage": zero}}
+    file = small.file("first", {"deepspeed": deepspeed})
+    run = small.train(file, tmp_path / "first", "--train-iters", "1")
+    params = {"betas": [0.1, 0.2], "weight_decay": 5.0}
+    other = small.file("other", {"deepspeed": {**deepspeed, "optimizer": {"params": params}}})
+    ends = []
+    for name, again in (("same", file), ("other", other)):
+        part = tmp_path / name / run.name
+        shutil.copytree(run, part)
+        small.train(again, part.parent, "--train-iters", "2", "--resume", str(part))
+        ends.append(part / "2")
+    assert not same(*ends)
+
+
 def test_a_text_encoder_that_is_trained_is_saved_and_gone_on_with(small, tmp_path):
     node = dict(small.config.model.conditioner_config.params.emb_models[0], is_trainable=True)
     file = small.file("t5", {"model": {"conditioner_config": {"params": {"emb_models": [node]}}}})

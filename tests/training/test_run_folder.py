@@ -2,16 +2,20 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 
 import pytest
 
 from arguments import TrainingArgs
 from sgm.errors import UserError
 from sgm.training import run_folder
+from tests.training.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
     monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda *_, **__: None)
@@ -50,8 +54,11 @@ def test_other_ranks_take_the_folder_that_rank_0_made(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
     monkeypatch.setattr("torch.distributed.broadcast_object_list", receive)
     args = TrainingArgs(save=str(tmp_path))
-    assert run_folder.start_run(args) == tmp_path / "made by rank 0"
+    with pytest.raises(UserError, match="is not there for process 1: save must be .* share"):
+        run_folder.start_run(args)  # on another machine, with a disk of its own
     assert names(tmp_path) == []
+    (tmp_path / "made by rank 0").mkdir()
+    assert run_folder.start_run(args) == tmp_path / "made by rank 0"
 
 
 def test_latest_means_the_newest_run_of_this_name_that_has_a_checkpoint(tmp_path):
@@ -110,3 +117,46 @@ def test_an_average_goes_with_the_weights_that_it_is_of(tmp_path):
     run_folder.new_partial(run, "4")  # by a run that was resumed without ema_decay
     run_folder.publish(run, "4")
     assert names(run) == ["2", "2-ema", "4", "latest"]
+
+
+@pytest.mark.parametrize("calls_before_the_kill", range(4))
+def test_whoever_is_killed_while_a_checkpoint_is_replaced_gets_a_whole_one(
+    tmp_path, monkeypatch, calls_before_the_kill
+):
+    run = saved(tmp_path / "a", 2)
+    (run / "2" / "mark").touch()
+    (run / "2-ema" / "mark").touch()
+    for name in ("2", "2-ema"):
+        (run_folder.new_partial(run, name) / "weights").write_text("new")
+    replace, calls = os.replace, iter(range(100))
+
+    def killed(*paths):
+        if next(calls) == calls_before_the_kill:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_folder.publish(run, "2-ema", "2")
+    found = run_folder.find_checkpoint(TrainingArgs(resume=str(run)))
+    run_folder.clear_partial(run)
+    assert found == run / "2" and names(run) == ["2", "2-ema", "latest"]
+    for name in ("2", "2-ema"):
+        assert names(run / name) == ["mark", "weights"]
+        assert (run / name / "weights").read_text() == name
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
+    code = "from sgm.training.run_folder import reserve; from pathlib import Path; import sys\n"
+    code += "lock = reserve(Path(sys.argv[1])); print('reserved', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
+        assert other.stdout.readline() == "reserved\n"
+        with pytest.raises(UserError, match="is being trained by another process"):
+            run_folder.reserve(tmp_path)
+        other.kill()
+    lock = run_folder.reserve(tmp_path)
+    assert not lock.closed
+    lock.close()

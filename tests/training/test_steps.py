@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 import sample_video
 import train_video
@@ -13,11 +15,12 @@ from diffusion_video import SATVideoDiffusionEngine
 from sgm.checkpoint import find_transformer_file, read_checkpoint
 from sgm.errors import UserError
 from sgm.modules.transformer.sat_runtime import ensure_process_groups
-from sgm.training.deepspeed_engine import start_deepspeed
+from sgm.training.deepspeed_engine import start_deepspeed, take_step
 from sgm.training.objective import TrainingObjective
 from tests.training.conftest import LORA, ROOT, module_of
 
 CPU = torch.device("cpu")
+EMA = ("--ema-decay", "0.9")
 SAMPLING = {
     "args": {
         "input_type": "txt",
@@ -117,7 +120,58 @@ def test_a_loss_that_is_not_finite_skips_its_step_and_ends_the_run_at_the_limit(
     assert torch.equal(weights[0][name], weights[1][name])
     assert not torch.equal(weights[1][name], weights[2][name])
     assert weights[2][name].isfinite().all()
-    assert "step 2: the loss is not finite; the step is skipped (1 of at most 2" in caplog.text
+    said = "step 2: the loss or its gradient is not finite; the step is skipped (1 of at most 2"
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"bf16": {"enabled": True}},
+        {"zero_optimization": {"stage": 1}},
+        {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+        {"zero_optimization": {"stage": 3}},
+    ],
+    ids=["plain", "bf16", "zero-1", "zero-2 in bf16", "zero-3"],
+)
+def test_a_gradient_that_is_not_finite_skips_its_step_too(
+    small, tmp_path, monkeypatch, caplog, settings
+):
+    monkeypatch.setattr(train_video, "set_up_logging", lambda: None)
+    whole, calls = TrainingObjective.forward, iter(range(100))
+
+    def broken(self, latents, cond):
+        loss = whole(self, latents, cond)
+        # sqrt(0) is 0, and its derivative is not finite.
+        return loss + torch.sqrt(0 * loss) if next(calls) > 0 else loss
+
+    monkeypatch.setattr(TrainingObjective, "forward", broken)
+    file = small.file("gradient", {"deepspeed": settings})
+    flags = ("--save-interval", "1", "--train-iters", "9", "--nonfinite-limit", "2", *EMA)
+    with pytest.raises(
+        UserError, match="gradient was not finite for 2 steps in a row, up to step 3"
+    ):
+        small.train(file, tmp_path, *flags)
+    (run,) = tmp_path.iterdir()
+    for suffix in ("", "-ema"):
+        first, second = (module_of(run / f"{step}{suffix}") for step in (1, 2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "step 2: the loss or its gradient is not finite" in caplog.text
+
+
+def test_a_scale_of_the_loss_that_cannot_fall_is_one_sentence():
+    scaler = DynamicLossScaler(
+        init_scale=2, scale_window=1000, min_scale=1, delayed_shift=1, consecutive_hysteresis=False,
+        raise_error_at_min_scale=True, dtype=torch.float16,
+    )  # fmt: skip
+    wrapped = SimpleNamespace(step=lambda: scaler.update_scale(True))
+    take_step(wrapped)
+    with pytest.raises(UserError, match="float16 overflow at every scale .*; lower the learning"):
+        take_step(wrapped)
+    wrapped.step = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        take_step(wrapped)
 
 
 def test_weights_that_are_not_finite_are_not_saved(small, tmp_path, monkeypatch):

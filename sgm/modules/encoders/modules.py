@@ -225,12 +225,12 @@ def _load_encoder(
     _complete_table(found)
     found = {name: tensor for name, tensor in found.items() if name in wanted}  # no decoder
     unfit = differences(found, wanted)
-    gaps = [*unfit["missing"], *unfit["of another shape"]]
+    gaps = [*unfit["missing"], *unfit["of another shape"], *unfit["of whole numbers"]]
     if gaps:
         few = f"{', '.join(gaps[:3])}{', …' if len(gaps) > 3 else ''}"
         raise UserError(
             f"the T5 folder {folder} lacks {len(gaps)} of the weights that its config.json asks "
-            f"for, or has them in another shape ({few}); {_AGAIN}"
+            f"for, or has them in another shape or type ({few}); {_AGAIN}"
         )
     if not streamed:
         for name in wanted:
