@@ -249,6 +249,22 @@ def _check_no_resolvers(value: Any, name: str) -> None:
         )
 
 
+def _check_containers(before: Any, value: Any, name: str, key: str = "") -> None:
+    """Refuse a list of the file `name` where the files before it have keys, or the other way round.
+
+    Raises:
+        UserError: there is one; says at which key.
+    """
+    kinds = [type(one) for one in (before, value)]
+    if kinds == [dict, dict]:
+        for own in before.keys() & value.keys():
+            _check_containers(before[own], value[own], name, f"{key}.{own}" if key else str(own))
+    elif set(kinds) == {dict, list}:
+        found, wanted = ("a list", "keys") if kinds[1] is list else ("keys", "a list")
+        at = f" at {key}" if key else ""
+        raise UserError(f"configuration {name}: {found}{at}, where {wanted} should be")
+
+
 def _read_yaml(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The merged YAML files as a plain dict with the four sections, and where things come from.
 
@@ -270,7 +286,7 @@ def _read_yaml(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
             loaded = OmegaConf.load(name)
             plain = OmegaConf.to_container(loaded, resolve=False)
             _check_no_resolvers(plain, name)
-            merged = OmegaConf.merge(merged, loaded)
+            _check_containers(OmegaConf.to_container(merged, resolve=False), plain, name)
             for key in plain:
                 if key not in SECTIONS:
                     raise UserError(
@@ -279,6 +295,7 @@ def _read_yaml(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
                     )
                 keys = plain[key] if isinstance(plain[key], dict) else ()
                 sources |= dict.fromkeys([key, *(f"{key}.{own}" for own in keys)], name)
+            merged = OmegaConf.merge(merged, loaded)
         except (*_YAML_ERRORS, OmegaConfBaseException, TypeError, OSError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"configuration {name} is not valid YAML: {reason}") from None

@@ -34,19 +34,28 @@ Config = Mapping[str, Any]
 class NetworkWrapper(nn.Module):
     """Calls the transformer in its own precision, with float32 on both sides.
 
-    Its one attribute gives the weights the prefix ``model.diffusion_model.`` of SAT checkpoints.
+    The name of its one module gives the weights the prefix ``model.diffusion_model.`` of SAT
+    checkpoints.
+
+    Attributes:
+        autocast_dtype: products are computed in this type, by `torch.autocast`; None for that of
+            the weights.
     """
 
     def __init__(self, diffusion_model: nn.Module) -> None:
         super().__init__()
         self.diffusion_model = diffusion_model
+        self.autocast_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor, timesteps: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """x (b, t, c, h, w), timesteps (b,) in 0…999, cond of k b samples → (k b, t, c, h, w)."""
-        dtype = self.diffusion_model.dtype
-        output = self.diffusion_model(
-            x.to(dtype), timesteps=timesteps, context=cond["crossattn"].to(dtype)
-        )
+        dtype, autocast = self.diffusion_model.dtype, nullcontext()
+        if self.autocast_dtype is not None:
+            autocast = torch.autocast(x.device.type, self.autocast_dtype)
+        with autocast:
+            output = self.diffusion_model(
+                x.to(dtype), timesteps=timesteps, context=cond["crossattn"].to(dtype)
+            )
         return output.float()
 
 
@@ -297,12 +306,14 @@ class SATVideoDiffusionEngine(nn.Module):
             latents, then which samples' text is dropped.
         """
         if "moments" in batch:
-            moments = batch["moments"].to(self.device)
+            moments = batch["moments"].to(self.device, non_blocking=True)
             latents = draw_latents(self.regularizer, moments) * self.scale_factor
         elif self.latent_input:
-            latents = batch[self.input_key].to(self.device).float() * self.scale_factor
+            latents = batch[self.input_key].to(self.device, non_blocking=True).float()
+            latents = latents * self.scale_factor
         else:
-            latents = self.encode_first_stage(batch[self.input_key].to(self.device))
+            video = batch[self.input_key].to(self.device, non_blocking=True)
+            latents = self.encode_first_stage(video)
         return latents, self._here(self.conditioner(batch))
 
 

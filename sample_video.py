@@ -350,6 +350,14 @@ def warn(
         logger.warning(
             "parallel: video has no effect in one process; NPROC=2 bash inference.sh … starts two"
         )
+    num_steps = engine.sampler.num_steps
+    own_steps = getattr(engine.sampler.guider, "num_steps", num_steps)
+    if own_steps != num_steps:
+        logger.warning(
+            "guider_config has num_steps %d, the sampler %d: guidance then follows the curve of "
+            "another number of steps; change both alike",
+            *(own_steps, num_steps),
+        )
     if args.tile_decode and max(engine.model.diffusion_model.frame_shape[1:]) <= TILE:
         logger.warning("tile_decode has no effect: these frames fit into one tile")
 

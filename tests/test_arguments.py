@@ -83,7 +83,7 @@ def test_each_command_accepts_files_written_for_the_other(parse):
         ("args: {input_type: csv}", "'csv' is not 'txt' or 'cli'"),
         ("args: {sampling_image_size: [a, b]}", "sampling_image_size: 'a'"),
         ("args: {a: [}", "not valid YAML"),
-        ("- args", "not valid YAML"),
+        ("- args", "a list, where keys should be"),
         ("args: 3", "args must hold keys"),
         ("args: {load: '${nothing}'}", "nothing"),
         ("args: {model_parallel_size: 2}", "must be 1"),
@@ -99,6 +99,22 @@ def test_mistakes_in_yaml_are_named_with_the_nearest_valid_name(parse, text, wor
     with pytest.raises(UserError, match=words) as failure:
         parse(text)
     assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("args: [1]", "second.yaml: a list at args, where keys should be"),
+        ("model: {a: {b: [1]}}", "second.yaml: a list at model.a.b, where keys should be"),
+        ("args: {lora: {x: 1}}", "second.yaml: keys at args.lora, where a list should be"),
+    ],
+)
+def test_a_list_that_meets_keys_of_another_file_is_named(tmp_path, text, words):
+    files = {"first.yaml": "args: {lora: [a]}\nmodel: {a: {b: {c: 1}}}", "second.yaml": text}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=words):
+        parse_config(SamplingArgs, "test", ["--base", *(str(tmp_path / name) for name in files)])
 
 
 def test_a_blank_value_means_the_default(parse):

@@ -161,6 +161,7 @@ def test_what_has_no_effect_and_what_takes_long_is_told(base, tmp_path, capfd, m
     told = capfd.readouterr().err
     assert "parallel: video has no effect" in told and "tile_decode has no effect" in told
     assert "a step of this model takes many minutes" in told
+    assert "guider_config has num_steps 30, the sampler 2: guidance then follows" in told
 
 
 def test_a_prompt_that_is_too_long_gives_a_warning_that_quotes_the_rest(base, tmp_path, capfd):
@@ -249,7 +250,8 @@ def test_prompts_can_be_typed(base, tmp_path):
     assert run.returncode == 0, run.stderr
     assert sorted(os.listdir(tmp_path / "out")) == ["0_a red circle", "2_a cyan triangle"]
     # Nothing but our own lines: libraries do not report what they miss or load.
-    ready, *videos = run.stderr.splitlines()
+    ready, warning, *videos = run.stderr.splitlines()
+    assert warning.startswith("guider_config has num_steps 30")
     assert ready.startswith("model ready on ") and len(videos) == 2
     assert all(line.startswith(str(tmp_path / "out")) for line in videos)
     assert run.stdout == ""

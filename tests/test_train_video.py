@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -378,3 +380,18 @@ def test_a_workers_sentence_arrives_without_its_stack_trace() -> None:
     with pytest.raises(UserError) as failure:
         next(checked_batches(DataLoader(Unusable(), num_workers=1)))
     assert str(failure.value) == "none of the clips can be decoded"
+
+
+class Fatal(Dataset):
+    """Its process is ended, as by a system that is short of memory."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_ended_while_it_reads_data_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="reads data was ended .DataLoader worker .*; lower num_w"):
+        next(checked_batches(DataLoader(Fatal(), num_workers=1)))

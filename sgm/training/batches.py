@@ -51,7 +51,8 @@ def checked_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
     """The batches of a loader.
 
     Raises:
-        UserError: a worker process found the data unusable, or that clips differ in length.
+        UserError: a worker process found the data unusable, or that clips differ in length, or was
+            ended.
     """
     try:
         yield from loader
@@ -59,3 +60,11 @@ def checked_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
         # From a worker it comes with that process's stack trace, and the sentence last.
         sentence = str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]
         raise UserError(sentence) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a process that reads data was ended ({str(error).splitlines()[0]}): memory may be "
+            "short, or shared memory (docker run --shm-size=16g); lower num_workers or set "
+            "cache_dir, of which much less is read"
+        ) from None

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS_FILE = MODEL_FILES[0]
 STATE_FILE = "training_state.pt"
 _STATE_KEYS = {"step", "samples", "processes", "schedule", "watched", "optimizer"}
+_COUNTS = ("step", "samples", "processes")
 _CONDITIONER = "conditioner."
 _LOSS_SCALER = "loss_scaler"
 # DeepSpeed's aids for other ways of loading than ours, made of its own classes.
@@ -290,12 +291,17 @@ def _read_state(path: Path) -> dict[str, Any]:
             f"load: {load}"
         )
     state = read_checkpoint(path)
-    keys = _STATE_KEYS if path.name == STATE_FILE else set()
-    if not isinstance(state, Mapping) or keys - state.keys():
+    keys, counts = (_STATE_KEYS, _COUNTS) if path.name == STATE_FILE else (set(), ())
+    is_whole = isinstance(state, Mapping) and not keys - state.keys()
+    if not is_whole or not all(_is_count(state[key]) for key in counts):
         raise UserError(
             f"{path} is not what a run saves for itself; resume from another checkpoint"
         )
     return state
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _catch_up(schedule: Any, state: Mapping[str, Any]) -> None:

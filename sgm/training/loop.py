@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -55,6 +54,8 @@ class Trainer:
         self.report = report
         self.validation = validation
         self.average = average
+        if wrapped.torch_autocast_enabled():  # DeepSpeed's is around its own forward pass only
+            engine.model.autocast_dtype = wrapped.torch_autocast_dtype()
         self.guard = StepGuard(wrapped.basic_optimizer)
         self.accumulation = wrapped.gradient_accumulation_steps()
         self.num_nonfinite = 0
@@ -140,11 +141,9 @@ class Trainer:
     def _validate(self, progress: Progress) -> None:
         if self.validation is None:
             return
-        device = next(self.engine.model.parameters()).device
-        autocast = nullcontext()
-        if self.wrapped.torch_autocast_enabled():
-            autocast = torch.autocast(device.type, self.wrapped.torch_autocast_dtype())
-        with self.report.pause(), autocast, outside_forward(self.wrapped):
+        # What the last video has found out about attention must not change the loss.
+        self.engine.model.diffusion_model.begin_video()
+        with self.report.pause(), outside_forward(self.wrapped):
             losses = self.validation.loss(self.engine)
             self.report.validation(progress.step, losses)
             self.validation.make_videos(self.engine, progress.step)

@@ -116,6 +116,18 @@ def test_a_loss_that_is_not_finite_is_left_out_of_the_means(build, caplog):
     assert found == [("1.0000", "1.0000"), ("nan", "1.0000"), ("2.0000", f"{smoothed:.4f}")]
 
 
+def test_what_is_saved_is_the_same_share_on_each_process(build, monkeypatch):
+    one, other = build(log_interval=9), build(log_interval=9)
+    run(one, [1.0, 2.0])
+    run(other, [3.0, 6.0])
+    sums = one._sums + other._sums
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.copy_(sums))
+    assert one.state_dict() == other.state_dict() == {"sums": (sums / 2).tolist()}
+    assert torch.equal(one._sums, other._sums)  # nor does it matter which run is resumed
+
+
 def test_the_loss_is_not_read_before_a_line_is_due(build, monkeypatch):
     report = build(log_interval=3)
     for name in ("tolist", "item", "__float__", "__bool__", "cpu"):

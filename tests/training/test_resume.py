@@ -103,6 +103,11 @@ def test_whoever_resumes_with_other_settings_is_told(small, tmp_path, capsys):
     again = ["--base", divided, *resume]
     assert "so the moving average cannot be gone on with" in error(*again, *EMA)
     state = run / "1" / "training_state.pt"
+    content = torch.load(state)
+    for wrong in ({"step": "x"}, {"samples": -5}, {"processes": None}):
+        torch.save(content | wrong, state)
+        assert "is not what a run saves for itself" in error(*again)
+    torch.save(content, state)
     state.write_bytes(state.read_bytes()[:1000])
     assert "training_state.pt is not a whole file" in error(*again)
     state.unlink()

@@ -14,6 +14,7 @@ from arguments import TrainingArgs, parse_config
 from diffusion_video import SATVideoDiffusionEngine
 from sgm.checkpoint import find_transformer_file, read_checkpoint
 from sgm.errors import UserError
+from sgm.models.transformer import DiffusionTransformer
 from sgm.modules.transformer.sat_runtime import ensure_process_groups
 from sgm.training.deepspeed_engine import start_deepspeed, take_step
 from sgm.training.objective import TrainingObjective
@@ -158,6 +159,31 @@ def test_a_gradient_that_is_not_finite_skips_its_step_too(
         first, second = (module_of(run / f"{step}{suffix}") for step in (1, 2))
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert "step 2: the loss or its gradient is not finite" in caplog.text
+
+
+def test_validation_encodes_as_training_does_and_runs_the_network_under_its_autocast(
+    small, tmp_path, monkeypatch
+):
+    under = {"encoding": [], "network": []}
+
+    def recorded(name, function):
+        def call(*args, **kwargs):
+            under[name].append(torch.is_autocast_enabled("cpu"))
+            return function(*args, **kwargs)
+
+        return call
+
+    engine = SATVideoDiffusionEngine
+    encode = recorded("encoding", engine.encode_first_stage)
+    monkeypatch.setattr(engine, "encode_first_stage", encode)
+    forward = recorded("network", DiffusionTransformer.forward)
+    monkeypatch.setattr(DiffusionTransformer, "forward", forward)
+    autocast = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    data = {"valid_data": [str(small.folder / "clips")], "valid_videos": 0}
+    file = small.file("autocast", {"deepspeed": autocast, "args": data})
+    small.train(file, tmp_path, "--train-iters", "1")
+    assert under["encoding"] == [False] * 3  # before the step, in it and after it
+    assert len(under["network"]) == 9 and all(under["network"])
 
 
 def test_a_scale_of_the_loss_that_cannot_fall_is_one_sentence():
