@@ -307,6 +307,8 @@ def train(config: Config, device: torch.device) -> None:
     checkpoint = run_folder.find_checkpoint(args) if args.resume else None
     if checkpoint:
         logger.info("going on from %s", checkpoint)
+        if run_folder.is_main():
+            run_folder.warn_of_changes(config, checkpoint.parent)
     else:  # of which a fault is to be told before anything is read
         make_output_folder(Path(args.save).expanduser())
     data = load_data(config, device)

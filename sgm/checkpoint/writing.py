@@ -6,7 +6,8 @@ Tensors are asked for one after another, so that weights larger than the memory 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX
 from sgm.errors import UserError
 from sgm.files import write_torch
 from sgm.inference.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"  # of the names of its weight files
 DEFAULT_TAG = "1000"  # the published SAT weights'
@@ -68,6 +71,36 @@ def in_dtype(
     return LazyTensors({name: partial(rounded, name) for name in tensors}, meta=metas)
 
 
+class _Watched(Mapping[str, Tensor]):
+    """Tensors that are written, each asked for once, of which damaged ones are told in the end."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self._damaged: list[str] = []
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        # float8 has no test for it, and whole numbers need none.
+        if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.isfinite().all():
+            self._damaged.append(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def tell(self) -> None:
+        """Warn of tensors with values that are not finite."""
+        if self._damaged:
+            logger.warning(
+                "%d of %d tensors hold values that are not finite (%s first), and are written as "
+                "they are; no video can be made with them",
+                *(len(self._damaged), len(self.tensors), self._damaged[0]),
+            )
+
+
 def save_sharded(
     folder: Path,
     tensors: Mapping[str, Tensor],
@@ -89,9 +122,10 @@ def save_sharded(
         OSError: a file cannot be written.
         UserError: safetensors has no name for a tensor's type.
     """
+    tensors = _Watched(tensors)
     shards: list[dict[str, Tensor]] = []
     room = 0
-    for name, meta in on_meta(tensors).items():
+    for name, meta in on_meta(tensors.tensors).items():
         if not shards or meta.nbytes > room:
             shards.append({})
             room = max_shard_bytes
@@ -103,6 +137,7 @@ def save_sharded(
             part = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
             files[f"{stem}{part}.safetensors"] = metas
             _write_shard(folder / f"{stem}{part}.safetensors", tensors, metas, progress)
+    tensors.tell()
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(m.nbytes for metas in shards for m in metas.values())},
@@ -171,11 +206,13 @@ def save_sat_transformer(
     Raises:
         OSError: the file cannot be written.
     """
+    base = _Watched(base)
     state: dict[str, Any] = {"module": {}}
     with Progress(len(base), unit="tensor") as progress:
         for name in base:
             state["module"][MODEL_PREFIX + name] = own_storage(base[name])
             progress.step("reading")
+    base.tell()
     if lora is not None:
         state["lora"] = dict(lora)
     (folder / tag).mkdir(parents=True)

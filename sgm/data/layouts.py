@@ -229,7 +229,8 @@ def find_samples(folder: Path) -> list[Sample]:
         UserError: there is no such folder, or a file that lists clips is wrong.
     """
     if not os.path.isdir(folder):
-        raise UserError(f"data folder {folder} does not exist; it must hold {LAYOUTS}")
+        what = "is a file" if os.path.exists(folder) else "does not exist"
+        raise UserError(f"data folder {folder} {what}; a folder must hold {LAYOUTS}")
     try:
         os.listdir(folder)
     except OSError as error:

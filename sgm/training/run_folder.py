@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +32,7 @@ PARTIAL = ".partial"
 _DOOMED = f".old{PARTIAL}"  # of what is being deleted
 _REPLACED = f".replaced{PARTIAL}"  # of a whole checkpoint whose place another one takes
 _LOCK = ".lock"
+CONFIG_FILE = "training_config.yaml"
 EMA = "-ema"
 _LONGEST_QUOTE = 60  # characters of a path that a message repeats
 
@@ -217,6 +219,37 @@ def _put_back(checkpoint: Path) -> None:
             os.replace(aside, checkpoint.with_name(name))
 
 
+def warn_of_changes(config: Any, run: Path) -> None:
+    """Name what the section `model` has otherwise than the run was started with.
+
+    Some of it makes another model of the weights without any other sign, such as `scale_factor`.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        before = OmegaConf.to_container(OmegaConf.load(run / CONFIG_FILE))["model"]
+    except (OSError, ValueError, TypeError, KeyError, YAMLError, OmegaConfBaseException) as error:
+        logger.debug("%s of %s cannot be compared: %s", CONFIG_FILE, run, error)
+        return
+    changed = list(_differing_keys(before, config.model, "model"))
+    if changed:
+        logger.warning(
+            "the model is not as this run was started with: %s; compare %s",
+            *(", ".join(changed), run / CONFIG_FILE),
+        )
+
+
+def _differing_keys(one: Any, other: Any, key: str) -> Iterator[str]:
+    """Dotted keys at which two sections differ."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for name in dict.fromkeys([*one, *other]):
+            yield from _differing_keys(one.get(name), other.get(name), f"{key}.{name}")
+    elif one != other:
+        yield key
+
+
 def save_config(config: Any, run: Path) -> None:
     """Write ``training_config.yaml``, which says all that the run was started with.
 
@@ -226,5 +259,5 @@ def save_config(config: Any, run: Path) -> None:
     from omegaconf import OmegaConf
 
     sections = {"model": config.model, "data": config.data, "deepspeed": config.deepspeed}
-    with replacing(run / "training_config.yaml") as partial:
+    with replacing(run / CONFIG_FILE) as partial:
         OmegaConf.save(OmegaConf.create({"args": vars(config.args), **sections}), partial)

@@ -115,3 +115,13 @@ def test_a_failing_disk_is_one_sentence_and_leaves_nothing(tmp_path, save):
         with new_folder(tmp_path / "out") as folder:
             save(folder, {"w": torch.zeros(4096)})
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("write", [save_sharded, save_sat_transformer])
+def test_values_that_are_not_finite_are_told_and_written_as_they_are(tmp_path, caplog, write):
+    write(tmp_path / "whole" if write is save_sat_transformer else tmp_path, TENSORS)
+    assert not caplog.messages
+    damaged = TENSORS | {"a": TENSORS["a"] * torch.nan, "b": TENSORS["b"] / 0}
+    write(tmp_path / "damaged" if write is save_sat_transformer else tmp_path, damaged)
+    (message,) = caplog.messages
+    assert message.startswith("2 of 6 tensors hold values that are not finite (")

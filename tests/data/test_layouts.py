@@ -156,8 +156,11 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
 
 def test_a_folder_that_is_absent_or_empty(tmp_path):
     assert find_samples(tmp_path) == []
-    with pytest.raises(UserError, match="videos/NAME.mp4 .* labels/NAME.txt"):
+    with pytest.raises(UserError, match="does not exist; .*videos/NAME.mp4 .* labels/NAME.txt"):
         find_samples(tmp_path / "absent")
+    write(tmp_path, {"clip.mp4": ""})
+    with pytest.raises(UserError, match="clip.mp4 is a file; a folder must hold"):
+        find_samples(tmp_path / "clip.mp4")
 
 
 def test_half_a_character_is_no_caption(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -145,6 +146,22 @@ def test_whoever_is_killed_while_a_checkpoint_is_replaced_gets_a_whole_one(
     for name in ("2", "2-ema"):
         assert names(run / name) == ["mark", "weights"]
         assert (run / name / "weights").read_text() == name
+
+
+def test_a_model_that_is_not_as_before_is_named(tmp_path, caplog):
+    model = {"scale_factor": 1.15, "network_config": {"params": {"a": [1, 2], "b": None}}}
+    config = SimpleNamespace(args=TrainingArgs(), model=model, data={}, deepspeed={})
+    run_folder.save_config(config, tmp_path)
+    run_folder.warn_of_changes(config, tmp_path)
+    assert not caplog.messages
+    config.model = {"scale_factor": 2.0, "network_config": {"params": {"a": [1], "c": 3}}}
+    run_folder.warn_of_changes(config, tmp_path)
+    (message,) = caplog.messages
+    keys = "model.scale_factor, model.network_config.params.a, model.network_config.params.c"
+    assert f"not as this run was started with: {keys}; compare" in message
+    (tmp_path / "training_config.yaml").write_text("model: [")
+    run_folder.warn_of_changes(config, tmp_path)  # of a damaged file nothing can be said
+    assert len(caplog.messages) == 1
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
