@@ -124,10 +124,11 @@ def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
             for row in reader:
-                if None in row:  # what there are no columns for
+                rest = row.pop(None, [])  # what there are no columns for
+                if any(rest):
                     raise UserError(
-                        f"{path}:{reader.line_num}: the row has {len(row[None])} values more than "
-                        "the first line has columns; a caption with commas must be in quotes"
+                        f"{path}:{reader.line_num}: the row has {len(rest)} values more than the "
+                        "first line has columns; a caption with commas must be in quotes"
                     )
                 yield reader.line_num, row
         except csv.Error as error:

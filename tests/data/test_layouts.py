@@ -163,6 +163,11 @@ def test_a_folder_that_is_absent_or_empty(tmp_path):
         find_samples(tmp_path / "clip.mp4")
 
 
+def test_commas_at_the_end_of_a_row_are_nothing(tmp_path):
+    write(tmp_path, {"metadata.csv": "video,text\na.mp4,caption,,\n", "a.mp4": ""})
+    assert samples(tmp_path) == {"a.mp4": "caption"}
+
+
 def test_half_a_character_is_no_caption(tmp_path):
     write(tmp_path, {"metadata.jsonl": '{"video": "a.mp4", "text": "\\ud800"}\n', "a.mp4": ""})
     (sample,) = find_samples(tmp_path)
