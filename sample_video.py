@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 # From so many steps on, compiling pays on a GPU: 5 to 10 s once, and 0.08 s less for each step.
 COMPILE_STEPS = 100
-# Weights of the transformer, from which on a CPU takes minutes for a step.
-LARGE_MODEL = 500_000_000
 # What the numbers of a video depend on.
 PACKAGES = (
     "torch",
@@ -337,31 +335,6 @@ def sample_all(
     return failed
 
 
-def warn(
-    engine: SATVideoDiffusionEngine, args: SamplingArgs, *, device: torch.device, rank: Rank
-) -> None:
-    """Say what will take long, and what was asked for without effect."""
-    from sgm.models.tiled_decoding import TILE
-
-    num_weights = sum(weight.numel() for weight in engine.model.parameters())
-    if device.type == "cpu" and num_weights > LARGE_MODEL:
-        logger.warning("without a GPU a step of this model takes many minutes, a video hours")
-    if args.parallel == "video" and rank.world_size == 1:
-        logger.warning(
-            "parallel: video has no effect in one process; NPROC=2 bash inference.sh … starts two"
-        )
-    num_steps = engine.sampler.num_steps
-    own_steps = getattr(engine.sampler.guider, "num_steps", num_steps)
-    if own_steps != num_steps:
-        logger.warning(
-            "guider_config has num_steps %d, the sampler %d: guidance then follows the curve of "
-            "another number of steps; change both alike",
-            *(own_steps, num_steps),
-        )
-    if args.tile_decode and max(engine.model.diffusion_model.frame_shape[1:]) <= TILE:
-        logger.warning("tile_decode has no effect: these frames fit into one tile")
-
-
 def any_rank(here: bool, group: torch.distributed.ProcessGroup | None) -> bool:
     """Whether something is so on any rank of `group`, if there is one; waits for all of them.
 
@@ -388,6 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with no_garbage_collection():
         check_weight_paths(config.model | {"latent_input": False}, args.load, lora=args.lora)
 
+        from sgm.inference.advice import advise
         from sgm.util import allow_targets
 
         output_dir = make_output_folder(args.output_dir)
@@ -395,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = choose_device(args, rank)
         engine = load_engine(config, device)
     logger.info("model ready on %s after %.1f s", device, time.perf_counter() - started)
-    warn(engine, args, device=device, rank=rank)
+    advise(engine, args, device=device, world_size=rank.world_size)
     everyone = None
     if rank.world_size > 1:
         from sgm.parallel.processes import group_of_all, share_sampling

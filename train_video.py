@@ -306,6 +306,7 @@ def train(config: Config, device: torch.device) -> None:
     torch.manual_seed(args.seed)  # of random weights, LoRA's among them
     checkpoint = run_folder.find_checkpoint(args) if args.resume else None
     if checkpoint:
+        lock = run_folder.reserve(checkpoint.parent)
         logger.info("going on from %s", checkpoint)
         if run_folder.is_main():
             run_folder.warn_of_changes(config, checkpoint.parent)
@@ -315,8 +316,11 @@ def train(config: Config, device: torch.device) -> None:
     engine = load_engine(config, device, checkpoint=checkpoint)
     set_up_activations(engine, config)
     wrapped = start_deepspeed(TrainingObjective(engine), config.deepspeed, args)
-    run = checkpoint.parent if checkpoint else run_folder.start_run(args)
-    lock = run_folder.reserve(run) if run_folder.is_main() else None
+    if checkpoint:
+        run = checkpoint.parent
+    else:
+        run = run_folder.start_run(args)
+        lock = run_folder.reserve(run)
     batch_size = wrapped.train_micro_batch_size_per_gpu()
     lockstep = wrapped.zero_optimization_stage() == 3
     average = start_average(wrapped, args)
@@ -338,7 +342,6 @@ def train(config: Config, device: torch.device) -> None:
     )
     progress = checkpointer.restore(checkpoint) if checkpoint else Progress()
     if run_folder.is_main():
-        run_folder.clear_partial(run)
         run_folder.save_config(config, run)
     distributed.barrier()
     loader = build_loader(data.training, config, batch_size=batch_size, start=progress.samples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -37,13 +37,20 @@ TARGET_ALIASES = {
     ),
 }
 
+
+def _is_number(value: Any) -> bool:
+    # true is an int in Python, but no number here.
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 # Annotations, as text, of what is checked before a class is built.
-_PLAIN_TYPES: dict[str, tuple[Any, str]] = {
-    "bool": (bool, "true or false"),
-    "int": (int, "a whole number"),
-    "float": ((int, float), "a number"),
-    "str": (str, "a text"),
+_PLAIN_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bool": (lambda value: value in (0, 1), "true or false"),
+    "int": (lambda value: _is_number(value) and value % 1 == 0, "a whole number"),
+    "float": (_is_number, "a number"),
+    "str": (lambda value: isinstance(value, str), "a text"),
 }
+
 
 # A YAML file from elsewhere names classes to be called, so it may name only what is meant for it.
 # `allow_targets` (the flag --allow-target) is the one way to extend this list.
@@ -129,9 +136,8 @@ def _check_type(parameter: inspect.Parameter, value: Any, *, where: str) -> None
     """
     if parameter.annotation not in _PLAIN_TYPES:
         return
-    kinds, name = _PLAIN_TYPES[parameter.annotation]
-    # bool is an int in Python, but true is no number here.
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+    is_one, name = _PLAIN_TYPES[parameter.annotation]
+    if not is_one(value):
         raise UserError(f"{where}: {parameter.name}: {value!r} must be {name}")
 
 

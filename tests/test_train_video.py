@@ -395,3 +395,15 @@ class Fatal(Dataset):
 def test_a_process_that_is_ended_while_it_reads_data_is_one_sentence() -> None:
     with pytest.raises(UserError, match="reads data was ended .DataLoader worker .*; lower num_w"):
         next(checked_batches(DataLoader(Fatal(), num_workers=1)))
+
+
+class Faulty(Fatal):
+    """It has a fault of its own, which is not to be hidden."""
+
+    def __getitem__(self, index: int) -> None:
+        raise RuntimeError("the real cause")
+
+
+def test_a_fault_in_a_dataset_keeps_its_cause() -> None:
+    with pytest.raises(RuntimeError, match="the real cause"):
+        next(checked_batches(DataLoader(Faulty(), num_workers=1)))

@@ -119,7 +119,8 @@ class Typed:
     ("params", "told"),
     [
         ({"on": "no"}, "part: on: 'no' must be true or false"),
-        ({"on": 1}, "true or false"),
+        ({"on": 2}, "true or false"),
+        ({"on": [1]}, "true or false"),
         ({"count": "2"}, "part: count: '2' must be a whole number"),
         ({"count": True}, "a whole number"),
         ({"count": 2.5}, "a whole number"),
@@ -134,6 +135,7 @@ def test_a_value_of_another_type_is_named(params, told):
 
 
 def test_values_of_their_types_pass_and_what_is_not_plain_is_left_to_the_class():
+    assert check_params(Typed, {"on": 1, "count": 3.0}, where="part") == {"on": 1, "count": 3.0}
     params = {"on": False, "count": 3, "share": 1, "name": "a", "other": "x"}
     assert check_params(Typed, params, where="part") == params
 

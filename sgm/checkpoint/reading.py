@@ -221,10 +221,7 @@ def read_checkpoint(path: str | Path) -> Any:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     is_dense = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
-    if not is_dense or tensor.is_meta or tensor.is_complex():
-        return False
-    # An expanded one is of any size in a file of a few bytes, and would fill the memory.
-    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    return is_dense and not (tensor.is_meta or tensor.is_complex())
 
 
 def tensors_of(state: Any, path: Path, *, wrapper: str) -> dict[str, torch.Tensor]:
@@ -245,6 +242,12 @@ def tensors_of(state: Any, path: Path, *, wrapper: str) -> dict[str, torch.Tenso
                 raise UserError(
                     f"{path}: {name!r} is not a dense tensor of real numbers, as weights are; "
                     "download or copy it again"
+                )
+            # Of any size in a file of a few bytes, it would fill the memory.
+            if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+                raise UserError(
+                    f"{path}: {name!r} is a tensor of {list(tensor.shape)} of which the file holds "
+                    "a part, repeated; ask its author to save it with .contiguous()"
                 )
         if tensors:
             return tensors

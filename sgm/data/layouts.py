@@ -125,10 +125,10 @@ def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
             for row in reader:
                 rest = row.pop(None, [])  # what there are no columns for
-                if any(rest):
+                if any(value.strip() for value in rest):
                     raise UserError(
-                        f"{path}:{reader.line_num}: the row has {len(rest)} values more than the "
-                        "first line has columns; a caption with commas must be in quotes"
+                        f"{path}:{reader.line_num}: the row has more values than the first line "
+                        "has columns; a caption with commas must be in quotes"
                     )
                 yield reader.line_num, row
         except csv.Error as error:

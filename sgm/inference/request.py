@@ -66,7 +66,7 @@ def head_size(model: Mapping[str, Any]) -> int:
 
 
 def check_attention(choice: str, model: Mapping[str, Any], **where: Any) -> None:
-    """Find out whether the kernel of attention that `args` ask for runs; "auto" always does.
+    """Find out whether the kernel of attention that `args` ask for runs; one for "auto" does.
 
     Args:
         choice: "auto", or the name of a kernel.
@@ -74,12 +74,13 @@ def check_attention(choice: str, model: Mapping[str, Any], **where: Any) -> None
         where: `device` and `dtype` of the network.
 
     Raises:
-        UserError: it does not; says what it needs.
+        UserError: it does not; says what it needs. Or as in `head_size`.
     """
+    width = head_size(model)
     if choice != "auto":
         from sgm.modules.transformer.attention import check_kernel  # imports PyTorch
 
-        check_kernel(choice, head_size=head_size(model), **where)
+        check_kernel(choice, head_size=width, **where)
 
 
 def video_size(params: Mapping[str, Any]) -> list[int]:

@@ -61,7 +61,7 @@ def checked_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
         sentence = str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]
         raise UserError(sentence) from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):  # it was raised in one
             raise
         raise UserError(
             f"a process that reads data was ended ({str(error).splitlines()[0]}): memory may be "

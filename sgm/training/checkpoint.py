@@ -135,7 +135,7 @@ class Checkpointer:
         if self.divided:
             own = _read_state(folder / _rank_file(distributed.get_rank()))
         try:
-            with _own_settings(self.wrapped.basic_optimizer):
+            with _own_settings(self.wrapped):
                 self._load_optimizer(own)
             self.wrapped.lr_scheduler.load_state_dict(state["schedule"])
             _catch_up(self.wrapped.lr_scheduler, state["schedule"])
@@ -265,12 +265,14 @@ def is_divided(optimizer: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _own_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def _own_settings(wrapped: Any) -> Iterator[None]:
     """Within it an optimizer's state may be loaded; what it was built with (betas, …) stays.
 
-    The learning rate comes from the schedule.
+    But for what follows from the schedule: the learning rate, and in DeepSpeed's OneCycle betas.
     """
-    names = optimizer.defaults.keys() - {"lr"}
+    optimizer = wrapped.basic_optimizer
+    cycled = {"betas"} if getattr(wrapped.lr_scheduler, "cycle_momentum", False) else set()
+    names = optimizer.defaults.keys() - {"lr", *cycled}
     settings = [{name: group[name] for name in names} for group in optimizer.param_groups]
     yield
     for group, own in zip(optimizer.param_groups, settings, strict=True):

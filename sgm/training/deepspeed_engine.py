@@ -203,6 +203,18 @@ def take_step(wrapped: Any) -> None:
         ) from None
 
 
+def seeks_scale(wrapped: Any) -> bool:
+    """Whether float16 can still lower the scale of the loss, so that an overflow is nothing odd."""
+    if not wrapped.fp16_enabled():
+        return False
+    optimizer = wrapped.optimizer
+    if hasattr(optimizer, "loss_scale_config"):  # without ZeRO
+        smallest = optimizer.loss_scale_config.min_loss_scale
+    else:
+        smallest = getattr(optimizer.loss_scaler, "min_scale", None)
+    return smallest is not None and optimizer.loss_scale > smallest  # a fixed one has no smallest
+
+
 def gradient_norm(wrapped: Any) -> float | Tensor | None:
     """Norm of all gradients before clipping; DeepSpeed's where it computes one.
 

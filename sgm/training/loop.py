@@ -11,7 +11,13 @@ from torch import Tensor, distributed
 
 from sgm.errors import UserError
 from sgm.training.checkpoint import Checkpointer, Progress
-from sgm.training.deepspeed_engine import WHAT_TO_DO, gradient_norm, outside_forward, take_step
+from sgm.training.deepspeed_engine import (
+    WHAT_TO_DO,
+    gradient_norm,
+    outside_forward,
+    seeks_scale,
+    take_step,
+)
 from sgm.training.ema import WeightAverage
 from sgm.training.optimizer import StepGuard
 from sgm.training.report import Report
@@ -100,15 +106,15 @@ class Trainer:
                 self.guard.void = not self._all_finite(losses if norm is None else [*losses, norm])
             take_step(self.wrapped)
         progress.step += 1
-        # DeepSpeed takes no step where gradients are not finite. With float16 that is how the scale
-        # of the loss is found; otherwise something is wrong.
+        # DeepSpeed takes no step where gradients are not finite.
         has_moved = self.wrapped.was_step_applied()
-        if self.guard.void or not (has_moved or self.wrapped.fp16_enabled()):
+        if self.guard.void or not (has_moved or seeks_scale(self.wrapped)):
             self._count_nonfinite(progress.step)
             return
-        self.num_nonfinite = 0
-        if self.average is not None and has_moved:
-            self.average.update(progress.step)
+        if has_moved:
+            self.num_nonfinite = 0
+            if self.average is not None:
+                self.average.update(progress.step)
         self.report.step(
             progress.step,
             torch.stack(losses).mean(),

@@ -38,8 +38,8 @@ _LONGEST_QUOTE = 60  # characters of a path that a message repeats
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks for all, or the only one."""
-    return not distributed.is_initialized() or distributed.get_rank() == 0
+    """Whether this is the process that writes and speaks for all."""
+    return distributed.get_rank() == 0
 
 
 def start_run(args: Any) -> Path:
@@ -79,29 +79,36 @@ def _make_folder(save: Path, name: str) -> str:
 
 
 def reserve(run: Path) -> IO[str] | None:
-    """Keep other processes from training this run too, as long as the file returned is open.
+    """Take a run for this training alone, and clear up what a killed process left in it.
 
-    To be called by rank 0. The lock ends with the process, however that ends; a disk without locks
-    has none, and there is no file then.
+    All processes must call it; rank 0 does the work. The run is taken as long as the file returned
+    is open, at most until the process ends, however that ends. On other ranks, and on a disk
+    without locks, there is no file.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process trains it, or it cannot be written to.
     """
-    try:
+    file = None
+    if is_main():
+        make_output_folder(run)
         file = (run / _LOCK).open("w")
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # of the lock; a folder is written to before
-        raise UserError(
-            f"{run} is being trained by another process; wait for its end, or start a new run"
-        ) from None
-    except OSError as error:
-        logger.debug("%s cannot be locked: %s", run, error)
-        return None
+        try:
+            # Not flock, which worker processes would hold on to after this one was killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"{run} is being trained by another process; wait for its end, or start a new run"
+            ) from None
+        except OSError as error:
+            logger.debug("%s cannot be locked: %s", run, error)
+            file = None
+        _clear_partial(run)
+    distributed.barrier()
     return file
 
 
 def find_checkpoint(args: Any) -> Path:
-    """The folder of the iteration that `resume` means; all processes of a run must call it.
+    """The folder of the iteration that `resume` means; it is whole after `reserve`.
 
     Raises:
         UserError: there is none; says where it was looked for.
@@ -134,12 +141,9 @@ def _find_checkpoint(args: Any) -> Path:
 def _checkpoint_in(folder: Path, given: str) -> Path:
     if (folder / "latest").is_file():
         folder = folder / (folder / "latest").read_text("utf-8", errors="replace").strip()
-    if is_main():
-        _put_back(folder)
-    if distributed.is_initialized():
-        distributed.barrier()
     # A path with a newline or NUL in it, from a damaged `latest`, is no folder either.
-    if not folder.name.isdecimal() or not folder.is_dir():
+    aside = folder.parent / f"{folder.name}{_REPLACED}"  # see `reserve`
+    if not folder.name.isdecimal() or not (folder.is_dir() or aside.is_dir()):
         raise UserError(
             f"resume: {given}: {folder} is no checkpoint of a run; name the run's folder (with the "
             "file 'latest' in it) or the folder of one of its iterations"
@@ -147,8 +151,7 @@ def _checkpoint_in(folder: Path, given: str) -> Path:
     return folder
 
 
-def clear_partial(run: Path) -> None:
-    """Remove what a killed process left half written."""
+def _clear_partial(run: Path) -> None:
     for aside in run.glob(f"*[0-9]{_REPLACED}"):
         _put_back(run / aside.name.removesuffix(_REPLACED))
     for path in run.glob(f"*{PARTIAL}"):
@@ -220,7 +223,7 @@ def _put_back(checkpoint: Path) -> None:
 
 
 def warn_of_changes(config: Any, run: Path) -> None:
-    """Name what the section `model` has otherwise than the run was started with.
+    """Name what the section `model` has otherwise than when the run was last started.
 
     Some of it makes another model of the weights without any other sign, such as `scale_factor`.
     """
@@ -236,7 +239,7 @@ def warn_of_changes(config: Any, run: Path) -> None:
     changed = list(_differing_keys(before, config.model, "model"))
     if changed:
         logger.warning(
-            "the model is not as this run was started with: %s; compare %s",
+            "the model is not as this run was last started with: %s; compare %s",
             *(", ".join(changed), run / CONFIG_FILE),
         )
 

@@ -20,6 +20,19 @@ SETTINGS = {
     "accumulation": {"deepspeed": {"gradient_accumulation_steps": 2}},
     "zero-2 in bf16": {"deepspeed": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}},
     "zero-3": {"deepspeed": {"zero_optimization": {"stage": 3}}},
+    "betas by a schedule": {
+        "deepspeed": {
+            "scheduler": {
+                "type": "OneCycle",
+                "params": {
+                    "cycle_min_lr": 1e-5,
+                    "cycle_max_lr": 1e-3,
+                    "cycle_first_step_size": 5,
+                    "cycle_min_mom": 0.5,
+                },
+            }
+        }
+    },
     "lora with zero-1": {
         "model": LORA,
         "deepspeed": {"zero_optimization": {"stage": 1}},

@@ -16,7 +16,6 @@ from tests.training.conftest import ROOT
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
     monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda *_, **__: None)
@@ -88,6 +87,12 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content):
         run_folder.find_checkpoint(TrainingArgs(resume="latest", save=str(tmp_path)))
 
 
+@pytest.mark.parametrize("given", ["/", "."])
+def test_a_folder_without_a_name_is_no_checkpoint(given):
+    with pytest.raises(UserError, match="is no checkpoint of a run"):
+        run_folder.find_checkpoint(TrainingArgs(resume=given))
+
+
 def test_names_that_are_too_long_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match="resume: aaa.* cannot be looked up .File name too long"):
         run_folder.find_checkpoint(TrainingArgs(resume="a" * 300))
@@ -99,10 +104,10 @@ def test_only_the_newest_are_kept_and_half_written_ones_cleared(tmp_path):
     run = saved(tmp_path / "a", 2, 4, 10)
     (run / "12.partial").mkdir()
     run_folder.prune(run, 2, up_to=10)
-    run_folder.clear_partial(run)
-    assert names(run) == ["10", "10-ema", "4", "4-ema", "latest"]
+    run_folder.reserve(run)
+    assert names(run) == [".lock", "10", "10-ema", "4", "4-ema", "latest"]
     run_folder.prune(run, 0, up_to=10)
-    assert len(names(run)) == 5
+    assert len(names(run)) == 6
 
 
 def test_a_checkpoint_takes_the_place_of_one_of_the_same_iteration(tmp_path):
@@ -141,8 +146,8 @@ def test_whoever_is_killed_while_a_checkpoint_is_replaced_gets_a_whole_one(
         with pytest.raises(KeyboardInterrupt):
             run_folder.publish(run, "2-ema", "2")
     found = run_folder.find_checkpoint(TrainingArgs(resume=str(run)))
-    run_folder.clear_partial(run)
-    assert found == run / "2" and names(run) == ["2", "2-ema", "latest"]
+    run_folder.reserve(run)
+    assert found == run / "2" and names(run) == [".lock", "2", "2-ema", "latest"]
     for name in ("2", "2-ema"):
         assert names(run / name) == ["mark", "weights"]
         assert (run / name / "weights").read_text() == name
@@ -158,15 +163,15 @@ def test_a_model_that_is_not_as_before_is_named(tmp_path, caplog):
     run_folder.warn_of_changes(config, tmp_path)
     (message,) = caplog.messages
     keys = "model.scale_factor, model.network_config.params.a, model.network_config.params.c"
-    assert f"not as this run was started with: {keys}; compare" in message
+    assert f"not as this run was last started with: {keys}; compare" in message
     (tmp_path / "training_config.yaml").write_text("model: [")
     run_folder.warn_of_changes(config, tmp_path)  # of a damaged file nothing can be said
     assert len(caplog.messages) == 1
 
 
-def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
-    code = "from sgm.training.run_folder import reserve; from pathlib import Path; import sys\n"
-    code += "lock = reserve(Path(sys.argv[1])); print('reserved', flush=True); sys.stdin.read()"
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch):
+    code = "import fcntl, sys; file = open(sys.argv[1] + '/.lock', 'w')\n"
+    code += "fcntl.lockf(file, fcntl.LOCK_EX); print('reserved', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
@@ -174,6 +179,14 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
         with pytest.raises(UserError, match="is being trained by another process"):
             run_folder.reserve(tmp_path)
         other.kill()
-    lock = run_folder.reserve(tmp_path)
-    assert not lock.closed
-    lock.close()
+    (tmp_path / "3.partial").mkdir()
+    with run_folder.reserve(tmp_path):
+        assert names(tmp_path) == [".lock"]
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    assert run_folder.reserve(tmp_path) is None
+
+
+def test_a_run_that_cannot_be_written_to_is_not_called_taken(tmp_path):
+    with pytest.raises(UserError, match="cannot be written to .Not a directory"):
+        (tmp_path / "run").touch()
+        run_folder.reserve(tmp_path / "run" / "a")

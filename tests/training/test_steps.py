@@ -16,7 +16,7 @@ from sgm.checkpoint import find_transformer_file, read_checkpoint
 from sgm.errors import UserError
 from sgm.models.transformer import DiffusionTransformer
 from sgm.modules.transformer.sat_runtime import ensure_process_groups
-from sgm.training.deepspeed_engine import start_deepspeed, take_step
+from sgm.training.deepspeed_engine import seeks_scale, start_deepspeed, take_step
 from sgm.training.objective import TrainingObjective
 from tests.training.conftest import LORA, ROOT, module_of
 
@@ -159,6 +159,36 @@ def test_a_gradient_that_is_not_finite_skips_its_step_too(
         first, second = (module_of(run / f"{step}{suffix}") for step in (1, 2))
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert "step 2: the loss or its gradient is not finite" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "seeks"),
+    [
+        (SimpleNamespace(loss_scale=4, loss_scaler=SimpleNamespace(min_scale=1)), True),
+        (SimpleNamespace(loss_scale=1, loss_scaler=SimpleNamespace(min_scale=1)), False),
+        (SimpleNamespace(loss_scale=4, loss_scaler=SimpleNamespace()), False),
+        (SimpleNamespace(loss_scale=4, loss_scale_config=SimpleNamespace(min_loss_scale=1)), True),
+        (
+            SimpleNamespace(loss_scale=4, loss_scale_config=SimpleNamespace(min_loss_scale=None)),
+            False,
+        ),
+    ],
+)
+def test_an_overflow_is_nothing_odd_while_the_scale_can_fall(optimizer, seeks):
+    half = SimpleNamespace(fp16_enabled=lambda: True, optimizer=optimizer)
+    assert seeks_scale(half) == seeks
+    assert not seeks_scale(SimpleNamespace(fp16_enabled=lambda: False, optimizer=optimizer))
+
+
+def test_a_step_that_seeks_the_scale_is_not_counted(small, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(train_video, "set_up_logging", lambda: None)
+    monkeypatch.setattr("sgm.training.loop.seeks_scale", lambda wrapped: True)
+    monkeypatch.setattr("deepspeed.DeepSpeedEngine.was_step_applied", lambda self: False)
+    flags = ("--train-iters", "3", "--save-interval", "3", "--nonfinite-limit", "1", *EMA)
+    run = small.train(small.file("seeks"), tmp_path, *flags)
+    average = module_of(run / "3-ema")  # takes no part in steps that were none
+    assert all(torch.equal(average[n], w.float()) for n, w in start_of(small).items())
+    assert "not finite" not in caplog.text
 
 
 def test_validation_encodes_as_training_does_and_runs_the_network_under_its_autocast(
