@@ -88,11 +88,11 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
             ValueError: `x` has another shape.
         """
         self._check_video(x)
-        x = x.to(_dtype_of(self.encoder))
+        dtype = _dtype_of(self.encoder)
         if needs_grad(self.encoder, x):
-            moments = self.encoder(x)
+            moments = self.encoder(x.to(dtype))
         else:  # one by one: in bounded memory, and to the last bit the same in any batch
-            moments = torch.cat([self.encoder(sample) for sample in x.split(1)])
+            moments = torch.cat([self.encoder(sample.to(dtype)) for sample in x.split(1)])
         if unregularized:
             return moments, {}
         return self.regularization(moments, noise=noise, generator=generator)

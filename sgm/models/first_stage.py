@@ -30,15 +30,13 @@ def build_first_stage(
 def encode_moments(first_stage: nn.Module, video: Tensor) -> Tensor:
     """Video (b, t, 3, h, w) in [-1, 1] → moments (b, t', 2c, h/8, w/8) in the weights' dtype.
 
-    One sample at a time: memory does not grow with b, and a sample's moments are the same to the
-    last bit whatever else is in the batch, so that kept ones can stand for them.
+    A sample's moments are the same to the last bit whatever else is in the batch, so that kept ones
+    can stand for them.
     """
-    weight = next(first_stage.parameters())
-    pixels = rearrange(video, "b t c h w -> b c t h w")
-    parts = [
-        first_stage.encode(sample.to(weight), unregularized=True)[0] for sample in pixels.split(1)
-    ]
-    return rearrange(torch.cat(parts), "b c t h w -> b t c h w")
+    device = next(first_stage.parameters()).device
+    pixels = rearrange(video.to(device), "b t c h w -> b c t h w")
+    moments, _ = first_stage.encode(pixels, unregularized=True)
+    return rearrange(moments, "b c t h w -> b t c h w")
 
 
 def draw_latents(regularizer: nn.Module, moments: Tensor) -> Tensor:

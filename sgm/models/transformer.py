@@ -18,8 +18,8 @@ from sat.model.base_model import BaseModel
 from sat.model.transformer import BaseTransformer
 from torch import Tensor, distributed, nn
 
-from sgm.errors import UserError, nearest_name
-from sgm.modules.diffusionmodules.checks import check_number
+from sgm.errors import UserError
+from sgm.models.network_checks import check_divides, check_modules, check_transformer_args
 from sgm.modules.transformer.attention import Kernel, restart_tally, share_computed_twice
 from sgm.modules.transformer.checkpointing import Keep
 from sgm.modules.transformer.sat_runtime import ensure_process_groups, quiet_sat
@@ -54,11 +54,6 @@ _SIZES_OF_PARTS = {
         "elementwise_affine",
     ),
 }
-_USED_TRANSFORMER_ARGS = ("checkpoint_activations", "skip_init")
-# What these say is the one form of the model that is built here.
-_FIXED_TRANSFORMER_ARGS = {"layernorm_order": "pre", "is_decoder": False, "model_parallel_size": 1}
-# Sizes of SAT's embeddings of words and 1D positions, which this model has no use for.
-_UNUSED_TRANSFORMER_ARGS = ("vocab_size", "max_sequence_length")
 
 
 class DiffusionTransformer(BaseModel):
@@ -114,11 +109,11 @@ class DiffusionTransformer(BaseModel):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         transformer_args = transformer_args or {}
-        _check_transformer_args(transformer_args)
-        _check_modules(modules, num_layers=num_layers)
-        _check_divides("num_attention_heads", num_attention_heads, hidden_size=hidden_size)
-        _check_divides("patch_size", patch_size, latent_height=latent_height)
-        _check_divides("patch_size", patch_size, latent_width=latent_width)
+        check_transformer_args(transformer_args)
+        check_modules(modules, parts=_SIZES_OF_PARTS, num_layers=num_layers)
+        check_divides("num_attention_heads", num_attention_heads, hidden_size=hidden_size)
+        check_divides("patch_size", patch_size, latent_height=latent_height)
+        check_divides("patch_size", patch_size, latent_width=latent_width)
         super().__init__(
             args=None,
             transformer=_build_sat_transformer(
@@ -375,44 +370,3 @@ def _latent_frames(num_frames: int, time_compressed_rate: int) -> int:
             f"time_compressed_rate={time_compressed_rate}"
         )
     return (num_frames - 1) // time_compressed_rate + 1
-
-
-def _check_divides(name: str, divisor: int, **divided: int) -> None:
-    ((divided_name, size),) = divided.items()
-    if divisor < 1 or size < 1 or size % divisor:
-        raise UserError(f"{divided_name}={size} is not a multiple of {name}={divisor}")
-
-
-def _check_transformer_args(transformer_args: Mapping[str, Any]) -> None:
-    known = {*_USED_TRANSFORMER_ARGS, *_FIXED_TRANSFORMER_ARGS, *_UNUSED_TRANSFORMER_ARGS}
-    for name, value in transformer_args.items():
-        if name not in known:
-            raise UserError(
-                f"unknown key {name!r} in transformer_args; {nearest_name(name, known)}"
-            )
-        if name in _FIXED_TRANSFORMER_ARGS and value != _FIXED_TRANSFORMER_ARGS[name]:
-            raise UserError(
-                f"{name}={value!r} in transformer_args: this model is built with "
-                f"{_FIXED_TRANSFORMER_ARGS[name]!r} only"
-            )
-
-
-def _check_modules(modules: Mapping[str, Any], *, num_layers: int) -> None:
-    if num_layers < 1:
-        raise UserError(f"num_layers={num_layers}: at least 1 is needed")
-    required = [f"{name}_config" for name in _SIZES_OF_PARTS]
-    known = [*required, "lora_config"]
-    for name in modules:
-        if name not in known:
-            raise UserError(f"unknown key {name!r} in modules; {nearest_name(name, known)}")
-    for name in required:
-        if not modules.get(name):
-            raise UserError(f"modules lacks {name}; add it to network_config.params.modules")
-    lora = (modules.get("lora_config") or {}).get("params") or {}
-    if modules.get("lora_config"):
-        check_number("lora_config: r", lora.get("r"), low=1, whole=True)
-        check_number("lora_config: lora_alpha", lora.get("lora_alpha", 1))
-        check_number("lora_config: lora_dropout", lora.get("lora_dropout", 0), low=0, high=1)
-    outside = [i for i in lora.get("layer_range") or [] if not 0 <= i < num_layers]
-    if outside:
-        raise UserError(f"lora_config: layer_range names layer {outside[0]} of {num_layers} layers")
