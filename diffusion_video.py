@@ -268,16 +268,14 @@ class SATVideoDiffusionEngine(nn.Module):
             noise = torch.randn(*shape, generator=generator, pin_memory=is_on_gpu)
             return noise.to(self.device, non_blocking=True)
 
-        network = self.model.diffusion_model
-
         def after_step(step_index: int, num_steps: int, x: Tensor) -> None:
             if step_index == 0:
-                network.review_attention()
+                review_attention()
             if callback is not None:
                 callback(step_index, num_steps, x)
 
-        network.begin_video()
-        with self._network_here:
+        watched = self.model.diffusion_model.watched_attention()
+        with self._network_here, watched as review_attention:
             return self.sampler(
                 self.model,
                 self.denoiser,

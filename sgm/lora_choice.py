@@ -5,13 +5,13 @@ Imports nothing heavy, so that a mistake is answered at once.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sgm.errors import UserError, nearest_name
+from sgm.numbers import is_finite_number
 
 _KEYS = ("path", "scale")
 
@@ -77,8 +77,7 @@ def _from_item(item: Any) -> LoraChoice:
 
 
 def _checked_scale(value: Any, *, where: str) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
+    if not is_finite_number(value):
         raise UserError(
             f"scale {value!r} of {where} must be a finite number; 1 is the LoRA as trained"
         )

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sgm.errors import UserError, nearest_name
+from sgm.numbers import is_number
 
 _DIFFUSION_TRANSFORMER = "sgm.models.transformer.DiffusionTransformer"
 _TRANSFORMER_PARTS = "sgm.modules.transformer"
@@ -37,17 +38,11 @@ TARGET_ALIASES = {
     ),
 }
 
-
-def _is_number(value: Any) -> bool:
-    # true is an int in Python, but no number here.
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 # Annotations, as text, of what is checked before a class is built.
 _PLAIN_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bool": (lambda value: value in (0, 1), "true or false"),
-    "int": (lambda value: _is_number(value) and value % 1 == 0, "a whole number"),
-    "float": (_is_number, "a number"),
+    "int": (lambda value: is_number(value) and value % 1 == 0, "a whole number"),
+    "float": (is_number, "a number"),
     "str": (lambda value: isinstance(value, str), "a text"),
 }
 

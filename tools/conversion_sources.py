@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from arguments import Config, SamplingArgs, parse_config
 from sgm.errors import UserError
+from sgm.numbers import is_finite_number
 from tools.choose_config import BUNDLED, FULL
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,7 @@ def select_number(config: Config, key: str, default: float) -> float:
         UserError: the value is something else.
     """
     value = select(config, key, default)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and value > 0):
+    if not (is_finite_number(value) and value > 0):
         raise UserError(f"{key}={value!r} of the configuration must be a positive number")
     return float(value)
 

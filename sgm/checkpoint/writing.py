@@ -75,21 +75,21 @@ class _Watched(Mapping[str, Tensor]):
     """Tensors that are written, each asked for once, of which damaged ones are told in the end."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
+        self._tensors = tensors
         self._damaged: list[str] = []
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self.tensors[name]
+        tensor = self._tensors[name]
         # float8 has no test for it, and whole numbers need none.
         if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.isfinite().all():
             self._damaged.append(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self.tensors)
+        return len(self._tensors)
 
     def tell(self) -> None:
         """Warn of tensors with values that are not finite."""
@@ -97,7 +97,7 @@ class _Watched(Mapping[str, Tensor]):
             logger.warning(
                 "%d of %d tensors hold values that are not finite (%s first), and are written as "
                 "they are; no video can be made with them",
-                *(len(self._damaged), len(self.tensors), self._damaged[0]),
+                *(len(self._damaged), len(self._tensors), self._damaged[0]),
             )
 
 
@@ -122,10 +122,10 @@ def save_sharded(
         OSError: a file cannot be written.
         UserError: safetensors has no name for a tensor's type.
     """
-    tensors = _Watched(tensors)
+    watched = _Watched(tensors)
     shards: list[dict[str, Tensor]] = []
     room = 0
-    for name, meta in on_meta(tensors.tensors).items():
+    for name, meta in on_meta(tensors).items():
         if not shards or meta.nbytes > room:
             shards.append({})
             room = max_shard_bytes
@@ -136,8 +136,8 @@ def save_sharded(
         for i, metas in enumerate(shards, start=1):
             part = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
             files[f"{stem}{part}.safetensors"] = metas
-            _write_shard(folder / f"{stem}{part}.safetensors", tensors, metas, progress)
-    tensors.tell()
+            _write_shard(folder / f"{stem}{part}.safetensors", watched, metas, progress)
+    watched.tell()
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(m.nbytes for metas in shards for m in metas.values())},
@@ -206,13 +206,13 @@ def save_sat_transformer(
     Raises:
         OSError: the file cannot be written.
     """
-    base = _Watched(base)
+    watched = _Watched(base)
     state: dict[str, Any] = {"module": {}}
     with Progress(len(base), unit="tensor") as progress:
         for name in base:
-            state["module"][MODEL_PREFIX + name] = own_storage(base[name])
+            state["module"][MODEL_PREFIX + name] = own_storage(watched[name])
             progress.step("reading")
-    base.tell()
+    watched.tell()
     if lora is not None:
         state["lora"] = dict(lora)
     (folder / tag).mkdir(parents=True)

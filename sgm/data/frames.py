@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sgm.errors import UserError
+from sgm.numbers import is_finite_number
 
 # Two latent frames: a shorter clip shows no motion.
 MIN_FRAMES = 5
@@ -19,10 +20,6 @@ TIME_TOLERANCE = 0.01
 
 class ClipError(Exception):
     """A clip cannot be used; the message is the reason."""
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -58,11 +55,11 @@ class FrameSettings:
         size = list(video_size) if isinstance(video_size, Sequence) else []
         if len(size) != 2 or not all(isinstance(pixels, int) and pixels > 0 for pixels in size):
             raise UserError(f"video_size: {video_size!r} must be [height, width] in pixels")
-        if not _is_number(fps) or fps <= 0:
+        if not is_finite_number(fps) or fps <= 0:
             raise UserError(f"fps: {fps!r} must be a number above 0")
         if not isinstance(max_num_frames, int) or max_num_frames < 1 or max_num_frames % 4 != 1:
             raise UserError(f"max_num_frames: {max_num_frames!r} must be 4k + 1: 1, 5, 9, … 49 …")
-        if not _is_number(skip_frms_num) or skip_frms_num < 0 or skip_frms_num % 1:
+        if not is_finite_number(skip_frms_num) or skip_frms_num < 0 or skip_frms_num % 1:
             raise UserError(f"skip_frms_num: {skip_frms_num!r} must be a whole number from 0")
         return cls(tuple(size), fps, max_num_frames, int(skip_frms_num))
 

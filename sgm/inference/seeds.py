@@ -1,4 +1,4 @@
-"""Where the noise of a video comes from: a seed and what the video is, and nothing else."""
+"""Where random numbers come from: a seed and the place they are for, and nothing else."""
 
 from __future__ import annotations
 
@@ -17,10 +17,19 @@ def sample_generator(seed: int, line: int, sample: int) -> torch.Generator:
     Returns:
         A generator on the CPU, so that a seed means the same everywhere.
     """
-    seed = seed % 2**64
+    seed %= 2**64
     if seed < 2**32:
-        sequence = np.random.SeedSequence([seed, line, sample])
+        own_seed = _first_number(np.random.SeedSequence([seed, line, sample]))
     else:  # in a list it would take two places, and so mean the same as another line's
-        sequence = np.random.SeedSequence(seed, spawn_key=(line, sample))
-    state = sequence.generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
+        own_seed = derived_seed(seed, line, sample)
+    return torch.Generator().manual_seed(own_seed)
+
+
+def derived_seed(seed: int, *place: int) -> int:
+    """A seed of 64 bits for a place in something that `seed` decides, a path of numbers from 0."""
+    return _first_number(np.random.SeedSequence(seed % 2**64, spawn_key=place))
+
+
+def _first_number(sequence: np.random.SeedSequence) -> int:
+    """The first 64 bits that a sequence gives."""
+    return int(sequence.generate_state(1, np.uint64)[0])

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sgm.errors import UserError, nearest_name
-from sgm.modules.diffusionmodules.checks import check_number
+from sgm.numbers import check_number
 
 _USED_TRANSFORMER_ARGS = ("checkpoint_activations", "skip_init")
 # What these say is the one form of the model that is built here.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -179,18 +180,23 @@ class DiffusionTransformer(BaseModel):
         """Compute attention with this kernel; "auto" (the default) takes the fastest there is."""
         self.mixins["adaln_layer"].attention = kernel
 
-    def begin_video(self) -> None:
-        """To be called before the first step of a video; see `review_attention`."""
-        self.mixins["adaln_layer"].own_kernel_pays = True
-        restart_tally()
+    @contextmanager
+    def watched_attention(self) -> Iterator[Callable[[], None]]:
+        """Within it, for a video, this project's kernel of attention may be found not to pay.
 
-    def review_attention(self) -> None:
-        """Go on without this project's kernel of attention if it has computed too much twice.
-
-        It does where scores are spread widely. To be called after the first step of a video, so
-        that this depends on nothing but the video. Waits for the GPU. A kernel that was set
-        stays.
+        Yields:
+            What finds that out, and then goes on without that kernel: it has computed too much
+            twice, as it does where scores are spread widely. To be called after the first step, so
+            that this depends on nothing but the video. Waits for the GPU. A kernel that was set
+            stays.
         """
+        restart_tally()
+        try:
+            yield self._review_attention
+        finally:
+            self.mixins["adaln_layer"].own_kernel_pays = True
+
+    def _review_attention(self) -> None:
         adaln = self.mixins["adaln_layer"]
         if adaln.attention != "auto":
             return

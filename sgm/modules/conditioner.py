@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.errors import UserError, nearest_name
-from sgm.modules.diffusionmodules.checks import check_number
+from sgm.numbers import check_number
 from sgm.util import instantiate_from_config
 
 _EMBEDDER_KEYS = ("target", "params", "is_trainable", "input_key", "ucg_rate")

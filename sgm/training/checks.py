@@ -14,6 +14,7 @@ from sgm.inference.request import (
     require_sizes,
     video_size,
 )
+from sgm.numbers import is_number
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def check_deepspeed(settings: Mapping[str, Any]) -> None:
             "from 1 ('auto' is not supported)"
         )
     clipping = settings.get("gradient_clipping", 0.0)
-    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or not clipping >= 0:
+    if not (is_number(clipping) and clipping >= 0):
         raise UserError(f"deepspeed.gradient_clipping: {clipping!r} must be a number from 0")
     optimizer = _section(settings.get("optimizer"), "optimizer")
     _section(optimizer.get("params"), "optimizer.params")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from sgm.errors import UserError
+from sgm.inference.seeds import derived_seed
 from sgm.training.checkpoint import Checkpointer, Progress
 from sgm.training.deepspeed_engine import (
     WHAT_TO_DO,
@@ -21,7 +22,7 @@ from sgm.training.deepspeed_engine import (
 from sgm.training.ema import WeightAverage
 from sgm.training.optimizer import StepGuard
 from sgm.training.report import Report
-from sgm.training.seeding import STEP, derived_seed
+from sgm.training.seeding import STEP
 from sgm.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -147,8 +148,6 @@ class Trainer:
     def _validate(self, progress: Progress) -> None:
         if self.validation is None:
             return
-        # What the last video has found out about attention must not change the loss.
-        self.engine.model.diffusion_model.begin_video()
         with self.report.pause(), outside_forward(self.wrapped):
             losses = self.validation.loss(self.engine)
             self.report.validation(progress.step, losses)

@@ -11,18 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from sgm.inference.seeds import derived_seed
+
 # What is drawn; part of the seed, so that draws of different kinds are independent.
 ORDER, SAMPLE, STEP, VALIDATION = range(4)
-
-
-def derived_seed(seed: int, *place: int) -> int:
-    """A seed of 64 bits for a place in the run, a path of numbers from 0."""
-    state = np.random.SeedSequence(seed % 2**64, spawn_key=place).generate_state(1, np.uint64)
-    return int(state[0])
 
 
 class SampleOrder(Sampler[list[tuple[int, int]]]):

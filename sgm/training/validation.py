@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sgm.inference.seeds import derived_seed
 from sgm.modules.diffusionmodules.discretizer import NUM_TIMESTEPS
 from sgm.modules.diffusionmodules.sigma_sampling import NoiseLevels
 from sgm.training.batches import checked_batches, collate
-from sgm.training.seeding import VALIDATION, SeededDataset, derived_seed
+from sgm.training.seeding import VALIDATION, SeededDataset
 from sgm.training.validation_videos import Embed, ValidationVideos
 
 if TYPE_CHECKING:

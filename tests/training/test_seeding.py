@@ -5,7 +5,8 @@ import itertools
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sgm.training.seeding import SampleOrder, SeededDataset, derived_seed
+from sgm.inference.seeds import derived_seed
+from sgm.training.seeding import SampleOrder, SeededDataset
 
 
 def first(order, count):

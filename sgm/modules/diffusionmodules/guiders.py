@@ -8,8 +8,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from sgm.modules.diffusionmodules.checks import check_number
 from sgm.modules.diffusionmodules.denoiser import Conditioning
+from sgm.numbers import check_number
 
 
 class Guider(ABC):

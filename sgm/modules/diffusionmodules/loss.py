@@ -9,9 +9,9 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from sgm.modules.diffusionmodules.checks import check_number
 from sgm.modules.diffusionmodules.denoiser import Conditioning, DiscreteDenoiser, Network
 from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling, NoiseLevels
+from sgm.numbers import check_number
 from sgm.util import instantiate_from_config
 
 

@@ -8,6 +8,16 @@ from numbers import Real
 from sgm.errors import UserError
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is a real number; true is none here, although an int in Python."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_finite_number(value: object) -> bool:
+    """The same without infinities and NaN."""
+    return is_number(value) and math.isfinite(value)
+
+
 def check_number(
     name: str,
     value: object,
@@ -26,8 +36,7 @@ def check_number(
         UserError: `value` is no number (a bool is none either), not finite or out of range.
     """
     kind = "a whole number" if whole else "a number"
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if is_number and low <= value <= high and (not whole or value % 1 == 0):
+    if is_finite_number(value) and low <= value <= high and (not whole or value % 1 == 0):
         return
     if math.isfinite(low) and math.isfinite(high):
         bounds = f" from {low:g} to {high:g}"
