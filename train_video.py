@@ -58,7 +58,7 @@ def load_engine(
     from diffusion_video import SATVideoDiffusionEngine
     from sgm.checkpoint import load_lora
     from sgm.training.checkpoint import holds_lora, restore_conditioner
-    from sgm.training.deepspeed_engine import weight_dtype
+    from sgm.training.deepspeed_settings import weight_dtype
     from sgm.util import check_params
 
     args = config.args
@@ -206,7 +206,7 @@ def fill_cache(
 ) -> Cache:
     """The cache in `cache_dir`, with all that the datasets and prompts need in it."""
     from sgm.data.cache import prepare_cache
-    from sgm.training.deepspeed_engine import weight_dtype
+    from sgm.training.deepspeed_settings import weight_dtype
 
     return prepare_cache(
         [dataset for part in parts if part for dataset in part.datasets],
@@ -385,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ensure_process_groups,
         leave_process_groups_at_exit,
     )
-    from sgm.training.deepspeed_engine import check_sections, weight_dtype
+    from sgm.training.deepspeed_settings import check_sections, weight_dtype
 
     check_sections(config.deepspeed)
     dtype = weight_dtype(config.deepspeed)

@@ -22,7 +22,8 @@ from sgm.errors import UserError
 from sgm.inference.weights import check_weight_paths
 from sgm.training.batches import check_lengths, checked_batches, collate
 from sgm.training.checks import check_deepspeed
-from sgm.training.deepspeed_engine import check_sections, start_deepspeed
+from sgm.training.deepspeed_engine import start_deepspeed
+from sgm.training.deepspeed_settings import check_sections, weight_dtype
 from sgm.training.optimizer import sat_optimizer
 from sgm.util import instantiate_from_config
 from tools import make_random_weights
@@ -268,6 +269,43 @@ def test_a_section_that_deepspeed_refuses_by_itself_is_one_sentence():
         check_sections({"zero_optimization": both})
     with pytest.raises(UserError, match="unknown key '1' in deepspeed.fp16"):
         check_sections({"fp16": {1: 2}})
+
+
+@pytest.mark.parametrize("stage", [{}, {"zero_optimization": {"stage": 0}}])
+def test_float16_without_zero_is_refused(stage):
+    """DeepSpeed divides its gradients by a scale that it did not multiply the loss by."""
+    half = {"fp16": {"enabled": True}}
+    with pytest.raises(UserError, match="deepspeed.fp16: without ZeRO .*; set zero_opt.* use bf16"):
+        check_sections(half | stage)
+    check_sections(half | {"zero_optimization": {"stage": 1}})
+    check_sections({"fp16": {"enabled": False}} | stage)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"enabled": True, "dtype": "float16"},
+            "dtype: 'float16' must be bfloat16; .*section fp16",
+        ),
+        ({"enabled": True, "dtype": "half a byte"}, "dtype: 'half a byte' must be bfloat16"),
+        ({"enabled": True}, "dtype: None must be bfloat16"),
+        ({"enabld": True}, "'enabld' in deepspeed.torch_autocast; did you mean 'enabled'"),
+    ],
+)
+def test_autocast_is_bfloat16(section, message):
+    with pytest.raises(UserError, match=message):
+        check_sections({"torch_autocast": section})
+    for dtype in ("bf16", "torch.bfloat16"):
+        check_sections({"torch_autocast": {"enabled": True, "dtype": dtype}})
+    check_sections({"torch_autocast": {"enabled": False, "dtype": "float16"}})
+
+
+def test_the_precision_of_weights_is_read_as_deepspeed_reads_it():
+    assert weight_dtype({}) == weight_dtype({"bf16": None}) == torch.float32
+    assert weight_dtype({"bf16": {"enabled": 1}}) == torch.bfloat16
+    assert weight_dtype({"bfloat16": {"enabled": True}}) == torch.bfloat16  # its older name
+    assert weight_dtype({"fp16": {"enabled": True}}) == torch.float16
 
 
 @pytest.fixture

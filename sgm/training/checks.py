@@ -120,7 +120,7 @@ def check_deepspeed(settings: Mapping[str, Any]) -> None:
         raise UserError(
             f"deepspeed.optimizer.type: {kind!r} is not supported; of SAT's only {SAT_OPTIMIZER} is"
         )
-    for name in ("bf16", "fp16"):
+    for name in ("bf16", "bfloat16", "fp16", "torch_autocast"):
         _section(settings.get(name), name)
     zero = _section(settings.get("zero_optimization"), "zero_optimization")
     stage = zero.get("stage", 0)

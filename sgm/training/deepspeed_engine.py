@@ -6,16 +6,15 @@ import contextlib
 import io
 import logging
 import os
-import reprlib
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sgm.errors import UserError, nearest_name
+from sgm.errors import UserError
 from sgm.training.checks import SAT_OPTIMIZER
+from sgm.training.deepspeed_settings import REFUSALS, reason_of
 from sgm.training.gradient_checks import fuse_gradient_checks
 from sgm.training.optimizer import parameter_groups, sat_optimizer
 from sgm.training.schedule import build_schedule
@@ -27,69 +26,6 @@ WHAT_TO_DO = (
     "lower the learning rate or use bf16 in the deepspeed section, and go on from the last "
     "checkpoint with --resume"
 )
-# What DeepSpeed raises for settings it refuses, besides its own error.
-_REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError)
-
-
-def weight_dtype(settings: Mapping[str, Any]) -> torch.dtype:
-    """The precision that DeepSpeed's sections ``bf16`` and ``fp16`` give the weights."""
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if (settings.get(name) or {}).get("enabled") is True:
-            return dtype
-    return torch.float32
-
-
-def check_sections(settings: Mapping[str, Any]) -> None:
-    """Check sections of the `deepspeed` section by DeepSpeed's own description of them.
-
-    Its engine does so too, but after the weights are read, and without the nearest valid name.
-
-    Raises:
-        UserError: a key is unknown, or a value is not what it may be.
-    """
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.utils import logger as deepspeed_logger
-
-    descriptions = {
-        "zero_optimization": DeepSpeedZeroConfig,
-        "bf16": DeepSpeedBF16Config,
-        "bfloat16": DeepSpeedBF16Config,  # its older name
-        "fp16": DeepSpeedFP16Config,
-    }
-    deepspeed_logger.disabled = True  # of old names it will warn when it starts
-    try:
-        for name, description in descriptions.items():
-            section = settings.get(name) or {}
-            try:
-                description(**{str(key): value for key, value in section.items()})
-            except _REFUSALS as error:
-                raise UserError(_fault(error, name, description)) from None
-    finally:
-        deepspeed_logger.disabled = False
-
-
-def _fault(error: Exception, name: str, description: Any) -> str:
-    """What is wrong with a section of which pydantic, or DeepSpeed, raised `error`."""
-    if not hasattr(error, "errors"):
-        return f"deepspeed.{name}: {_reason(error)}"
-    first = error.errors()[0]
-    *parents, key = [f"deepspeed.{name}", *(str(part) for part in first["loc"])]
-    if first["type"] == "extra_forbidden":
-        hint = nearest_name(key, _fields(description, parents[1:]))
-        return f"unknown key {key!r} in {'.'.join(parents)}; {hint}"
-    value = f"{reprlib.repr(first['input'])}: " if parents else ""
-    return f"{'.'.join([*parents, key])}: {value}{first['msg']}"
-
-
-def _fields(description: Any, parents: Sequence[str]) -> list[str]:
-    """Names that a pydantic class has for its fields, or the class within it under `parents`."""
-    for parent in parents:
-        if parent in description.model_fields:  # it may be a place in a list
-            kind = description.model_fields[parent].annotation
-            kinds = [kind, *get_args(kind), description]  # it may be an optional class
-            description = next(kind for kind in kinds if hasattr(kind, "model_fields"))
-    return [field.alias or name for name, field in description.model_fields.items()]
 
 
 def start_deepspeed(objective: nn.Module, settings: Mapping[str, Any], args: Any) -> Any:
@@ -131,26 +67,16 @@ def start_deepspeed(objective: nn.Module, settings: Mapping[str, Any], args: Any
                 lr_scheduler=schedule,
                 config=settings,
             )
-    except (*_REFUSALS, deepspeed.DeepSpeedConfigError) as error:
+    except (*REFUSALS, deepspeed.DeepSpeedConfigError) as error:
         logger.debug("deepspeed.initialize", exc_info=True)
         raise UserError(
-            f"deepspeed refuses its settings: {_reason(error)}; change them in the section "
+            f"deepspeed refuses its settings: {reason_of(error)}; change them in the section "
             "deepspeed"
         ) from None
     finally:  # it prints which of its extensions it compiled
         logger.debug(printed.getvalue())
     fuse_gradient_checks(wrapped.optimizer)
     return wrapped
-
-
-def _reason(error: Exception) -> str:
-    """What DeepSpeed says of its settings, on one line; of a faulty key, where it is."""
-    if hasattr(error, "errors"):  # pydantic's, which checks the sections
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        return f"{error.title}: {place}: {first['msg']}"
-    reason = textwrap.shorten(str(error), 300, placeholder=" …") or "no reason given"
-    return f"{type(error).__name__}: {reason}"
 
 
 @contextlib.contextmanager
@@ -207,12 +133,8 @@ def seeks_scale(wrapped: Any) -> bool:
     """Whether float16 can still lower the scale of the loss, so that an overflow is nothing odd."""
     if not wrapped.fp16_enabled():
         return False
-    optimizer = wrapped.optimizer
-    if hasattr(optimizer, "loss_scale_config"):  # without ZeRO
-        smallest = optimizer.loss_scale_config.min_loss_scale
-    else:
-        smallest = getattr(optimizer.loss_scaler, "min_scale", None)
-    return smallest is not None and optimizer.loss_scale > smallest  # a fixed one has no smallest
+    smallest = getattr(wrapped.optimizer.loss_scaler, "min_scale", None)  # a fixed one has none
+    return smallest is not None and wrapped.optimizer.loss_scale > smallest
 
 
 def gradient_norm(wrapped: Any) -> float | Tensor | None:

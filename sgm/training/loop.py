@@ -112,6 +112,8 @@ class Trainer:
         if self.guard.void or not (has_moved or seeks_scale(self.wrapped)):
             self._count_nonfinite(progress.step)
             return
+        if norm is None and has_moved:  # where float16 overflowed it is infinite
+            norm = self.wrapped.get_global_grad_norm()
         if has_moved:
             self.num_nonfinite = 0
             if self.average is not None:
@@ -120,7 +122,7 @@ class Trainer:
             progress.step,
             torch.stack(losses).mean(),
             lr=learning_rate,
-            grad_norm=self.wrapped.get_global_grad_norm() if norm is None else norm,
+            grad_norm=norm,
             loss_scale=self.wrapped.optimizer.loss_scale if self.wrapped.fp16_enabled() else None,
         )
 

@@ -167,11 +167,6 @@ def test_a_gradient_that_is_not_finite_skips_its_step_too(
         (SimpleNamespace(loss_scale=4, loss_scaler=SimpleNamespace(min_scale=1)), True),
         (SimpleNamespace(loss_scale=1, loss_scaler=SimpleNamespace(min_scale=1)), False),
         (SimpleNamespace(loss_scale=4, loss_scaler=SimpleNamespace()), False),
-        (SimpleNamespace(loss_scale=4, loss_scale_config=SimpleNamespace(min_loss_scale=1)), True),
-        (
-            SimpleNamespace(loss_scale=4, loss_scale_config=SimpleNamespace(min_loss_scale=None)),
-            False,
-        ),
     ],
 )
 def test_an_overflow_is_nothing_odd_while_the_scale_can_fall(optimizer, seeks):
@@ -184,11 +179,14 @@ def test_a_step_that_seeks_the_scale_is_not_counted(small, tmp_path, monkeypatch
     monkeypatch.setattr(train_video, "set_up_logging", lambda: None)
     monkeypatch.setattr("sgm.training.loop.seeks_scale", lambda wrapped: True)
     monkeypatch.setattr("deepspeed.DeepSpeedEngine.was_step_applied", lambda self: False)
+    caplog.set_level("INFO")
     flags = ("--train-iters", "3", "--save-interval", "3", "--nonfinite-limit", "1", *EMA)
-    run = small.train(small.file("seeks"), tmp_path, *flags)
+    zero = {"deepspeed": {"zero_optimization": {"stage": 1}}}
+    run = small.train(small.file("seeks", zero), tmp_path, *flags)
     average = module_of(run / "3-ema")  # takes no part in steps that were none
     assert all(torch.equal(average[n], w.float()) for n, w in start_of(small).items())
     assert "not finite" not in caplog.text
+    assert "step 3 of 3" in caplog.text and "grad norm" not in caplog.text  # it is infinite then
 
 
 def test_validation_encodes_as_training_does_and_runs_the_network_under_its_autocast(
@@ -264,10 +262,8 @@ def test_validation_before_the_first_step_is_the_same_with_divided_weights(
 
 def test_every_optimizer_that_scales_the_loss_tells_its_scale():
     """Steps in float16 need a GPU, but the report reads this of whichever of them is used."""
-    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    kinds = (FP16_Optimizer, FP16_UnfusedOptimizer, DeepSpeedZeroOptimizer)
-    assert all(hasattr(kind, "loss_scale") for kind in (*kinds, DeepSpeedZeroOptimizer_Stage3))
+    kinds = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+    assert all(hasattr(kind, "loss_scale") for kind in kinds)
