@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 from sgm.errors import UserError, nearest_name
 from sgm.one_voice import said_by_another
 
+_ROOT = Path(__file__).parents[1]
+
 # What libraries would say among our lines; who wants it back sets the variable otherwise.
 _QUIET = {
     "SAT_LOGLEVEL": "WARNING",  # SAT reports at import that it checkpoints without DeepSpeed
@@ -165,6 +167,15 @@ def run_command(main: Callable[[], int]) -> int:
             raise
         first_line = str(error).splitlines()[0]
         code, said = 1, f"error: {first_line} (see 'Troubleshooting' in README)"
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or (_ROOT / package).exists() or (_ROOT / f"{package}.py").exists():
+            raise
+        code = 1
+        said = (
+            f"error: {sys.executable} has no package {package!r}; start the Python that the "
+            "requirements are installed for, or install them: pip install -r requirements.txt"
+        )
     except KeyboardInterrupt:
         code, said = 130, "stopped"
     if said_by_another(said):

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from sgm.cli import run_command
+
 KINDS = {"0": ["news", "warning"], "1": ["warning"]}
 
 LINES = '''
@@ -100,3 +102,21 @@ logging.warning("the next")
     )
     assert ended.returncode == 0
     assert "Logging error" in ended.stderr and ended.stderr.endswith("the next\n")
+
+
+def test_a_package_that_is_not_installed_is_one_sentence(capsys):
+    def main():
+        import package_that_nobody_has.part  # noqa: F401
+
+    assert run_command(main) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {sys.executable} has no package 'package_that_nobody_has'")
+    assert "pip install -r requirements.txt" in said and said.count("\n") == 1
+
+
+def test_a_module_that_this_code_lacks_is_its_own_fault():
+    def main():
+        import sgm.module_that_nobody_wrote  # noqa: F401
+
+    with pytest.raises(ModuleNotFoundError):
+        run_command(main)

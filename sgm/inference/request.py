@@ -18,7 +18,8 @@ def check_model_section(model: Mapping[str, Any]) -> Mapping[str, Any]:
     """The network's params of a `model` section.
 
     Raises:
-        UserError: the section or the node is absent, or a size in it is no positive whole number.
+        UserError: the section or the node is absent, a size in it is no positive whole number, or
+            texts have another length than the network was made for.
     """
     if not model:
         raise UserError(
@@ -40,7 +41,23 @@ def check_model_section(model: Mapping[str, Any]) -> Mapping[str, Any]:
                     f"model.network_config.params.{key} is {value!r}; it must be a whole number "
                     "of at least 1"
                 )
+    _check_text_length(model, params)
     return params
+
+
+def _check_text_length(model: Mapping[str, Any], network: Mapping[str, Any]) -> None:
+    """Compare the length of texts as their encoder's node and the network's params give it."""
+    try:
+        (embedder,) = model["conditioner_config"]["params"]["emb_models"]
+        given = embedder["params"]["max_length"]
+        wanted = network["modules"]["pos_embed_config"]["params"]["text_length"]
+    except (KeyError, TypeError, ValueError):  # what is absent or of another form is told elsewhere
+        return
+    if given != wanted:
+        raise UserError(
+            f"max_length: {given!r} of the text encoder must be {wanted!r}, which is text_length "
+            "in the network's pos_embed_config"
+        )
 
 
 def require_sizes(params: Mapping[str, Any], keys: Sequence[str]) -> None:

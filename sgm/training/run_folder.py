@@ -34,6 +34,10 @@ _REPLACED = f".replaced{PARTIAL}"  # of a whole checkpoint whose place another o
 _LOCK = ".lock"
 CONFIG_FILE = "training_config.yaml"
 EMA = "-ema"
+# Sections of DeepSpeed's settings that decide in what form the optimizer's state is.
+_KEPT_OF_DEEPSPEED = ("bf16", "fp16", "zero_optimization")
+# What reading such a file may raise, or its content where it is not as it was written.
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
 _LONGEST_QUOTE = 60  # characters of a path that a message repeats
 
 
@@ -223,23 +227,28 @@ def _put_back(checkpoint: Path) -> None:
 
 
 def warn_of_changes(config: Any, run: Path) -> None:
-    """Name what the section `model` has otherwise than when the run was last started.
+    """Name what the model and its precision are otherwise than when the run was last started.
 
     Some of it makes another model of the weights without any other sign, such as `scale_factor`.
+    Another precision, or stage of ZeRO, may be refused, but only when all is loaded and what is
+    kept of the clips was made anew for it.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
-        before = OmegaConf.to_container(OmegaConf.load(run / CONFIG_FILE))["model"]
-    except (OSError, ValueError, TypeError, KeyError, YAMLError, OmegaConfBaseException) as error:
+        before = OmegaConf.to_container(OmegaConf.load(run / CONFIG_FILE))
+        changed = [*_differing_keys(before["model"], config.model, "model")]
+        for name in _KEPT_OF_DEEPSPEED:
+            sections = (before["deepspeed"].get(name), config.deepspeed.get(name))
+            changed += _differing_keys(*sections, f"deepspeed.{name}")
+    except (*_UNREADABLE, YAMLError, OmegaConfBaseException) as error:
         logger.debug("%s of %s cannot be compared: %s", CONFIG_FILE, run, error)
         return
-    changed = list(_differing_keys(before, config.model, "model"))
     if changed:
         logger.warning(
-            "the model is not as this run was last started with: %s; compare %s",
+            "this run was last started with other settings: %s; compare %s",
             *(", ".join(changed), run / CONFIG_FILE),
         )
 

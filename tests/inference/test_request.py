@@ -68,6 +68,20 @@ def test_a_size_of_the_model_that_is_no_size_is_named(key, value):
         latent_shape(SamplingArgs(), {"network_config": {"params": params}})
 
 
+def test_a_length_of_texts_that_the_network_was_not_made_for_is_named():
+    def model(length, text_length):
+        embedder = {"target": "T5", "params": {"max_length": length}}
+        modules = {"pos_embed_config": {"params": {"text_length": text_length}}}
+        return {
+            "network_config": {"params": PARAMS | {"in_channels": 16, "modules": modules}},
+            "conditioner_config": {"params": {"emb_models": [embedder]}},
+        }
+
+    assert latent_shape(SamplingArgs(), model(226, 226)) == (13, 16, 60, 90)
+    with pytest.raises(UserError, match="max_length: 128 of the text encoder must be 226, .*text_"):
+        latent_shape(SamplingArgs(), model(128, 226))
+
+
 def test_frames_in_the_message_follow_the_models_rate():
     params = PARAMS | {"in_channels": 16, "time_compressed_rate": 8}
     with pytest.raises(UserError, match=r"1 \(1\), 3 \(17\), 5 \(33\), 7 \(49\)$"):

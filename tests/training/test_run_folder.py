@@ -160,12 +160,14 @@ def test_a_model_that_is_not_as_before_is_named(tmp_path, caplog):
     run_folder.warn_of_changes(config, tmp_path)
     assert not caplog.messages
     config.model = {"scale_factor": 2.0, "network_config": {"params": {"a": [1], "c": 3}}}
+    config.deepspeed = {"bf16": {"enabled": True}, "gradient_clipping": 0.5}
     run_folder.warn_of_changes(config, tmp_path)
     (message,) = caplog.messages
     keys = "model.scale_factor, model.network_config.params.a, model.network_config.params.c"
-    assert f"not as this run was last started with: {keys}; compare" in message
-    (tmp_path / "training_config.yaml").write_text("model: [")
-    run_folder.warn_of_changes(config, tmp_path)  # of a damaged file nothing can be said
+    assert f"last started with other settings: {keys}, deepspeed.bf16; compare" in message
+    for damaged in ("model: [", "model: {}\ndeepspeed: 3"):  # nothing can be said then
+        (tmp_path / "training_config.yaml").write_text(damaged)
+        run_folder.warn_of_changes(config, tmp_path)
     assert len(caplog.messages) == 1
 
 
