@@ -2,6 +2,7 @@
 
     cache_dir/latents/KEY.safetensors       moments (t', 2c, h, w) of a window of a clip
     cache_dir/embeddings/KEY.safetensors    crossattn (n, d) of a text
+    cache_dir/contents.json                 digests of clips, see `DigestMemory`
 
 With it training loads neither of the two. Entries are kept for ever; deleting some, or the whole
 folder, does no harm. Several runs may use one folder at the same time.
@@ -19,6 +20,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from sgm.data.cache_making import ClipDataset, make_embeddings, make_latents
 from sgm.data.cache_store import Store
+from sgm.data.digest_memory import DigestMemory
 from sgm.data.ranks import Ranks
 from sgm.errors import UserError
 
@@ -165,6 +167,7 @@ def prepare_cache(
             parts,
             model["first_stage_config"],
             store=latents,
+            memory=DigestMemory(folder / "contents.json"),
             device=device,
             num_workers=num_workers,
             **together,

@@ -23,6 +23,7 @@ from sgm.data.cache_keys import (
     window_position,
 )
 from sgm.data.cache_store import Store
+from sgm.data.digest_memory import DigestMemory
 from sgm.data.frames import ClipError
 from sgm.data.ranks import Ranks
 from sgm.errors import UserError
@@ -95,14 +96,19 @@ def _content_of(clip: Path) -> str | None:
         return None
 
 
-def _contents(clips: Iterable[Path], ranks: Ranks, *, num_threads: int) -> dict[Path, str | None]:
-    """`_content_of` each clip."""
+def _contents(
+    clips: Iterable[Path], ranks: Ranks, *, memory: DigestMemory, num_threads: int
+) -> dict[Path, str | None]:
+    """`_content_of` each clip, most of them from memory."""
     share = ranks.share(list(dict.fromkeys(clips)))
     found: dict[Path, str | None] = {}
     with ThreadPoolExecutor(num_threads) as pool, Progress(len(share), unit="clip") as progress:
-        for clip, content in zip(share, pool.map(_content_of, share), strict=True):
+        for clip, content in zip(share, pool.map(memory.digest, share), strict=True):
             found[clip] = content
             progress.step("looking up latents")
+    new = _merged(ranks.gather(memory.new))
+    if ranks.rank == 0:
+        memory.remember(new)
     return _merged(ranks.gather(found))
 
 
@@ -173,6 +179,7 @@ def make_latents(
     config: Mapping[str, Any],
     *,
     store: Store,
+    memory: DigestMemory,
     ranks: Ranks,
     dtype: torch.dtype,
     device: str | torch.device,
@@ -184,7 +191,7 @@ def make_latents(
     """
     identity = _identity(partial(first_stage_identity, config), ranks)
     clips = [clip for dataset in datasets for clip in dataset.clips]
-    contents = _contents(clips, ranks, num_threads=max(1, num_workers))
+    contents = _contents(clips, ranks, memory=memory, num_threads=max(1, num_workers))
     jobs: list[list[_Job]] = []
     for dataset in datasets:
         settings, part = dataset.frame_settings(), []

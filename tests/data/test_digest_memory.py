@@ -1,0 +1,90 @@
+"""Remembered digests of clips hold for files that nobody touched, and for no others."""
+
+import os
+import time
+
+import pytest
+
+from sgm.data import digest_memory
+from sgm.data.digest_memory import DigestMemory
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "contents.json"
+
+
+@pytest.fixture
+def clip(tmp_path):
+    path = tmp_path / "a\udcff.mp4"  # a name that is no UTF-8
+    path.write_bytes(b"first")
+    return path
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """The clock goes so far ahead that files look settled."""
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 10)
+
+
+def look_up(file, clip):
+    memory = DigestMemory(file)
+    digest = memory.digest(clip)
+    memory.remember(memory.new)
+    return digest
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Names of the files that are digested."""
+    names, whole = [], digest_memory.hash_file
+    monkeypatch.setattr(digest_memory, "hash_file", lambda p: names.append(p.name) or whole(p))
+    return names
+
+
+def test_a_clip_is_read_once(file, clip, later, read):
+    assert look_up(file, clip) == look_up(file, clip)
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize("change", ["content", "other file", "time"])
+def test_a_clip_that_was_touched_is_read_again(file, clip, later, read, change):
+    before, times = look_up(file, clip), os.stat(clip)
+    content = b"first" if change == "time" else b"other"  # of the same length
+    if change == "other file":
+        new = clip.with_name("new")
+        new.write_bytes(content)
+        os.replace(new, clip)
+    else:
+        clip.write_bytes(content)
+    if change != "time":
+        os.utime(clip, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (look_up(file, clip) == before) == (change == "time")
+    assert len(read) == 2
+
+
+def test_a_clip_that_was_just_written_is_not_remembered(file, clip, read):
+    look_up(file, clip)
+    look_up(file, clip)
+    assert len(read) == 2 and not file.exists()
+
+
+def test_what_was_known_stays_and_a_clip_that_is_gone_is_none(file, clip, later, read):
+    other = clip.with_name("b.mp4")
+    other.write_bytes(b"b")
+    for path in (clip, other):
+        look_up(file, path)
+    assert look_up(file, clip) and len(read) == 2
+    clip.unlink()
+    assert look_up(file, clip) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"a": 1}', b"[" * 9999])
+def test_a_damaged_memory_is_empty(file, clip, later, content):
+    file.write_bytes(content)
+    assert look_up(file, clip) == digest_memory.hash_file(clip) == look_up(file, clip)
+
+
+def test_a_folder_that_cannot_be_written_to_does_no_harm(tmp_path, clip, later):
+    assert look_up(tmp_path / "absent" / "contents.json", clip)
