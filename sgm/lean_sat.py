@@ -5,6 +5,9 @@ transformers and DeepSpeed: two seconds, and many more where files come over a n
 package counts as imported before its code has run. That runs when a name is wanted which is not a
 module of its own, or one of SAT's ready models. Until then the registry in which SAT looks for
 models to download is empty: who needs that imports sat before sgm.
+
+On a machine with a GPU SAT imports DeepSpeed besides, for its checkpointing of activations. Here it
+does without, as it does on others.
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ import importlib
 import sys
 import threading
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
 
 _MODELS = "sat.model.official"  # its modules rely on the code of sat.model
+_PARALLEL = "sat.mpu"  # imports DeepSpeed, or goes on without it
 _NAMES_OF_THE_CODE = ("__all__", "__version__")  # other special names a package has, or has not
 
 
@@ -29,7 +34,7 @@ def leave_out_unused_parts() -> None:
     sat = _Unexecuted(find_spec("sat"))
     model = _Unexecuted(find_spec("sat.model"))
     sat.package.model = model.package
-    sys.meta_path.insert(0, _WholeBeforeModels(model))
+    sys.meta_path[:0] = [_WholeBeforeModels(model), _WithoutDeepSpeed()]
 
 
 class _Unexecuted:
@@ -81,3 +86,34 @@ class _WholeBeforeModels:
         """Finds nothing itself: what comes after it does."""
         if name == _MODELS:
             self.package.execute()
+
+
+class _WithoutDeepSpeed:
+    """Loads `sat.mpu` while DeepSpeed counts as absent, unless it is imported already."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The module where Python would find it, with a loader of its own; of others nothing."""
+        if name != _PARALLEL or "deepspeed" in sys.modules:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        spec.loader = _LoaderWithoutDeepSpeed(spec.loader)
+        return spec
+
+
+class _LoaderWithoutDeepSpeed(Loader):
+    """Loads as another loader does."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.modules["deepspeed"] = None  # which makes Python say that there is none
+        try:
+            self.loader.exec_module(module)
+        finally:
+            del sys.modules["deepspeed"]

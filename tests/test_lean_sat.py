@@ -37,3 +37,22 @@ def test_only_what_is_asked_for_is_imported(statement, pytestconfig):
     assert expected <= modules
     if not expected & OPTIONAL:
         assert not modules & OPTIONAL
+
+
+def test_on_a_machine_with_a_gpu_deepspeed_is_left_out_too_and_can_be_imported_later(pytestconfig):
+    statement = (
+        "import torch; torch.cuda.is_available = lambda: True\n"
+        "import sgm, sat.mpu, sys; assert 'deepspeed' not in sys.modules\n"
+        "assert sat.mpu.checkpoint is torch.utils.checkpoint.checkpoint\n"
+        "torch.cuda.is_available = lambda: False\n"
+        "import deepspeed; assert deepspeed.initialize and sat.mpu.ColumnParallelLinear"
+    )
+    subprocess.run([sys.executable, "-c", statement], cwd=pytestconfig.rootpath, check=True)
+
+
+def test_sat_takes_deepspeed_where_it_is_there_already(pytestconfig):
+    statement = (
+        "import deepspeed, torch; torch.cuda.is_available = lambda: True\n"
+        "import sgm, sat.mpu; assert sat.mpu.checkpoint.__module__.startswith('deepspeed')"
+    )
+    subprocess.run([sys.executable, "-c", statement], cwd=pytestconfig.rootpath, check=True)
