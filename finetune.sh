@@ -9,13 +9,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
 
 split_arguments "$@"
 use_python requirements.txt
-if has_flag -h || has_flag --help; then
-    sed -n '2,/^set /{/^# /s/^# //p}' "$0"
-    cd "$repository" && exec "$python" train_video.py --help
-fi
+show_help train_video.py
 if [ ${#configs[@]} -eq 0 ]; then
     choice=$(cd "$repository" && "$python" tools/choose_config.py --train "${flags[@]}") || exit
-    if [ "$choice" = configs/cogvideox_tiny_lora.yaml ]; then
+    if [ "$choice" = configs/cogvideox_tiny_lesson.yaml ]; then
         [ "${NPROC:-1}" = 1 ] || echo "NPROC is for configurations; this is one process" >&2
         cd "$repository"
         exec "$python" tools/teach_tiny.py "${flags[@]}"

@@ -7,6 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
 
 split_arguments "$@"
 use_python requirements.txt
+show_help sample_video.py
 if [ ${#configs[@]} -eq 0 ]; then
     choice=$(cd "$repository" && "$python" tools/choose_config.py "${flags[@]}") || exit
     configs=("$choice")

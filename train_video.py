@@ -310,6 +310,7 @@ def train(config: Config, device: torch.device) -> None:
         logger.info("going on from %s", checkpoint)
         if run_folder.is_main():
             run_folder.warn_of_changes(config, checkpoint.parent)
+            run_folder.warn_of_what_stays(checkpoint, averages=args.ema_decay > 0)
     else:  # of which a fault is to be told before anything is read
         make_output_folder(Path(args.save).expanduser())
     data = load_data(config, device)

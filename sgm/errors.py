@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class UserError(Exception):
@@ -12,6 +12,16 @@ class UserError(Exception):
     Its message is one sentence that says what is wrong, where, and what to do. Commands print it
     as ``error: …`` and exit with code 1; a stack trace would add nothing to it.
     """
+
+
+def mistyped_as(name: str, present: object) -> str:
+    """A clause for a key that is absent: the one of a mapping that may stand there mistyped.
+
+    Returns text to be put after the name of the key, or nothing; `present` may be of any type.
+    """
+    keys = [str(key) for key in present] if isinstance(present, Mapping) else []
+    close = difflib.get_close_matches(name, keys, n=1)
+    return f" ({close[0]!r} there may be it, mistyped)" if close and name not in keys else ""
 
 
 def nearest_name(name: object, valid: Iterable[str]) -> str:

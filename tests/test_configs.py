@@ -20,6 +20,11 @@ SHIPPED = {
     "cogvideox_2b_sft.yaml": (TrainingArgs, [], []),
     "cogvideox_tiny_sft.yaml": (TrainingArgs, [], []),
     "cogvideox_tiny_lora.yaml": (TrainingArgs, ["cogvideox_tiny_sft.yaml"], []),
+    "cogvideox_tiny_lesson.yaml": (
+        TrainingArgs,
+        ["cogvideox_tiny_sft.yaml", "cogvideox_tiny_lora.yaml"],
+        [],
+    ),
     "cogvideox_tiny_train.yaml": (TrainingArgs, ["cogvideox_tiny_infer.yaml"], ["tools"]),
 }
 

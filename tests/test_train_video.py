@@ -352,6 +352,24 @@ def test_each_absent_weight_is_named(placed, tmp_path, monkeypatch):
         check_weight_paths(model, load)
 
 
+def test_a_mistyped_key_of_weights_is_named(placed, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model, embedder, load = placed
+    embedder["params"] = {"modeldir": "~/t5"}
+    with pytest.raises(UserError, match=r"model_dir is not set \('modeldir' there may be it, mist"):
+        check_weight_paths(model, load)
+    model["first_stge_config"] = model.pop("first_stage_config")
+    with pytest.raises(UserError, match=r"lacks first_stage_config \('first_stge_config' there"):
+        check_weight_paths(model, load)
+
+
+def test_a_configuration_without_deepspeed_is_none_for_training():
+    with pytest.raises(
+        UserError, match="no section deepspeed, .* such as configs/cogvideox_2b_sft"
+    ):
+        check_deepspeed({})
+
+
 @pytest.mark.parametrize(("in_args", "in_network"), [*itertools.product([True, False], repeat=2)])
 def test_activations_are_recomputed_only_where_both_keys_say_so(small_model, in_args, in_network):
     config = parse_config(TrainingArgs, "", ["--base", CONFIG])

@@ -24,7 +24,7 @@ FULL = "configs/cogvideox_2b_infer.yaml"
 BUNDLED = "configs/cogvideox_tiny_infer.yaml"
 FULL_TRAIN = "configs/cogvideox_2b_sft.yaml"
 BUNDLED_TRAIN = "configs/cogvideox_tiny_sft.yaml"
-LESSON = "configs/cogvideox_tiny_lora.yaml"  # draws its own data; see tools/teach_tiny.py
+LESSON = "configs/cogvideox_tiny_lesson.yaml"  # draws its own data; see tools/teach_tiny.py
 
 
 def weight_paths(config: Any, load: str | None = None) -> list[str]:

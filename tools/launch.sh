@@ -22,12 +22,13 @@ use_python() {
 
 # split_arguments ARGUMENTS...: sets ${configs[@]}, the leading ones that are no flags, and
 # ${flags[@]}, the rest. A configuration is looked up where the command was given, then in the
-# repository, from which everything runs. A --base before the configurations may stand or not.
+# repository, from which everything runs; one that is in neither is missed where it was looked for
+# first. A --base before the configurations may stand or not.
 split_arguments() {
     configs=()
     [ "${1:-}" != --base ] || shift
     while [ $# -gt 0 ] && [[ $1 != -* ]]; do
-        if [[ $1 != /* && $PWD != "$repository" && -e $1 ]]; then
+        if [[ $1 != /* && $PWD != "$repository" ]] && [[ -e $1 || ! -e $repository/$1 ]]; then
             configs+=("$PWD/$1")
         else
             configs+=("$1")
@@ -46,6 +47,15 @@ split_arguments() {
 # has_flag WORDS: whether ${flags[@]} hold these words in this order, or with = between them.
 has_flag() {
     [[ " ${flags[*]} " == *" $1 "* || " ${flags[*]} " == *" ${1/ /=} "* ]]
+}
+
+# show_help SCRIPT: where help is asked for, prints what the launcher says of itself and the help of
+# the Python script, whose --base the launcher gives, and ends.
+show_help() {
+    has_flag -h || has_flag --help || return 0
+    sed -n '2,/^set /{/^# /s/^# //p}' "$0"
+    echo "Flags (--base is given by this script):"
+    cd "$repository" && exec "$python" "$1" --help
 }
 
 # visible_gpus: prints how many GPUs a program would see. PyTorch would take seconds to say so.
@@ -107,7 +117,7 @@ run_script() {
     check_number NPROC "$processes" 1
     meeting_place
     cd "$repository" || exit
-    if [ "$processes ${meeting[0]}" = "1 --standalone" ] || has_flag --help || has_flag -h; then
+    if [ "$processes ${meeting[0]}" = "1 --standalone" ]; then
         exec "$python" "$1" --base "${configs[@]}" "${flags[@]}"
     fi
     # torchrun would give each process one thread, and say so.

@@ -29,7 +29,7 @@ from tools.tiny.lesson import COLOR, SHAPE, SUBJECT, draw_dataset, parse_prompt,
 
 logger = logging.getLogger(__name__)
 
-CONFIGS = ["configs/cogvideox_tiny_sft.yaml", "configs/cogvideox_tiny_lora.yaml"]
+CONFIGS = [f"configs/cogvideox_tiny_{part}.yaml" for part in ("sft", "lora", "lesson")]
 SAMPLING_CONFIGS = ["configs/cogvideox_tiny_infer.yaml"]
 DATA = Path("tiny_lesson")  # as the configuration names it
 

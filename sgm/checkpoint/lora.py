@@ -151,7 +151,10 @@ def find_lora_file(path: str | Path, *, option: str = "lora") -> Path:
 
 
 def _is_whole(path: str | Path, option: str) -> UserError:
-    return UserError(f"{path} is a whole model, not a LoRA; name it in load, a LoRA in {option}")
+    hint = f"{option} must name a LoRA, or a run that trained one"
+    if option == "lora":  # of a command that takes a whole model too
+        hint = "name it in load, a LoRA in lora"
+    return UserError(f"{path} is a whole model, not a LoRA; {hint}")
 
 
 def _read_foreign(

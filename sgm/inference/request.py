@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sgm.errors import UserError
+from sgm.errors import UserError, mistyped_as
 
 SPATIAL_FACTOR = 8  # of the autoencoder, in height and width
 TEMPORAL_FACTOR = 4  # in time, where the configuration names none
@@ -28,9 +28,10 @@ def check_model_section(model: Mapping[str, Any]) -> Mapping[str, Any]:
     node = model.get("network_config")
     params = node.get("params") if isinstance(node, Mapping) else None
     if not params or not isinstance(params, Mapping):
+        hint = mistyped_as("network_config", model) or mistyped_as("params", node)
         raise UserError(
-            "model.network_config.params is absent or holds no keys; name a configuration that has "
-            "it, before this one if this goes on top of it"
+            f"model.network_config.params is absent{hint} or holds no keys; name a configuration "
+            "that has it, before this one if this goes on top of it"
         )
     for key in (*_SIZES, *_WIDTHS, "time_compressed_rate"):
         if key in params:
@@ -68,7 +69,10 @@ def require_sizes(params: Mapping[str, Any], keys: Sequence[str]) -> None:
     """
     for key in keys:
         if key not in params:
-            raise UserError(f"model.network_config.params lacks {key}; add it, a whole number")
+            raise UserError(
+                f"model.network_config.params lacks {key}{mistyped_as(key, params)}; add it, a "
+                "whole number"
+            )
 
 
 def head_size(model: Mapping[str, Any]) -> int:

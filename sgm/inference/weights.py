@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sgm.errors import UserError
+from sgm.errors import UserError, mistyped_as
 from sgm.lora_choice import LoraChoice
 from sgm.util import TARGET_ALIASES
 
@@ -48,7 +48,10 @@ def check_weight_paths(
         for choice in lora:
             read_lora(choice.path, tell=False)  # whoever merges it tells
     if not model.get("latent_input"):
-        path = weight_path(model.get("first_stage_config"), "ckpt_path", where="first_stage_config")
+        where = "first_stage_config"
+        if model.get(where) is None:
+            raise UserError(f"model lacks {where}{mistyped_as(where, model)}; add it")
+        path = weight_path(model[where], "ckpt_path", where=where)
         from sgm.checkpoint import vae_files
 
         vae_files(path)
@@ -80,12 +83,19 @@ def t5_folders(model: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
 
 
 def weight_path(node: Any, key: str, *, where: str) -> Path:
-    """The path under `key` of a node's params; UserError where there is none."""
+    """The path under `key` of a node's params; UserError where there is none.
+
+    Args:
+        node: of the autoencoder or of a text encoder; None where the section lacks it.
+        key: of its params.
+        where: its place within the section `model`.
+    """
     params = node.get("params") if isinstance(node, Mapping) else None
     value = params.get(key) if isinstance(params, Mapping) else None
     if not value or not isinstance(value, str):
+        what = mistyped_as(key, params) or f" (it is {value!r})"
         raise UserError(
-            f"model.{where}.params.{key} is not set (it is {value!r}): it must be the path of the "
-            "weights; without them that part of the model would be random"
+            f"model.{where}.params.{key} is not set{what}: it must be the path of the weights; "
+            "without them that part of the model would be random"
         )
     return Path(value).expanduser()

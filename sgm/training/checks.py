@@ -98,6 +98,11 @@ def check_deepspeed(settings: Mapping[str, Any]) -> None:
     Raises:
         UserError: a value is of another form, or not supported.
     """
+    if not settings:
+        raise UserError(
+            "the configuration has no section deepspeed, which training needs; name one for "
+            "training, such as configs/cogvideox_2b_sft.yaml, or add the section"
+        )
     for key in settings:
         _check_deepspeed_key(str(key))
     batch_size = settings.get("train_micro_batch_size_per_gpu", 1)

@@ -22,6 +22,7 @@ from sgm.training.deepspeed_engine import (
 from sgm.training.ema import WeightAverage
 from sgm.training.optimizer import StepGuard
 from sgm.training.report import Report
+from sgm.training.run_folder import is_main
 from sgm.training.seeding import STEP
 from sgm.training.validation import Validation
 
@@ -81,6 +82,13 @@ class Trainer:
                 "train on",
                 *(progress.step, self.args.train_iters),
             )
+        try:
+            self._go_on(batches, progress)
+        except KeyboardInterrupt:
+            self._say_what_is_saved(progress.step)
+            raise
+
+    def _go_on(self, batches: Iterator[Mapping[str, Any]], progress: Progress) -> None:
         while progress.step < self.args.train_iters:
             self._step(batches, progress)
             done = progress.step == self.args.train_iters
@@ -89,6 +97,17 @@ class Trainer:
             if progress.step % self.args.save_interval == 0 or done:
                 with self.report.pause():
                     self.checkpointer.save(progress)
+
+    def _say_what_is_saved(self, step: int) -> None:
+        """For who ends a run: how to go on, and from where."""
+        run, latest = self.checkpointer.run, self.checkpointer.run / "latest"
+        if not is_main():
+            return
+        if latest.is_file():
+            saved = latest.read_text("utf-8")
+            logger.info("stopped after step %d; --resume %s goes on from %s", step, run, saved)
+        else:
+            logger.info("stopped after step %d, before anything was saved in %s", step, run)
 
     def _step(self, batches: Iterator[Mapping[str, Any]], progress: Progress) -> None:
         """One step of the optimizer: `gradient_accumulation_steps` passes."""

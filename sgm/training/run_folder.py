@@ -145,14 +145,24 @@ def _find_checkpoint(args: Any) -> Path:
 def _checkpoint_in(folder: Path, given: str) -> Path:
     if (folder / "latest").is_file():
         folder = folder / (folder / "latest").read_text("utf-8", errors="replace").strip()
+    elif (folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"resume: {folder}: nothing was saved yet when this run ended; start it anew, without "
+            "--resume"
+        )
     # A path with a newline or NUL in it, from a damaged `latest`, is no folder either.
     aside = folder.parent / f"{folder.name}{_REPLACED}"  # see `reserve`
     if not folder.name.isdecimal() or not (folder.is_dir() or aside.is_dir()):
         raise UserError(
-            f"resume: {given}: {folder} is no checkpoint of a run; name the run's folder (with the "
-            "file 'latest' in it) or the folder of one of its iterations"
+            f"resume: {_quoted(given, folder)} is no checkpoint of a run; name the run's folder "
+            "(with the file 'latest' in it) or the folder of one of its iterations"
         )
     return folder
+
+
+def _quoted(given: str, folder: Path) -> str:
+    """A path as it was given, and where that led."""
+    return str(folder) if folder == Path(given).expanduser() else f"{given}: {folder}"
 
 
 def _clear_partial(run: Path) -> None:
@@ -224,6 +234,30 @@ def _put_back(checkpoint: Path) -> None:
         if not os.path.lexists(checkpoint) and aside.is_dir():
             shutil.rmtree(checkpoint.with_name(name), ignore_errors=True)
             os.replace(aside, checkpoint.with_name(name))
+
+
+def warn_of_what_stays(checkpoint: Path, *, averages: bool) -> None:
+    """Name what a run that goes on from `checkpoint` has, but will not go on with.
+
+    Args:
+        checkpoint: the folder of an iteration.
+        averages: whether there will be a moving average.
+    """
+    iteration, run = int(checkpoint.name), checkpoint.parent
+    if not averages and (run / f"{iteration}{EMA}").is_dir():
+        logger.warning(
+            "%s has a moving average, which ends here, as ema_decay is 0; to go on with it give "
+            "--ema-decay as before",
+            run,
+        )
+    numbers = sorted(int(path.name) for path in run.iterdir() if path.name.isdecimal())
+    later = [number for number in numbers if number > iteration]
+    if later:
+        logger.warning(
+            "checkpoints after %d stay where they are (%s) until this run saves others in their "
+            "place; latest will name what it saves",
+            *(iteration, ", ".join(map(str, later))),
+        )
 
 
 def warn_of_changes(config: Any, run: Path) -> None:

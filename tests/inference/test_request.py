@@ -40,7 +40,16 @@ def test_other_sizes_are_refused_with_the_allowed_ones(change, words):
     [
         ({}, "no section 'model'"),
         ({"scale_factor": 1}, "network_config.params is absent"),
-        ({"network_config": {"params": PARAMS}}, "lacks in_channels"),
+        ({"network_config": {"params": PARAMS}}, "lacks in_channels;"),
+        (
+            {"network_config": {"params": PARAMS | {"in_chanels": 16}}},
+            r"lacks in_channels \('in_chanels' there may be it, mistyped\); add it",
+        ),
+        (
+            {"network_confg": {}},
+            r"params is absent \('network_confg' there may be it, mistyped\) or",
+        ),
+        ({"network_config": {"parms": {}}}, r"params is absent \('parms' there may be it"),
         ({"network_config": "abc"}, "network_config.params is absent or holds no keys"),
         ({"network_config": {"params": [1]}}, "network_config.params is absent or holds no keys"),
     ],

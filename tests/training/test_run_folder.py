@@ -153,6 +153,27 @@ def test_whoever_is_killed_while_a_checkpoint_is_replaced_gets_a_whole_one(
         assert (run / name / "weights").read_text() == name
 
 
+def test_a_run_that_ended_before_it_saved_is_told_from_what_is_no_run(tmp_path):
+    run_folder.save_config(
+        SimpleNamespace(args=TrainingArgs(), model={}, data={}, deepspeed={}), tmp_path
+    )
+    with pytest.raises(UserError, match=f"resume: {tmp_path}: nothing was saved yet .* --resume$"):
+        run_folder.find_checkpoint(TrainingArgs(resume=str(tmp_path)))
+    (tmp_path / run_folder.CONFIG_FILE).unlink()
+    with pytest.raises(UserError, match=f"^resume: {tmp_path} is no checkpoint of a run"):
+        run_folder.find_checkpoint(TrainingArgs(resume=f"{tmp_path}/"))
+
+
+def test_what_a_resumed_run_leaves_behind_is_named(tmp_path, caplog):
+    saved(tmp_path, 1, 2, 10)
+    run_folder.warn_of_what_stays(tmp_path / "10", averages=True)
+    assert not caplog.messages
+    run_folder.warn_of_what_stays(tmp_path / "1", averages=False)
+    average, later = caplog.messages
+    assert "moving average, which ends here" in average and "--ema-decay" in average
+    assert "checkpoints after 1 stay where they are (2, 10) until" in later
+
+
 def test_a_model_that_is_not_as_before_is_named(tmp_path, caplog):
     model = {"scale_factor": 1.15, "network_config": {"params": {"a": [1, 2], "b": None}}}
     config = SimpleNamespace(args=TrainingArgs(), model=model, data={}, deepspeed={})
