@@ -26,7 +26,7 @@ from sgm.modules.autoencoding.causal_conv import ConvCache
 from sgm.modules.autoencoding.host_cache import HostConvCache
 from sgm.offload import VisitingWeights, move_to_host
 from sgm.parallel.decoding import decode_together
-from sgm.util import instantiate_from_config
+from sgm.util import instantiate_from_config, instantiate_part
 
 Config = Mapping[str, Any]
 
@@ -120,9 +120,13 @@ class SATVideoDiffusionEngine(nn.Module):
         if lora:
             merge_loras(network, lora, base=self.base_fingerprint)
         self.model = NetworkWrapper(network)
-        self.denoiser = instantiate_from_config(denoiser_config)
-        self.sampler = instantiate_from_config(sampler_config) if sampler_config else None
-        self.loss_fn = instantiate_from_config(loss_fn_config) if loss_fn_config else None
+        self.denoiser = instantiate_part(denoiser_config, "denoiser_config", needs=["__call__"])
+        self.sampler = self.loss_fn = None
+        if sampler_config:
+            needs = ["__call__", "num_steps"]
+            self.sampler = instantiate_part(sampler_config, "sampler_config", needs=needs)
+        if loss_fn_config:
+            self.loss_fn = instantiate_part(loss_fn_config, "loss_fn_config", needs=["__call__"])
         self._first_stage = {"config": first_stage_config, "dtype": dtype}
         self._decoding_group: torch.distributed.ProcessGroup | None = None
         self.tile_decode = tile_decode
@@ -135,8 +139,10 @@ class SATVideoDiffusionEngine(nn.Module):
         elif not latent_input:
             self.first_stage_model = build_first_stage(**self._first_stage, device=device)
             self.regularizer = self.first_stage_model.regularization
-        self.conditioner = instantiate_from_config(
+        self.conditioner = instantiate_part(
             conditioner_config,
+            "conditioner_config",
+            needs=["encode", "unconditional"],
             with_embedders=not cached_input,
             dtype=dtype,
             device=device if text_device is None else text_device,

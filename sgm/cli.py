@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import importlib.util
 import itertools
 import logging
 import os
@@ -156,8 +157,19 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def _missing_package(package: str, module: str) -> str:
+    """What to do where a `module` of an installed `package` is absent, or all of that is."""
+    advice = "install what requirements.txt names: pip install -r requirements.txt"
+    if importlib.util.find_spec(package) is not None:
+        return f"{package} in {sys.executable} has no {module}, so it is another version; {advice}"
+    return f"{sys.executable} has no package {package!r}; start the Python that has it, or {advice}"
+
+
 def run_command(main: Callable[[], int]) -> int:
-    """Run a command's `main`; its exit code, or 1 and a sentence for a user's mistake."""
+    """Run a command's `main`; its exit code, or 1 and a sentence for a user's mistake.
+
+    That a package is absent is one only where it is imported in `main`, not before.
+    """
     try:
         return main()
     except UserError as error:
@@ -171,11 +183,7 @@ def run_command(main: Callable[[], int]) -> int:
         package = (error.name or "").partition(".")[0]
         if not package or (_ROOT / package).exists() or (_ROOT / f"{package}.py").exists():
             raise
-        code = 1
-        said = (
-            f"error: {sys.executable} has no package {package!r}; start the Python that the "
-            "requirements are installed for, or install them: pip install -r requirements.txt"
-        )
+        code, said = 1, f"error: {_missing_package(package, error.name)}"
     except KeyboardInterrupt:
         code, said = 130, "stopped"
     if said_by_another(said):

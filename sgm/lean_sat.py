@@ -16,8 +16,7 @@ import importlib
 import sys
 import threading
 from collections.abc import Sequence
-from importlib.abc import Loader
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
@@ -98,22 +97,20 @@ class _WithoutDeepSpeed:
         if name != _PARALLEL or "deepspeed" in sys.modules:
             return None
         spec = PathFinder.find_spec(name, path, target)
-        spec.loader = _LoaderWithoutDeepSpeed(spec.loader)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _LoaderWithoutDeepSpeed(spec.loader.name, spec.loader.path)
         return spec
 
 
-class _LoaderWithoutDeepSpeed(Loader):
-    """Loads as another loader does."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
+class _LoaderWithoutDeepSpeed(SourceFileLoader):
+    """Loads as Python does; meanwhile other threads find no DeepSpeed either."""
 
     def exec_module(self, module: ModuleType) -> None:
+        before = sys.modules.get("deepspeed")
         sys.modules["deepspeed"] = None  # which makes Python say that there is none
         try:
-            self.loader.exec_module(module)
+            super().exec_module(module)
         finally:
             del sys.modules["deepspeed"]
+            if before is not None:
+                sys.modules["deepspeed"] = before

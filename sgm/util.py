@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -168,3 +168,27 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
         raise UserError(
             f"{config['target']} cannot be built: {reason}; check the types of its params"
         ) from error
+
+
+def instantiate_part(
+    config: Mapping[str, Any], where: str, *, needs: Sequence[str], **extra: Any
+) -> Any:
+    """As `instantiate_from_config`, for a part of the model of which something is asked.
+
+    Args:
+        config: the node.
+        where: its key, for messages.
+        needs: names that the object must have.
+        extra: further constructor arguments.
+
+    Raises:
+        UserError: as in `instantiate_from_config`; or the class is of another kind of part.
+    """
+    part = instantiate_from_config(config, **extra)
+    lacking = [name for name in needs if not hasattr(part, name)]
+    if lacking:
+        raise UserError(
+            f"model.{where}: {config['target']} has no {', '.join(lacking)}, so it cannot be that "
+            "part; check the target"
+        )
+    return part

@@ -114,6 +114,14 @@ def test_a_package_that_is_not_installed_is_one_sentence(capsys):
     assert "pip install -r requirements.txt" in said and said.count("\n") == 1
 
 
+def test_a_package_of_another_version_is_told_from_one_that_is_absent(capsys):
+    def main():
+        import omegaconf.part_that_it_lacks  # noqa: F401
+
+    assert run_command(main) == 1
+    assert "has no omegaconf.part_that_it_lacks, so it is another ver" in capsys.readouterr().err
+
+
 def test_a_module_that_this_code_lacks_is_its_own_fault():
     def main():
         import sgm.module_that_nobody_wrote  # noqa: F401

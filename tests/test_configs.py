@@ -9,7 +9,7 @@ import torch
 from arguments import SamplingArgs, TrainingArgs, parse_config
 from diffusion_video import SATVideoDiffusionEngine
 from sgm import util
-from sgm.errors import UserError
+from sgm.errors import UserError, mistyped_as
 from sgm.util import check_params, get_class
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -54,6 +54,14 @@ def build(model):
 
 def test_every_shipped_file_is_tested_here():
     assert sorted(SHIPPED) == sorted(path.name for path in CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_no_key_of_a_shipped_file_is_taken_for_another_mistyped(name):
+    model = parse(name).model
+    for section in (model, model["network_config"]["params"]):
+        for key in section:
+            assert not mistyped_as(key, dict.fromkeys(section.keys() - {key}))
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -117,6 +117,9 @@ def test_help_is_of_the_launcher_first(copy, launcher):
     script = {"inference": "sample_video.py", "finetune": "train_video.py"}[launcher]
     assert json.loads(called)[:2] == [script, ["--help"]]
     assert done.stderr == ""  # nothing is said of weights
+    flags = ["--negative-prompt", "a sign that reads --help in red"]
+    done = run([f"{launcher}.sh", "a.yaml", *flags], copy)
+    assert json.loads(done.stdout)[1] == ["--base", "a.yaml", *flags]
 
 
 def test_finetune_without_weights_or_data_teaches_the_bundled_model_and_says_why(copy, tmp_path):

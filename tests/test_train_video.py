@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
@@ -301,11 +302,29 @@ def test_autocast_is_bfloat16(section, message):
     check_sections({"torch_autocast": {"enabled": False, "dtype": "float16"}})
 
 
-def test_the_precision_of_weights_is_read_as_deepspeed_reads_it():
-    assert weight_dtype({}) == weight_dtype({"bf16": None}) == torch.float32
-    assert weight_dtype({"bf16": {"enabled": 1}}) == torch.bfloat16
-    assert weight_dtype({"bfloat16": {"enabled": True}}) == torch.bfloat16  # its older name
-    assert weight_dtype({"fp16": {"enabled": True}}) == torch.float16
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"bf16": {"enabled": 1}}, torch.bfloat16),
+        ({"bfloat16": {"enabled": True}}, torch.bfloat16),  # its older name
+        ({"fp16": {"enabled": True}}, torch.float16),
+        ({"fp16": {"enabled": False}, "bf16": {}}, torch.float32),
+    ],
+)
+def test_the_precision_of_weights_is_as_deepspeed_reads_it(settings, dtype):
+    read = DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1} | settings)
+    enabled = (read.bfloat16_config.enabled, read.float16_config.enabled)
+    assert enabled == (dtype == torch.bfloat16, dtype == torch.float16)
+    assert weight_dtype(settings) == dtype
+
+
+def test_two_precisions_are_refused_and_sections_without_value_are_absent():
+    half = {"enabled": True}
+    with pytest.raises(UserError, match="bf16 and fp16 are both enabled"):
+        check_sections({"bf16": half, "fp16": half, "zero_optimization": {"stage": 1}})
+    check_sections(dict.fromkeys(["bf16", "bfloat16", "fp16", "torch_autocast"]))
+    check_sections({"fp16": half | {"loss_scale": 1}})  # which needs no scale
 
 
 @pytest.fixture
@@ -356,10 +375,10 @@ def test_a_mistyped_key_of_weights_is_named(placed, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     model, embedder, load = placed
     embedder["params"] = {"modeldir": "~/t5"}
-    with pytest.raises(UserError, match=r"model_dir is not set \('modeldir' there may be it, mist"):
+    with pytest.raises(UserError, match=r"model_dir is not set \(is 'modeldir' mistyped"):
         check_weight_paths(model, load)
     model["first_stge_config"] = model.pop("first_stage_config")
-    with pytest.raises(UserError, match=r"lacks first_stage_config \('first_stge_config' there"):
+    with pytest.raises(UserError, match=r"lacks first_stage_config \(is 'first_stge_config' mis"):
         check_weight_paths(model, load)
 
 

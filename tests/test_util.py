@@ -9,7 +9,14 @@ from torch import nn
 
 from sgm import util
 from sgm.errors import UserError
-from sgm.util import TARGET_ALIASES, allow_targets, check_params, get_class, instantiate_from_config
+from sgm.util import (
+    TARGET_ALIASES,
+    allow_targets,
+    check_params,
+    get_class,
+    instantiate_from_config,
+    instantiate_part,
+)
 
 
 class Part:
@@ -174,6 +181,13 @@ MISTAKES = {
     "params is a value": ({"target": "torch.nn.Identity", "params": 5}, "params must hold keys"),
     "mistyped": ({"target": "torch.nn.Identity", "parms": {}}, "unknown key 'parms' .*'params'"),
 }
+
+
+def test_a_class_that_is_another_kind_of_part_is_named():
+    node = {"target": "torch.nn.Identity", "params": {"num_steps": 3}}
+    with pytest.raises(UserError, match="^model.sampler_config: torch.nn.Id.* has no num_steps,"):
+        instantiate_part(node, "sampler_config", needs=["__call__", "num_steps"])
+    assert instantiate_part(node, "sampler_config", needs=["__call__"])
 
 
 @pytest.mark.parametrize("kind", MISTAKES)

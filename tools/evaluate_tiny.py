@@ -1,7 +1,7 @@
 """How well CogVideoX-tiny does what its captions say.
 
     python tools/evaluate_tiny.py [--device cuda …]
-    python tools/evaluate_tiny.py --lora ckpts/tiny-lora-… --output-dir outputs/known
+    python tools/evaluate_tiny.py --lora ckpts/tiny-lesson-… --output-dir outputs/known
     python tools/evaluate_tiny.py --videos outputs
 
 Renders the 44 combinations that training never saw, in two wordings each, with sample_video.py,

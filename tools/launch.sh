@@ -52,10 +52,14 @@ has_flag() {
 # show_help SCRIPT: where help is asked for, prints what the launcher says of itself and the help of
 # the Python script, whose --base the launcher gives, and ends.
 show_help() {
-    has_flag -h || has_flag --help || return 0
-    sed -n '2,/^set /{/^# /s/^# //p}' "$0"
-    echo "Flags (--base is given by this script):"
-    cd "$repository" && exec "$python" "$1" --help
+    local flag
+    for flag in ${flags[@]+"${flags[@]}"}; do
+        if [[ $flag == -h || $flag == --help ]]; then
+            sed -n '2,/^set /{/^# /s/^# //p}' "$0"
+            echo "Flags (--base is given by this script):"
+            cd "$repository" && exec "$python" "$1" --help
+        fi
+    done
 }
 
 # visible_gpus: prints how many GPUs a program would see. PyTorch would take seconds to say so.

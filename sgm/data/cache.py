@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from sgm.data.cache_making import ClipDataset, make_embeddings, make_latents
-from sgm.data.cache_store import Store
+from sgm.data.cache_store import Store, remove_leftovers
 from sgm.data.digest_memory import DigestMemory
 from sgm.data.ranks import Ranks
 from sgm.errors import UserError
@@ -163,6 +163,7 @@ def prepare_cache(
         together = {"ranks": ranks, "dtype": dtype}
         for store in (latents, embeddings):
             store.prepare()
+        remove_leftovers(folder)
         clip_keys = make_latents(
             parts,
             model["first_stage_config"],

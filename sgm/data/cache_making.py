@@ -35,6 +35,9 @@ from sgm.util import instantiate_from_config
 logger = logging.getLogger(__name__)
 
 
+_CHANGED = "it was changed while the cache was made"
+
+
 class ClipDataset(Protocol):
     """What is asked of a dataset whose items are to be kept: `data_video.SFTDataset`."""
 
@@ -84,7 +87,7 @@ class _Windows(Dataset):
             return None, str(reason)
         # What was just read must be what the entry's name says.
         if _content_of(job.clip) != job.content:
-            return None, "it was changed while the cache was made"
+            return None, _CHANGED
         return video, ""
 
 
@@ -108,7 +111,7 @@ def _contents(
             progress.step("looking up latents")
     new = _merged(ranks.gather(memory.new))
     if ranks.rank == 0:
-        memory.remember(new)
+        memory.update(new)
     return _merged(ranks.gather(found))
 
 
@@ -215,6 +218,9 @@ def make_latents(
     if share:
         _free_memory()
     failed = _merged(ranks.gather(failed))
+    if ranks.rank == 0:
+        changed = [by_key[key].clip for key, reason in failed.items() if reason == _CHANGED]
+        memory.update({}, without=changed)
     _name_failures(jobs, failed, ranks)
     return [[None if job.key in failed else job.key for job in part] for part in jobs]
 

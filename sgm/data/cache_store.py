@@ -21,6 +21,14 @@ logger = logging.getLogger(__name__)
 _LEFTOVER_SECONDS = 3600.0
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed has left half-written in a folder."""
+    for path in folder.glob(".*.partial.*"):
+        with suppress(OSError):  # another process may have removed it
+            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                path.unlink()
+
+
 @dataclass(frozen=True)
 class Store:
     """Entries of one tensor each, ``{folder}/{key}.safetensors``.
@@ -44,10 +52,7 @@ class Store:
             UserError: it cannot be made or written to.
         """
         make_output_folder(self.folder)
-        for path in self.folder.glob(".*.partial.safetensors"):
-            with suppress(OSError):  # another process may have removed it
-                if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
-                    path.unlink()
+        remove_leftovers(self.folder)
 
     def holds(self, key: str) -> bool:
         """Whether the entry is there and whole; names one that is damaged."""

@@ -10,6 +10,7 @@ from sgm.errors import UserError, mistyped_as
 
 SPATIAL_FACTOR = 8  # of the autoencoder, in height and width
 TEMPORAL_FACTOR = 4  # in time, where the configuration names none
+_T5_LENGTH = 226  # of texts, where the node of FrozenT5Embedder does not say
 _SIZES = ("num_frames", "latent_height", "latent_width", "in_channels")
 _WIDTHS = ("hidden_size", "num_attention_heads")
 
@@ -50,14 +51,14 @@ def _check_text_length(model: Mapping[str, Any], network: Mapping[str, Any]) -> 
     """Compare the length of texts as their encoder's node and the network's params give it."""
     try:
         (embedder,) = model["conditioner_config"]["params"]["emb_models"]
-        given = embedder["params"]["max_length"]
+        given = embedder["params"].get("max_length", _T5_LENGTH)
         wanted = network["modules"]["pos_embed_config"]["params"]["text_length"]
-    except (KeyError, TypeError, ValueError):  # what is absent or of another form is told elsewhere
+    except (KeyError, TypeError, ValueError, AttributeError):  # their form is told of elsewhere
         return
     if given != wanted:
         raise UserError(
-            f"max_length: {given!r} of the text encoder must be {wanted!r}, which is text_length "
-            "in the network's pos_embed_config"
+            f"model.conditioner_config.params.emb_models[0].params.max_length: {given!r} must be "
+            f"{wanted!r}, text_length in model.network_config.params.modules.pos_embed_config"
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sgm.util import instantiate_from_config
+from sgm.util import instantiate_part
 
 
 def build_first_stage(
@@ -20,9 +20,13 @@ def build_first_stage(
     Raises:
         UserError: the node or the file of weights is wrong.
     """
+    needs = ("encode", "decode_streamed", "regularization")
     # No local name for it: the first call imports modules, some of which keep this frame alive.
     return (
-        instantiate_from_config(config).to(device=device, dtype=dtype).eval().requires_grad_(False)
+        instantiate_part(config, "first_stage_config", needs=needs)
+        .to(device=device, dtype=dtype)
+        .eval()
+        .requires_grad_(False)
     )
 
 

@@ -153,7 +153,8 @@ def check_precision(args: Any, settings: Mapping[str, Any]) -> None:
         UserError: they do not; the precision of training is DeepSpeed's.
     """
     for name in ("fp16", "bf16"):
-        enabled = (settings.get(name) or {}).get("enabled")
+        older = "bfloat16" if name == "bf16" else name
+        enabled = (settings.get(name) or settings.get(older) or {}).get("enabled")
         if getattr(args, name) and not enabled:
             raise UserError(
                 f"{name} is set, but training has the precision of the section deepspeed; set "

@@ -40,7 +40,8 @@ def start_deepspeed(objective: nn.Module, settings: Mapping[str, Any], args: Any
 
     # DeepSpeed insists on what launchers set, also for a process that was started without one.
     os.environ.setdefault("LOCAL_RANK", "0")
-    settings = dict(settings)
+    # A section without a value is absent for the checks here; DeepSpeed would want its keys.
+    settings = {key: value for key, value in settings.items() if value is not None}
     params = settings["optimizer"].get("params") or {}
     learning_rate = params.get("lr", 1e-3)  # the default of Adam in PyTorch
     groups = parameter_groups(objective)

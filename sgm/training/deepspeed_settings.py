@@ -56,12 +56,24 @@ def check_sections(settings: Mapping[str, Any]) -> None:
     finally:
         deepspeed_logger.disabled = False
     _check_autocast(settings.get("torch_autocast") or {})
+    _check_half(settings)
+
+
+def _check_half(settings: Mapping[str, Any]) -> None:
+    """Check that float16 is not beside bfloat16, and will be trained with its scale of the loss."""
+    from deepspeed.runtime.precision_config import get_float16_config
+
+    half = get_float16_config({"fp16": settings.get("fp16") or {}})
+    if not half.enabled:
+        return
+    if weight_dtype(settings) == torch.bfloat16:
+        raise UserError("deepspeed: bf16 and fp16 are both enabled; leave one")
     stage = (settings.get("zero_optimization") or {}).get("stage", 0)
-    if weight_dtype(settings) == torch.float16 and not stage:
+    if not stage and half.loss_scale != 1:
         # DeepSpeed 0.19.8 divides gradients by the scale of the loss, which it does not multiply.
         raise UserError(
             "deepspeed.fp16: without ZeRO DeepSpeed does not scale the loss, so that float16 would "
-            "learn next to nothing; set zero_optimization.stage to 1 or 2, or use bf16"
+            "learn next to nothing; set zero_optimization.stage to 1, 2 or 3, or use bf16"
         )
 
 
@@ -81,8 +93,9 @@ def _check_autocast(section: Mapping[str, Any]) -> None:
     except REFUSALS:
         is_bfloat16 = False
     if not is_bfloat16:
-        # Without a dtype PyTorch's default is float16 on a GPU, whose gradients DeepSpeed 0.19.8
-        # clips under ZeRO before it divides them by the scale of the loss.
+        # Without a dtype PyTorch's default is float16 on a GPU. There DeepSpeed 0.19.8 clips the
+        # gradients under ZeRO while they are scaled up; without ZeRO the loop would take the
+        # first overflows, with which the scale is found, for gradients that are not finite.
         raise UserError(
             f"deepspeed.torch_autocast.dtype: {name!r} must be bfloat16; float16 is for the "
             "section fp16"

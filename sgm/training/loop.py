@@ -22,7 +22,6 @@ from sgm.training.deepspeed_engine import (
 from sgm.training.ema import WeightAverage
 from sgm.training.optimizer import StepGuard
 from sgm.training.report import Report
-from sgm.training.run_folder import is_main
 from sgm.training.seeding import STEP
 from sgm.training.validation import Validation
 
@@ -74,6 +73,13 @@ class Trainer:
         Raises:
             UserError: a checkpoint cannot be written, or the loss stays not finite.
         """
+        try:
+            self._go_on(batches, progress)
+        except KeyboardInterrupt:
+            self._say_what_is_saved(progress.step)
+            raise
+
+    def _go_on(self, batches: Iterator[Mapping[str, Any]], progress: Progress) -> None:
         if progress.step == 0:
             self._validate(progress)
         if progress.step >= self.args.train_iters:
@@ -82,13 +88,6 @@ class Trainer:
                 "train on",
                 *(progress.step, self.args.train_iters),
             )
-        try:
-            self._go_on(batches, progress)
-        except KeyboardInterrupt:
-            self._say_what_is_saved(progress.step)
-            raise
-
-    def _go_on(self, batches: Iterator[Mapping[str, Any]], progress: Progress) -> None:
         while progress.step < self.args.train_iters:
             self._step(batches, progress)
             done = progress.step == self.args.train_iters
@@ -100,14 +99,15 @@ class Trainer:
 
     def _say_what_is_saved(self, step: int) -> None:
         """For who ends a run: how to go on, and from where."""
-        run, latest = self.checkpointer.run, self.checkpointer.run / "latest"
-        if not is_main():
-            return
-        if latest.is_file():
-            saved = latest.read_text("utf-8")
-            logger.info("stopped after step %d; --resume %s goes on from %s", step, run, saved)
+        run = self.checkpointer.run
+        try:
+            saved = (run / "latest").read_text("utf-8", errors="replace")
+        except OSError:
+            told = f"nothing is saved yet in {run}"
         else:
-            logger.info("stopped after step %d, before anything was saved in %s", step, run)
+            told = f"the last checkpoint is {run}/{saved}, from which --resume {run} goes on"
+        with self.report.pause():
+            logger.info("stopped after step %d; %s", step, told)
 
     def _step(self, batches: Iterator[Mapping[str, Any]], progress: Progress) -> None:
         """One step of the optimizer: `gradient_accumulation_steps` passes."""

@@ -34,8 +34,6 @@ _REPLACED = f".replaced{PARTIAL}"  # of a whole checkpoint whose place another o
 _LOCK = ".lock"
 CONFIG_FILE = "training_config.yaml"
 EMA = "-ema"
-# Sections of DeepSpeed's settings that decide in what form the optimizer's state is.
-_KEPT_OF_DEEPSPEED = ("bf16", "fp16", "zero_optimization")
 # What reading such a file may raise, or its content where it is not as it was written.
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
 _LONGEST_QUOTE = 60  # characters of a path that a message repeats
@@ -145,11 +143,14 @@ def _find_checkpoint(args: Any) -> Path:
 def _checkpoint_in(folder: Path, given: str) -> Path:
     if (folder / "latest").is_file():
         folder = folder / (folder / "latest").read_text("utf-8", errors="replace").strip()
-    elif (folder / CONFIG_FILE).is_file():
-        raise UserError(
-            f"resume: {folder}: nothing was saved yet when this run ended; start it anew, without "
-            "--resume"
-        )
+    elif (folder / CONFIG_FILE).is_file():  # a run that was ended before `latest` was there
+        numbers = _saved_iterations(folder)
+        if not numbers:
+            raise UserError(
+                f"resume: {folder}: nothing is saved there yet; if that run has ended, start it "
+                "anew, without --resume"
+            )
+        folder = folder / str(max(numbers))
     # A path with a newline or NUL in it, from a damaged `latest`, is no folder either.
     aside = folder.parent / f"{folder.name}{_REPLACED}"  # see `reserve`
     if not folder.name.isdecimal() or not (folder.is_dir() or aside.is_dir()):
@@ -250,22 +251,25 @@ def warn_of_what_stays(checkpoint: Path, *, averages: bool) -> None:
             "--ema-decay as before",
             run,
         )
-    numbers = sorted(int(path.name) for path in run.iterdir() if path.name.isdecimal())
-    later = [number for number in numbers if number > iteration]
+    later = [number for number in _saved_iterations(run) if number > iteration]
     if later:
         logger.warning(
-            "checkpoints after %d stay where they are (%s) until this run saves others in their "
-            "place; latest will name what it saves",
-            *(iteration, ", ".join(map(str, later))),
+            "%d checkpoints after %d stay, from %d to %d, until this run saves others in their "
+            "place or save_total_limit is reached; latest will name what it saves",
+            *(len(later), iteration, min(later), max(later)),
         )
+
+
+def _saved_iterations(run: Path) -> list[int]:
+    return [int(path.name) for path in run.iterdir() if path.name.isdecimal() and path.is_dir()]
 
 
 def warn_of_changes(config: Any, run: Path) -> None:
     """Name what the model and its precision are otherwise than when the run was last started.
 
     Some of it makes another model of the weights without any other sign, such as `scale_factor`.
-    Another precision, or stage of ZeRO, may be refused, but only when all is loaded and what is
-    kept of the clips was made anew for it.
+    Another precision or stage of ZeRO may be refused, but late: data that are kept for the other
+    precision are made anew before.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -273,10 +277,10 @@ def warn_of_changes(config: Any, run: Path) -> None:
 
     try:
         before = OmegaConf.to_container(OmegaConf.load(run / CONFIG_FILE))
-        changed = [*_differing_keys(before["model"], config.model, "model")]
-        for name in _KEPT_OF_DEEPSPEED:
-            sections = (before["deepspeed"].get(name), config.deepspeed.get(name))
-            changed += _differing_keys(*sections, f"deepspeed.{name}")
+        changed = [
+            *_differing_keys(before["model"], config.model, "model"),
+            *_differing_keys(*map(_form_of_state, (before, vars(config))), "deepspeed"),
+        ]
     except (*_UNREADABLE, YAMLError, OmegaConfBaseException) as error:
         logger.debug("%s of %s cannot be compared: %s", CONFIG_FILE, run, error)
         return
@@ -285,6 +289,18 @@ def warn_of_changes(config: Any, run: Path) -> None:
             "this run was last started with other settings: %s; compare %s",
             *(", ".join(changed), run / CONFIG_FILE),
         )
+
+
+def _form_of_state(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a configuration's section ``deepspeed`` what decides how the optimizer's state is kept."""
+    from sgm.training.deepspeed_settings import weight_dtype
+
+    settings = config.get("deepspeed") or {}
+    zero = settings.get("zero_optimization") or {}
+    return {
+        "precision": weight_dtype(settings),
+        "zero_optimization": {"stage": zero.get("stage", 0)},
+    }
 
 
 def _differing_keys(one: Any, other: Any, key: str) -> Iterator[str]:

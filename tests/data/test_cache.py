@@ -1,7 +1,9 @@
 """Training from the cache: exact, without the models it stands for, and clips that give nothing."""
 
+import json
 import logging
 import shutil
+import time
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from data_video import SFTDataset
 from diffusion_video import SATVideoDiffusionEngine
-from sgm.data import cache_making
+from sgm.data import cache_making, digest_memory
 from sgm.errors import UserError
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.encoders.modules import FrozenT5Embedder
@@ -146,6 +148,26 @@ def test_a_clip_that_is_replaced_meanwhile_is_not_kept_under_the_old_name(
     dataset = Replaced(clips)
     assert len(prepare(dataset).dataset(dataset)) == 2 and not made
     assert "0.mp4 is skipped: it was changed while the cache was made" in caplog.text
+
+
+def test_clips_are_read_at_the_first_start_only_and_again_when_a_digest_proves_wrong(
+    stand_in, kept, prepare, clips, monkeypatch, caplog
+):
+    names, whole, now = [], digest_memory.hash_file, time.time
+    monkeypatch.setattr(digest_memory, "hash_file", lambda p: names.append(p.name) or whole(p))
+    monkeypatch.setattr(time, "time", lambda: now() + 10)  # so that files are not just written
+    dataset = stand_in(clips)
+    prepare(dataset)
+    prepare(dataset)
+    assert sorted(names) == ["0.mp4", "1.mp4", "2.mp4"]
+    memory = kept / "contents.json"
+    content = json.loads(memory.read_text())
+    content[str(clips / "1.mp4")][1] = "0" * 40
+    memory.write_text(json.dumps(content))
+    assert len(prepare(dataset).dataset(dataset)) == 2
+    assert "1.mp4 is skipped: it was changed while the cache was made" in caplog.text
+    assert len(prepare(dataset).dataset(dataset)) == 3
+    assert names[3:] == ["1.mp4"]
 
 
 def test_without_any_usable_clip_there_is_an_error(stand_in, kept, prepare, clips):

@@ -1,5 +1,6 @@
 """Remembered digests of clips hold for files that nobody touched, and for no others."""
 
+import json
 import os
 import time
 
@@ -31,7 +32,7 @@ def later(monkeypatch):
 def look_up(file, clip):
     memory = DigestMemory(file)
     digest = memory.digest(clip)
-    memory.remember(memory.new)
+    memory.update(memory.new)
     return digest
 
 
@@ -81,9 +82,54 @@ def test_what_was_known_stays_and_a_clip_that_is_gone_is_none(file, clip, later,
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"a": 1}', b"[" * 9999])
-def test_a_damaged_memory_is_empty(file, clip, later, content):
+def test_a_damaged_memory_is_empty(file, clip, later, read, content):
     file.write_bytes(content)
-    assert look_up(file, clip) == digest_memory.hash_file(clip) == look_up(file, clip)
+    assert look_up(file, clip) == look_up(file, clip)
+    assert len(read) == 1  # it is whole again after the first
+
+
+@pytest.mark.parametrize("digest", [None, 5, "", "f" * 39])
+def test_what_is_no_digest_is_not_taken_for_one(file, clip, later, digest):
+    known = look_up(file, clip)
+    content = json.loads(file.read_text())
+    ((name, (state, _)),) = content.items()
+    file.write_text(json.dumps({name: (state, digest)}))
+    assert look_up(file, clip) == known
+
+
+def test_a_clip_that_changes_while_it_is_read_is_not_remembered(file, clip, later, monkeypatch):
+    whole = digest_memory.hash_file
+
+    def hash_and_change(path):
+        digest = whole(path)
+        path.write_bytes(b"other")
+        return digest
+
+    monkeypatch.setattr(digest_memory, "hash_file", hash_and_change)
+    look_up(file, clip)
+    assert not file.exists()
+
+
+def test_a_clip_that_takes_long_to_read_is_judged_by_when_it_was_looked_at(
+    file, clip, monkeypatch, read
+):
+    now = iter([0.0, *(60.0 * minute for minute in range(1, 9))])
+    start = clip.stat().st_ctime
+    monkeypatch.setattr(time, "time", lambda: start + next(now))
+    look_up(file, clip)
+    assert not file.exists()
+
+
+def test_what_others_wrote_meanwhile_stays_but_for_what_is_to_be_forgotten(file, clip, later):
+    other = clip.with_name("b.mp4")
+    other.write_bytes(b"b")
+    memories = DigestMemory(file), DigestMemory(file)
+    for memory, path in zip(memories, (clip, other), strict=True):
+        memory.digest(path)
+        memory.update(memory.new)
+    assert len(json.loads(file.read_text())) == 2
+    memories[0].update({}, without=[other])
+    assert list(json.loads(file.read_text())) == [str(clip)]
 
 
 def test_a_folder_that_cannot_be_written_to_does_no_harm(tmp_path, clip, later):

@@ -1,10 +1,13 @@
 """Sizes are checked against the model, with the allowed values in the error."""
 
+import inspect
+
 import pytest
 
 from arguments import SamplingArgs
 from sgm.errors import UserError
 from sgm.inference.request import latent_shape
+from sgm.modules.encoders.modules import FrozenT5Embedder
 
 PARAMS = {"num_frames": 49, "time_compressed_rate": 4, "latent_height": 60, "latent_width": 90}
 MODEL = {"network_config": {"params": PARAMS | {"in_channels": 16}}}
@@ -43,13 +46,13 @@ def test_other_sizes_are_refused_with_the_allowed_ones(change, words):
         ({"network_config": {"params": PARAMS}}, "lacks in_channels;"),
         (
             {"network_config": {"params": PARAMS | {"in_chanels": 16}}},
-            r"lacks in_channels \('in_chanels' there may be it, mistyped\); add it",
+            r"lacks in_channels \(is 'in_chanels' mistyped\?\); add it",
         ),
         (
             {"network_confg": {}},
-            r"params is absent \('network_confg' there may be it, mistyped\) or",
+            r"params is absent \(is 'network_confg' mistyped\?\) or",
         ),
-        ({"network_config": {"parms": {}}}, r"params is absent \('parms' there may be it"),
+        ({"network_config": {"parms": {}}}, r"params is absent \(is 'parms' mistyped"),
         ({"network_config": "abc"}, "network_config.params is absent or holds no keys"),
         ({"network_config": {"params": [1]}}, "network_config.params is absent or holds no keys"),
     ],
@@ -79,15 +82,19 @@ def test_a_size_of_the_model_that_is_no_size_is_named(key, value):
 
 def test_a_length_of_texts_that_the_network_was_not_made_for_is_named():
     def model(length, text_length):
-        embedder = {"target": "T5", "params": {"max_length": length}}
+        embedder = {"target": "T5", "params": {"max_length": length} if length else {}}
         modules = {"pos_embed_config": {"params": {"text_length": text_length}}}
         return {
             "network_config": {"params": PARAMS | {"in_channels": 16, "modules": modules}},
             "conditioner_config": {"params": {"emb_models": [embedder]}},
         }
 
-    assert latent_shape(SamplingArgs(), model(226, 226)) == (13, 16, 60, 90)
-    with pytest.raises(UserError, match="max_length: 128 of the text encoder must be 226, .*text_"):
+    for length in (226, None):
+        assert latent_shape(SamplingArgs(), model(length, 226)) == (13, 16, 60, 90)
+    default = inspect.signature(FrozenT5Embedder).parameters["max_length"].default
+    with pytest.raises(UserError, match=f"max_length: {default} must be 32"):
+        latent_shape(SamplingArgs(), model(None, 32))
+    with pytest.raises(UserError, match=r"\[0\].params.max_length: 128 must be 226, text_"):
         latent_shape(SamplingArgs(), model(128, 226))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -157,8 +158,13 @@ def test_a_run_that_ended_before_it_saved_is_told_from_what_is_no_run(tmp_path):
     run_folder.save_config(
         SimpleNamespace(args=TrainingArgs(), model={}, data={}, deepspeed={}), tmp_path
     )
-    with pytest.raises(UserError, match=f"resume: {tmp_path}: nothing was saved yet .* --resume$"):
+    with pytest.raises(UserError, match=f"resume: {tmp_path}: nothing is saved .* --resume$"):
         run_folder.find_checkpoint(TrainingArgs(resume=str(tmp_path)))
+    saved(tmp_path, 1, 10)
+    (tmp_path / "latest").unlink()  # the process was killed before it was there
+    assert run_folder.find_checkpoint(TrainingArgs(resume=str(tmp_path))) == tmp_path / "10"
+    for name in ("1", "10"):
+        shutil.rmtree(tmp_path / name)
     (tmp_path / run_folder.CONFIG_FILE).unlink()
     with pytest.raises(UserError, match=f"^resume: {tmp_path} is no checkpoint of a run"):
         run_folder.find_checkpoint(TrainingArgs(resume=f"{tmp_path}/"))
@@ -171,7 +177,7 @@ def test_what_a_resumed_run_leaves_behind_is_named(tmp_path, caplog):
     run_folder.warn_of_what_stays(tmp_path / "1", averages=False)
     average, later = caplog.messages
     assert "moving average, which ends here" in average and "--ema-decay" in average
-    assert "checkpoints after 1 stay where they are (2, 10) until" in later
+    assert "2 checkpoints after 1 stay, from 2 to 10, until" in later
 
 
 def test_a_model_that_is_not_as_before_is_named(tmp_path, caplog):
@@ -185,7 +191,13 @@ def test_a_model_that_is_not_as_before_is_named(tmp_path, caplog):
     run_folder.warn_of_changes(config, tmp_path)
     (message,) = caplog.messages
     keys = "model.scale_factor, model.network_config.params.a, model.network_config.params.c"
-    assert f"last started with other settings: {keys}, deepspeed.bf16; compare" in message
+    assert f"last started with other settings: {keys}, deepspeed.precision; compare" in message
+    config.model = model
+    for same in ({}, {"bf16": {"enabled": False}, "zero_optimization": {"reduce_bucket_size": 5}}):
+        run_folder.save_config(SimpleNamespace(**vars(config) | {"deepspeed": same}), tmp_path)
+        config.deepspeed = {}
+        run_folder.warn_of_changes(config, tmp_path)  # neither is of the optimizer's state
+    assert len(caplog.messages) == 1
     for damaged in ("model: [", "model: {}\ndeepspeed: 3"):  # nothing can be said then
         (tmp_path / "training_config.yaml").write_text(damaged)
         run_folder.warn_of_changes(config, tmp_path)

@@ -206,9 +206,9 @@ def test_who_ends_a_run_is_told_from_where_it_goes_on(
     with pytest.raises(KeyboardInterrupt):
         small.train(small.file("end"), tmp_path, "--save-interval", str(interval))
     (run,) = tmp_path.iterdir()
-    told = f"before anything was saved in {run}"
+    told = f"nothing is saved yet in {run}"
     if interval == 1:
-        told = f"--resume {run} goes on from 2"
+        told = f"the last checkpoint is {run}/2, from which --resume {run} goes on"
     assert caplog.messages[-1].startswith("stopped after step 2") and told in caplog.messages[-1]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sgm.modules.diffusionmodules.denoiser import Conditioning, DiscreteDenoiser, Network
 from sgm.modules.diffusionmodules.discretizer import NoiseSchedule
 from sgm.modules.diffusionmodules.guiders import Guider
-from sgm.util import instantiate_from_config
+from sgm.util import instantiate_from_config, instantiate_part
 
 # noise(step_index) -> standard normal, like x
 NoiseSource = Callable[[int], Tensor]
@@ -66,7 +66,10 @@ class Sampler(ABC):
     ) -> None:
         self.schedule: NoiseSchedule = instantiate_from_config(discretization_config)(num_steps)
         self.num_steps = len(self.schedule.timesteps)
-        self.guider: Guider = instantiate_from_config(guider_config)
+        needs = ("prepare", "scale_at", "combine")
+        self.guider: Guider = instantiate_part(
+            guider_config, "sampler_config.params.guider_config", needs=needs
+        )
 
     @abstractmethod
     def coefficients(self) -> list[StepCoefficients]:

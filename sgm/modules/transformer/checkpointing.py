@@ -24,8 +24,8 @@ def run_checkpointed(block: Callable[..., Tensor], *inputs: Tensor, keep: Keep) 
     """``block(*inputs)``, of which the backward pass computes again what is not kept.
 
     Dropout draws the same the second time. SAT has checkpointing of its own, but it is re-entrant
-    (it needs an input with gradient) and on a machine with a GPU it is DeepSpeed's, which
-    recomputes outside autocast and moves a CPU model's tensors to the GPU.
+    (it needs an input with gradient), and where DeepSpeed is imported first it is DeepSpeed's,
+    which recomputes outside autocast and moves a CPU model's tensors to the GPU.
     """
     options: dict[str, Any] = {}
     if keep == "attention":
