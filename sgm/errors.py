@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 # Of difflib, from which on a name is another one mistyped; keys that are neighbours, such as
 # latent_height and latent_width, are at 0.78 at most.
@@ -16,6 +16,11 @@ class UserError(Exception):
     Its message is one sentence that says what is wrong, where, and what to do. Commands print it
     as ``error: …`` and exit with code 1; a stack trace would add nothing to it.
     """
+
+
+def first_of(names: Sequence[str], most: int = 3) -> str:
+    """The first of `names`, with commas; an ellipsis stands for the rest."""
+    return ", ".join([*names[:most], *["…"][: len(names) > most]])
 
 
 def mistyped_as(name: str, present: object) -> str:

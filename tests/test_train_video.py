@@ -332,8 +332,8 @@ def placed(t5_folder, tmp_path):
     """A `model` section whose weights are there, and `load`."""
     model = parse_config(TrainingArgs, "", ["--base", CONFIG]).model
     (tmp_path / "t5").symlink_to(t5_folder)
-    (tmp_path / "vae.pt").touch()
-    (tmp_path / "transformer.pt").touch()
+    for name in ("vae.pt", "transformer.pt"):
+        torch.save({"module": {"any": torch.zeros(9)}}, tmp_path / name)
     embedder = model["conditioner_config"]["params"]["emb_models"][0]
     embedder["params"]["model_dir"] = "~/t5"
     model["first_stage_config"]["params"]["ckpt_path"] = "~/vae.pt"
@@ -357,6 +357,12 @@ def test_each_absent_weight_is_named(placed, tmp_path, monkeypatch):
     model, embedder, load = placed
     with pytest.raises(UserError, match="args.load is not set"):
         check_weight_paths(model, None)
+    whole = (tmp_path / "vae.pt").read_bytes()
+    for name, said in (("vae.pt", "vae.pt"), ("transformer.pt", "transformer.pt")):
+        (tmp_path / name).write_bytes(whole[:-99])  # a download that was cut off
+        with pytest.raises(UserError, match=f"{said} is not a whole file"):
+            check_weight_paths(model, load)
+        (tmp_path / name).write_bytes(whole)
     (tmp_path / "t5").unlink()
     with pytest.raises(UserError, match=rf"emb_models\[0\].params.model_dir: .*{tmp_path}/t5 does"):
         check_weight_paths(model, load)

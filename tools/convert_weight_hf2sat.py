@@ -26,12 +26,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sgm.modules.encoders.modules import T5Files
+    from sgm.checkpoint.text_encoder import T5Files
 
 logger = logging.getLogger(__name__)
 
 T5_FOLDER = "t5-v1_1-xxl"  # as the user's guide lays the parts out
-_PARTS = ("transformer", "vae")
 
 
 def _refuse_lora_and_file(source: Path) -> None:
@@ -52,7 +51,7 @@ def _refuse_lora_and_file(source: Path) -> None:
 
 def _parts_in(source: Path) -> dict[str, Path]:
     """Part → folder of what the input holds."""
-    from sgm.checkpoint.diffusers_folder import PART_CLASSES, find_diffusers_part, read_json
+    from sgm.checkpoint.diffusers_folder import PART_CLASSES, is_pipeline, read_json
 
     _refuse_lora_and_file(source)
     if not source.is_dir():
@@ -61,14 +60,13 @@ def _parts_in(source: Path) -> dict[str, Path]:
             "CogVideoX-2B (with model_index.json in it)"
         )
     if (source / "model_index.json").is_file():
-        found = {
-            part: find_diffusers_part(source, part) for part in _PARTS if (source / part).is_dir()
-        }
+        found = {part: source / part for part in PART_CLASSES if (source / part).is_dir()}
         if not found:
             raise UserError(
                 f"{source} has neither a folder transformer nor a folder vae; copy it whole"
             )
-        return {part: folder for part, folder in found.items() if folder is not None}
+        is_pipeline(source)  # refuses that of another model
+        return found
     if not (source / "config.json").is_file():
         raise UserError(
             f"{source} is no diffusers folder: it has neither model_index.json nor config.json; "
@@ -96,10 +94,10 @@ class Conversion:
     """
 
     def __init__(self, source: Path, *, dtype: torch.dtype | None = None) -> None:
-        from sgm.checkpoint.blueprint import check_complete
         from sgm.checkpoint.diffusers_folder import read_diffusers_part
+        from sgm.checkpoint.fit import check_whole_part
         from sgm.checkpoint.table import to_sat
-        from sgm.checkpoint.text_encoder import find_whole_t5
+        from sgm.checkpoint.text_encoder import find_t5
         from sgm.checkpoint.writing import in_dtype
 
         self._tensors: dict[str, Mapping[str, Tensor]] = {}
@@ -107,12 +105,12 @@ class Conversion:
         for part, folder in _parts_in(source).items():
             config, tensors = read_diffusers_part(folder, part)
             tensors = to_sat(tensors, part, where=folder)
-            self.sizes[part] = check_complete(tensors, part, config, where=folder)
+            self.sizes[part] = check_whole_part(tensors, part, config, where=folder)
             own_dtype = dtype if part == "transformer" else None
             self._tensors[part] = in_dtype(tensors, own_dtype, where=folder)
         self.text_encoder: T5Files | None = None
         if (source / "text_encoder").is_dir():
-            self.text_encoder = find_whole_t5(source, option="--input_path")
+            self.text_encoder = find_t5(source, option="--input_path")
 
     def write(self, folder: Path, *, link_text_encoder: bool) -> None:
         """Write all parts into `folder`, which is within `new_folder`."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sgm.checkpoint.table import Part
-    from sgm.modules.encoders.modules import T5Files
+    from sgm.checkpoint.text_encoder import T5Files
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,9 @@ class Conversion:
         num_layers: int | None = None,
         num_attention_heads: int | None = None,
     ) -> None:
-        from sgm.checkpoint.blueprint import build_on_meta, geometry_of
-        from sgm.checkpoint.text_encoder import find_whole_t5
+        from sgm.checkpoint.blueprint import build_on_meta
+        from sgm.checkpoint.diffusers_configs import geometry_of
+        from sgm.checkpoint.text_encoder import find_t5
         from sgm.checkpoint.vae import holds_autoencoder
 
         self._config = config
@@ -95,7 +96,7 @@ class Conversion:
         self.text_encoder: T5Files | None = None
         if sources.text_encoder:
             option = sources.name("text_encoder")
-            self.text_encoder = find_whole_t5(sources.text_encoder, option=option)
+            self.text_encoder = find_t5(sources.text_encoder, option=option)
         self.parts: list[_Part] = []
         wanted = {"num_layers": num_layers, "num_attention_heads": num_attention_heads}
         vae = sources.vae
@@ -134,8 +135,9 @@ class Conversion:
         wanted: Mapping[str, int | None],
     ) -> Path:
         """Returns the file or folder that the transformer is in."""
-        from sgm.checkpoint.blueprint import check_weights, sizes_of
+        from sgm.checkpoint.blueprint import sizes_of
         from sgm.checkpoint.diffusers_configs import transformer_config
+        from sgm.checkpoint.fit import check_weights
         from sgm.checkpoint.lora_merging import merged_tensors
         from sgm.checkpoint.table import to_diffusers
         from sgm.checkpoint.transformer import read_transformer
@@ -176,8 +178,9 @@ class Conversion:
     def _add_vae(self, source: str, *, option: str) -> None:
         import torch
 
-        from sgm.checkpoint.blueprint import build_on_meta, check_weights
+        from sgm.checkpoint.blueprint import build_on_meta
         from sgm.checkpoint.diffusers_configs import vae_config
+        from sgm.checkpoint.fit import check_weights
         from sgm.checkpoint.table import to_diffusers
         from sgm.checkpoint.vae import load_vae_state
         from sgm.checkpoint.writing import in_dtype

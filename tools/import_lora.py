@@ -48,8 +48,8 @@ def import_lora(
             exists or cannot be written.
     """
     from sgm.checkpoint.lora import (
-        check_complete,
         check_matrices,
+        check_whole_lora,
         is_sat_lora,
         read_lora,
     )
@@ -59,7 +59,7 @@ def import_lora(
 
     refuse_existing(Path(folder).expanduser())
     matrices, record = read_lora(path, alpha=alpha, option="--lora_path")
-    check_complete(matrices, record, path)
+    check_whole_lora(matrices, record, path)
     if is_sat_lora(path, option="--lora_path"):
         logger.info("%s is of SAT format already; it is written anew", path)
     if load is not None:

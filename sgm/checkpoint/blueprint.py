@@ -1,7 +1,8 @@
-"""The models that weights are compared with before they are converted, built without memory."""
+"""The sizes that weights tell, and models of sizes or of a configuration, without values."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgm.checkpoint.diffusers_configs import Geometry, transformer_sizes, vae_sizes
-from sgm.checkpoint.fit import check_fit
 from sgm.checkpoint.table import Part, on_meta, to_diffusers
-from sgm.checkpoint.transformer import POSITION_TABLE
 from sgm.errors import UserError
 from sgm.util import instantiate_from_config
 
@@ -30,8 +28,68 @@ def sizes_of(tensors: Mapping[str, Tensor], part: Part, where: str | Path) -> di
     Raises:
         UserError: names or shapes are not those of the part.
     """
-    metas = on_meta(to_diffusers(on_meta(tensors), part, where=where))
-    return (transformer_sizes if part == "transformer" else vae_sizes)(metas, where)
+    metas = to_diffusers(on_meta(tensors), part, where=where)
+    return (_transformer_sizes if part == "transformer" else _vae_sizes)(metas, where)
+
+
+def _shape(metas: Mapping[str, Tensor], name: str, where: str | Path, *, ndim: int) -> list[int]:
+    if name not in metas or metas[name].ndim != ndim:
+        raise UserError(f"{where} is damaged or of another model: {name} is absent or misshapen")
+    return list(metas[name].shape)
+
+
+def _count(names: Mapping[str, Tensor], pattern: str) -> int:
+    """How many numbers there are, 0 … the largest that matches the group of `pattern`."""
+    found = (re.match(pattern, name) for name in names)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def _transformer_sizes(metas: Mapping[str, Tensor], where: str | Path) -> dict[str, int]:
+    """Sizes of a transformer, by the keys of its config.json.
+
+    Args:
+        metas: diffusers' name → tensor, which may be on the meta device.
+        where: the file, for messages.
+
+    Raises:
+        UserError: a tensor that tells a size is absent.
+    """
+    width, channels, patch, _ = _shape(metas, "patch_embed.proj.weight", where, ndim=4)
+    (head,) = _shape(metas, "transformer_blocks.0.attn1.norm_q.weight", where, ndim=1)
+    _, text_width = _shape(metas, "patch_embed.text_proj.weight", where, ndim=2)
+    time_width, _ = _shape(metas, "time_embedding.linear_1.weight", where, ndim=2)
+    outputs, _ = _shape(metas, "proj_out.weight", where, ndim=2)
+    if 0 in (head, patch):
+        raise UserError(f"{where} is damaged: it holds tensors without elements")
+    return {
+        "num_layers": _count(metas, r"transformer_blocks\.(\d+)\."),
+        "num_attention_heads": width // head,
+        "attention_head_dim": head,
+        "in_channels": channels,
+        "out_channels": outputs // patch**2,
+        "patch_size": patch,
+        "text_embed_dim": text_width,
+        "time_embed_dim": time_width,
+    }
+
+
+def _vae_sizes(metas: Mapping[str, Tensor], where: str | Path) -> dict[str, Any]:
+    """Sizes of an autoencoder, by the keys of its config.json; arguments as above."""
+
+    def width(name: str, axis: int = 0) -> int:
+        return _shape(metas, f"{name}.weight", where, ndim=5)[axis]
+
+    num_levels = _count(metas, r"encoder\.down_blocks\.(\d+)\.")
+    return {
+        "block_out_channels": [
+            width(f"encoder.down_blocks.{level}.resnets.0.conv1.conv")
+            for level in range(num_levels)
+        ],
+        "layers_per_block": _count(metas, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "latent_channels": width("decoder.conv_in.conv", 1),
+        "in_channels": width("encoder.conv_in.conv", 1),
+        "out_channels": width("decoder.conv_out.conv"),
+    }
 
 
 def build_on_meta(node: Mapping[str, Any]) -> nn.Module:
@@ -48,100 +106,6 @@ def build_on_meta(node: Mapping[str, Any]) -> nn.Module:
     params = {key: value for key, value in node["params"].items() if key != "ckpt_path"}
     with torch.device("meta"):
         return instantiate_from_config({**node, "params": params})
-
-
-def check_weights(
-    tensors: Mapping[str, Tensor],
-    part: Part,
-    model: nn.Module,
-    *,
-    where: str | Path,
-    described_by: str,
-) -> dict[str, Any]:
-    """Compare the weights of a part with the model of a configuration; their sizes.
-
-    Args:
-        tensors: names as in SAT; the position table may be absent.
-        part: transformer or vae.
-        model: on the meta device.
-        where: the file, for messages.
-        described_by: the configuration, for messages.
-
-    Raises:
-        UserError: sizes differ, or names or shapes are absent or too many.
-    """
-    wanted = model.state_dict()
-    if POSITION_TABLE not in tensors:
-        wanted = without_positions(wanted)
-    found, expected = sizes_of(tensors, part, where), sizes_of(wanted, part, described_by)
-    for key, value in found.items():
-        if value != expected[key]:
-            raise UserError(
-                f"{where} has {key}={value}, but {described_by} describes a model with {key}="
-                f"{expected[key]}; name the configuration of these weights with --base"
-            )
-    hint = f"copy the file again, or name its configuration instead of {described_by} with --base"
-    check_fit(on_meta(tensors), wanted, path=where, hint=hint)
-    return found
-
-
-def geometry_of(network: Mapping[str, Any]) -> Geometry:
-    """What the params of `network_config` say that weights cannot; they have been built once.
-
-    Raises:
-        UserError: diffusers cannot express it.
-    """
-    position = network["modules"]["pos_embed_config"]["params"]
-    factors = [position.get(f"{side}_interpolation", 1.0) for side in ("height", "width")]
-    if factors[0] != factors[1]:
-        raise UserError(
-            f"height_interpolation={factors[0]} and width_interpolation={factors[1]} differ; "
-            "diffusers has one factor for both, so this model cannot be converted"
-        )
-    return Geometry(
-        latent_height=network["latent_height"],
-        latent_width=network["latent_width"],
-        num_frames=network["num_frames"],
-        time_compressed_rate=network["time_compressed_rate"],
-        text_length=position["text_length"],
-        interpolation=float(factors[0]),
-    )
-
-
-def check_complete(
-    tensors: Mapping[str, Tensor], part: Part, config: Mapping[str, Any], *, where: str | Path
-) -> dict[str, Any]:
-    """Check that weights of diffusers are those of a whole CogVideoX-2B of any size; their sizes.
-
-    Args:
-        tensors: under SAT's names.
-        part: transformer or vae.
-        config: diffusers' config.json; sizes that it has must be those of the weights.
-        where: the folder, for messages.
-
-    Raises:
-        UserError: config.json says other sizes, or names or shapes are absent or too many.
-    """
-    sizes = sizes_of(tensors, part, where)
-    for key, value in sizes.items():
-        if config.get(key, value) != value:
-            raise UserError(
-                f"{where} has {key}={value}, but its config.json says {config[key]}; copy both "
-                "from the original again"
-            )
-    check_fit(
-        without_positions(on_meta(tensors)),
-        without_positions(model_of(sizes, part, where=where).state_dict()),
-        path=where,
-        model="a model of its sizes",
-        hint="copy it from the original again",
-    )
-    return sizes
-
-
-def without_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All but the position table, which is computed where it is absent; clips tell its size."""
-    return {name: tensor for name, tensor in tensors.items() if name != POSITION_TABLE}
 
 
 def model_of(sizes: Mapping[str, Any], part: Part, *, where: str | Path) -> nn.Module:

@@ -6,13 +6,9 @@ Written are the keys that the first release with these classes knew; what later 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from sgm.checkpoint.diffusers_folder import PART_CLASSES
 from sgm.errors import UserError
@@ -45,64 +41,27 @@ class Geometry:
     interpolation: float
 
 
-def _shape(metas: Mapping[str, Tensor], name: str, where: str | Path, *, ndim: int) -> list[int]:
-    if name not in metas or metas[name].ndim != ndim:
-        raise UserError(f"{where} is damaged or of another model: {name} is absent or misshapen")
-    return list(metas[name].shape)
-
-
-def _count(names: Mapping[str, Tensor], pattern: str) -> int:
-    """How many numbers there are, 0 … the largest that matches the group of `pattern`."""
-    found = (re.match(pattern, name) for name in names)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
-
-
-def transformer_sizes(metas: Mapping[str, Tensor], where: str | Path) -> dict[str, int]:
-    """Sizes of a transformer, by the keys of its config.json.
-
-    Args:
-        metas: diffusers' name → tensor, which may be on the meta device.
-        where: the file, for messages.
+def geometry_of(network: Mapping[str, Any]) -> Geometry:
+    """What the params of `network_config` say that weights cannot; they have been built once.
 
     Raises:
-        UserError: a tensor that tells a size is absent.
+        UserError: diffusers cannot express it.
     """
-    width, channels, patch, _ = _shape(metas, "patch_embed.proj.weight", where, ndim=4)
-    (head,) = _shape(metas, "transformer_blocks.0.attn1.norm_q.weight", where, ndim=1)
-    _, text_width = _shape(metas, "patch_embed.text_proj.weight", where, ndim=2)
-    time_width, _ = _shape(metas, "time_embedding.linear_1.weight", where, ndim=2)
-    outputs, _ = _shape(metas, "proj_out.weight", where, ndim=2)
-    if 0 in (head, patch):
-        raise UserError(f"{where} is damaged: it holds tensors without elements")
-    return {
-        "num_layers": _count(metas, r"transformer_blocks\.(\d+)\."),
-        "num_attention_heads": width // head,
-        "attention_head_dim": head,
-        "in_channels": channels,
-        "out_channels": outputs // patch**2,
-        "patch_size": patch,
-        "text_embed_dim": text_width,
-        "time_embed_dim": time_width,
-    }
-
-
-def vae_sizes(metas: Mapping[str, Tensor], where: str | Path) -> dict[str, Any]:
-    """Sizes of an autoencoder, by the keys of its config.json; arguments as above."""
-
-    def width(name: str, axis: int = 0) -> int:
-        return _shape(metas, f"{name}.weight", where, ndim=5)[axis]
-
-    num_levels = _count(metas, r"encoder\.down_blocks\.(\d+)\.")
-    return {
-        "block_out_channels": [
-            width(f"encoder.down_blocks.{level}.resnets.0.conv1.conv")
-            for level in range(num_levels)
-        ],
-        "layers_per_block": _count(metas, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-        "latent_channels": width("decoder.conv_in.conv", 1),
-        "in_channels": width("encoder.conv_in.conv", 1),
-        "out_channels": width("decoder.conv_out.conv"),
-    }
+    position = network["modules"]["pos_embed_config"]["params"]
+    factors = [position.get(f"{side}_interpolation", 1.0) for side in ("height", "width")]
+    if factors[0] != factors[1]:
+        raise UserError(
+            f"height_interpolation={factors[0]} and width_interpolation={factors[1]} differ; "
+            "diffusers has one factor for both, so this model cannot be converted"
+        )
+    return Geometry(
+        latent_height=network["latent_height"],
+        latent_width=network["latent_width"],
+        num_frames=network["num_frames"],
+        time_compressed_rate=network["time_compressed_rate"],
+        text_length=position["text_length"],
+        interpolation=float(factors[0]),
+    )
 
 
 def transformer_config(sizes: Mapping[str, int], geometry: Geometry) -> dict[str, Any]:

@@ -8,23 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from torch import Tensor
 
 from sgm.checkpoint.blueprint import sizes_of
-from sgm.checkpoint.diffusers_folder import read_json
 from sgm.checkpoint.known_models import Comparison, KnownModel, compare
-from sgm.checkpoint.lora import check_complete, find_lora_file, read_lora
+from sgm.checkpoint.lora import check_whole_lora, find_lora_file, read_lora
 from sgm.checkpoint.reading import read_checkpoint, tensors_of
 from sgm.checkpoint.table import Part, on_meta
+from sgm.checkpoint.text_encoder import find_t5
 from sgm.checkpoint.transformer import fingerprint, read_transformer
 from sgm.checkpoint.vae import load_vae_state
-from sgm.errors import UserError
-from sgm.modules.encoders.modules import find_t5
+from sgm.errors import UserError, first_of
 
-_NUM_NAMED = 3  # names that a line repeats
 _NOT_IN_SUMMARY = ("checkpoints", "file", "family", "on disk", "channels", "text", "blocks")
-_FIVE_B = ("42", "3072, 48 heads of 64")  # layers and width of CogVideoX-5B and of 1.5
+# Of CogVideoX-5B and of 1.5.
+_FIVE_B = {"num_layers": 42, "num_attention_heads": 48, "attention_head_dim": 64}
 _TEXT_WEIGHT = "mixins.patch_embed.text_proj.weight"
 
 
@@ -54,8 +54,8 @@ class Finding:
 
 def few(names: Sequence[str]) -> str:
     """The first of `names`, and how many there are if these are not all."""
-    more = f", … ({len(names)})" if len(names) > _NUM_NAMED else ""
-    return f"{', '.join(names[:_NUM_NAMED])}{more}"
+    shown = first_of(names)
+    return f"{shown} ({len(names)})" if shown.endswith("…") else shown
 
 
 def describe_transformer(path: Path, known: Sequence[KnownModel], *, given: str | Path) -> Finding:
@@ -72,13 +72,13 @@ def describe_transformer(path: Path, known: Sequence[KnownModel], *, given: str 
     place, base, lora = read_transformer(path)
     shapes = on_meta(base)
     comparison = compare(shapes, "transformer", known)
-    folder = place.is_dir()
+    folder, sizes = place.is_dir(), _sizes("transformer", shapes)
     family = f"{fingerprint(base)} (of biases and norms, which a merged LoRA leaves as they are)"
     finding = Finding(
         f"transformer in {'diffusers' if folder else 'SAT'} format",
-        [*_sizes("transformer", shapes), *_amounts(shapes), ("family", family)],
+        [*_size_facts("transformer", sizes), *_amounts(shapes), ("family", family)],
     )
-    _judge(finding, comparison)
+    _judge(finding, comparison, sizes)
     if lora:
         rank = min(next(iter(lora.values())).shape, default=0)
         finding.facts.append(("LoRA", f"{len(lora)} matrices of rank {rank} beside the weights"))
@@ -102,8 +102,9 @@ def describe_vae(path: Path, known: Sequence[KnownModel], *, given: str | Path) 
     comparison = compare(shapes, "vae", known)
     kind = "diffusers" if path.is_dir() else "SAT"
     finding = Finding(f"video autoencoder (VAE) in {kind} format")
-    finding.facts = [*_sizes("vae", shapes), *_amounts(shapes)]
-    _judge(finding, comparison)
+    sizes = _sizes("vae", shapes)
+    finding.facts = [*_size_facts("vae", sizes), *_amounts(shapes)]
+    _judge(finding, comparison, sizes)
     if comparison.fits:
         finding.next_steps.append(
             f"model.first_stage_config.params.ckpt_path: {quote(str(given))} "
@@ -112,11 +113,17 @@ def describe_vae(path: Path, known: Sequence[KnownModel], *, given: str | Path) 
     return finding
 
 
-def _sizes(part: Part, shapes: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """The facts on sizes; none where the weights do not tell them."""
+def _sizes(part: Part, shapes: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The sizes that weights tell, as `sizes_of`; none where they do not tell them."""
     try:
-        sizes = sizes_of(shapes, part, "")
+        return sizes_of(shapes, part, "")
     except UserError:
+        return {}
+
+
+def _size_facts(part: Part, sizes: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The facts on `_sizes`."""
+    if not sizes:
         return []
     if part == "vae":
         widths = sizes["block_out_channels"]
@@ -153,7 +160,7 @@ def _rounded(number: int, units: str = " kMB") -> str:
     return f"{number / 1000**power:.3g} {units[power]}".rstrip()
 
 
-def _judge(finding: Finding, comparison: Comparison) -> None:
+def _judge(finding: Finding, comparison: Comparison, sizes: Mapping[str, Any]) -> None:
     """What is absent or extra, and whether it loads."""
     missing, extra, misshapen = (
         comparison.differences[kind] for kind in ("missing", "unknown", "of another shape")
@@ -163,10 +170,9 @@ def _judge(finding: Finding, comparison: Comparison) -> None:
     if misshapen:
         finding.facts.append(("other shape", few(misshapen)))
     nearest = comparison.known.config
-    facts = dict(finding.facts)
     if comparison.fits:
         finding.use = f"with {nearest}"
-    elif (facts.get("layers"), facts.get("width")) == _FIVE_B:
+    elif _FIVE_B.items() <= sizes.items():
         finding.problem = "these are CogVideoX-5B's sizes, and only 2B's positions are known here"
     elif comparison.is_whole:
         finding.use = (
@@ -208,7 +214,7 @@ def describe_lora(
         ],
     )
     try:
-        check_complete(matrices, record, given)
+        check_whole_lora(matrices, record, given)
     except UserError as error:
         finding.problem = str(error)
         return finding
@@ -272,27 +278,25 @@ def _named_base(base: str | None, known: Sequence[KnownModel]) -> str:
     return base
 
 
-def describe_t5(folder: Path, known: Sequence[KnownModel], *, given: str | Path) -> Finding:
-    """A folder with T5; `given` is its model_dir, the others as in `describe_transformer`."""
+def describe_t5(given: Path, known: Sequence[KnownModel]) -> Finding:
+    """A folder with T5, `given`; `known` as in `describe_transformer`."""
     files = find_t5(given)
     shapes: dict[str, Tensor] = {}
     for path in files.weights:
         shapes |= on_meta(tensors_of(read_checkpoint(path), path, wrapper="state_dict"))
-    config = read_json(folder / "config.json")
     finding = Finding(
         "T5 text encoder",
         [
-            ("layers", str(config.get("num_layers"))),
-            ("width", f"{config.get('d_model')}, {config.get('num_heads')} heads"),
+            ("layers", str(files.config.get("num_layers"))),
+            ("width", f"{files.config.get('d_model')}, {files.config.get('num_heads')} heads"),
             *_amounts(shapes),
         ],
     )
     for model in known:
-        if model.transformer[_TEXT_WEIGHT].shape[1] == config.get("d_model"):
+        if model.transformer[_TEXT_WEIGHT].shape[1] == files.config.get("d_model"):
             finding.use = f"with {model.config}"
             finding.next_steps = [f"model_dir: {quote(str(given))} in {model.config}"]
             return finding
-    finding.use = (
-        f"with a transformer for text of width {config.get('d_model')}; no file of configs/ has one"
-    )
+    width = files.config.get("d_model")
+    finding.use = f"with a transformer for text of width {width}; no file of configs/ has one"
     return finding

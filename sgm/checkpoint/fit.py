@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from sgm.errors import UserError
-
-_NUM_NAMED = 3  # keys of each kind that the message names
+from sgm.checkpoint.blueprint import model_of, sizes_of
+from sgm.checkpoint.table import POSITION_TABLE, Part, on_meta
+from sgm.errors import UserError, first_of
 
 
 def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -56,10 +57,83 @@ def check_fit(
         UserError: they differ; it names the first few of each kind.
     """
     clauses = [
-        f"{len(names)} {kind} ({', '.join(names[:_NUM_NAMED])}"
-        f"{', …' if len(names) > _NUM_NAMED else ''})"
+        f"{len(names)} {kind} ({first_of(names)})"
         for kind, names in differences(found, wanted).items()
         if names
     ]
     if clauses:
         raise UserError(f"{path} does not fit {model}: keys {'; '.join(clauses)}; {hint}")
+
+
+def check_weights(
+    tensors: Mapping[str, Tensor],
+    part: Part,
+    model: nn.Module,
+    *,
+    where: str | Path,
+    described_by: str,
+) -> dict[str, Any]:
+    """Compare the weights of a part with the model of a configuration; their sizes.
+
+    Args:
+        tensors: names as in SAT; the position table may be absent.
+        part: transformer or vae.
+        model: on the meta device.
+        where: the file, for messages.
+        described_by: the configuration, for messages.
+
+    Raises:
+        UserError: sizes differ, or names or shapes are absent or too many.
+    """
+    wanted = wanted_of(model.state_dict(), tensors)
+    found, expected = sizes_of(tensors, part, where), sizes_of(wanted, part, described_by)
+    for key, value in found.items():
+        if value != expected[key]:
+            raise UserError(
+                f"{where} has {key}={value}, but {described_by} describes a model with {key}="
+                f"{expected[key]}; name the configuration of these weights with --base"
+            )
+    hint = f"copy the file again, or name its configuration instead of {described_by} with --base"
+    check_fit(on_meta(tensors), wanted, path=where, hint=hint)
+    return found
+
+
+def check_whole_part(
+    tensors: Mapping[str, Tensor], part: Part, config: Mapping[str, Any], *, where: str | Path
+) -> dict[str, Any]:
+    """Check that weights of diffusers are those of a whole CogVideoX-2B of any size; their sizes.
+
+    Args:
+        tensors: under SAT's names.
+        part: transformer or vae.
+        config: diffusers' config.json; sizes that it has must be those of the weights.
+        where: the folder, for messages.
+
+    Raises:
+        UserError: config.json says other sizes, or names or shapes are absent or too many.
+    """
+    sizes = sizes_of(tensors, part, where)
+    for key, value in sizes.items():
+        if config.get(key, value) != value:
+            raise UserError(
+                f"{where} has {key}={value}, but its config.json says {config[key]}; copy both "
+                "from the original again"
+            )
+    check_fit(
+        without_positions(on_meta(tensors)),
+        without_positions(model_of(sizes, part, where=where).state_dict()),
+        path=where,
+        model="a model of its sizes",
+        hint="copy it from the original again",
+    )
+    return sizes
+
+
+def without_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All but the position table, which is computed where it is absent; clips tell its size."""
+    return {name: tensor for name, tensor in tensors.items() if name != POSITION_TABLE}
+
+
+def wanted_of(model: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a model wants of weights: its position table only where they have one."""
+    return dict(model) if POSITION_TABLE in found else without_positions(model)

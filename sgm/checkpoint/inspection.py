@@ -25,6 +25,7 @@ from sgm.checkpoint.findings import (
 from sgm.checkpoint.known_models import KnownModel
 from sgm.checkpoint.lora_formats import find_foreign_file, is_foreign
 from sgm.checkpoint.reading import read_checkpoint, tensors_of
+from sgm.checkpoint.text_encoder import find_tokenizer
 from sgm.checkpoint.transformer import (
     MODEL_FILES,
     MODEL_PREFIX,
@@ -34,7 +35,7 @@ from sgm.checkpoint.transformer import (
 )
 from sgm.checkpoint.vae import ENGINE_PREFIX, SAT_FILE
 from sgm.errors import UserError
-from sgm.modules.encoders.modules import T5Tokenizer, find_tokenizer
+from sgm.modules.encoders.modules import T5Tokenizer
 
 _KEYS = {  # of a configuration, by the part of a pipeline that they name
     "transformer": "args.load",
@@ -45,7 +46,6 @@ _PIPELINE_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler
 
 # Beginnings of names of other parts in a checkpoint of the whole engine.
 _OTHER = {ENGINE_PREFIX: "autoencoder", "conditioner.": "text encoder"}
-_WRAPPERS = ("module", "state_dict")  # where SAT's transformer and autoencoder have their tensors
 # What only the state of a training has: of this code, of DeepSpeed, of PyTorch's optimizers.
 _TRAINING_KEYS = {"optimizer", "optimizer_state_dict", "param_groups", "zero_stage", "schedule"}
 _SAT_VAE = ("encoder.down.", "encoder.mid.block", "decoder.up.", "decoder.mid.block")
@@ -106,7 +106,7 @@ def _inspect_part(folder: Path, known: Sequence[KnownModel]) -> Finding:
     if name == PART_CLASSES["vae"]:
         return describe_vae(folder, known, given=folder)
     if config.get("model_type") == "t5":
-        return describe_t5(folder, known, given=folder)
+        return describe_t5(folder, known)
     raise UserError(
         f"{folder} belongs to another model ({name or config.get('model_type')!r}); CogVideoX-2B "
         f"consists of a {' and a '.join(PART_CLASSES.values())} and T5"
@@ -195,8 +195,7 @@ def _inspect_file(file: Path, known: Sequence[KnownModel], *, given: Path) -> Fi
     keys = set(map(str, state)) if isinstance(state, dict) else set()
     if keys & _TRAINING_KEYS and "module" not in keys:
         return _training_state(file, state)
-    wrapper = next((name for name in _WRAPPERS if isinstance(state, dict) and name in state), "")
-    tensors = tensors_of(state, file, wrapper=wrapper)
+    tensors = tensors_of(state, file, wrapper="module")
     finding = _of_names(tensors, file, known, given=given)
     own = file.stat().st_size
     finding.facts.append(("on disk", f"{own / 1e9:.2f} GB" if own > 1e8 else f"{own / 1e6:.2f} MB"))

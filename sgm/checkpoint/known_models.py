@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from sgm.checkpoint.blueprint import build_on_meta, model_of, sizes_of, without_positions
-from sgm.checkpoint.fit import differences
-from sgm.checkpoint.transformer import POSITION_TABLE
+from sgm.checkpoint.blueprint import build_on_meta, model_of, sizes_of
+from sgm.checkpoint.fit import differences, wanted_of, without_positions
 from sgm.errors import UserError
 
 
@@ -71,11 +70,7 @@ def compare(
         part: what they are.
         known: one at least.
     """
-    found = {}
-    for model in known:
-        wanted = getattr(model, part)
-        has_table = POSITION_TABLE in shapes
-        found[model] = differences(shapes, wanted if has_table else without_positions(wanted))
+    found = {m: differences(shapes, wanted_of(getattr(m, part), shapes)) for m in known}
     nearest = min(known, key=lambda model: sum(map(len, found[model].values())))
     if not any(found[nearest].values()):
         return Comparison(nearest, True, found[nearest])

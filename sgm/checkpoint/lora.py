@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from sgm.checkpoint.fit import check_fit
 from sgm.checkpoint.lora_formats import (
     LARGEST_ALPHA,
     NUM_PAIRS,
+    LoraRecord,
     find_foreign_file,
     is_alpha,
     is_foreign,
@@ -42,25 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DEFAULT_ALPHA = 1.0  # of SAT's LoraMixin
-HINT = "load must name the base model that the LoRA was trained on, with its configuration"
 _WHOLE_MODEL = "time_embed.0.weight", "transformer_blocks.0.norm1.norm.weight"  # SAT, diffusers
-
-
-@dataclass(frozen=True)
-class LoraRecord:
-    """What a LoRA's matrices do not say themselves.
-
-    Args:
-        r: rank.
-        lora_alpha: the update is ``lora_alpha / r · B A``; None in a file without a record.
-        layer_range: numbers of the blocks that have matrices; None in a file without a record.
-        base: `fingerprint` of the model it was trained on; None where that is not known.
-    """
-
-    r: int
-    lora_alpha: float | None
-    layer_range: list[int] | None
-    base: str | None
 
 
 def lora_record(network: DiffusionTransformer, base: str | None) -> dict[str, Any]:
@@ -105,7 +88,10 @@ def read_lora(
     tensors = tensors_of(state, file, wrapper="module")
     has_matrices = any(is_lora_matrix(name) for name in tensors)
     if not has_matrices and is_foreign(tensors):
-        return _read_foreign(tensors, file, alpha=alpha, tell=tell)
+        matrices, record, tells_alpha = to_sat_lora(tensors, file, alpha=alpha)
+        if tell and alpha is None and not tells_alpha:
+            logger.info("%s does not tell its alpha; its rank is taken, as diffusers does", file)
+        return matrices, record
     if not has_matrices and any(name.endswith(_WHOLE_MODEL) for name in tensors):
         raise _is_whole(file, option)
     base, matrices = sort_keys(tensors, file, kind="lora", option=option)
@@ -155,15 +141,6 @@ def _is_whole(path: str | Path, option: str) -> UserError:
     if option == "lora":  # of a command that takes a whole model too
         hint = "name it in load, a LoRA in lora"
     return UserError(f"{path} is a whole model, not a LoRA; {hint}")
-
-
-def _read_foreign(
-    tensors: Mapping[str, Tensor], path: Path, *, alpha: float | None, tell: bool
-) -> tuple[dict[str, Tensor], LoraRecord]:
-    lora = to_sat_lora(tensors, path, alpha=alpha)
-    if tell and alpha is None and not lora.tells_alpha:
-        logger.info("%s does not tell its alpha; its rank is taken, as diffusers does", path)
-    return lora.matrices, LoraRecord(lora.r, lora.lora_alpha, lora.layer_range, lora.base)
 
 
 def _rank(matrices: Mapping[str, Tensor]) -> int:
@@ -218,7 +195,8 @@ def _expected_matrices(
     for layer in layers:
         num_pairs = NUM_PAIRS.get(layer.rpartition(".")[2])
         weight = weights.get(f"{layer}.weight")
-        if num_pairs is None or weight is None:  # its matrices are unknown keys then
+        # Else its matrices are unknown keys.
+        if num_pairs is None or weight is None or weight.ndim != 2:
             continue
         out_size, in_size = weight.shape
         for i in range(num_pairs):
@@ -233,7 +211,7 @@ def check_matrices(
     weights: Mapping[str, Tensor],
     *,
     path: str | Path,
-    hint: str = HINT,
+    hint: str,
     model: str = "the base model",
 ) -> None:
     """Check that the matrices of a LoRA are all there and fit the base model's `weights`.
@@ -252,7 +230,7 @@ def check_matrices(
     check_fit(matrices, expected, path=path, hint=hint, model=model)
 
 
-def check_complete(matrices: Mapping[str, Tensor], record: LoraRecord, path: str | Path) -> None:
+def check_whole_lora(matrices: Mapping[str, Tensor], record: LoraRecord, path: str | Path) -> None:
     """As `check_matrices` without the base model: query, key, value and dense map width to width.
 
     Raises:

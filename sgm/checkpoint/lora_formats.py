@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sgm.checkpoint.table import to_sat
-from sgm.errors import UserError
+from sgm.errors import UserError, first_of
 
 logger = logging.getLogger(__name__)
 
@@ -97,21 +97,19 @@ class _Pair:
 
 
 @dataclass(frozen=True)
-class ConvertedLora:
-    """A LoRA of diffusers or peft in SAT's terms.
+class LoraRecord:
+    """What a LoRA's matrices do not say themselves.
 
     Args:
-        matrices: name in SAT → matrix.
-        r, lora_alpha, layer_range: as in `sgm.checkpoint.lora.LoraRecord`.
-        tells_alpha: whether `lora_alpha` was stored with it.
-        base: `fingerprint` of the base model, of a LoRA that was exported here; else None.
+        r: rank.
+        lora_alpha: the update is ``lora_alpha / r · B A``; None in a file without a record.
+        layer_range: numbers of the blocks that have matrices; None in a file without a record.
+        base: `fingerprint` of the model it was trained on; None where that is not known.
     """
 
-    matrices: dict[str, Tensor]
     r: int
-    lora_alpha: float
-    layer_range: list[int]
-    tells_alpha: bool
+    lora_alpha: float | None
+    layer_range: list[int] | None
     base: str | None
 
 
@@ -137,7 +135,9 @@ def other_alpha(path: Path, stored: float, given: float) -> UserError:
     )
 
 
-def to_sat_lora(tensors: Mapping[str, Tensor], path: Path, *, alpha: float | None) -> ConvertedLora:
+def to_sat_lora(
+    tensors: Mapping[str, Tensor], path: Path, *, alpha: float | None
+) -> tuple[dict[str, Tensor], LoraRecord, bool]:
     """A LoRA of diffusers or peft as SAT holds it: all of q, k, v and dense, of one rank.
 
     Layers that were not trained get zeros, smaller ranks are filled up with zeros, and where the
@@ -147,6 +147,9 @@ def to_sat_lora(tensors: Mapping[str, Tensor], path: Path, *, alpha: float | Non
         tensors: what the file `path` holds.
         path: beside it peft's ``adapter_config.json`` is looked for.
         alpha: taken where none is stored; without it the rank is taken, as diffusers does.
+
+    Returns:
+        The matrices by their names in SAT, the record, and whether the file tells its alpha.
 
     Raises:
         UserError: it is not a plain LoRA of CogVideoX's attention layers, or damaged.
@@ -165,14 +168,8 @@ def to_sat_lora(tensors: Mapping[str, Tensor], path: Path, *, alpha: float | Non
         in_diffusers |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
     found = dict(to_sat(in_diffusers, "lora", where=path))
     blocks = sorted({int(name.split(".")[2]) for name in found})
-    return ConvertedLora(
-        _completed(found, blocks),
-        rank,
-        common,
-        blocks,
-        tells_alpha=stored is not None,
-        base=_read_base(path),
-    )
+    record = LoraRecord(rank, common, blocks, base=_read_base(path))
+    return _completed(found, blocks), record, stored is not None
 
 
 def _named_matrices(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
@@ -200,11 +197,10 @@ def _named_matrices(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict
         )
     if homeless:
         kinds = sorted({re.sub(r"^transformer_blocks\.[0-9]+\.", "", layer) for layer in homeless})
-        more = ", …" if len(kinds) > _NUM_NAMED else ""
         raise UserError(
             f"{path} also changes layers for which SAT's LoRA has no place "
-            f"({', '.join(kinds[:_NUM_NAMED])}{more}), as it holds to_q, to_k, to_v and to_out.0 "
-            f"only; {_MERGE_FIRST}"
+            f"({first_of(kinds, _NUM_NAMED)}), as it holds to_q, to_k, to_v and to_out.0 only; "
+            f"{_MERGE_FIRST}"
         )
     return layers
 

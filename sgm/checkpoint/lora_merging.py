@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sgm.checkpoint.lora import HINT, alpha_of, check_matrices, read_lora, warn_of_other_base
+from sgm.checkpoint.lora import alpha_of, check_matrices, read_lora, warn_of_other_base
 from sgm.checkpoint.lora_formats import NUM_PAIRS
 from sgm.checkpoint.table import LazyTensors, on_meta
 from sgm.checkpoint.transformer import fingerprint, is_lora_matrix
-from sgm.checkpoint.writing import in_dtype
+from sgm.checkpoint.writing import in_dtype, rounded
 from sgm.lora_choice import LoraChoice
 
 if TYPE_CHECKING:
     from sgm.models.transformer import DiffusionTransformer
+
+
+_HINT = "load must name the base model that the LoRA was trained on, with its configuration"
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def merge_loras(
     if any(is_lora_matrix(name) for name in weights):
         raise RuntimeError("merge_loras: the network has LoRA layers of its own")
     base = base or fingerprint(weights)
-    updates = [_read_update(choice, weights, base=base, hint=HINT) for choice in loras]
+    updates = [_read_update(choice, weights, base=base, hint=_HINT) for choice in loras]
     for layer in frozenset[str]().union(*(update.layers for update in updates)):
         weight = weights[f"{layer}.weight"]
         weight.copy_(_updated(weight, layer, updates))  # this rounds
@@ -125,9 +128,10 @@ def merged_tensors(
 
     @torch.no_grad()
     def merged(layer: str) -> Tensor:
-        weight = base[f"{layer}.weight"]
+        name = f"{layer}.weight"
+        weight = base[name]
         total = _updated(weight, layer, updates)
-        return total if dtype else total.to(weight.dtype)
+        return total if dtype else rounded(total, weight.dtype, name=name, where=where)
 
     makers = {name: partial(base.__getitem__, name) for name in base}
     makers |= {f"{layer}.weight": partial(merged, layer) for layer in layers}

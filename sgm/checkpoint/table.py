@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sgm.errors import UserError
+from sgm.errors import UserError, first_of
 
 Part = Literal["transformer", "vae", "lora"]
 
@@ -24,7 +24,6 @@ Part = Literal["transformer", "vae", "lora"]
 # counted from the other end.
 _PLACEHOLDER = re.compile(r"\{(~?)(\w+)\}")
 _PATTERNS = {"rest": ".+", "kind": "weight|bias", "side": "encoder|decoder", "ab": "[AB]"}
-_NUM_NAMED = 3  # unknown names that a message repeats
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ _BLOCK = "transformer_blocks.{i}"
 _ADALN = "mixins.adaln_layer"
 
 # The position table: both sides compute it where it is absent, so it is not carried over.
-_COMPUTED = ("mixins.pos_embed.pos_embedding", "patch_embed.pos_embedding")
+POSITION_TABLE = "mixins.pos_embed.pos_embedding"
+_COMPUTED = (POSITION_TABLE, "patch_embed.pos_embedding")
 
 TRANSFORMER = (
     Row(
@@ -214,11 +214,10 @@ def _matches(
         else:
             unknown.append(name)
     if unknown:
-        more = ", …" if len(unknown) > _NUM_NAMED else ""
         raise UserError(
             f"{where}: {len(unknown)} names are not those of a CogVideoX-2B {part} in "
             f"{'SAT' if in_sat else 'diffusers'} format "
-            f"({', '.join(unknown[:_NUM_NAMED])}{more}); is it the {part} of another model?"
+            f"({first_of(unknown)}); is it the {part} of another model?"
         )
 
 

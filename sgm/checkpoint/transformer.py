@@ -16,8 +16,8 @@ from torch import Tensor
 from sgm.checkpoint.diffusers_folder import find_diffusers_part, read_diffusers_part
 from sgm.checkpoint.fit import check_fit
 from sgm.checkpoint.lora_formats import find_foreign_file, is_foreign
-from sgm.checkpoint.reading import read_checkpoint, tensors_of
-from sgm.checkpoint.table import on_meta, to_sat
+from sgm.checkpoint.reading import check_weight_file, read_checkpoint, tensors_of
+from sgm.checkpoint.table import POSITION_TABLE, on_meta, to_sat
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ MODEL_PREFIX = "model.diffusion_model."
 MODEL_FILES = ("mp_rank_00_model_states.pt", "mp_rank_00_model_states.safetensors")
 # Of a checkpoint of the whole engine, what belongs to other parts.
 OTHER_PARTS = ("conditioner.", "first_stage_model.", "loss.", "loss_fn.", "denoiser.", "model_ema.")
-POSITION_TABLE = "mixins.pos_embed.pos_embedding"
 _LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
 _HINT = "use the configuration that belongs to these weights"
 _FOREIGN_FILES = "pytorch_lora_weights.safetensors or adapter_model.safetensors"
@@ -239,11 +238,14 @@ def check_transformer(load: str | Path) -> None:
     """Find out early whether `load` leads to weights, as far as that takes no time.
 
     Raises:
-        UserError: it does not, or to a diffusers folder of another model or with something absent.
+        UserError: it does not, or to a file that is damaged, or a diffusers folder of another model
+            or with something absent.
     """
     path = find_transformer_file(load)
     if path.is_dir():
         read_transformer(path)
+    else:
+        check_weight_file(path)
 
 
 def load_transformer(

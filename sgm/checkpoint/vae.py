@@ -13,7 +13,7 @@ from sgm.checkpoint.diffusers_folder import (
     find_diffusers_part,
     read_diffusers_part,
 )
-from sgm.checkpoint.reading import read_checkpoint, tensors_of
+from sgm.checkpoint.reading import check_weight_file, read_checkpoint, tensors_of
 from sgm.checkpoint.table import to_sat
 from sgm.errors import UserError
 
@@ -65,6 +65,7 @@ def vae_files(path: str | Path) -> list[Path]:
     """
     place = _find(path, _OPTION)
     if place.is_file():
+        check_weight_file(place)
         return [place]
     read_diffusers_part(place, "vae")
     return diffusers_files(place)

@@ -41,6 +41,23 @@ _DTYPES = {
 }
 
 
+def rounded(tensor: Tensor, dtype: torch.dtype, *, name: str, where: str | Path) -> Tensor:
+    """A tensor in another precision; one of whole numbers stays as it is.
+
+    Raises:
+        UserError: it has values beyond the range of `dtype`.
+    """
+    if not tensor.is_floating_point() or tensor.dtype is dtype:
+        return tensor
+    result = tensor.to(dtype)
+    if not result.isfinite().all() and tensor.isfinite().all():
+        raise UserError(
+            f"{where}: {name} holds values beyond the range of {str(dtype)[6:]}; take bfloat16 "
+            "or leave the precision as it is"
+        )
+    return result
+
+
 def in_dtype(
     tensors: Mapping[str, Tensor], dtype: torch.dtype | None, *, where: str | Path
 ) -> Mapping[str, Tensor]:
@@ -52,23 +69,14 @@ def in_dtype(
     if dtype is None:
         return tensors
 
-    def rounded(name: str) -> Tensor:
-        tensor = tensors[name]
-        if not tensor.is_floating_point() or tensor.dtype is dtype:
-            return tensor
-        result = tensor.to(dtype)
-        if not result.isfinite().all() and tensor.isfinite().all():
-            raise UserError(
-                f"{where}: {name} holds values beyond the range of {str(dtype)[6:]}; take bfloat16 "
-                "or leave the precision as it is"
-            )
-        return result
+    def make(name: str) -> Tensor:
+        return rounded(tensors[name], dtype, name=name, where=where)
 
     def metas() -> Mapping[str, Tensor]:
         known = on_meta(tensors).items()
         return {name: meta.to(dtype) if meta.is_floating_point() else meta for name, meta in known}
 
-    return LazyTensors({name: partial(rounded, name) for name in tensors}, meta=metas)
+    return LazyTensors({name: partial(make, name) for name in tensors}, meta=metas)
 
 
 class _Watched(Mapping[str, Tensor]):

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from sgm.checkpoint import vae_files
+from sgm.checkpoint.text_encoder import embedding_files
 from sgm.errors import UserError
-from sgm.modules.encoders.modules import FrozenT5Embedder, embedding_files
+from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.util import get_class
 
 # To be raised when other code makes another content: which frames are taken, how they are scaled,

@@ -61,7 +61,7 @@ def check_weight_paths(
                 f"model.{where}.params.model_dir: the T5 folder {path} does not exist (model_dir "
                 f"{str(path)!r} is not a folder); README tells where to get it"
             )
-        from sgm.modules.encoders.modules import find_t5
+        from sgm.checkpoint.text_encoder import find_t5
 
         find_t5(path)
 

@@ -150,6 +150,8 @@ def test_merged_tensors_of_another_precision_are_rounded_once(build, two):
     strong = [LoraChoice(choice.path, 1e8) for choice in two]
     with pytest.raises(UserError, match="base: .* beyond the range of float16"):
         dict(merged_tensors(base, strong, where="base", dtype=torch.float16))
+    with pytest.raises(UserError, match="base: .* beyond the range of float16"):
+        dict(merged_tensors(base, strong, where="base"))  # whose own precision it is
 
 
 def test_nothing_is_merged_if_one_of_several_is_wrong(build, two, tmp_path):

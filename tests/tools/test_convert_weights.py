@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from arguments import SamplingArgs, TrainingArgs, parse_config
 from sgm.checkpoint.reading import read_checkpoint
+from sgm.checkpoint.text_encoder import find_t5
 from sgm.checkpoint.transformer import MODEL_PREFIX, POSITION_TABLE
 from sgm.checkpoint.writing import save_sat_transformer
-from sgm.modules.encoders.modules import T5Tokenizer, find_t5
+from sgm.modules.encoders.modules import T5Tokenizer
 from sgm.training.run_folder import save_config
 from sgm.util import instantiate_from_config
 from tests.conftest import OLD_NAMES

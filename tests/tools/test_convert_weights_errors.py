@@ -112,6 +112,7 @@ def test_a_t5_folder_that_lacks_something_is_refused(small, t5_folder, tmp_path,
         t5 = tmp_path / absent
         shutil.copytree(t5_folder, t5)
         if absent == "shard":
+            (t5 / "model.safetensors").rename(t5 / "model-00008-of-00009.safetensors")
             index = {"weight_map": {"a": "model-00009-of-00009.safetensors"}}
             (t5 / "model.safetensors.index.json").write_text(json.dumps(index))
         else:

@@ -298,7 +298,12 @@ def wrong(tmp_path):
     state = torch.load(run / "20" / MODEL_FILES[0])
     del state["module"][f"{MODEL_PREFIX}{Q}.matrix_B.1"]
     torch.save(state, damaged)
-    return {"base": base, "run": run, "wide": wide, "damaged": damaged, "none": tmp_path / "none"}
+    flat = tmp_path / "flat.pt"
+    state = torch.load(base)
+    state["module"][f"{MODEL_PREFIX}{Q}.weight"] = torch.zeros(5)
+    torch.save(state, flat)
+    files = {"base": base, "run": run, "wide": wide, "damaged": damaged, "flat": flat}
+    return files | {"none": tmp_path / "none"}
 
 
 @pytest.mark.parametrize(
@@ -312,6 +317,7 @@ def wrong(tmp_path):
         ("bring_in damaged", "1 missing .*damaged, copy it again"),
         ("bring_in wide --load base", "wide does not fit .*base.pt the base model that the LoRA"),
         ("merge base --lora wide", "wide does not fit .*base.pt the base model that the LoRA"),
+        ("merge flat --lora run", "run does not fit .*flat.pt the base model that the LoRA"),
         ("merge base --lora base", "is a whole model, not a LoRA"),
         ("merge run --lora run", "is a LoRA, not a whole model; --load must name its base"),
         ("bring_in run --load run", "is a LoRA, not a whole model; --load must name its base"),

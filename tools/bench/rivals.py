@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arguments import Config
-from sgm.checkpoint.blueprint import build_on_meta, geometry_of, sizes_of
+from sgm.checkpoint.blueprint import build_on_meta, sizes_of
 from sgm.checkpoint.diffusers_configs import (
     SCHEDULERS,
+    geometry_of,
     scheduler_config,
     transformer_config,
     vae_config,
@@ -190,7 +191,8 @@ def _t5(config: Config, *, device: torch.device) -> tuple[Any, Callable[[], Tens
     """transformers' encoder with the weights of the configuration, and what embeds the prompt."""
     from transformers import T5EncoderModel
 
-    from sgm.modules.encoders.modules import T5Tokenizer, find_t5
+    from sgm.checkpoint.text_encoder import find_t5
+    from sgm.modules.encoders.modules import T5Tokenizer
 
     _, folder = next(t5_folders(config.model))
     files = find_t5(folder)

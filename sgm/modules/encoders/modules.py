@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,22 +11,18 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
-from sgm.checkpoint.diffusers_folder import find_in_pipeline, read_json
 from sgm.checkpoint.fit import differences
-from sgm.checkpoint.reading import check_kind, check_weight_file, read_checkpoint, tensors_of
-from sgm.errors import UserError
+from sgm.checkpoint.reading import read_checkpoint, tensors_of
+from sgm.checkpoint.text_encoder import T5Files, find_t5
+from sgm.errors import UserError, first_of
 from sgm.modules.encoders.json_pieces import JsonPieces
 from sgm.offload import stream_weights
 
 logger = logging.getLogger(__name__)
 
-_VARIANT = ".fp16"  # in the names of files that diffusers may have instead of the plain ones
 _TABLE_NAMES = ("encoder.embed_tokens.weight", "shared.weight")
 _WIDE = ".wo.weight"
-_LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
-_NUM_NAMED = 3  # names that a message repeats
 _AGAIN = "copy the folder from the original again"
-TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 
 
 class T5Tokenizer:
@@ -80,96 +75,7 @@ def _read_pieces(path: Path) -> SentencePieceProcessor | JsonPieces:
         ) from None
 
 
-def find_tokenizer(*folders: Path) -> Path | None:
-    """The first ``spiece.model`` in `folders`, or else the first ``tokenizer.json``, or None."""
-    paths = (folder / name for name in TOKENIZER_FILES for folder in folders)
-    return next((path for path in paths if path.is_file()), None)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files of weights that are used, sorted; empty where there are none."""
-    weights = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
-    return sorted([path for path in weights if _VARIANT not in path.name] or weights)
-
-
-@dataclass(frozen=True)
-class T5Files:
-    """Where a text encoder is: its folder, the file of its tokenizer and its files of weights."""
-
-    folder: Path
-    tokenizer: Path
-    weights: Sequence[Path]
-
-
-def find_t5(model_dir: str | Path, *, option: str = "model_dir") -> T5Files:
-    """The files of a text encoder, after saying what is absent or broken, before any is loaded.
-
-    Args:
-        model_dir: a T5 folder of Hugging Face's, the folder ``text_encoder`` of a diffusers
-            pipeline, with ``tokenizer`` beside it, or the pipeline's.
-        option: where the user gave the path, for messages.
-
-    Raises:
-        UserError: the folder, its config, its tokenizer or its weights are absent, or one of its
-            files is not what its name says.
-    """
-    folder = Path(model_dir).expanduser()
-    folder = find_in_pipeline(folder, "text_encoder") or folder
-    if not folder.is_dir():
-        raise UserError(
-            f"{option} {str(folder)!r} is not a folder; it must name the T5 folder "
-            "(for the 2B model a clone of https://huggingface.co/google/t5-v1_1-xxl)"
-        )
-    tokenizer = find_tokenizer(folder, folder.parent / "tokenizer")
-    if not (folder / "config.json").is_file():
-        raise _without_config(folder, option)
-    if tokenizer is None:
-        raise UserError(
-            f"the T5 folder {folder} lacks {' or '.join(TOKENIZER_FILES)}; copy it there from the "
-            "original, or in diffusers' layout copy the folder tokenizer to lie beside it"
-        )
-    for path in (folder / "config.json", tokenizer):
-        check_kind(path)
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type", config.get("_class_name"))
-    if kind != "t5":
-        raise UserError(
-            f"{folder} holds {str(kind)[:_LONGEST_QUOTE]!r}, not a T5 encoder; {option} must name "
-            "the T5 folder, or the folder text_encoder of a diffusers pipeline"
-        )
-    weights = _weight_files(folder)
-    if not weights:
-        raise UserError(
-            f"the T5 folder {folder} holds no weights (*.safetensors or pytorch_model*.bin; "
-            "tf_model.h5 is not used); in a git clone run 'git lfs pull'"
-        )
-    for path in weights:
-        check_weight_file(path)
-    return T5Files(folder, tokenizer, weights)
-
-
-def _without_config(folder: Path, option: str) -> UserError:
-    names = {entry.name for entry in folder.iterdir()}
-    if {"3d-vae.pt", "latest", "transformer", "model_index.json"} & names:
-        shown = ", ".join(sorted(names)[:_NUM_NAMED])
-        return UserError(
-            f"{folder} is no T5 folder (it holds {shown}); {option} must name the one with "
-            "config.json and T5's weights in it"
-        )
-    return UserError(f"the T5 folder {folder} lacks config.json; copy it there from the original")
-
-
-def embedding_files(model_dir: str) -> list[Path]:
-    """The files of a T5 folder that embeddings depend on, in a fixed order.
-
-    Raises:
-        UserError: the folder is not a T5 folder.
-    """
-    files = find_t5(model_dir)
-    return [files.folder / "config.json", files.tokenizer, *files.weights]
-
-
-def _build_encoder(folder: Path) -> nn.Module:
+def _build_encoder(files: T5Files) -> nn.Module:
     """The encoder of a T5 folder on the meta device, without values.
 
     Raises:
@@ -180,11 +86,11 @@ def _build_encoder(folder: Path) -> nn.Module:
 
     try:
         with torch.device("meta"):
-            return T5EncoderModel(T5Config.from_dict(read_json(folder / "config.json")))
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            return T5EncoderModel(T5Config.from_dict(dict(files.config)))
+    except Exception as error:  # transformers and what it checks values with raise many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"the T5 folder {folder} cannot be loaded: {reason.rstrip('.')}; {_AGAIN}"
+            f"the T5 folder {files.folder} cannot be loaded: {reason.rstrip('.')}; {_AGAIN}"
         ) from None
 
 
@@ -200,7 +106,7 @@ def encoder_bytes(model_dir: str | Path, *, dtype: torch.dtype) -> int:
     Raises:
         UserError: as in `find_t5`, or transformers cannot build it.
     """
-    weights = _build_encoder(find_t5(model_dir).folder).named_parameters()
+    weights = _build_encoder(find_t5(model_dir)).named_parameters()
     return sum(weight.numel() * _dtype_of(name, dtype).itemsize for name, weight in weights)
 
 
@@ -216,8 +122,7 @@ def _load_encoder(
     Raises:
         UserError: transformers cannot build it, or some of its weights are not in the folder.
     """
-    folder = files.folder
-    encoder = _build_encoder(folder)
+    encoder = _build_encoder(files)
     wanted = encoder.state_dict()
     found: dict[str, Tensor] = {}
     for path in files.weights:
@@ -227,10 +132,9 @@ def _load_encoder(
     unfit = differences(found, wanted)
     gaps = [*unfit["missing"], *unfit["of another shape"], *unfit["of whole numbers"]]
     if gaps:
-        few = f"{', '.join(gaps[:3])}{', …' if len(gaps) > 3 else ''}"
         raise UserError(
-            f"the T5 folder {folder} lacks {len(gaps)} of the weights that its config.json asks "
-            f"for, or has them in another shape or type ({few}); {_AGAIN}"
+            f"the T5 folder {files.folder} lacks {len(gaps)} of the weights that its config.json "
+            f"asks for, or has them in another shape or type ({first_of(gaps)}); {_AGAIN}"
         )
     if not streamed:
         for name in wanted:

@@ -10,8 +10,9 @@ from sentencepiece import SentencePieceTrainer
 from transformers import T5EncoderModel, T5ForConditionalGeneration
 from transformers import T5Tokenizer as ReferenceTokenizer
 
+from sgm.checkpoint.text_encoder import embedding_files
 from sgm.errors import UserError
-from sgm.modules.encoders.modules import FrozenT5Embedder, T5Tokenizer, embedding_files
+from sgm.modules.encoders.modules import FrozenT5Embedder, T5Tokenizer
 from tools.make_random_weights import write_t5
 
 MAX_LENGTH = 24
@@ -221,6 +222,18 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def in_shards(folder, name="model-00001-of-00002.safetensors"):
+    """The weights as one file of this name, beside a list that names two."""
+    (folder / "model.safetensors").rename(folder / name)
+    shards = {str(i): f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
+def test_a_list_of_shards_beside_weights_in_one_file_is_not_theirs(broken):
+    in_shards(broken, "model.safetensors")
+    FrozenT5Embedder(str(broken), MAX_LENGTH)
+
+
 MISTAKES = {
     "no folder": (shutil.rmtree, "is not a folder"),
     "no config": (lambda f: (f / "config.json").unlink(), "lacks config.json"),
@@ -256,6 +269,8 @@ MISTAKES = {
     "no weights in the file": (lambda f: (f / "model.safetensors").write_bytes(b""), "is empty"),
     "a weight is absent": (drop_weight, r"lacks 1 of the weights .*block.1.layer.1.*wi_0"),
     "more layers": (lambda f: edit_config(f, num_layers=3), r"block\.2\.layer"),
+    "a shard is absent": (in_shards, "lacks the shard model-00002-of-00002.safetensors that"),
+    "a size that is none": (lambda f: edit_config(f, num_layers="x"), "cannot be loaded: "),
     "another width": (lambda f: edit_config(f, d_model=128), "in another shape"),
 }
 
