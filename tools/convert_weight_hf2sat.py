@@ -9,126 +9,16 @@ The input is a pipeline's folder, or that of a transformer or an autoencoder alo
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from shlex import quote
-from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sgm.cli import CommandParser, add_option, add_precision, run_and_exit, set_up_logging
-from sgm.errors import UserError
-from sgm.files import new_folder, refuse_existing, write_torch
+from sgm.files import new_folder, refuse_existing
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from sgm.checkpoint.text_encoder import T5Files
-
-logger = logging.getLogger(__name__)
-
-T5_FOLDER = "t5-v1_1-xxl"  # as the user's guide lays the parts out
-
-
-def _refuse_lora_and_file(source: Path) -> None:
-    from sgm.checkpoint.lora_formats import find_foreign_file, is_foreign
-    from sgm.checkpoint.reading import read_checkpoint
-
-    if any((source / name).is_file() for name in ("model_index.json", "config.json")):
-        return
-    is_file = source.is_file() and source.suffix == ".safetensors"
-    if find_foreign_file(source) or (is_file and is_foreign(read_checkpoint(source))):
-        raise UserError(
-            f"{source} is a LoRA, which --lora takes as it is; for a file of SAT's layout: python "
-            f"tools/import_lora.py --lora_path {quote(str(source))} --output_path DIR"
-        )
-    if is_file and (source.parent / "config.json").is_file():
-        raise UserError(f"{source} is one file of a folder; --input_path must name {source.parent}")
-
-
-def _parts_in(source: Path) -> dict[str, Path]:
-    """Part → folder of what the input holds."""
-    from sgm.checkpoint.diffusers_folder import PART_CLASSES, is_pipeline, read_json
-
-    _refuse_lora_and_file(source)
-    if not source.is_dir():
-        raise UserError(
-            f"{source} is not a folder; --input_path must name a local diffusers folder of "
-            "CogVideoX-2B (with model_index.json in it)"
-        )
-    if (source / "model_index.json").is_file():
-        found = {part: source / part for part in PART_CLASSES if (source / part).is_dir()}
-        if not found:
-            raise UserError(
-                f"{source} has neither a folder transformer nor a folder vae; copy it whole"
-            )
-        is_pipeline(source)  # refuses that of another model
-        return found
-    if not (source / "config.json").is_file():
-        raise UserError(
-            f"{source} is no diffusers folder: it has neither model_index.json nor config.json; "
-            "for weights in SAT's layout nothing needs converting"
-        )
-    name = read_json(source / "config.json").get("_class_name")
-    for part, class_name in PART_CLASSES.items():
-        if name == class_name:
-            return {part: source}
-    raise UserError(
-        f"{source} holds {str(name)[:60]!r}; converted are a CogVideoXPipeline, a "
-        f"{' and a '.join(PART_CLASSES.values())}"
-    )
-
-
-class Conversion:
-    """Reads and checks the parts of a diffusers folder, then writes them.
-
-    Args:
-        source: the folder.
-        dtype: of the transformer; None keeps its own.
-
-    Raises:
-        UserError: something is absent, damaged or of another model.
-    """
-
-    def __init__(self, source: Path, *, dtype: torch.dtype | None = None) -> None:
-        from sgm.checkpoint.diffusers_folder import read_diffusers_part
-        from sgm.checkpoint.fit import check_whole_part
-        from sgm.checkpoint.table import to_sat
-        from sgm.checkpoint.text_encoder import find_t5
-        from sgm.checkpoint.writing import in_dtype
-
-        self._tensors: dict[str, Mapping[str, Tensor]] = {}
-        self.sizes: dict[str, dict[str, Any]] = {}
-        for part, folder in _parts_in(source).items():
-            config, tensors = read_diffusers_part(folder, part)
-            tensors = to_sat(tensors, part, where=folder)
-            self.sizes[part] = check_whole_part(tensors, part, config, where=folder)
-            own_dtype = dtype if part == "transformer" else None
-            self._tensors[part] = in_dtype(tensors, own_dtype, where=folder)
-        self.text_encoder: T5Files | None = None
-        if (source / "text_encoder").is_dir():
-            self.text_encoder = find_t5(source, option="--input_path")
-
-    def write(self, folder: Path, *, link_text_encoder: bool) -> None:
-        """Write all parts into `folder`, which is within `new_folder`."""
-        from sgm.checkpoint.text_encoder import copy_text_encoder, copy_tokenizer_files
-        from sgm.checkpoint.writing import own_storage, save_sat_transformer
-
-        if "transformer" in self._tensors:
-            logger.info("writing transformer")
-            save_sat_transformer(folder / "transformer", self._tensors["transformer"])
-        if "vae" in self._tensors:
-            logger.info("writing vae")
-            state = {name: own_storage(tensor) for name, tensor in self._tensors["vae"].items()}
-            (folder / "vae").mkdir()
-            write_torch({"state_dict": state}, folder / "vae" / "3d-vae.pt")
-        if self.text_encoder is not None:
-            logger.info("%s text_encoder", "linking" if link_text_encoder else "copying")
-            copy_text_encoder(self.text_encoder, folder / T5_FOLDER, link=link_text_encoder)
-            copy_tokenizer_files(self.text_encoder, folder / T5_FOLDER)
+# PyTorch, and what reads weights with it, is imported once the command line is known to be right.
 
 
 def build_parser() -> CommandParser:
@@ -152,10 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, convert, say what was written; returns the exit code."""
     options = build_parser().parse_args(argv)
     set_up_logging()
-    import torch
-
     output = Path(options.output_path).expanduser()
     refuse_existing(output)
+    import torch
+
+    from sgm.checkpoint.vae import SAT_FILE
+    from tools.diffusers_to_sat import T5_FOLDER, Conversion
+
     dtype = options.dtype and getattr(torch, options.dtype)
     conversion = Conversion(options.input_path.expanduser(), dtype=dtype)
     with new_folder(output) as folder:
@@ -168,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{sizes['num_attention_heads']} heads"
         )
     if "vae" in conversion.sizes:
-        print(f"  model.first_stage_config.params.ckpt_path: {output / 'vae' / '3d-vae.pt'}")
+        print(f"  model.first_stage_config.params.ckpt_path: {output / 'vae' / SAT_FILE}")
     if conversion.text_encoder is not None:
         print(f"  model_dir of the FrozenT5Embedder: {output / T5_FOLDER}")
     return 0
