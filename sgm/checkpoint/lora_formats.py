@@ -183,7 +183,13 @@ def _named_matrices(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict
         if match is None:
             foreign.append(name)
             continue
-        layers.setdefault(match["layer"], {})[match["kind"]] = tensor
+        own = layers.setdefault(match["layer"], {})
+        if match["kind"] in own:
+            raise UserError(
+                f"{path} holds the matrix {name} twice, with different prefixes; load and save it "
+                "with diffusers first"
+            )
+        own[match["kind"]] = tensor
     if foreign:
         raise UserError(
             f"{path}: {foreign[0]!r} is not a matrix of a LoRA as diffusers and peft name them "

@@ -188,6 +188,13 @@ def test_layers_without_a_place_in_sat_are_named(tmp_path, name):
         read_lora(write(tmp_path / "lora.safetensors", names))
 
 
+def test_a_layer_under_two_prefixes_is_refused(tmp_path):
+    layer = "transformer_blocks.0.attn1.to_q"
+    names = [f"transformer.{layer}", f"base_model.model.{layer}"]
+    with pytest.raises(UserError, match="lora_A.weight twice, with different prefixes; load and"):
+        read_lora(write(tmp_path / "lora.safetensors", names))
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
