@@ -76,6 +76,11 @@ def load_engine(
         raise UserError(f"{config.place('model')}: loss_fn_config is absent; training needs one")
     engine = SATVideoDiffusionEngine(**params).train()
     engine.model.diffusion_model.set_attention(args.attention)
+    if checkpoint is not None and engine.model.diffusion_model.lora_config and not is_lora:
+        raise UserError(
+            f"{checkpoint} holds a whole model, but the configuration trains a LoRA; to train one "
+            f"on it, start a new run with --load {checkpoint}"
+        )
     if is_lora:
         load_lora(engine.model.diffusion_model, checkpoint, base=engine.base_fingerprint)
     elif checkpoint is not None:
@@ -308,8 +313,8 @@ def train(config: Config, device: torch.device) -> None:
     if checkpoint:
         lock = run_folder.reserve(checkpoint.parent)
         logger.info("going on from %s", checkpoint)
+        run_folder.compare_with_last_start(config, checkpoint.parent)
         if run_folder.is_main():
-            run_folder.warn_of_changes(config, checkpoint.parent)
             run_folder.warn_of_what_stays(checkpoint, averages=args.ema_decay > 0)
     else:  # of which a fault is to be told before anything is read
         make_output_folder(Path(args.save).expanduser())

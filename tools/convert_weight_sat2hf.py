@@ -36,6 +36,13 @@ def _positive(text: str) -> float:
     return value
 
 
+def _path(text: str) -> str:
+    if not text:  # of a variable of the shell that is not set
+        raise ValueError
+    return text
+
+
+_path.__name__ = "path"
 _positive.__name__ = "positive number"  # argparse names it in its message
 
 
@@ -60,9 +67,14 @@ def build_parser() -> CommandParser:
     """The parser of this command; each option is spelt with _ or -."""
     parser = CommandParser(description="Convert weights of SAT to diffusers.")
     add = partial(add_option, parser)
-    add("transformer_ckpt_path", metavar="PATH", help="the transformer: a run, its folder, a file")
-    add("vae_ckpt_path", metavar="PATH", help="the autoencoder, 3d-vae.pt")
-    add("text_encoder_path", metavar="DIR", help="the T5 folder")
+    add(
+        "transformer_ckpt_path",
+        type=_path,
+        metavar="PATH",
+        help="the transformer: a run, its folder, a file",
+    )
+    add("vae_ckpt_path", type=_path, metavar="PATH", help="the autoencoder, 3d-vae.pt")
+    add("text_encoder_path", type=_path, metavar="DIR", help="the T5 folder")
     add("output_path", metavar="DIR", help="the new folder")
     parser.add_argument("--base", nargs="+", metavar="YAML", help="what the weights do not tell")
     parser.add_argument(

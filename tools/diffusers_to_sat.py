@@ -26,6 +26,7 @@ from sgm.checkpoint.vae import SAT_FILE
 from sgm.checkpoint.writing import in_dtype, own_storage, save_sat_transformer
 from sgm.errors import UserError
 from sgm.files import write_torch
+from sgm.modules.encoders.modules import check_t5_weights
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,14 @@ class Conversion:
     def __init__(self, source: Path, *, dtype: torch.dtype | None = None) -> None:
         self._tensors: dict[str, Mapping[str, Tensor]] = {}
         self.sizes: dict[str, dict[str, Any]] = {}
-        for part, folder in _parts_in(source).items():
+        try:
+            parts = _parts_in(source)
+        except OSError as error:  # a folder of somebody else
+            raise UserError(
+                f"--input_path: {source} cannot be looked up ({error.strerror}); check the path "
+                "and its permissions"
+            ) from None
+        for part, folder in parts.items():
             config, tensors = read_diffusers_part(folder, part)
             tensors = to_sat(tensors, part, where=folder)
             self.sizes[part] = check_whole_part(tensors, part, config, where=folder)
@@ -99,6 +107,7 @@ class Conversion:
         self.text_encoder: T5Files | None = None
         if (source / "text_encoder").is_dir():
             self.text_encoder = find_t5(source, option="--input_path")
+            check_t5_weights(self.text_encoder)
 
     def write(self, folder: Path, *, link_text_encoder: bool) -> None:
         """Write all parts into `folder`, which is within `new_folder`."""

@@ -35,6 +35,7 @@ from sgm.checkpoint.vae import holds_autoencoder, load_vae_state
 from sgm.checkpoint.writing import in_dtype, save_json, save_sharded
 from sgm.errors import UserError
 from sgm.lora_choice import LoraChoice
+from sgm.modules.encoders.modules import check_t5_weights
 from tools.conversion_sources import ROOT, Sources, select, select_number
 from tools.inspect_checkpoint import known_models
 
@@ -90,6 +91,7 @@ class Conversion:
         if sources.text_encoder:
             option = sources.name("text_encoder")
             self.text_encoder = find_t5(sources.text_encoder, option=option)
+            check_t5_weights(self.text_encoder)
         self.parts: list[_Folder] = []
         wanted = {"num_layers": num_layers, "num_attention_heads": num_attention_heads}
         vae = sources.vae

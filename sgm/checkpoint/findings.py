@@ -21,6 +21,7 @@ from sgm.checkpoint.text_encoder import find_t5
 from sgm.checkpoint.transformer import fingerprint, read_transformer
 from sgm.checkpoint.vae import load_vae_state
 from sgm.errors import UserError, first_of
+from sgm.modules.encoders.modules import check_t5_weights
 
 _NOT_IN_SUMMARY = ("checkpoints", "file", "family", "on disk", "channels", "text", "blocks")
 # Of CogVideoX-5B and of 1.5.
@@ -292,6 +293,11 @@ def describe_t5(given: Path, known: Sequence[KnownModel]) -> Finding:
             *_amounts(shapes),
         ],
     )
+    try:
+        check_t5_weights(files)
+    except UserError as error:
+        finding.problem = str(error)
+        return finding
     for model in known:
         if model.transformer[_TEXT_WEIGHT].shape[1] == files.config.get("d_model"):
             finding.use = f"with {model.config}"

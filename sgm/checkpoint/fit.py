@@ -116,7 +116,7 @@ def check_whole_part(
     for key, value in sizes.items():
         if config.get(key, value) != value:
             raise UserError(
-                f"{where} has {key}={value}, but its config.json says {config[key]}; copy both "
+                f"{where} has {key}={value}, but its config.json says {config[key]!r}; copy both "
                 "from the original again"
             )
     check_fit(

@@ -187,10 +187,16 @@ def _read_torch(path: Path, *, is_zip: bool) -> Any:
             )
         inert = [(_CONTAINERS.get(name) or type("Inert", (_Inert,), {}), name) for name in names]
     try:
-        with torch.serialization.safe_globals(inert), warnings.catch_warnings():
+        with (
+            torch.serialization.safe_globals(inert),
+            warnings.catch_warnings(),
+            path.open("rb") as file,
+        ):
             # Files of other pickle protocols either load or are refused below.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+            # By this name, as PyTorch takes what is called .safetensors for that.
+            name = f"/proc/self/fd/{file.fileno()}"
+            return torch.load(name, map_location="cpu", mmap=is_zip, weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} is not a weight file of PyTorch, or carries pickled code; it was not loaded"

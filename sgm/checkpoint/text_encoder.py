@@ -56,7 +56,16 @@ def find_t5(model_dir: str | Path, *, option: str = "model_dir") -> T5Files:
         UserError: the folder, its config, its tokenizer or its weights, or some of these, are
             absent, or one of its files is not what its name says.
     """
-    folder = Path(model_dir).expanduser()
+    try:
+        return _find_t5(Path(model_dir).expanduser(), option)
+    except OSError as error:  # a name that is too long, a folder of somebody else …
+        raise UserError(
+            f"{option}: {str(model_dir)[:_LONGEST_QUOTE]!r} cannot be looked up "
+            f"({error.strerror}); check the path and its permissions"
+        ) from None
+
+
+def _find_t5(folder: Path, option: str) -> T5Files:
     folder = find_in_pipeline(folder, "text_encoder") or folder
     if not folder.is_dir():
         raise UserError(

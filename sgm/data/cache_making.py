@@ -269,7 +269,8 @@ def make_embeddings(
     keys = {text: embedding_key(text, identity=identity, dtype=dtype) for text in texts}
     by_key = {key: text for text, key in keys.items()}
     absent = _absent(by_key, store, ranks)
-    logger.info("%s: %d of %d texts are to be embedded", store.folder, len(absent), len(by_key))
+    if absent:
+        logger.info("%s: %d of %d texts are to be embedded", store.folder, len(absent), len(by_key))
 
     def build() -> nn.Module:
         conditioner = instantiate_from_config(config, dtype=dtype, device=device).eval()

@@ -24,6 +24,7 @@ from torch import Tensor, distributed
 from sgm.checkpoint import read_checkpoint
 from sgm.checkpoint.fit import check_fit
 from sgm.checkpoint.lora import lora_record
+from sgm.checkpoint.reading import tensors_of
 from sgm.checkpoint.transformer import MODEL_FILES, is_lora_matrix
 from sgm.errors import UserError
 from sgm.files import save_torch
@@ -207,8 +208,12 @@ class Checkpointer:
                 f"{path} does not exist, so the moving average cannot be gone on with; resume with "
                 "ema_decay 0"
             )
-        module = read_checkpoint(path)["module"]
-        self.average.load({name: module[name] for name in self.average.averages})
+        module = tensors_of(read_checkpoint(path), path, wrapper="module")
+        averages = self.average.averages
+        found = {name: tensor for name, tensor in module.items() if name in averages}
+        hint = "resume from another iteration, or with ema_decay 0"
+        check_fit(found, averages, path=path, hint=hint, model="what is trained")
+        self.average.load(found)
 
 
 def trained_weights(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -141,8 +141,11 @@ def _find_checkpoint(args: Any) -> Path:
 
 
 def _checkpoint_in(folder: Path, given: str) -> Path:
+    latest = ""  # which it also is after the machine went down
     if (folder / "latest").is_file():
-        folder = folder / (folder / "latest").read_text("utf-8", errors="replace").strip()
+        latest = (folder / "latest").read_text("utf-8", errors="replace").strip()
+    if latest:
+        folder = folder / latest
     elif (folder / CONFIG_FILE).is_file():  # a run that was ended before `latest` was there
         numbers = _saved_iterations(folder)
         if not numbers:
@@ -254,9 +257,9 @@ def warn_of_what_stays(checkpoint: Path, *, averages: bool) -> None:
     later = [number for number in _saved_iterations(run) if number > iteration]
     if later:
         logger.warning(
-            "%d checkpoints after %d stay, from %d to %d, until this run saves others in their "
-            "place or save_total_limit is reached; latest will name what it saves",
-            *(len(later), iteration, min(later), max(later)),
+            "what was saved after step %d stays (%d of it, up to step %d) until this run saves "
+            "the same steps or save_total_limit is reached; latest will name what it saves",
+            *(iteration, len(later), max(later)),
         )
 
 
@@ -264,43 +267,39 @@ def _saved_iterations(run: Path) -> list[int]:
     return [int(path.name) for path in run.iterdir() if path.name.isdecimal() and path.is_dir()]
 
 
-def warn_of_changes(config: Any, run: Path) -> None:
-    """Name what the model and its precision are otherwise than when the run was last started.
+def compare_with_last_start(config: Any, run: Path) -> None:
+    """Tell what is otherwise than when the run was last started, as far as it matters.
 
-    Some of it makes another model of the weights without any other sign, such as `scale_factor`.
-    Another precision or stage of ZeRO may be refused, but late: data that are kept for the other
-    precision are made anew before.
+    Some keys of `model` make another model of the weights without any other sign, such as
+    `scale_factor`. Nothing is said where the run's configuration cannot be read.
+
+    Raises:
+        UserError: the precision is another one, in which the optimizer's state is not.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    from sgm.training.deepspeed_settings import weight_dtype
+
     try:
         before = OmegaConf.to_container(OmegaConf.load(run / CONFIG_FILE))
-        changed = [
-            *_differing_keys(before["model"], config.model, "model"),
-            *_differing_keys(*map(_form_of_state, (before, vars(config))), "deepspeed"),
-        ]
+        changed = list(_differing_keys(before["model"], config.model, "model"))
+        precision = weight_dtype(before.get("deepspeed") or {})
     except (*_UNREADABLE, YAMLError, OmegaConfBaseException) as error:
         logger.debug("%s of %s cannot be compared: %s", CONFIG_FILE, run, error)
         return
-    if changed:
+    now = weight_dtype(config.deepspeed)
+    if precision != now:
+        raise UserError(
+            f"resume: {run} was trained in {str(precision)[6:]}, and the section deepspeed asks "
+            f"for {str(now)[6:]}; set it as in {CONFIG_FILE} there, or start a new run"
+        )
+    if changed and is_main():
         logger.warning(
             "this run was last started with other settings: %s; compare %s",
             *(", ".join(changed), run / CONFIG_FILE),
         )
-
-
-def _form_of_state(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a configuration's section ``deepspeed`` what decides how the optimizer's state is kept."""
-    from sgm.training.deepspeed_settings import weight_dtype
-
-    settings = config.get("deepspeed") or {}
-    zero = settings.get("zero_optimization") or {}
-    return {
-        "precision": weight_dtype(settings),
-        "zero_optimization": {"stage": zero.get("stage", 0)},
-    }
 
 
 def _differing_keys(one: Any, other: Any, key: str) -> Iterator[str]:

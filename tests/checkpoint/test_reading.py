@@ -128,6 +128,12 @@ def test_a_name_of_any_length_is_one_sentence(tmp_path):
         read_checkpoint(tmp_path / ("a" * 5000))
 
 
+def test_what_torch_saved_is_known_by_content(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    torch.save({"a": torch.ones(3)}, path)
+    assert read_checkpoint(path)["a"].tolist() == [1, 1, 1]
+
+
 def test_safetensors_are_known_by_content(tmp_path):
     path = tmp_path / "weights.pt"  # the name of the other format
     save_file({"a": torch.ones(3)}, path)

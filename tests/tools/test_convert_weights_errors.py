@@ -122,6 +122,19 @@ def test_a_t5_folder_that_lacks_something_is_refused(small, t5_folder, tmp_path,
         nothing_new(small.folder, "small.yaml", "transformer", "vae.pt")
 
 
+def test_a_t5_that_sampling_would_refuse_is_not_converted(small, t5_folder, tmp_path, capsys):
+    t5 = shutil.copytree(t5_folder, tmp_path / "t5")
+    edit_json(t5 / "config.json", num_layers=9)
+    refused(capsys, small.convert("--text_encoder_path", t5), "T5 folder", "its config.json asks")
+    nothing_new(small.folder, "small.yaml", "transformer", "vae.pt")
+
+
+def test_an_empty_path_is_a_mistake(small, capsys):
+    with pytest.raises(SystemExit) as end:
+        small.convert(transformer_ckpt_path="")
+    assert end.value.code == 2 and "invalid path value: ''" in capsys.readouterr().err
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 

@@ -112,9 +112,16 @@ def test_whoever_resumes_with_other_settings_is_told(small, tmp_path, capsys):
 
     assert "another stage of zero_optimization" in error("--base", small.file("base"), *resume)
     lora = small.file("lora", {"model": LORA, "deepspeed": {"zero_optimization": {"stage": 1}}})
-    assert "1 cannot be resumed" in error("--base", lora, *resume)
+    assert "holds a whole model, but the configuration trains a LoRA" in error(
+        "--base", lora, *resume
+    )
     again = ["--base", divided, *resume]
     assert "so the moving average cannot be gone on with" in error(*again, *EMA)
+    average = run / "1-ema" / "mp_rank_00_model_states.pt"
+    average.parent.mkdir()
+    for wrong in ({"module": {"any": torch.zeros(2)}}, {"any": torch.zeros(2)}):
+        torch.save(wrong, average)  # of another run, copied there
+        assert "does not fit what is trained" in error(*again, *EMA)
     state = run / "1" / "training_state.pt"
     content = torch.load(state)
     for wrong in ({"step": "x"}, {"samples": -5}, {"processes": None}):

@@ -110,19 +110,17 @@ def encoder_bytes(model_dir: str | Path, *, dtype: torch.dtype) -> int:
     return sum(weight.numel() * _dtype_of(name, dtype).itemsize for name, weight in weights)
 
 
-def _load_encoder(
-    files: T5Files, *, dtype: torch.dtype, device: str | torch.device, streamed: bool
-) -> nn.Module:
-    """The encoder with its weights, each mapped from disk and put straight into type and place.
-
-    With `from_pretrained` of transformers all of them would be in the host's memory first. Where
-    they are `streamed` they stay mapped and in the files' type, so that the host holds no copy of
-    them either; each is put into type and place on its way, every time.
+def check_t5_weights(files: T5Files) -> None:
+    """Compare the weights of a text encoder with its config.json; nothing but names is read.
 
     Raises:
-        UserError: transformers cannot build it, or some of its weights are not in the folder.
+        UserError: some are absent, or transformers cannot build such an encoder.
     """
-    encoder = _build_encoder(files)
+    _fitting_weights(files, _build_encoder(files))
+
+
+def _fitting_weights(files: T5Files, encoder: nn.Module) -> dict[str, Tensor]:
+    """The weights that an `encoder` without values wants, mapped from disk."""
     wanted = encoder.state_dict()
     found: dict[str, Tensor] = {}
     for path in files.weights:
@@ -136,8 +134,25 @@ def _load_encoder(
             f"the T5 folder {files.folder} lacks {len(gaps)} of the weights that its config.json "
             f"asks for, or has them in another shape or type ({first_of(gaps)}); {_AGAIN}"
         )
+    return found
+
+
+def _load_encoder(
+    files: T5Files, *, dtype: torch.dtype, device: str | torch.device, streamed: bool
+) -> nn.Module:
+    """The encoder with its weights, each mapped from disk and put straight into type and place.
+
+    With `from_pretrained` of transformers all of them would be in the host's memory first. Where
+    they are `streamed` they stay mapped and in the files' type, so that the host holds no copy of
+    them either; each is put into type and place on its way, every time.
+
+    Raises:
+        UserError: transformers cannot build it, or some of its weights are not in the folder.
+    """
+    encoder = _build_encoder(files)
+    found = _fitting_weights(files, encoder)
     if not streamed:
-        for name in wanted:
+        for name in found:
             found[name] = found[name].to(device=device, dtype=_dtype_of(name, dtype))
     encoder.load_state_dict(found, assign=True)
     encoder.set_input_embeddings(encoder.shared)  # one table under both of its names
