@@ -68,9 +68,12 @@ class DigestMemory:
 
         What other runs have written to it meanwhile stays, but for the clips `without`.
         """
+        clips = list(without)
+        if not (new or clips):  # as at most starts; the file may be large
+            return
         known = _read(self._path)
         updated = {**known, **new}
-        for clip in without:
+        for clip in clips:
             updated.pop(os.path.abspath(clip), None)
         if updated == known:
             return

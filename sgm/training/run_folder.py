@@ -147,13 +147,13 @@ def _checkpoint_in(folder: Path, given: str) -> Path:
     if latest:
         folder = folder / latest
     elif (folder / CONFIG_FILE).is_file():  # a run that was ended before `latest` was there
-        numbers = _saved_iterations(folder)
-        if not numbers:
+        saved = _checkpoints(folder)
+        if not saved:
             raise UserError(
                 f"resume: {folder}: nothing is saved there yet; if that run has ended, start it "
                 "anew, without --resume"
             )
-        folder = folder / str(max(numbers))
+        folder = saved[-1]
     # A path with a newline or NUL in it, from a damaged `latest`, is no folder either.
     aside = folder.parent / f"{folder.name}{_REPLACED}"  # see `reserve`
     if not folder.name.isdecimal() or not (folder.is_dir() or aside.is_dir()):
@@ -212,8 +212,7 @@ def point_latest(run: Path, iteration: int) -> None:
 
 def prune(run: Path, limit: int, *, up_to: int) -> None:
     """Keep the newest `limit` checkpoints up to the iteration `up_to`; 0 keeps all."""
-    saved = [path for path in run.iterdir() if path.name.isdecimal() and int(path.name) <= up_to]
-    saved.sort(key=lambda path: int(path.name))
+    saved = [path for path in _checkpoints(run) if int(path.name) <= up_to]
     for path in saved[:-limit] if limit else []:
         for old in (path, run / f"{path.name}{EMA}"):
             shutil.rmtree(_set_aside(old, _DOOMED), ignore_errors=True)
@@ -254,17 +253,19 @@ def warn_of_what_stays(checkpoint: Path, *, averages: bool) -> None:
             "--ema-decay as before",
             run,
         )
-    later = [number for number in _saved_iterations(run) if number > iteration]
+    later = [path.name for path in _checkpoints(run) if int(path.name) > iteration]
     if later:
         logger.warning(
-            "what was saved after step %d stays (%d of it, up to step %d) until this run saves "
+            "what was saved after step %d stays (%d of it, up to step %s) until this run saves "
             "the same steps or save_total_limit is reached; latest will name what it saves",
-            *(iteration, len(later), max(later)),
+            *(iteration, len(later), later[-1]),
         )
 
 
-def _saved_iterations(run: Path) -> list[int]:
-    return [int(path.name) for path in run.iterdir() if path.name.isdecimal() and path.is_dir()]
+def _checkpoints(run: Path) -> list[Path]:
+    """The folders of the iterations that a run has saved, in their order."""
+    saved = [path for path in run.iterdir() if path.name.isdecimal() and path.is_dir()]
+    return sorted(saved, key=lambda path: int(path.name))
 
 
 def compare_with_last_start(config: Any, run: Path) -> None:
