@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from arguments import TrainingArgs, parse_config
+from arguments import parse_config
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
+from sgm.config import TrainingArgs
 from sgm.data.decoding import OWN_CHILD
 from sgm.data.frames import ClipError, FrameSettings
-from sgm.data.inspection import check_sheet_path, report, write_sheet
-from sgm.data.survey import survey_folder
+from sgm.data.survey import check_sheet_path, report, survey_folder, write_sheet
+from sgm.distributed import Rank
 from sgm.errors import UserError
 from sgm.util import check_params, get_class
 
@@ -82,7 +83,7 @@ class SFTDataset(Dataset):
         self.random_window = random_window
         survey = survey_folder(Path(data_dir), self._settings)
         # All processes of a run see the same files; one of them names what is wrong.
-        level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.DEBUG
+        level = logging.WARNING if Rank.from_environment().index == 0 else logging.DEBUG
         for path, reason in survey.skipped:
             logger.log(level, "%s is skipped: %s", path, reason)
         survey.require_clips()

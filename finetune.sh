@@ -5,13 +5,14 @@
 # machines (NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT) meet through torchrun.
 # Paths are relative to this folder.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/tools/launch/launch.sh"
 
 split_arguments "$@"
 use_python requirements.txt
 show_help train_video.py
 if [ ${#configs[@]} -eq 0 ]; then
-    choice=$(cd "$repository" && "$python" tools/choose_config.py --train "${flags[@]}") || exit
+    choice=$(cd "$repository" && "$python" tools/launch/choose_config.py --train "${flags[@]}") ||
+        exit
     if [ "$choice" = configs/cogvideox_tiny_lesson.yaml ]; then
         [ "${NPROC:-1}" = 1 ] || echo "NPROC is for configurations; this is one process" >&2
         cd "$repository"

@@ -3,13 +3,13 @@
 # Without a configuration: the 2B model where its weights are, else the small bundled one.
 # NPROC=4 splits the prompts over 4 processes (GPUs). Paths are relative to this folder.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/tools/launch/launch.sh"
 
 split_arguments "$@"
 use_python requirements.txt
 show_help sample_video.py
 if [ ${#configs[@]} -eq 0 ]; then
-    choice=$(cd "$repository" && "$python" tools/choose_config.py "${flags[@]}") || exit
+    choice=$(cd "$repository" && "$python" tools/launch/choose_config.py "${flags[@]}") || exit
     configs=("$choice")
 fi
 run_script sample_video.py

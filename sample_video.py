@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arguments import Config, SamplingArgs, parse_config
+from arguments import parse_config
 from sgm.cli import no_garbage_collection, run_and_exit, set_up_logging
+from sgm.config import Config, SamplingArgs
+from sgm.distributed import Rank, any_rank
 from sgm.errors import UserError
-from sgm.files import make_output_folder
-from sgm.inference.prompts import Prompt, read_prompt_file, read_typed_prompts
-from sgm.inference.request import check_attention, latent_shape
-from sgm.inference.weights import check_weight_paths
-from sgm.kernels import can_compile_kernels, check_compile
-from sgm.versions import installed_versions
+from sgm.files import installed_versions, make_output_folder
+from sgm.preflight import check_weight_paths, latent_shape
+from sgm.prompts import Prompt, read_prompt_file, read_typed_prompts
 
 if TYPE_CHECKING:
     import torch
 
-    from diffusion_video import SATVideoDiffusionEngine
-    from sgm.inference.progress import Progress
-
-# Heavy modules (PyTorch, SAT) are imported where they are first needed, so that a mistake in the
-# command line or a configuration is answered at once.
+    from sgm.engine import SATVideoDiffusionEngine
+    from sgm.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-# From so many steps on, compiling pays on a GPU: 5 to 10 s once, and 0.08 s less for each step.
-COMPILE_STEPS = 100
 # What the numbers of a video depend on.
 PACKAGES = (
     "torch",
@@ -46,23 +39,9 @@ PACKAGES = (
 )
 
 
-@dataclass(frozen=True)
-class Rank:
-    """This process among those that torchrun started; 0 of 1 without it."""
-
-    index: int
-    world_size: int
-    local_index: int
-
-    @classmethod
-    def from_environment(cls) -> Rank:
-        """Read torchrun's environment variables."""
-        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-        return cls(*(int(os.environ.get(name, default)) for name, default in names.items()))
-
-    def shares_videos(self, args: SamplingArgs) -> bool:
-        """Whether this process and others make each video together."""
-        return args.parallel == "video" and self.world_size > 1
+def shares_videos(args: SamplingArgs, rank: Rank) -> bool:
+    """Whether this process and others make each video together."""
+    return args.parallel == "video" and rank.world_size > 1
 
 
 def get_prompts(args: SamplingArgs, rank: Rank) -> Iterable[Prompt]:
@@ -73,81 +52,10 @@ def get_prompts(args: SamplingArgs, rank: Rank) -> Iterable[Prompt]:
     """
     if args.input_type == "txt":
         prompts = read_prompt_file(args.input_file)
-        return prompts if rank.shares_videos(args) else prompts[rank.index :: rank.world_size]
+        return prompts if shares_videos(args, rank) else prompts[rank.index :: rank.world_size]
     if rank.world_size > 1:
         raise UserError("input_type: cli works in one process only; use input_type: txt")
     return read_typed_prompts()
-
-
-def choose_device(args: SamplingArgs, rank: Rank) -> torch.device:
-    """The device of this rank.
-
-    Raises:
-        UserError: a GPU is asked for and there is none.
-    """
-    import torch
-
-    if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError(
-            "device: cuda, but PyTorch sees no GPU; use --device cpu or check nvidia-smi"
-        )
-    if rank.local_index >= torch.cuda.device_count():
-        raise UserError(
-            f"this host has {torch.cuda.device_count()} GPUs, too few for process "
-            f"{rank.local_index + 1}; lower NPROC or use --device cpu"
-        )
-    device = torch.device("cuda", rank.local_index)
-    torch.cuda.set_device(device)  # where NCCL and the kernels of others expect it
-    return device
-
-
-def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine:
-    """Build the engine of a configuration for inference, with its weights.
-
-    Raises:
-        UserError: the configuration or a file of weights is wrong.
-    """
-    import torch
-
-    from diffusion_video import SATVideoDiffusionEngine
-    from sgm.inference.memory import choose_memory
-    from sgm.modules.transformer import fp8
-    from sgm.util import check_params
-
-    args = config.args
-    for key in ("load", "lora"):
-        if config.model.get(key) is not None:
-            raise UserError(f"{key} stands under model in the configuration; put it under args")
-    if args.fp8:
-        fp8.check_device(device)
-    if args.compile:
-        check_compile(device.type)
-    dtype = getattr(torch, args.precision)
-    check_attention(args.attention, config.model, device=device, dtype=dtype)
-    memory = choose_memory(args, config.model, device=device, dtype=dtype)
-    extra = {
-        "load": args.load,
-        "lora": args.lora,
-        "dtype": dtype,
-        "device": device,
-        "stream_text": memory == "low",
-        "tile_decode": args.tile_decode,
-        "latent_input": False,  # of training batches; sampling decodes in any case
-    }
-    params = check_params(
-        SATVideoDiffusionEngine, config.model | extra, where=config.place("model")
-    )
-    if not params.get("sampler_config"):
-        raise UserError(f"{config.place('model')}: sampler_config is absent; sampling needs one")
-    engine = SATVideoDiffusionEngine(**params).eval()
-    engine.model.diffusion_model.set_attention(args.attention)
-    if args.fp8:
-        fp8.quantize_linears(engine.model.diffusion_model)
-    if memory == "low":
-        engine.offload()
-    return engine
 
 
 class PromptRunner:
@@ -166,7 +74,7 @@ class PromptRunner:
         self.engine = engine
         self.config = config
         self.args = config.args
-        self.together = rank.shares_videos(config.args)
+        self.together = shares_videos(config.args, rank)
         self.writes = not self.together or rank.index == 0
         self.shape = shape
         self.output_dir = output_dir
@@ -220,8 +128,8 @@ class PromptRunner:
 
     def _latents(self, prompt: Prompt, sample: int, cond: dict[str, torch.Tensor]) -> torch.Tensor:
         """Of one video. Samples are drawn singly, so that none depends on how many there are."""
-        from sgm.inference.seeds import sample_generator
         from sgm.modules.transformer.step_cache import cached_steps
+        from sgm.seeds import sample_generator
 
         with cached_steps(self.engine.model.diffusion_model, self.args.step_cache):
             return self.engine.sample(
@@ -234,7 +142,7 @@ class PromptRunner:
 
     def _write(self, chunks: Iterable[torch.Tensor], folder: Path) -> None:
         """The mp4, frame by frame while decoding goes on, and its contact sheet."""
-        from sgm.inference.video_io import write_video
+        from sgm.video import write_video
 
         make_output_folder(folder)
         paths = folder / "000000.mp4", folder / "contact_sheet.png"
@@ -244,7 +152,7 @@ class PromptRunner:
         self, prompt: Prompt, sample: int, timings: dict[str, float], folder: Path
     ) -> None:
         """run.json: all that is needed to make the video again, and how long it took."""
-        from sgm.inference.video_io import write_json
+        from sgm.video import write_json
 
         record = {
             "prompt": prompt.text,
@@ -272,25 +180,6 @@ def peak_memory() -> dict[str, float]:
     return peak
 
 
-def count_steps(
-    engine: SATVideoDiffusionEngine, args: SamplingArgs, prompts: Iterable[Prompt]
-) -> int | None:
-    """Steps of all videos together; None for prompts that are still to be typed."""
-    if not isinstance(prompts, list):
-        return None
-    return len(prompts) * args.batch_size * engine.sampler.num_steps
-
-
-def compile_network(
-    engine: SATVideoDiffusionEngine, args: SamplingArgs, *, device: torch.device, steps: int | None
-) -> None:
-    """Compile the transformer where that is asked for, or pays."""
-    pays = device.type == "cuda" and (steps or 0) >= COMPILE_STEPS and can_compile_kernels()
-    if pays if args.compile is None else args.compile:
-        logger.info("the transformer is compiled in the first step, which takes longer for that")
-        engine.model.diffusion_model.compile_blocks()
-
-
 def sample_all(
     engine: SATVideoDiffusionEngine,
     config: Config,
@@ -314,7 +203,7 @@ def sample_all(
     Raises:
         LostProcess: several processes work on each video, and this one failed in that.
     """
-    from sgm.inference import progress as progress_module
+    from sgm import progress as progress_module
     from sgm.parallel.processes import LostProcess
 
     # Every process tells what it has written, but the first one's steps stand for all.
@@ -335,20 +224,6 @@ def sample_all(
     return failed
 
 
-def any_rank(here: bool, group: torch.distributed.ProcessGroup | None) -> bool:
-    """Whether something is so on any rank of `group`, if there is one; waits for all of them.
-
-    torchrun ends every process once one exits with an error, so none may while others work.
-    """
-    if group is None:
-        return here
-    import torch
-
-    count = torch.tensor(int(here))
-    torch.distributed.all_reduce(count, group=group)
-    return bool(count)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, load, sample; returns the exit code: 1 if any prompt failed."""
     started = time.perf_counter()
@@ -361,7 +236,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with no_garbage_collection():
         check_weight_paths(config.model | {"latent_input": False}, args.load, lora=args.lora)
 
-        from sgm.inference.advice import advise
+        from sgm.pipeline import (
+            advise,
+            choose_device,
+            compile_network,
+            count_steps,
+            load_engine,
+        )
         from sgm.util import allow_targets
 
         output_dir = make_output_folder(args.output_dir)
@@ -375,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sgm.parallel.processes import group_of_all, share_sampling
 
         everyone = group_of_all()
-        if rank.shares_videos(args):
+        if shares_videos(args, rank):
             share_sampling(engine.model.diffusion_model, engine.sampler)
             engine.share_decoding(everyone)
     steps = count_steps(engine, args, prompts)
@@ -384,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = sample_all(engine, config, prompts, rank=rank, steps=steps, **places)
     any_failed = any_rank(failed > 0, everyone)
 
-    from sgm.modules.transformer.sat_runtime import leave_process_groups_at_exit
+    from sgm.sat_runtime import leave_process_groups_at_exit
 
     leave_process_groups_at_exit()
     return 1 if any_failed else 0

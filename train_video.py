@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from arguments import Config, TrainingArgs, parse_config
+from arguments import parse_config
 from sgm.cli import run_and_exit, set_up_logging
+from sgm.config import Config, TrainingArgs
 from sgm.errors import UserError
-from sgm.inference.request import check_attention
-from sgm.inference.weights import check_weight_paths
-from sgm.kernels import can_compile_kernels, check_compile
-from sgm.training.checks import (
+from sgm.preflight import check_weight_paths
+from sgm.toolchain import can_compile_kernels, check_compile
+from sgm.training.preflight import (
     VIDEO_DATASET,
     check_args,
     check_deepspeed,
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-    from diffusion_video import SATVideoDiffusionEngine
     from sgm.data.cache import Cache
+    from sgm.engine import SATVideoDiffusionEngine
     from sgm.training.ema import WeightAverage
     from sgm.training.validation import Validation
 
@@ -55,10 +55,10 @@ def load_engine(
     Raises:
         UserError: the configuration or a file of weights is wrong.
     """
-    from diffusion_video import SATVideoDiffusionEngine
-    from sgm.checkpoint import load_lora
+    from sgm.checkpoint.lora import load_lora
+    from sgm.engine import SATVideoDiffusionEngine
     from sgm.training.checkpoint import holds_lora, restore_conditioner
-    from sgm.training.deepspeed_settings import weight_dtype
+    from sgm.training.preflight import weight_dtype
     from sgm.util import check_params
 
     args = config.args
@@ -133,8 +133,7 @@ def build_loader(dataset: Any, config: Config, *, batch_size: int, start: int) -
     from torch import distributed
     from torch.utils.data import DataLoader
 
-    from sgm.training.batches import collate
-    from sgm.training.seeding import SampleOrder, SeededDataset
+    from sgm.data.loader import SampleOrder, SeededDataset, collate
 
     order = SampleOrder(
         len(dataset),
@@ -211,7 +210,7 @@ def fill_cache(
 ) -> Cache:
     """The cache in `cache_dir`, with all that the datasets and prompts need in it."""
     from sgm.data.cache import prepare_cache
-    from sgm.training.deepspeed_settings import weight_dtype
+    from sgm.training.preflight import weight_dtype
 
     return prepare_cache(
         [dataset for part in parts if part for dataset in part.datasets],
@@ -240,7 +239,7 @@ def load_data(config: Config, device: torch.device) -> Data:
     Raises:
         UserError: a folder or its data is wrong, or the cache cannot be filled.
     """
-    from sgm.training.batches import check_lengths
+    from sgm.data.loader import check_lengths
 
     args = config.args
     training = build_dataset(config, args.train_data, key="train_data")
@@ -279,9 +278,9 @@ def build_validation(
 
 def start_average(wrapped: Any, args: TrainingArgs) -> WeightAverage | None:
     """The moving average of what DeepSpeed's engine trains, if `args` ask for one."""
+    from sgm.distributed import is_main
     from sgm.training.checkpoint import trained_weights
     from sgm.training.ema import WeightAverage
-    from sgm.training.run_folder import is_main
 
     if not args.ema_decay:
         return None
@@ -298,13 +297,12 @@ def train(config: Config, device: torch.device) -> None:
     import torch
     from torch import distributed
 
+    from sgm.data.loader import checked_batches
     from sgm.files import make_output_folder
     from sgm.training import run_folder
-    from sgm.training.batches import checked_batches
     from sgm.training.checkpoint import Checkpointer, Progress, trains_lora
     from sgm.training.deepspeed_engine import start_deepspeed
-    from sgm.training.loop import Trainer
-    from sgm.training.objective import TrainingObjective
+    from sgm.training.loop import Trainer, TrainingObjective
     from sgm.training.report import Report
 
     args = config.args
@@ -377,7 +375,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from sample_video import Rank, choose_device
+    from sgm.distributed import Rank
+    from sgm.modules.transformer.attention import check_attention
+    from sgm.pipeline import choose_device
     from sgm.util import allow_targets
 
     allow_targets(config.allow_target)
@@ -387,11 +387,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         # DeepSpeed, which is imported after this, would move the model to a GPU that is there.
         os.environ["DS_ACCELERATOR"] = "cpu"
-    from sgm.modules.transformer.sat_runtime import (
-        ensure_process_groups,
-        leave_process_groups_at_exit,
-    )
-    from sgm.training.deepspeed_settings import check_sections, weight_dtype
+    from sgm.sat_runtime import ensure_process_groups, leave_process_groups_at_exit
+    from sgm.training.preflight import check_sections, weight_dtype
 
     check_sections(config.deepspeed)
     dtype = weight_dtype(config.deepspeed)

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sgm.distributed import Rank
 from sgm.errors import UserError, nearest_name
 from sgm.one_voice import said_by_another
 
@@ -65,7 +66,7 @@ def set_up_logging(level: int = logging.INFO) -> None:
         os.environ.setdefault(name, value)
     # DeepSpeed sets the level of its logger itself, at import; a filter outlives that.
     logging.getLogger("DeepSpeed").addFilter(_is_news)
-    level = level if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
+    level = level if Rank.from_environment().index == 0 else logging.WARNING
     handler = _OneVoice(sys.stderr)
     handler.addFilter(_is_for_users)
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)

@@ -1,4 +1,4 @@
-"""Writing files and folders so that their names never stand for half of them."""
+"""Files and folders whose names never stand for half of them; versions of installed packages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -149,3 +149,14 @@ def make_output_folder(path: str | Path) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"folder {path} cannot be written to ({reason}); choose another") from None
     return folder
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those of the packages that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

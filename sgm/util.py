@@ -1,16 +1,18 @@
-"""From a ``{target: dotted.path, params: {…}}`` node of a configuration to an object."""
+"""Objects from ``{target: dotted.path, params: {…}}`` nodes, and checks of numbers in them."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 from sgm.errors import UserError, nearest_name
-from sgm.numbers import is_number
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _DIFFUSION_TRANSFORMER = "sgm.models.transformer.DiffusionTransformer"
 _TRANSFORMER_PARTS = "sgm.modules.transformer"
@@ -38,6 +40,12 @@ TARGET_ALIASES = {
     ),
 }
 
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number; true is none here, although an int in Python."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 # Annotations, as text, of what is checked before a class is built.
 _PLAIN_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bool": (lambda value: value in (0, 1), "true or false"),
@@ -45,7 +53,6 @@ _PLAIN_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "float": (is_number, "a number"),
     "str": (lambda value: isinstance(value, str), "a text"),
 }
-
 
 # A YAML file from elsewhere names classes to be called, so it may name only what is meant for it.
 # `allow_targets` (the flag --allow-target) is the one way to extend this list.
@@ -148,6 +155,11 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
         UserError: see `get_class` and `check_params`; also for a node of another form, and for
             values that the constructor cannot work with.
     """
+    from omegaconf import (  # a decoding process, which never comes here, is spared it
+        DictConfig,
+        OmegaConf,
+    )
+
     if isinstance(config, DictConfig):
         config = OmegaConf.to_container(config, resolve=True)
     if not isinstance(config, Mapping) or "target" not in config:
@@ -192,3 +204,53 @@ def instantiate_part(
             "part; check the target"
         )
     return part
+
+
+def build_on_meta(node: Mapping[str, Any]) -> nn.Module:
+    """The transformer or autoencoder of a node of the configuration, without values.
+
+    Raises:
+        UserError: the node is wrong.
+    """
+    import torch
+
+    if not isinstance(node, Mapping) or not isinstance(node.get("params"), Mapping):
+        raise UserError(
+            "the configuration lacks network_config or first_stage_config with params, which say "
+            "what the weights cannot; name a whole configuration with --base"
+        )
+    params = {key: value for key, value in node["params"].items() if key != "ckpt_path"}
+    with torch.device("meta"):
+        return instantiate_from_config({**node, "params": params})
+
+
+def is_finite_number(value: object) -> bool:
+    """The same without infinities and NaN."""
+    return is_number(value) and math.isfinite(value)
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    whole: bool = False,
+) -> None:
+    """Refuse a configuration value that is not a finite number of [`low`, `high`].
+
+    Args:
+        name: what the user calls the value, for the message, e.g. ``DynamicCFG: exp``.
+        whole: require a whole number; ``5.0`` counts as one.
+
+    Raises:
+        UserError: `value` is no number (a bool is none either), not finite or out of range.
+    """
+    kind = "a whole number" if whole else "a number"
+    if is_finite_number(value) and low <= value <= high and (not whole or value % 1 == 0):
+        return
+    if math.isfinite(low) and math.isfinite(high):
+        bounds = f" from {low:g} to {high:g}"
+    else:
+        bounds = f" of at least {low:g}" if math.isfinite(low) else ""
+    raise UserError(f"{name}={value!r}: give {kind}{bounds} in the configuration")

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from arguments import SamplingArgs, parse_config
+from arguments import parse_config
+from sgm.config import SamplingArgs
 from tests.plain_attention import replace_kernels
 from tools.make_random_weights import write_t5
 

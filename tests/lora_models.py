@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgm.checkpoint import is_lora_matrix, lora_record
+from sgm.checkpoint.lora import lora_record
 from sgm.checkpoint.table import to_diffusers
-from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX
+from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX, is_lora_matrix
 from sgm.models.transformer import DiffusionTransformer
 from tests.models.conftest import small_transformer_config
 

@@ -57,7 +57,7 @@ def replace_kernels(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    own = ModuleType("sgm.modules.transformer.triton_attention")
+    own = ModuleType("sgm.modules.transformer.hopper_attention")
     own.attend_on_hopper = lambda *inputs, tally: forward(*inputs, return_lse=True)[:2]
     monkeypatch.setitem(sys.modules, own.__name__, own)
     return calls

@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 
-from sgm.checkpoint.blueprint import build_on_meta
 from sgm.checkpoint.transformer import POSITION_TABLE
-from sgm.checkpoint.writing import save_sat_transformer
 from sgm.cli import run_command
+from sgm.util import build_on_meta
 from tests.conftest import OLD_NAMES
 from tools import convert_weight_hf2sat, convert_weight_sat2hf
+from tools.weights.writing import save_sat_transformer
 
 CHECKPOINT = "1000/mp_rank_00_model_states.pt"
 

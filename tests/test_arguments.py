@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from arguments import SamplingArgs, TrainingArgs, parse_config
+from arguments import parse_config
+from sgm.config import LoraChoice, SamplingArgs, TrainingArgs
 from sgm.errors import UserError
-from sgm.lora_choice import LoraChoice
 
 BASE = "args:\n  batch_size: 2\n  fp16: true\n  load: weights\nmodel:\n  scale_factor: 1.0\n"
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from arguments import SamplingArgs, TrainingArgs, parse_config
-from diffusion_video import SATVideoDiffusionEngine
+from arguments import parse_config
 from sgm import util
+from sgm.config import SamplingArgs, TrainingArgs
+from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError, mistyped_as
 from sgm.util import check_params, get_class
 

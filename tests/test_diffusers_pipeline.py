@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import sample_video
-from arguments import SamplingArgs, parse_config
-from diffusion_video import SATVideoDiffusionEngine
-from sgm.checkpoint import LoraChoice, merge_loras
+from arguments import parse_config
+from sgm.checkpoint.lora import merge_loras
 from sgm.checkpoint.transformer import MODEL_PREFIX
+from sgm.config import LoraChoice, SamplingArgs
+from sgm.engine import SATVideoDiffusionEngine
+from sgm.pipeline import load_engine
 from tools import convert_weight_sat2hf, export_sat_lora_weight, import_lora
 
 diffusers = pytest.importorskip("diffusers")
@@ -51,7 +52,7 @@ def engine() -> SATVideoDiffusionEngine:
     sampler["target"] = "sgm.modules.diffusionmodules.sampling.VideoDDIMSampler"
     sampler["params"]["num_steps"] = NUM_STEPS
     sampler["params"]["guider_config"]["params"] |= {"scale": SCALE, "num_steps": NUM_STEPS}
-    return sample_video.load_engine(config, torch.device("cpu"))
+    return load_engine(config, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SCRIPTS = ["inference.sh", "finetune.sh", "tests/run.sh", ".ci/run", "tools/launch.sh"]
-TOOLS = ["__init__", "setup_env", "check_requirements", "choose_config"]
+SCRIPTS = ["inference.sh", "finetune.sh", "tests/run.sh", ".ci/run", "tools/launch/launch.sh"]
+TOOLS = ["__init__", "setup_env", "check_requirements", "launch/__init__", "launch/choose_config"]
 
 # Stands for sample_video.py and train_video.py: says what it was called with, and from where.
 STUB = """import json, os, sys
@@ -168,9 +168,8 @@ def launched(copy: Path, script: str, *flags: str, gpus: int = 0, **variables: s
     smi.write_text("#!/bin/sh\ncat <<END\n" + "\n".join(lines or ["No devices found"]) + "\nEND\n")
     smi.chmod(0o755)
     hidden = "" if "CUDA_VISIBLE_DEVICES" in variables else "unset CUDA_VISIBLE_DEVICES; "
-    shell = (
-        f'{hidden}source tools/launch.sh; python=echo; split_arguments "$@"; run_script {script}'
-    )
+    source = f"{hidden}source tools/launch/launch.sh; python=echo"
+    shell = f'{source}; split_arguments "$@"; run_script {script}'
     path = f"{programs}:{os.environ['PATH']}"
     done = run(
         ["-c", f"set -euo pipefail; {shell}", "bash", "a.yaml", *flags],
@@ -184,7 +183,7 @@ def launched(copy: Path, script: str, *flags: str, gpus: int = 0, **variables: s
 
 def torchrun(processes: int, *meeting: str) -> list[str]:
     meeting = meeting or ("--standalone",)
-    return ["-m", "tools.torchrun", *meeting, "--nproc-per-node", str(processes)]
+    return ["-m", "tools.launch.torchrun", *meeting, "--nproc-per-node", str(processes)]
 
 
 def test_nproc_starts_torchrun(copy):

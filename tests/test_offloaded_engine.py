@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from diffusion_video import SATVideoDiffusionEngine
-from sgm.modules.autoencoding.host_cache import HostConvCache
+from sgm.engine import SATVideoDiffusionEngine
+from sgm.modules.autoencoding.causal_conv import HostConvCache
 from sgm.util import check_params
 
 SHAPE = (1, 5, 4, 4, 6)

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import T5Tokenizer
 
 import sample_video
-from sgm.checkpoint import load_vae_state, read_transformer
 from sgm.checkpoint.diffusers_folder import PART_CLASSES
 from sgm.checkpoint.table import to_diffusers
+from sgm.checkpoint.transformer import read_transformer
+from sgm.checkpoint.vae import load_vae_state
 from sgm.cli import run_command
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,11 +14,11 @@ import torch
 from omegaconf import OmegaConf
 
 import sample_video
-from sgm.checkpoint import is_lora_matrix, load_transformer, lora_record
-from sgm.checkpoint.transformer import MODEL_PREFIX
+from sgm import video
+from sgm.checkpoint.lora import lora_record
+from sgm.checkpoint.transformer import MODEL_PREFIX, is_lora_matrix, load_transformer
 from sgm.cli import run_command
 from sgm.errors import UserError
-from sgm.inference import video_io
 from sgm.util import instantiate_from_config
 from tools import make_random_weights
 
@@ -111,7 +111,7 @@ def test_torchrun_splits_the_prompts_and_a_failing_rank_lets_the_others_finish(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / blocked).write_text("a file where the folder should be")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    command = [sys.executable, "-m", "tools.torchrun", "--nproc_per_node=2", "--standalone"]
+    command = [sys.executable, "-m", "tools.launch.torchrun", "--nproc_per_node=2", "--standalone"]
     paths = ["--input-file", str(tmp_path / "prompts.txt"), "--output-dir", str(tmp_path / "out")]
     run = subprocess.run(
         [*command, "sample_video.py", *base, *paths],
@@ -156,7 +156,7 @@ def test_bf16_runs_on_the_cpu_and_is_close(base, sampled, tmp_path):
 
 
 def test_what_has_no_effect_and_what_takes_long_is_told(base, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("sgm.inference.advice.LARGE_MODEL", 0)
+    monkeypatch.setattr("sgm.pipeline.LARGE_MODEL", 0)
     assert sample(base, tmp_path, "--parallel", "video", "--tile-decode", prompts=PROMPTS[:1]) == 0
     told = capfd.readouterr().err
     assert "parallel: video has no effect" in told and "tile_decode has no effect" in told
@@ -217,7 +217,7 @@ def test_a_lora_that_learned_nothing_changes_nothing_and_another_does(
 
 
 def test_a_wrong_lora_is_found_before_anything_is_loaded(base, loras, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(sample_video, "load_engine", None)
+    monkeypatch.setattr("sgm.pipeline.load_engine", None)
     whole = OmegaConf.load(base[1]).args.load
     assert sample(base, tmp_path, "--lora", str(tmp_path / "none")) == 1
     assert "error: lora: " in capfd.readouterr().err
@@ -237,7 +237,7 @@ def run_cli(*flags, stdin=None):
 
 def test_start_up_leaves_out_what_only_training_needs():
     names = {"pytorch_lightning", "torchmetrics", "decord", "sgm.training.loop"}
-    code = f"import diffusion_video, sample_video, sys; print(sorted({names} & set(sys.modules)))"
+    code = f"import sgm.engine, sample_video, sys; print(sorted({names} & set(sys.modules)))"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -322,14 +322,14 @@ def test_a_mistake_in_yaml_is_named(base, tmp_path, capfd, text):
 
 
 def test_one_failing_prompt_does_not_stop_the_rest(base, tmp_path, monkeypatch, capfd):
-    original = video_io.write_mp4
+    original = video.write_mp4
 
     def full_disk(chunks, path, *, fps):
         if "blue" not in str(path):
             return original(chunks, path, fps=fps)
         raise UserError(f"{path} cannot be written: no space left on device")
 
-    monkeypatch.setattr(video_io, "write_mp4", full_disk)
+    monkeypatch.setattr(video, "write_mp4", full_disk)
     assert sample(base, tmp_path) == 1
     assert "error: prompt 1 failed" in capfd.readouterr().err
     out = tmp_path / "out"
@@ -342,14 +342,14 @@ import os, sys
 from pathlib import Path
 import numpy as np
 from sgm.errors import UserError
-from sgm.inference import video_io
+from sgm import video
 
 folder = Path(sys.argv[1])
 noise = np.random.default_rng(0).integers(0, 255, (16, 128, 128, 3), dtype=np.uint8)
 writes = {
-    "mp4": lambda path: video_io.write_mp4([noise], path, fps=8),
-    "png": lambda path: video_io.write_contact_sheet(noise, path),
-    "json": lambda path: video_io.write_json({"text": "x" * 10**6}, path),
+    "mp4": lambda path: video.write_mp4([noise], path, fps=8),
+    "png": lambda path: video.write_contact_sheet(noise, path),
+    "json": lambda path: video.write_json({"text": "x" * 10**6}, path),
 }
 for suffix, write in writes.items():
     try:

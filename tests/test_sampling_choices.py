@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import sample_video
-from arguments import SamplingArgs, parse_config
+from arguments import parse_config
+from sgm.config import SamplingArgs
 from sgm.errors import UserError
+from sgm.pipeline import compile_network, load_engine
 
 CONFIG = "configs/cogvideox_tiny_infer.yaml"
 CPU = torch.device("cpu")
@@ -29,23 +30,23 @@ CPU = torch.device("cpu")
     ],
 )
 def test_what_is_compiled_by_itself(monkeypatch, caplog, device, asked, steps, able, compiled):
-    monkeypatch.setattr(sample_video, "can_compile_kernels", lambda: able)
+    monkeypatch.setattr("sgm.pipeline.can_compile_kernels", lambda: able)
     caplog.set_level("INFO")
     calls = []
     network = SimpleNamespace(compile_blocks=lambda: calls.append(1))
     engine = SimpleNamespace(model=SimpleNamespace(diffusion_model=network))
     args = SamplingArgs(compile=asked)
-    sample_video.compile_network(engine, args, device=torch.device(device), steps=steps)
+    compile_network(engine, args, device=torch.device(device), steps=steps)
     assert bool(calls) == compiled
     assert ("compiled in the first step" in caplog.text) == compiled
 
 
 @pytest.mark.parametrize("memory", ["high", "low"])
 def test_the_mode_of_memory_reaches_the_engine(monkeypatch, memory):
-    monkeypatch.setattr("sgm.inference.memory.choose_memory", lambda *_, **__: memory)
+    monkeypatch.setattr("sgm.memory.choose_memory", lambda *_, **__: memory)
     config = parse_config(SamplingArgs, "", ["--base", CONFIG, "--bf16"])
     config.model["sampler_config"]["params"]["num_steps"] = 2
-    engine = sample_video.load_engine(config, CPU)
+    engine = load_engine(config, CPU)
     (embedder,) = engine.conditioner.embedders
     weight = engine.model.diffusion_model.time_embed[0].weight
     home = weight.data_ptr()
@@ -67,25 +68,25 @@ def test_the_mode_of_memory_reaches_the_engine(monkeypatch, memory):
     "flags", [["--fp8"], ["--compile"], ["--attention", "hopper"], ["--attention", "flash"]]
 )
 def test_what_the_gpu_cannot_do_is_refused_before_weights_are_read(monkeypatch, flags):
-    monkeypatch.setattr("diffusion_video.SATVideoDiffusionEngine", lambda **_: pytest.fail("late"))
+    monkeypatch.setattr("sgm.engine.SATVideoDiffusionEngine", lambda **_: pytest.fail("late"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an older GPU")
-    monkeypatch.setattr("sgm.kernels.can_compile_kernels", lambda: False)
+    monkeypatch.setattr("sgm.toolchain.can_compile_kernels", lambda: False)
     # Attention is asked for on a device that can be had here, which has PyTorch's only.
     device = CPU if "--attention" in flags else torch.device("cuda")
     config = parse_config(SamplingArgs, "", ["--base", CONFIG, *flags])
     with pytest.raises(UserError, match=f"leave {flags[0][2:]} out"):
-        sample_video.load_engine(config, device)
+        load_engine(config, device)
 
 
 def test_a_mistyped_key_of_the_model_names_its_files():
     config = parse_config(SamplingArgs, "", ["--base", CONFIG])
     config.model["scale_factr"] = config.model.pop("scale_factor")
     with pytest.raises(UserError, match=rf"{CONFIG}: model: .*'scale_factr'.*'scale_factor'"):
-        sample_video.load_engine(config, CPU)
+        load_engine(config, CPU)
 
 
 def test_the_kernel_of_attention_is_the_one_asked_for():
     config = parse_config(SamplingArgs, "", ["--base", CONFIG, "--attention", "sdpa"])
-    network = sample_video.load_engine(config, CPU).model.diffusion_model
+    network = load_engine(config, CPU).model.diffusion_model
     assert network.mixins["adaln_layer"].attention == "sdpa"

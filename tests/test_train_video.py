@@ -17,15 +17,15 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
 import train_video
-from arguments import TrainingArgs, parse_config
-from sgm.checkpoint import LoraChoice, load_transformer, merge_loras
+from arguments import parse_config
+from sgm.checkpoint.lora import merge_loras
+from sgm.checkpoint.transformer import load_transformer
+from sgm.config import LoraChoice, TrainingArgs
+from sgm.data.loader import check_lengths, checked_batches, collate
 from sgm.errors import UserError
-from sgm.inference.weights import check_weight_paths
-from sgm.training.batches import check_lengths, checked_batches, collate
-from sgm.training.checks import check_deepspeed
-from sgm.training.deepspeed_engine import start_deepspeed
-from sgm.training.deepspeed_settings import check_sections, weight_dtype
-from sgm.training.optimizer import sat_optimizer
+from sgm.preflight import check_weight_paths
+from sgm.training.deepspeed_engine import sat_optimizer, start_deepspeed
+from sgm.training.preflight import check_deepspeed, check_sections, weight_dtype
 from sgm.util import instantiate_from_config
 from tools import make_random_weights
 from tools.tiny.draw_clips import write_clips

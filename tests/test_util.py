@@ -68,7 +68,7 @@ NOT_CLASSES = [
     "sgm.util.OmegaConf",  # a class from elsewhere that the module imported
     "sgm.util.DictConfig",
     "sgm.checkpoint.reading.Path",
-    "sgm.inference.video_io.Image",
+    "sgm.video.Image",
     "data_video.Path",
     "sgm.util.Absent",
 ]

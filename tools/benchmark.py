@@ -36,13 +36,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arguments import Config, SamplingArgs, TrainingArgs, parse_config
+from arguments import parse_config
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
+from sgm.config import Config, SamplingArgs, TrainingArgs
 from sgm.errors import UserError, nearest_name
-from sgm.files import new_folder, replacing
-from sgm.inference.request import check_model_section, latent_shape
-from sgm.inference.weights import check_weight_paths
-from sgm.versions import installed_versions
+from sgm.files import installed_versions, new_folder, replacing
+from sgm.preflight import check_model_section, check_weight_paths, latent_shape
 from tools.bench.inputs import run_dtype, t5_params
 from tools.bench.jobs import INFERENCE_SECTIONS, METHODS, SECTIONS, Job, Result, run_jobs
 

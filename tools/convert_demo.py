@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from sgm.cli import CommandParser, run_and_exit
 from sgm.errors import UserError
-from sgm.inference.prompts import read_prompt_file
+from sgm.prompts import read_prompt_file
 
 if TYPE_CHECKING:
     import openai

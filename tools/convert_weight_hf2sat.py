@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from sgm.checkpoint.vae import SAT_FILE
-    from tools.diffusers_to_sat import T5_FOLDER, Conversion
+    from tools.weights.to_sat import T5_FOLDER, Conversion
 
     dtype = options.dtype and getattr(torch, options.dtype)
     conversion = Conversion(options.input_path.expanduser(), dtype=dtype)

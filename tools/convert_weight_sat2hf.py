@@ -19,10 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sgm.cli import CommandParser, add_option, add_precision, run_and_exit, set_up_logging
+from sgm.config import lora_from_text
 from sgm.files import new_folder, refuse_existing
-from sgm.lora_choice import lora_from_text
-from tools.choose_config import BUNDLED
-from tools.conversion_sources import ROOT, Sources, choose_sources
+from tools.launch.choose_config import BUNDLED
+from tools.weights.sources import ROOT, Sources, choose_sources
 
 # PyTorch, and what reads weights with it, is imported once the command line is known to be right.
 
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     refuse_existing(output)
     import torch
 
-    from tools.sat_to_diffusers import Conversion
+    from tools.weights.to_diffusers import Conversion
 
     conversion = Conversion(
         config,

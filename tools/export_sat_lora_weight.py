@@ -76,7 +76,7 @@ def export_lora(path: str | Path, folder: str | Path, *, alpha: float | None = N
     from sgm.checkpoint.lora import alpha_of, check_whole_lora, is_sat_lora, read_lora
     from sgm.checkpoint.lora_formats import DIFFUSERS_FILE, DIFFUSERS_PREFIX
     from sgm.checkpoint.table import to_diffusers
-    from sgm.checkpoint.writing import own_storage
+    from tools.weights.writing import own_storage
 
     folder = Path(os.path.expanduser(folder))
     refuse_existing(folder / DIFFUSERS_FILE)

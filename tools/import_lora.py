@@ -53,9 +53,9 @@ def import_lora(
         is_sat_lora,
         read_lora,
     )
-    from sgm.checkpoint.table import on_meta
+    from sgm.checkpoint.tensors import on_meta
     from sgm.checkpoint.transformer import fingerprint, read_transformer
-    from sgm.checkpoint.writing import save_sat_transformer
+    from tools.weights.writing import save_sat_transformer
 
     refuse_existing(Path(folder).expanduser())
     matrices, record = read_lora(path, alpha=alpha, option="--lora_path")

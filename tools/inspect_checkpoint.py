@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arguments import SamplingArgs, parse_config
+from arguments import parse_config
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
+from sgm.config import SamplingArgs
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
-    from sgm.checkpoint.findings import Finding
-    from sgm.checkpoint.known_models import KnownModel
+    from tools.weights.findings import Finding, KnownModel
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ("configs/cogvideox_2b_infer.yaml", "configs/cogvideox_tiny_infer.yaml")
@@ -34,7 +34,7 @@ CONFIGS = ("configs/cogvideox_2b_infer.yaml", "configs/cogvideox_tiny_infer.yaml
 @cache
 def known_models() -> tuple[KnownModel, ...]:
     """The models of the shipped configurations."""
-    from sgm.checkpoint.known_models import KnownModel
+    from tools.weights.findings import KnownModel
 
     known = []
     for name in CONFIGS:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("path", metavar="PATH", help="any file or folder")
     options = parser.parse_args(argv)
     set_up_logging(logging.ERROR)  # what would be warned of is in the lines below
-    from sgm.checkpoint.inspection import inspect
+    from tools.weights.inspect import inspect
 
     try:
         with warnings.catch_warnings():

@@ -27,17 +27,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from arguments import Config, SamplingArgs, parse_config
-from sgm.checkpoint.table import LazyTensors
+from arguments import parse_config
+from sgm.checkpoint.tensors import LazyTensors
 from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX, POSITION_TABLE
-from sgm.checkpoint.writing import save_sharded
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
+from sgm.config import Config, SamplingArgs
 from sgm.errors import UserError
 from sgm.files import make_output_folder, new_folder, refuse_existing, save_torch, write_torch
-from sgm.inference.request import check_model_section
-from sgm.inference.weights import t5_folders, weight_path
+from sgm.preflight import check_model_section, t5_folders, weight_path
 from sgm.util import instantiate_from_config
 from tools.bench.measuring import choose_device, fill_random
+from tools.weights.writing import save_sharded
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sgm.cli import CommandParser, add_option, add_precision, run_and_exit, set_up_logging
+from sgm.config import LoraChoice, lora_from_text
 from sgm.files import new_folder, refuse_existing
-from sgm.lora_choice import LoraChoice, lora_from_text
 
 if TYPE_CHECKING:
     import torch
@@ -46,9 +46,9 @@ def merge_lora(
         UserError: a file is not what it must be, a LoRA belongs to another model, or `folder`
             exists or cannot be written.
     """
-    from sgm.checkpoint.lora_merging import merged_tensors
+    from sgm.checkpoint.lora import merged_tensors
     from sgm.checkpoint.transformer import read_transformer
-    from sgm.checkpoint.writing import save_sat_transformer
+    from tools.weights.writing import save_sat_transformer
 
     refuse_existing(Path(folder).expanduser())
     path, base, own = read_transformer(load, option="--load")

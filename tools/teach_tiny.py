@@ -22,8 +22,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_video
-from arguments import TrainingArgs, parse_config
+from arguments import parse_config
 from sgm.cli import run_and_exit, set_up_logging
+from sgm.config import TrainingArgs
 from sgm.files import make_output_folder, replacing
 from tools.tiny.lesson import COLOR, SHAPE, SUBJECT, draw_dataset, parse_prompt, prompts
 

@@ -24,7 +24,7 @@ from sgm.checkpoint.reading import (
     tensors_of,
     whole_safetensors,
 )
-from sgm.checkpoint.table import LazyTensors, on_meta
+from sgm.checkpoint.tensors import LazyTensors, on_meta
 from sgm.errors import UserError
 
 DiffusersPart = Literal["transformer", "vae"]

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sgm.checkpoint.tensors import LazyTensors, on_meta
 from sgm.errors import UserError, first_of
 
 Part = Literal["transformer", "vae", "lora"]
@@ -123,41 +124,6 @@ VAE = _one_to_one(
 )
 
 _ROWS: Mapping[Part, tuple[Row, ...]] = {"transformer": TRANSFORMER, "vae": VAE, "lora": LORA}
-
-
-class LazyTensors(Mapping[str, Tensor]):
-    """Name → tensor, each put together when it is asked for, so that few are in memory at once.
-
-    Args:
-        makers: name → what puts the tensor together.
-        meta: gives the same names with tensors on the meta device; without it, `on_meta` must
-            make each tensor once to tell its shape.
-    """
-
-    def __init__(
-        self,
-        makers: Mapping[str, Callable[[], Tensor]],
-        *,
-        meta: Callable[[], Mapping[str, Tensor]] | None = None,
-    ) -> None:
-        self._makers = makers
-        self.meta = meta
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._makers[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._makers)
-
-    def __len__(self) -> int:
-        return len(self._makers)
-
-
-def on_meta(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The same names with tensors on the meta device: shapes and dtypes, without reading values."""
-    if isinstance(tensors, LazyTensors) and tensors.meta is not None:
-        return tensors.meta()
-    return {name: tensor.to("meta") for name, tensor in tensors.items()}
 
 
 @cache

@@ -1,23 +1,29 @@
-"""Carrying a T5 text encoder from folder to folder: nothing in it changes, so files are copied."""
+"""The T5 text encoder: its folder, what must be in it, and its weights."""
 
 from __future__ import annotations
 
-import os
-import shutil
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from sgm.checkpoint.diffusers_folder import find_in_pipeline, read_json
-from sgm.checkpoint.reading import check_kind, check_weight_file
-from sgm.errors import UserError
-from sgm.inference.progress import Progress
+from sgm.checkpoint.reading import check_kind, check_weight_file, read_checkpoint, tensors_of
+from sgm.checkpoint.strict_loading import differences
+from sgm.errors import UserError, first_of
+from sgm.offload import stream_weights
+
+logger = logging.getLogger(__name__)
+
 
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
-_BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_VARIANT = ".fp16"  # in the names of weight files; an index is looked for without it
-_SHARD = "-of-"  # in the names of weight files that are parts of a whole
+VARIANT = ".fp16"  # in the names of weight files; an index is looked for without it
+SHARD = "-of-"  # in the names of weight files that are parts of a whole
 _LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
 _NUM_NAMED = 3  # names that a message repeats
 
@@ -31,7 +37,7 @@ def find_tokenizer(*folders: Path) -> Path | None:
 def _weight_files(folder: Path) -> list[Path]:
     """The files of weights that are used, sorted; empty where there are none."""
     weights = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
-    return sorted([path for path in weights if _VARIANT not in path.name] or weights)
+    return sorted([path for path in weights if VARIANT not in path.name] or weights)
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ def embedding_files(model_dir: str) -> list[Path]:
 
 def _check_shards(files: T5Files) -> None:
     """Raise UserError where a shard is absent that the list of them names."""
-    for index in _indices(files):
+    for index in shard_indices(files):
         shards = read_json(index).get("weight_map")
         for name in sorted(set(map(str, shards.values() if isinstance(shards, dict) else ()))):
             if not (files.folder / Path(name).name).is_file():
@@ -134,51 +140,113 @@ def _check_shards(files: T5Files) -> None:
                 )
 
 
-def _indices(files: T5Files) -> list[Path]:
+def shard_indices(files: T5Files) -> list[Path]:
     """The lists of shards that belong to the weights, of which there is one or none.
 
     One that was left beside weights in a single file does not belong to them.
     """
-    if not any(_SHARD in path.name for path in files.weights):
+    if not any(SHARD in path.name for path in files.weights):
         return []
     suffix = files.weights[0].suffix
     found = [path for path in files.folder.glob("*.index*.json") if f"{suffix}." in path.name]
-    return sorted([path for path in found if _VARIANT not in path.name] or found)
+    return sorted([path for path in found if VARIANT not in path.name] or found)
 
 
-def copy_text_encoder(files: T5Files, folder: Path, *, link: bool) -> None:
-    """``config.json`` and the weights, into a new folder.
+_TABLE_NAMES = ("encoder.embed_tokens.weight", "shared.weight")
+_WIDE = ".wo.weight"
+_AGAIN = "copy the folder from the original again"
 
-    Args:
-        files: as `find_t5` gives them.
-        folder: is made; to be within `new_folder`.
-        link: make symbolic links instead of copies.
+
+def _build_encoder(files: T5Files) -> nn.Module:
+    """The encoder of a T5 folder on the meta device, without values.
 
     Raises:
-        OSError: a file cannot be written.
+        UserError: transformers cannot build it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = [files.folder / "config.json", *_indices(files), *files.weights]
-    with Progress(len(sources), unit="file") as progress:
-        for source in sources:
-            # Shards keep the names that the index has for them.
-            is_shard = _SHARD in source.name
-            name = source.name if is_shard else source.name.replace(_VARIANT, "")
-            place(source, folder / name, link=link)
-            progress.step(name)
+    # Imported here, since it takes seconds and only this function needs it.
+    from transformers import T5Config, T5EncoderModel
+
+    try:
+        with torch.device("meta"):
+            return T5EncoderModel(T5Config.from_dict(dict(files.config)))
+    except Exception as error:  # transformers and what it checks values with raise many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"the T5 folder {files.folder} cannot be loaded: {reason.rstrip('.')}; {_AGAIN}"
+        ) from None
 
 
-def copy_tokenizer_files(files: T5Files, folder: Path) -> None:
-    """The file of the tokenizer and what libraries keep beside it, into the folder `folder`."""
-    for name in (*TOKENIZER_FILES, *_BESIDE_TOKENIZER):
-        source = files.tokenizer.with_name(name)
-        if source.is_file():
-            place(source, folder / name, link=False)
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of a weight in an encoder of type `dtype`."""
+    # As transformers does: the range of float16 is too small for what this layer adds up.
+    return torch.float32 if dtype is torch.float16 and name.endswith(_WIDE) else dtype
 
 
-def place(source: Path, target: Path, *, link: bool) -> None:
-    """Copy a file (what it leads to, if it is a link), or make a link to it."""
-    if link:
-        os.symlink(os.path.realpath(source), target)
-    else:
-        shutil.copyfile(source, target)
+def encoder_bytes(model_dir: str | Path, *, dtype: torch.dtype) -> int:
+    """Memory that the weights of a text encoder take; nothing but its config is read.
+
+    Raises:
+        UserError: as in `find_t5`, or transformers cannot build it.
+    """
+    weights = _build_encoder(find_t5(model_dir)).named_parameters()
+    return sum(weight.numel() * _dtype_of(name, dtype).itemsize for name, weight in weights)
+
+
+def check_t5_weights(files: T5Files) -> None:
+    """Compare the weights of a text encoder with its config.json; nothing but names is read.
+
+    Raises:
+        UserError: some are absent, or transformers cannot build such an encoder.
+    """
+    _fitting_weights(files, _build_encoder(files))
+
+
+def _fitting_weights(files: T5Files, encoder: nn.Module) -> dict[str, Tensor]:
+    """The weights that an `encoder` without values wants, mapped from disk."""
+    wanted = encoder.state_dict()
+    found: dict[str, Tensor] = {}
+    for path in files.weights:
+        found |= tensors_of(read_checkpoint(path), path, wrapper="module")
+    _complete_table(found)
+    found = {name: tensor for name, tensor in found.items() if name in wanted}  # no decoder
+    unfit = differences(found, wanted)
+    gaps = [*unfit["missing"], *unfit["of another shape"], *unfit["of whole numbers"]]
+    if gaps:
+        raise UserError(
+            f"the T5 folder {files.folder} lacks {len(gaps)} of the weights that its config.json "
+            f"asks for, or has them in another shape or type ({first_of(gaps)}); {_AGAIN}"
+        )
+    return found
+
+
+def load_encoder(
+    files: T5Files, *, dtype: torch.dtype, device: str | torch.device, streamed: bool
+) -> nn.Module:
+    """The encoder with its weights, each mapped from disk and put straight into type and place.
+
+    With `from_pretrained` of transformers all of them would be in the host's memory first. Where
+    they are `streamed` they stay mapped and in the files' type, so that the host holds no copy of
+    them either; each is put into type and place on its way, every time.
+
+    Raises:
+        UserError: transformers cannot build it, or some of its weights are not in the folder.
+    """
+    encoder = _build_encoder(files)
+    found = _fitting_weights(files, encoder)
+    if not streamed:
+        for name in found:
+            found[name] = found[name].to(device=device, dtype=_dtype_of(name, dtype))
+    encoder.load_state_dict(found, assign=True)
+    encoder.set_input_embeddings(encoder.shared)  # one table under both of its names
+    if streamed:
+        stack = encoder.encoder
+        parts = [stack.embed_tokens, *stack.block, stack.final_layer_norm]
+        stream_weights(parts, device, dtype_of=partial(_dtype_of, dtype=dtype))
+    return encoder.eval()  # without dropout
+
+
+def _complete_table(state: dict[str, Tensor]) -> None:
+    """Give the table of words both of its names; files have it under either or both."""
+    for name, other in (_TABLE_NAMES, _TABLE_NAMES[::-1]):
+        if name in state:
+            state[other] = state[name]

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from sgm.checkpoint.diffusers_folder import find_diffusers_part, read_diffusers_part
-from sgm.checkpoint.fit import check_fit
 from sgm.checkpoint.lora_formats import find_foreign_file, is_foreign
 from sgm.checkpoint.reading import check_weight_file, read_checkpoint, tensors_of
-from sgm.checkpoint.table import POSITION_TABLE, on_meta, to_sat
+from sgm.checkpoint.strict_loading import check_fit
+from sgm.checkpoint.table import POSITION_TABLE, to_sat
+from sgm.checkpoint.tensors import on_meta
 from sgm.errors import UserError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Names of cache entries: each says all that the entry's content depends on.
+"""Keys of cache entries, which name all that an entry depends on, and the digests of files.
 
 A name is a digest of contents, never of paths or times of files, so an entry is found again after
 files were moved, and not after one was changed.
@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sgm.checkpoint import vae_files
 from sgm.checkpoint.text_encoder import embedding_files
+from sgm.checkpoint.vae import vae_files
 from sgm.errors import UserError
+from sgm.files import replacing
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.util import get_class
+
+logger = logging.getLogger(__name__)
+
 
 # To be raised when other code makes another content: which frames are taken, how they are scaled,
 # what the autoencoder or the text encoder compute, how an entry is written.
@@ -142,3 +150,91 @@ def embedding_key(text: str, *, identity: str, dtype: torch.dtype) -> str:
 def window_position(key: str) -> float:
     """Where the window of an entry begins in a longer clip: from 0 to below 1, drawn by its key."""
     return int(key[:12], 16) / 16**12
+
+
+# A file may be written to again in the tick of the clock in which it was looked at, which its
+# times would not show. Two seconds are the longest tick that file systems have.
+_TICK_SECONDS = 2.0
+_DIGEST = re.compile(r"[0-9a-f]{40}")
+
+# Of a file: its size, the times of the last change of its content and of anything, its number.
+_State = tuple[int, int, int, int]
+
+
+class DigestMemory:
+    """`hash_file` for files that may have been digested before, as a file in JSON remembers.
+
+    A digest holds for as long as a file's `_State` does. The time of the last change of anything
+    is the system's own, so a change of content shows even where it keeps the size and a program
+    sets the file's other times back, as copying does.
+
+    May be used by several threads.
+
+    Args:
+        path: the file of ``{path of a clip: [state, digest]}``. One that is absent or damaged
+            counts as empty, and clips are read then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known = _read(path)
+        # Digests that are not in the file yet, as they are written to it.
+        self.new: dict[str, tuple[_State, str]] = {}
+
+    def digest(self, clip: Path) -> str | None:
+        """The digest of a clip's file; None where it cannot be read."""
+        name = os.path.abspath(clip)
+        try:
+            looked_at, state = time.time(), _state(clip)
+            known, digest = self._known.get(name, (None, ""))
+            if known == state:
+                return digest
+            digest = hash_file(clip)
+            is_settled = looked_at - state[2] / 1e9 > _TICK_SECONDS
+            if is_settled and _state(clip) == state:
+                self.new[name] = (state, digest)
+        except OSError:
+            return None
+        return digest
+
+    def update(
+        self, new: Mapping[str, tuple[_State, str]], *, without: Iterable[Path] = ()
+    ) -> None:
+        """Write what is `new`, of this and of other processes, to the file.
+
+        What other runs have written to it meanwhile stays, but for the clips `without`.
+        """
+        clips = list(without)
+        if not (new or clips):  # as at most starts; the file may be large
+            return
+        known = _read(self._path)
+        updated = {**known, **new}
+        for clip in clips:
+            updated.pop(os.path.abspath(clip), None)
+        if updated == known:
+            return
+        try:
+            with replacing(self._path, shared=True) as partial:
+                partial.write_text(json.dumps(updated), "utf-8")
+        except UserError as error:  # the next start reads the clips again, that is all
+            logger.debug("%s", error)
+
+
+def _state(path: Path) -> _State:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def _read(path: Path) -> dict[str, tuple[_State, str]]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        return {
+            name: (tuple(state), digest)
+            for name, (state, digest) in content.items()
+            if _DIGEST.fullmatch(digest)
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        logger.debug("%s is left out: %s", path, error)
+        return {}

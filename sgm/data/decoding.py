@@ -28,9 +28,9 @@ from torch import Tensor
 
 from sgm.data.decoding_child import HEADER
 from sgm.data.frames import ClipError, ClipFacts, FrameSettings
-from sgm.data.ranks import Ranks
+from sgm.distributed import Ranks
 from sgm.errors import UserError
-from sgm.inference.progress import Progress
+from sgm.progress import Progress
 
 # What a clip may take until its frames are there, and a child until it has started.
 CLIP_SECONDS = 60.0

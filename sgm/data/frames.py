@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sgm.errors import UserError
-from sgm.numbers import is_finite_number
+from sgm.util import is_finite_number
 
 # Two latent frames: a shorter clip shows no motion.
 MIN_FRAMES = 5

@@ -1,4 +1,4 @@
-"""The 3D causal video autoencoder, whole: encode and streamed decode."""
+"""The 3D causal video autoencoder, whole: encode, streamed decode, and its use by diffusion."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from einops import rearrange
+from torch import Tensor, nn
 
-from sgm.checkpoint import load_vae_state
-from sgm.checkpoint.fit import check_fit
+from sgm.checkpoint.strict_loading import check_fit
+from sgm.checkpoint.vae import load_vae_state
 from sgm.modules.autoencoding.causal_conv import ConvCache
-from sgm.modules.autoencoding.fused_norm import needs_grad
-from sgm.util import instantiate_from_config
+from sgm.modules.autoencoding.norms import needs_grad
+from sgm.util import instantiate_from_config, instantiate_part
 
 # Latent frames that are decoded at once: of the first chunk, and of each one after it. The released
 # weights were sampled so, and since the norms' statistics are those of a chunk, it is part of them.
@@ -200,3 +201,43 @@ def chunks_of(z: torch.Tensor) -> list[torch.Tensor]:
 
 def _dtype_of(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
+
+
+def build_first_stage(
+    config: Mapping[str, Any], *, dtype: torch.dtype, device: str | torch.device
+) -> nn.Module:
+    """The autoencoder of a node, frozen and in evaluation mode.
+
+    Raises:
+        UserError: the node or the file of weights is wrong.
+    """
+    needs = ("encode", "decode_streamed", "regularization")
+    # No local name for it: the first call imports modules, some of which keep this frame alive.
+    return (
+        instantiate_part(config, "first_stage_config", needs=needs)
+        .to(device=device, dtype=dtype)
+        .eval()
+        .requires_grad_(False)
+    )
+
+
+@torch.no_grad()
+def encode_moments(first_stage: nn.Module, video: Tensor) -> Tensor:
+    """Video (b, t, 3, h, w) in [-1, 1] → moments (b, t', 2c, h/8, w/8) in the weights' dtype.
+
+    A sample's moments are the same to the last bit whatever else is in the batch, so that kept ones
+    can stand for them.
+    """
+    device = next(first_stage.parameters()).device
+    pixels = rearrange(video.to(device), "b t c h w -> b c t h w")
+    moments, _ = first_stage.encode(pixels, unregularized=True)
+    return rearrange(moments, "b c t h w -> b t c h w")
+
+
+def draw_latents(regularizer: nn.Module, moments: Tensor) -> Tensor:
+    """Moments (b, t', 2c, h, w) → latents (b, t', c, h, w), float32, not yet scaled.
+
+    The noise comes from torch's global generator.
+    """
+    latents = regularizer(rearrange(moments, "b t c h w -> b c t h w"))
+    return rearrange(latents.float(), "b c t h w -> b t c h w")

@@ -19,12 +19,12 @@ from sat.model.base_model import BaseModel
 from sat.model.transformer import BaseTransformer
 from torch import Tensor, distributed, nn
 
+from sgm.distributed import SequenceShare
 from sgm.errors import UserError
-from sgm.models.network_checks import check_divides, check_modules, check_transformer_args
+from sgm.modules.transformer.adaln import Keep
 from sgm.modules.transformer.attention import Kernel, restart_tally, share_computed_twice
-from sgm.modules.transformer.checkpointing import Keep
-from sgm.modules.transformer.sat_runtime import ensure_process_groups, quiet_sat
-from sgm.parallel.sequence import SequenceShare
+from sgm.preflight import check_divides, check_modules, check_transformer_args
+from sgm.sat_runtime import ensure_process_groups, quiet_sat
 from sgm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.errors import UserError, nearest_name
-from sgm.numbers import check_number
-from sgm.util import instantiate_from_config
+from sgm.util import check_number, instantiate_from_config
 
 _EMBEDDER_KEYS = ("target", "params", "is_trainable", "input_key", "ucg_rate")
 

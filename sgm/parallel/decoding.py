@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, distributed
 
+from sgm.distributed import exchange
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper, chunks_of
 from sgm.modules.autoencoding.causal_conv import CausalConv3d, ConvCache, fill_room
-from sgm.parallel.exchange import exchange
 
 
 class RelayCache(ConvCache):

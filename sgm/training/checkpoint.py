@@ -4,7 +4,7 @@
 read; ``{iteration}-ema`` the same for the moving average, in float32. Beside the weights lie
 ``training_state.pt`` (counters, schedule, and the optimizer where all processes hold the same) and,
 where ZeRO divides the optimizer, ``optimizer_rank_NN.pt`` of every process. Random numbers need
-no file: see `sgm.training.seeding`.
+no file: see `sgm.data.loader`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from sgm.checkpoint import read_checkpoint
-from sgm.checkpoint.fit import check_fit
 from sgm.checkpoint.lora import lora_record
-from sgm.checkpoint.reading import tensors_of
+from sgm.checkpoint.reading import read_checkpoint, tensors_of
+from sgm.checkpoint.strict_loading import check_fit
 from sgm.checkpoint.transformer import MODEL_FILES, is_lora_matrix
 from sgm.errors import UserError
 from sgm.files import save_torch

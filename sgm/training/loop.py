@@ -1,31 +1,35 @@
-"""The training loop."""
+"""The training loop, and the objective that DeepSpeed trains."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
+from sgm.data.loader import STEP
 from sgm.errors import UserError
-from sgm.inference.seeds import derived_seed
+from sgm.seeds import derived_seed
 from sgm.training.checkpoint import Checkpointer, Progress
 from sgm.training.deepspeed_engine import (
     WHAT_TO_DO,
+    StepGuard,
     gradient_norm,
     outside_forward,
     seeks_scale,
     take_step,
 )
 from sgm.training.ema import WeightAverage
-from sgm.training.optimizer import StepGuard
 from sgm.training.report import Report
-from sgm.training.seeding import STEP
 from sgm.training.validation import Validation
 
+if TYPE_CHECKING:
+    from sgm.engine import SATVideoDiffusionEngine
+
 logger = logging.getLogger(__name__)
+
 
 # A batch as it comes from the loader → (scaled latents, conditioning).
 GetInput = Callable[[Mapping[str, Any]], tuple[Tensor, dict[str, Tensor]]]
@@ -173,3 +177,23 @@ class Trainer:
             losses = self.validation.loss(self.engine)
             self.report.validation(progress.step, losses)
             self.validation.make_videos(self.engine, progress.step)
+
+
+class TrainingObjective(nn.Module):
+    """The loss of latents. Its weights are the transformer's, named as in SAT checkpoints.
+
+    Autoencoder and text encoder stay outside: DeepSpeed would change their precision, divide them
+    among processes and save them. Only a text encoder with ``is_trainable`` joins in.
+    """
+
+    def __init__(self, engine: SATVideoDiffusionEngine) -> None:
+        super().__init__()
+        self.model = engine.model
+        self.denoiser = engine.denoiser
+        self.loss_fn = engine.loss_fn
+        if engine.conditioner.is_trained:
+            self.conditioner = engine.conditioner
+
+    def forward(self, latents: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Mean loss of latents (b, t, c, h, w), scaled, with conditioning of b samples."""
+        return self.loss_fn(self.model, self.denoiser, latents, cond).mean()

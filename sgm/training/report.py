@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from sgm.inference.progress import Progress
+from sgm.progress import Progress
 from sgm.training.trackers import TensorBoard, Tracker, WeightsAndBiases
 
 logger = logging.getLogger(__name__)

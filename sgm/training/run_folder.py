@@ -23,10 +23,12 @@ from typing import IO, Any
 import torch
 from torch import distributed
 
+from sgm.distributed import is_main
 from sgm.errors import UserError
 from sgm.files import make_output_folder, replacing
 
 logger = logging.getLogger(__name__)
+
 
 PARTIAL = ".partial"
 _DOOMED = f".old{PARTIAL}"  # of what is being deleted
@@ -37,11 +39,6 @@ EMA = "-ema"
 # What reading such a file may raise, or its content where it is not as it was written.
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
 _LONGEST_QUOTE = 60  # characters of a path that a message repeats
-
-
-def is_main() -> bool:
-    """Whether this is the process that writes and speaks for all."""
-    return distributed.get_rank() == 0
 
 
 def start_run(args: Any) -> Path:
@@ -281,7 +278,7 @@ def compare_with_last_start(config: Any, run: Path) -> None:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    from sgm.training.deepspeed_settings import weight_dtype
+    from sgm.training.preflight import weight_dtype
 
     try:
         before = OmegaConf.to_container(OmegaConf.load(run / CONFIG_FILE))

@@ -11,13 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sgm.checkpoint import diffusers_folder, load_transformer, load_vae_state, read_transformer
+from sgm.checkpoint import diffusers_folder
 from sgm.checkpoint.diffusers_folder import find_diffusers_part, read_diffusers_part
-from sgm.checkpoint.table import on_meta, to_diffusers
-from sgm.checkpoint.transformer import MODEL_PREFIX, POSITION_TABLE
+from sgm.checkpoint.table import to_diffusers
+from sgm.checkpoint.tensors import on_meta
+from sgm.checkpoint.transformer import (
+    MODEL_PREFIX,
+    POSITION_TABLE,
+    load_transformer,
+    read_transformer,
+)
+from sgm.checkpoint.vae import load_vae_state
 from sgm.data.cache_keys import first_stage_identity
 from sgm.errors import UserError
-from sgm.inference.weights import T5_EMBEDDER, check_weight_paths
+from sgm.preflight import T5_EMBEDDER, check_weight_paths
 from tests.checkpoint.test_transformer_loading import build, build_on_meta, published, randomise
 from tests.models.test_autoencoder_loading import build as build_vae
 

@@ -6,19 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffusion_video import SATVideoDiffusionEngine
-from sgm.checkpoint import (
-    LoraChoice,
-    fingerprint,
-    load_lora,
-    load_transformer,
-    lora_record,
-    merge_loras,
-    merged_tensors,
-    read_lora,
-)
-from sgm.checkpoint.table import LazyTensors
-from sgm.checkpoint.transformer import MODEL_PREFIX, is_lora_matrix
+from sgm.checkpoint.lora import load_lora, lora_record, merge_loras, merged_tensors, read_lora
+from sgm.checkpoint.tensors import LazyTensors
+from sgm.checkpoint.transformer import MODEL_PREFIX, fingerprint, is_lora_matrix, load_transformer
+from sgm.config import LoraChoice
+from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError
 from sgm.util import check_params, instantiate_from_config
 

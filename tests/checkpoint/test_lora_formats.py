@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sgm.checkpoint import LoraChoice, merge_loras, read_lora, read_transformer
+from sgm.checkpoint.lora import merge_loras, read_lora
 from sgm.checkpoint.lora_formats import METADATA_KEY
+from sgm.checkpoint.transformer import read_transformer
+from sgm.config import LoraChoice
 from sgm.errors import UserError
-from sgm.inference.weights import check_weight_paths
+from sgm.preflight import check_weight_paths
 from tests.lora_models import build, build_theirs, predict, randomize
 
 diffusers = pytest.importorskip("diffusers")

@@ -18,8 +18,8 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from safetensors.torch import save_file
 
-from sgm.checkpoint import load_vae_state, read_checkpoint
-from sgm.checkpoint.reading import check_kind, tensors_of
+from sgm.checkpoint.reading import check_kind, read_checkpoint, tensors_of
+from sgm.checkpoint.vae import load_vae_state
 from sgm.errors import UserError
 
 

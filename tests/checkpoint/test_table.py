@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sgm.checkpoint import is_lora_matrix
-from sgm.checkpoint.table import LazyTensors, on_meta, to_diffusers, to_sat
-from sgm.checkpoint.transformer import MODEL_PREFIX, POSITION_TABLE
+from sgm.checkpoint.table import to_diffusers, to_sat
+from sgm.checkpoint.tensors import LazyTensors, on_meta
+from sgm.checkpoint.transformer import MODEL_PREFIX, POSITION_TABLE, is_lora_matrix
 from sgm.errors import UserError
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.util import instantiate_from_config

@@ -4,8 +4,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sgm.checkpoint import find_transformer_file, load_transformer
-from sgm.checkpoint.transformer import MODEL_PREFIX, POSITION_TABLE
+from sgm.checkpoint.transformer import (
+    MODEL_PREFIX,
+    POSITION_TABLE,
+    find_transformer_file,
+    load_transformer,
+)
 from sgm.errors import UserError
 from sgm.util import instantiate_from_config
 

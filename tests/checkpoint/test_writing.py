@@ -9,16 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from sgm.checkpoint.reading import read_checkpoint
-from sgm.checkpoint.table import LazyTensors
-from sgm.checkpoint.writing import (
-    in_dtype,
-    own_storage,
-    save_sat_transformer,
-    save_sharded,
-)
+from sgm.checkpoint.tensors import LazyTensors, in_dtype
 from sgm.errors import UserError
 from sgm.files import new_folder
 from tests.conftest import full_disk
+from tools.weights.writing import own_storage, save_sat_transformer, save_sharded
 
 TENSORS = {
     "a": torch.randn(3, 5),

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from arguments import TrainingArgs, parse_config
+from arguments import parse_config
+from sgm.config import TrainingArgs
 from sgm.data.cache import prepare_cache
 from sgm.data.cache_store import Store
 from sgm.data.frames import ClipError

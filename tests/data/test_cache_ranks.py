@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import distributed, nn
 
-from arguments import TrainingArgs, parse_config
-from sgm.data import cache_making
+from arguments import parse_config
+from sgm.config import TrainingArgs
+from sgm.data import cache
 from sgm.data.cache import prepare_cache
 from sgm.data.cache_store import Store
 from sgm.data.frames import ClipError
@@ -57,8 +58,8 @@ class Conditioner(nn.Module):
 
 def work_as_rank(rank, folder):
     """Make this process's share, and write down what it was and what came of it all."""
-    cache_making.build_first_stage = lambda *_, **__: Autoencoder()
-    cache_making.instantiate_from_config = lambda *_, **__: Conditioner()
+    cache.build_first_stage = lambda *_, **__: Autoencoder()
+    cache.instantiate_from_config = lambda *_, **__: Conditioner()
     store = distributed.FileStore(str(folder / "store"), 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     written, write = [], Store.write

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from sgm.data import digest_memory
-from sgm.data.digest_memory import DigestMemory
+from sgm.data import cache_keys
+from sgm.data.cache_keys import DigestMemory
 
 
 @pytest.fixture
@@ -39,8 +39,8 @@ def look_up(file, clip):
 @pytest.fixture
 def read(monkeypatch):
     """Names of the files that are digested."""
-    names, whole = [], digest_memory.hash_file
-    monkeypatch.setattr(digest_memory, "hash_file", lambda p: names.append(p.name) or whole(p))
+    names, whole = [], cache_keys.hash_file
+    monkeypatch.setattr(cache_keys, "hash_file", lambda p: names.append(p.name) or whole(p))
     return names
 
 
@@ -98,14 +98,14 @@ def test_what_is_no_digest_is_not_taken_for_one(file, clip, later, digest):
 
 
 def test_a_clip_that_changes_while_it_is_read_is_not_remembered(file, clip, later, monkeypatch):
-    whole = digest_memory.hash_file
+    whole = cache_keys.hash_file
 
     def hash_and_change(path):
         digest = whole(path)
         path.write_bytes(b"other")
         return digest
 
-    monkeypatch.setattr(digest_memory, "hash_file", hash_and_change)
+    monkeypatch.setattr(cache_keys, "hash_file", hash_and_change)
     look_up(file, clip)
     assert not file.exists()
 

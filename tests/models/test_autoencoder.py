@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
-from sgm.modules.autoencoding import convolve, fused_norm
+from sgm.modules.autoencoding import convolve, norms
 from sgm.util import instantiate_from_config
 
 TESTS = Path(__file__).parents[1]
@@ -144,7 +144,7 @@ class LiveBytes(TorchDispatchMode):
 def test_a_long_clip_is_encoded_beside_two_of_its_largest_feature_maps(monkeypatch):
     vae, x = tiny_vae(), torch.rand(1, 3, 33, 32, 48) * 2 - 1
     frame = 32 * 32 * 48  # elements of the first level
-    monkeypatch.setattr(fused_norm, "CPU_PART", frame)
+    monkeypatch.setattr(norms, "CPU_PART", frame)
     monkeypatch.setattr(convolve, "CPU_ELEMENTS", frame)
     with LiveBytes() as whole:
         expected, _ = vae.encode(x, unregularized=True)
@@ -213,7 +213,7 @@ def test_the_first_frame_is_encoded_without_the_later_ones_but_for_the_norms(mon
     def mean_0_variance_1(counts, means, squares, *, num_groups):
         return torch.zeros_like(means[0]), torch.ones_like(means[0])
 
-    monkeypatch.setattr(fused_norm, "_merge", mean_0_variance_1)
+    monkeypatch.setattr(norms, "_merge", mean_0_variance_1)
     x = torch.rand(1, 3, 9, 16, 16) * 2 - 1
     changed = x.clone()
     changed[:, :, 5:] = 0.5

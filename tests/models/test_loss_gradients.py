@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion_video import NetworkWrapper
 from sgm.checkpoint.table import to_diffusers
+from sgm.engine import NetworkWrapper
 from sgm.models.transformer import DiffusionTransformer
 from sgm.util import instantiate_from_config
 from tests.lora_models import build_theirs

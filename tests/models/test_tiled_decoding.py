@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import sample_video
-from arguments import SamplingArgs, parse_config
-from diffusion_video import SATVideoDiffusionEngine
+from arguments import parse_config
+from sgm.config import SamplingArgs
+from sgm.engine import SATVideoDiffusionEngine
 from sgm.models.tiled_decoding import TILE, decode_tiled
+from sgm.pipeline import load_engine
 from sgm.util import check_params, instantiate_from_config
 from tests.conftest import OLD_NAMES
 
@@ -135,4 +136,4 @@ def test_the_flag_reaches_the_engine(flags, monkeypatch):
     monkeypatch.chdir(ROOT)
     base = ["--base", "configs/cogvideox_tiny_infer.yaml"]
     config = parse_config(SamplingArgs, "", [*base, *flags])
-    assert sample_video.load_engine(config, torch.device("cpu")).tile_decode == bool(flags)
+    assert load_engine(config, torch.device("cpu")).tile_decode == bool(flags)

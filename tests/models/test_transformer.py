@@ -13,7 +13,7 @@ from torch import Tensor
 from sgm.errors import UserError
 from sgm.models.transformer import DiffusionTransformer, sinusoidal_embedding
 from sgm.modules.transformer import adaln
-from sgm.modules.transformer.checkpointing import Keep
+from sgm.modules.transformer.adaln import Keep
 from sgm.util import instantiate_from_config
 
 TABLE = "mixins.pos_embed.pos_embedding"

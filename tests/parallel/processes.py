@@ -17,7 +17,7 @@ SECONDS = 60  # far more than any of these takes
 
 # Imported once, not by each process; without effect where another test has started the server.
 PRELOADED = [
-    "diffusion_video",
+    "sgm.engine",
     "sgm.models.autoencoder",
     "sgm.modules.encoders.modules",
     "sgm.parallel.processes",

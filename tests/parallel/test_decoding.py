@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from arguments import SamplingArgs, parse_config
-from sgm.modules.transformer.sat_runtime import ensure_process_groups
+from arguments import parse_config
+from sgm.config import SamplingArgs
 from sgm.parallel.decoding import decode_together
+from sgm.sat_runtime import ensure_process_groups
 from sgm.util import instantiate_from_config
 from tests.conftest import OLD_NAMES
 from tests.parallel.processes import run_ranks

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from arguments import SamplingArgs, parse_config
+from arguments import parse_config
+from sgm.config import SamplingArgs
+from sgm.distributed import SequenceShare
 from sgm.errors import UserError
 from sgm.models.transformer import DiffusionTransformer
 from sgm.modules.diffusionmodules.guiders import IdentityGuider
 from sgm.modules.diffusionmodules.sampling import Sampler
 from sgm.modules.transformer.attention import Kernel
-from sgm.modules.transformer.sat_runtime import ensure_process_groups
 from sgm.parallel.processes import share_sampling
-from sgm.parallel.sequence import SequenceShare
+from sgm.sat_runtime import ensure_process_groups
 from sgm.util import instantiate_from_config
 from tests.conftest import OLD_NAMES
 from tests.models.conftest import fill_with_noise, small_transformer_config

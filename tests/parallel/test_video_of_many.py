@@ -9,8 +9,8 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-import diffusion_video
 import sample_video
+import sgm.engine
 from sgm.cli import run_command
 from tests.parallel.processes import run_ranks
 
@@ -56,7 +56,7 @@ def test_two_processes_make_the_videos_of_one_and_the_first_writes_them(
 
 def fail_in_second_step(rank: int, argv: list[str]) -> int:
     if rank == 1:
-        forward, calls = diffusion_video.NetworkWrapper.forward, []
+        forward, calls = sgm.engine.NetworkWrapper.forward, []
 
         def broken(*inputs):
             calls.append(inputs)
@@ -64,7 +64,7 @@ def fail_in_second_step(rank: int, argv: list[str]) -> int:
                 raise MemoryError("no memory is left")
             return forward(*inputs)
 
-        diffusion_video.NetworkWrapper.forward = broken
+        sgm.engine.NetworkWrapper.forward = broken
     return sample_video.main(argv)
 
 

@@ -16,10 +16,11 @@ import pytest
 import torch
 import yaml
 
-from arguments import Config, SamplingArgs, TrainingArgs, parse_config
-from diffusion_video import SATVideoDiffusionEngine
-from sample_video import load_engine
+from arguments import parse_config
+from sgm.config import Config, SamplingArgs, TrainingArgs
+from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError
+from sgm.pipeline import load_engine
 from tools import benchmark
 from tools.bench import inference
 from tools.bench import jobs as jobs_module

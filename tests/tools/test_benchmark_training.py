@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from arguments import Config, TrainingArgs, parse_config
+from arguments import parse_config
+from sgm.config import Config, TrainingArgs
 from sgm.errors import UserError
 from tools.bench.training import (
     Variant,

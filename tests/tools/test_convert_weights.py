@@ -13,17 +13,19 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from arguments import SamplingArgs, TrainingArgs, parse_config
+from arguments import parse_config
 from sgm.checkpoint.reading import read_checkpoint
 from sgm.checkpoint.text_encoder import find_t5
 from sgm.checkpoint.transformer import MODEL_PREFIX, POSITION_TABLE
-from sgm.checkpoint.writing import save_sat_transformer
+from sgm.config import SamplingArgs, TrainingArgs
 from sgm.modules.encoders.modules import T5Tokenizer
 from sgm.training.run_folder import save_config
 from sgm.util import instantiate_from_config
 from tests.conftest import OLD_NAMES
 from tests.small_weights import CHECKPOINT, Small, files_below, hf2sat, nothing_new, refused, sat2hf
-from tools import conversion_sources, convert_weight_sat2hf
+from tools import convert_weight_sat2hf
+from tools.weights import sources
+from tools.weights.writing import save_sat_transformer
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "CogVideoX-tiny-sat"
@@ -341,7 +343,7 @@ def test_without_options_the_bundled_model_is_converted_and_it_says_why(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(convert_weight_sat2hf, "set_up_logging", lambda: None)
-    monkeypatch.setattr(conversion_sources, "FULL", str(full_without_weights(tmp_path)))
+    monkeypatch.setattr(sources, "FULL", str(full_without_weights(tmp_path)))
     caplog.set_level(logging.INFO)
     assert sat2hf() == 0
     assert "nowhere/transformer" in caplog.text and "The bundled model instead" in caplog.text

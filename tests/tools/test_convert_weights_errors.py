@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sgm.checkpoint.writing import save_sat_transformer
 from tests.small_weights import CHECKPOINT, Small, hf2sat, nothing_new, refused
+from tools.weights.writing import save_sat_transformer
 
 ROOT = Path(__file__).parents[2]
 

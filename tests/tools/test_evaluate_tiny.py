@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sgm.errors import UserError
-from sgm.inference.video_io import write_mp4
+from sgm.video import write_mp4
 from tools import evaluate_tiny
 from tools.tiny.shapes import draw_clip, held_out_combinations, parse_caption
 

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import T5Tokenizer
 
-from sgm.checkpoint import fingerprint, load_vae_state, read_transformer
-from sgm.checkpoint.blueprint import model_of
 from sgm.checkpoint.table import to_diffusers
-from sgm.checkpoint.transformer import MODEL_PREFIX, POSITION_TABLE
+from sgm.checkpoint.transformer import MODEL_PREFIX, POSITION_TABLE, fingerprint, read_transformer
+from sgm.checkpoint.vae import load_vae_state
 from sgm.cli import run_command
 from tools import inspect_checkpoint
+from tools.weights.sizes import model_of
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = ROOT / "CogVideoX-tiny-sat"

@@ -12,10 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sgm.checkpoint import LoraChoice, fingerprint, load_lora, merge_loras, read_lora
+from sgm.checkpoint.lora import load_lora, merge_loras, read_lora
 from sgm.checkpoint.lora_formats import BASE_KEY, DIFFUSERS_FILE, METADATA_KEY
-from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX, read_transformer
+from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX, fingerprint, read_transformer
 from sgm.cli import run_command
+from sgm.config import LoraChoice
 from tests.conftest import full_disk
 from tests.lora_models import build, build_theirs, predict, randomize, save_base, save_run
 from tools import export_sat_lora_weight, import_lora, merge_lora

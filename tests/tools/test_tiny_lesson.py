@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from data_video import SFTDataset
 from sgm.errors import UserError
-from tools.choose_config import BUNDLED_TRAIN, LESSON
+from tools.launch.choose_config import BUNDLED_TRAIN, LESSON
 from tools.tiny import lesson
 from tools.tiny.lesson import ASKED, COLOR, SHAPE, SUBJECT, draw_dataset, parse_prompt, prompts
 from tools.tiny.measure import measure

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from sgm.inference.video_io import write_mp4
+from sgm.video import write_mp4
 from tools.tiny.measure import ATTRIBUTES, Measurement, measure
 from tools.tiny.shapes import (
     BACKGROUNDS,

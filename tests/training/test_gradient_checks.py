@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from sgm.modules.transformer.sat_runtime import ensure_process_groups
-from sgm.training import gradient_checks
-from sgm.training.gradient_checks import fuse_gradient_checks
+from sgm.sat_runtime import ensure_process_groups
+from sgm.training import deepspeed_engine
+from sgm.training.deepspeed_engine import fuse_gradient_checks
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -43,9 +43,9 @@ def test_norm_and_overflow_are_those_of_deepspeed(
     expected = [step(factor) for factor in (1.0, float("inf"))]
     fuse_gradient_checks(optimizer)
     sums = []
-    square_sum = gradient_checks._square_sum
+    square_sum = deepspeed_engine._square_sum
     monkeypatch.setattr(
-        gradient_checks, "_square_sum", lambda *a: (sums.append(a), square_sum(*a))[1]
+        deepspeed_engine, "_square_sum", lambda *a: (sums.append(a), square_sum(*a))[1]
     )
     found = [step(factor) for factor in (1.0, float("inf"))]
     assert [overflow for _, overflow in found] == [False, True]

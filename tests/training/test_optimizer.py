@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from sgm.errors import UserError
-from sgm.training import optimizer as module
-from sgm.training.optimizer import StepGuard, parameter_groups
+from sgm.training import deepspeed_engine as module
+from sgm.training.deepspeed_engine import StepGuard, parameter_groups
 
 
 def test_biases_and_norms_have_no_weight_decay_and_frozen_weights_no_group():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from arguments import TrainingArgs
+from sgm.config import TrainingArgs
 from sgm.errors import UserError
 from sgm.training import run_folder
 from tests.training.conftest import ROOT

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from arguments import TrainingArgs
-from sgm.training.schedule import build_schedule
+from sgm.config import TrainingArgs
+from sgm.training.deepspeed_engine import build_schedule
 
 
 def rates(steps, **args):

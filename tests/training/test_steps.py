@@ -10,14 +10,16 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 import sample_video
 import train_video
-from arguments import TrainingArgs, parse_config
-from diffusion_video import SATVideoDiffusionEngine
-from sgm.checkpoint import find_transformer_file, read_checkpoint
+from arguments import parse_config
+from sgm.checkpoint.reading import read_checkpoint
+from sgm.checkpoint.transformer import find_transformer_file
+from sgm.config import TrainingArgs
+from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError
 from sgm.models.transformer import DiffusionTransformer
-from sgm.modules.transformer.sat_runtime import ensure_process_groups
+from sgm.sat_runtime import ensure_process_groups
 from sgm.training.deepspeed_engine import seeks_scale, start_deepspeed, take_step
-from sgm.training.objective import TrainingObjective
+from sgm.training.loop import TrainingObjective
 from tests.training.conftest import LORA, ROOT, module_of
 
 CPU = torch.device("cpu")

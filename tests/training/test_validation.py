@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from sgm.inference.seeds import sample_generator
 from sgm.modules import GeneralConditioner
 from sgm.modules.diffusionmodules.denoiser import DiscreteDenoiser
 from sgm.modules.diffusionmodules.loss import VideoDiffusionLoss
+from sgm.seeds import sample_generator
 from sgm.training.validation import Validation
 
 DIFFUSION = "sgm.modules.diffusionmodules"
@@ -305,7 +305,7 @@ def test_without_a_sampler_it_is_said_once_that_there_are_no_videos(build, caplo
 def test_processes_share_the_prompts_or_sample_all_together(
     build, monkeypatch, lockstep, rank, sampled, written
 ):
-    name = "sgm.training.validation_videos.data_parallel_rank_and_size"
+    name = "sgm.training.validation.data_parallel_rank_and_size"
     monkeypatch.setattr(name, lambda: (rank, 2))
     engine = Engine()
     validation = build(prompts=["a", "b", "c"], lockstep=lockstep, only_log_video_latents=True)

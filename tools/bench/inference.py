@@ -16,17 +16,17 @@ from functools import partial
 
 import torch
 
-from arguments import Config
-from diffusion_video import NetworkWrapper
-from sample_video import load_engine
 from sgm.cli import no_garbage_collection
-from sgm.inference.request import check_attention, head_size, latent_shape
-from sgm.inference.video_io import to_uint8
-from sgm.models.first_stage import build_first_stage, encode_moments
-from sgm.modules.transformer import fp8
-from sgm.modules.transformer.attention import Kernel, list_kernels
+from sgm.config import Config
+from sgm.engine import NetworkWrapper
+from sgm.models.autoencoder import build_first_stage, encode_moments
+from sgm.modules.transformer.attention import Kernel, check_attention, list_kernels
+from sgm.modules.transformer.linear import fp8_runs_on, quantize_linears
+from sgm.pipeline import load_engine
+from sgm.preflight import head_size, latent_shape
 from sgm.util import instantiate_from_config
-from tools.bench import inputs, rivals
+from sgm.video import to_uint8
+from tools.bench import diffusers_baseline, inputs
 from tools.bench.jobs import INFERENCE_SECTIONS, DoesNotApply, Job
 from tools.bench.measuring import (
     Measured,
@@ -59,19 +59,36 @@ def inference_jobs(
     ]
     references = dict.fromkeys(INFERENCE_SECTIONS, "diffusers") | {"t5": "transformers"}
     if options.against:
-        lines.append(("step", "diffusers", partial(rivals.step, compiled=False), "diffusers"))
+        lines.append(
+            ("step", "diffusers", partial(diffusers_baseline.step, compiled=False), "diffusers")
+        )
         if options.compile:
             references["step"] = "diffusers, compiled"
             lines.append(
-                ("step", references["step"], partial(rivals.step, compiled=True), "diffusers")
+                (
+                    "step",
+                    references["step"],
+                    partial(diffusers_baseline.step, compiled=True),
+                    "diffusers",
+                )
             )
         lines += [
-            ("decode", "diffusers", partial(rivals.decode, tiled=False), "diffusers"),
-            ("decode", "diffusers, tiled", partial(rivals.decode, tiled=True), "diffusers"),
-            ("encode", "diffusers", partial(rivals.encode, at_once=False), "diffusers"),
-            ("encode", "diffusers, one pass", partial(rivals.encode, at_once=True), "diffusers"),
-            ("t5", "transformers", rivals.embed_text, "diffusers"),
-            ("pipeline", "diffusers", rivals.pipeline, "diffusers"),
+            ("decode", "diffusers", partial(diffusers_baseline.decode, tiled=False), "diffusers"),
+            (
+                "decode",
+                "diffusers, tiled",
+                partial(diffusers_baseline.decode, tiled=True),
+                "diffusers",
+            ),
+            ("encode", "diffusers", partial(diffusers_baseline.encode, at_once=False), "diffusers"),
+            (
+                "encode",
+                "diffusers, one pass",
+                partial(diffusers_baseline.encode, at_once=True),
+                "diffusers",
+            ),
+            ("t5", "transformers", diffusers_baseline.embed_text, "diffusers"),
+            ("pipeline", "diffusers", diffusers_baseline.pipeline, "diffusers"),
         ]
     if torch.cuda.is_available():
         in_low_memory = partial(pipeline, memory="low")
@@ -101,7 +118,7 @@ def step(
     layers = network.transformer.layers
     num_weights = sum(weight.numel() for weight in layers.parameters() if weight.ndim == 2)
     if in_fp8:
-        fp8.quantize_linears(network)
+        quantize_linears(network)
     if options.compile:
         network.compile_blocks()
     wrapper = NetworkWrapper(network)
@@ -146,7 +163,7 @@ def step_with_fp8(config: Config, options: argparse.Namespace) -> Measured:
         DoesNotApply: on another.
     """
     device = choose_device()
-    if device.type != "cuda" or not fp8.runs_on(device):
+    if device.type != "cuda" or not fp8_runs_on(device):
         raise DoesNotApply("there are no float8 products here")
     return step(config, options, kernel=options.attention, in_fp8=True)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arguments import Config
-from sgm.inference.request import TEMPORAL_FACTOR, latent_shape
+from sgm.config import Config
+from sgm.preflight import TEMPORAL_FACTOR, latent_shape
 
 PROMPT = "a red circle moving left"
 WARMUP, REPEATS = 1, 3

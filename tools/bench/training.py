@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arguments import Config
-from diffusion_video import NetworkWrapper
-from sgm.checkpoint import is_lora_matrix
-from sgm.inference.request import check_attention
+from sgm.checkpoint.transformer import is_lora_matrix
+from sgm.config import Config
+from sgm.engine import NetworkWrapper
 from sgm.models.transformer import DiffusionTransformer
+from sgm.modules.transformer.attention import check_attention
 from sgm.training.deepspeed_engine import start_deepspeed
-from sgm.training.objective import TrainingObjective
+from sgm.training.loop import TrainingObjective
 from sgm.util import instantiate_from_config
-from tools.bench import inputs, rivals
+from tools.bench import diffusers_baseline, inputs
 from tools.bench.jobs import METHODS, Job
 from tools.bench.measuring import Measured, choose_device, forward_flops, measure, random_network
 
@@ -82,7 +82,7 @@ def run_variant(config: Config, variant: Variant, options: argparse.Namespace) -
     if variant.method in METHODS:
         step, flops = own_step(config, variant, rank=options.rank, device=device)
     else:
-        step = rivals.training_step(config, rank=options.rank, device=device)
+        step = diffusers_baseline.training_step(config, rank=options.rank, device=device)
     sample = random_inputs(config, device)
     times = inputs.repeats(options, warmup=WARMUP, steps=STEPS)
     measured = measure(lambda: step(*sample), device=device, **times)

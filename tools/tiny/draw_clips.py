@@ -14,7 +14,7 @@ from pathlib import Path
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.errors import UserError
 from sgm.files import make_output_folder, replacing
-from sgm.inference.video_io import write_mp4
+from sgm.video import write_mp4
 from tools.tiny.shapes import FPS, ShapeClips
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.files import replacing
-from sgm.inference.progress import Progress
+from sgm.progress import Progress
 from sgm.util import instantiate_from_config
 from tools.tiny.shapes import ShapeClips
 from tools.tiny.train_vae import CONFIG

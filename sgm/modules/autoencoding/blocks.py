@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sgm.modules.autoencoding.causal_conv import CausalConv3d, ConvCache
-from sgm.modules.autoencoding.convolve import frames_per_call
-from sgm.modules.autoencoding.fused_norm import fused_kernels, needs_grad, norm_silu
-from sgm.modules.autoencoding.layout import empty_frames
+from sgm.modules.autoencoding.convolve import empty_frames, frames_per_call
+from sgm.modules.autoencoding.norms import fused_kernels, needs_grad, norm_silu
 
 MakeNorm = Callable[[int], nn.Module]
 

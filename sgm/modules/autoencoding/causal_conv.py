@@ -1,12 +1,12 @@
-"""Convolution that sees no later frame, and what it remembers between chunks of a video."""
+"""Convolution that sees no later frame, and what it keeps between chunks of a video, and where."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from sgm.modules.autoencoding.convolve import convolve
-from sgm.modules.autoencoding.layout import with_room
+from sgm.modules.autoencoding.convolve import convolve, with_room
+from sgm.offload import host_copy
 
 
 class ConvCache:
@@ -95,3 +95,35 @@ class CausalConv3d(nn.Module):
             fill_room(frames, None, room=room)
         bias = self.conv.bias if add_bias else None
         return convolve(frames, self.conv.weight, bias=bias, padding=(room + 1) // 2, into=into)
+
+
+class HostConvCache(ConvCache):
+    """A `ConvCache` whose frames are in the host's memory while they are not used.
+
+    Those of all convolutions together are more than a third of what a GPU needs to decode.
+
+    Args:
+        device: of the chunks.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def recall(self, conv: torch.nn.Module) -> torch.Tensor | None:
+        """As in `ConvCache`: on the device."""
+        frames = super().recall(conv)
+        return None if frames is None else frames.to(self._device, non_blocking=True)
+
+    def fill(self, conv: CausalConv3d, frames: torch.Tensor) -> None:
+        """As in `ConvCache`.
+
+        A convolution has one place on the host. Only the GPU reads and writes there, in the order
+        of its stream, so that nobody waits for the copies.
+        """
+        home = self._frames.get(conv)
+        super().fill(conv, frames)
+        kept = self._frames[conv]
+        self._frames[conv] = (
+            host_copy(kept) if home is None else home.copy_(kept, non_blocking=True)
+        )

@@ -10,8 +10,7 @@ from torch import nn
 
 from sgm.modules.autoencoding.blocks import MakeNorm, MiddleBlocks, residual_stack
 from sgm.modules.autoencoding.causal_conv import CausalConv3d, ConvCache
-from sgm.modules.autoencoding.fused_norm import norm_silu
-from sgm.modules.autoencoding.norms import LatentModulatedNorm
+from sgm.modules.autoencoding.norms import LatentModulatedNorm, norm_silu
 from sgm.modules.autoencoding.resize import NUM_TIME_LEVELS, Upsample
 
 

@@ -9,8 +9,7 @@ from torch import nn
 
 from sgm.modules.autoencoding.blocks import MiddleBlocks, residual_stack
 from sgm.modules.autoencoding.causal_conv import CausalConv3d
-from sgm.modules.autoencoding.fused_norm import norm_silu
-from sgm.modules.autoencoding.norms import group_norm
+from sgm.modules.autoencoding.norms import group_norm, norm_silu
 from sgm.modules.autoencoding.resize import NUM_TIME_LEVELS, Downsample
 
 

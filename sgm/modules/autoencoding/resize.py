@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sgm.modules.autoencoding.convolve import convolve, frames_per_call
-from sgm.modules.autoencoding.layout import empty_frames
+from sgm.modules.autoencoding.convolve import convolve, empty_frames, frames_per_call
 
 # Time is compressed 4 times, at the first two of the levels that also halve space.
 NUM_TIME_LEVELS = 2

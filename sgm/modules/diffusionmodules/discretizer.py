@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sgm.numbers import check_number
+from sgm.util import check_number
 
 NUM_TIMESTEPS = 1000
 # Both ends of the linear-in-square-root schedule of latent diffusion (Rombach et al. 2022, app. B).

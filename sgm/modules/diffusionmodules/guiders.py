@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sgm.modules.diffusionmodules.denoiser import Conditioning
-from sgm.numbers import check_number
+from sgm.util import check_number
 
 
 class Guider(ABC):

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from sgm.modules.diffusionmodules.denoiser import Conditioning, DiscreteDenoiser, Network
 from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling, NoiseLevels
-from sgm.numbers import check_number
-from sgm.util import instantiate_from_config
+from sgm.util import check_number, instantiate_from_config
 
 
 class VideoDiffusionLoss:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sgm.distributed import data_parallel_rank_and_size
 from sgm.modules.diffusionmodules.discretizer import NoiseSchedule
 from sgm.util import instantiate_from_config
 
@@ -59,16 +60,3 @@ class DiscreteSampling:
             timesteps=self.schedule.timesteps.to(device)[positions],
             alphas_cumprod_sqrt=self.schedule.alphas_cumprod_sqrt.to(device)[positions],
         )
-
-
-def data_parallel_rank_and_size() -> tuple[int, int]:
-    """This process among those that see different data, and their number; (0, 1) when alone."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 0, 1
-    # Imported here: it loads DeepSpeed, seconds that a single process need not spend.
-    from sat import mpu
-
-    # Ranks that share one model by parts see the same data and must draw the same levels.
-    if mpu.model_parallel_is_initialized():
-        return mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()

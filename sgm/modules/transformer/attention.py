@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from sgm.distributed import SequenceShare
 from sgm.errors import UserError
-from sgm.kernels import can_compile_kernels
-from sgm.parallel.sequence import SequenceShare
+from sgm.preflight import head_size
+from sgm.toolchain import can_compile_kernels
 
 logger = logging.getLogger(__name__)
+
 
 # What computes the attention: "hopper" is this project's own, "flash" is FlashAttention-4, "sdpa"
 # is PyTorch.
@@ -30,7 +32,7 @@ _NEEDS: dict[Kernel, str] = {
 }
 
 _HOPPER, _BLACKWELL = (9, 0), (10, 0)  # compute capabilities
-_HOPPER_HEAD_SIZE = 64  # HEAD_SIZE of triton_attention, which imports Triton
+_HOPPER_HEAD_SIZE = 64  # HEAD_SIZE of hopper_attention, which imports Triton
 
 
 def choose_kernel(tokens: Tensor, *, head_size: int, own: bool = True) -> Kernel:
@@ -210,7 +212,7 @@ def _join(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor
 @torch.library.custom_op("cogvideox::hopper_attention", mutates_args=())
 def hopper_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """This project's kernel as an operator; like `flash_attention`, but without a gradient."""
-    from sgm.modules.transformer.triton_attention import attend_on_hopper
+    from sgm.modules.transformer.hopper_attention import attend_on_hopper
 
     if query.device not in _tallies:
         _tallies[query.device] = torch.zeros(2, dtype=torch.int64, device=query.device)
@@ -280,3 +282,19 @@ ATTENTION_OPERATORS = frozenset(
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
 )
+
+
+def check_attention(choice: str, model: Mapping[str, Any], **where: Any) -> None:
+    """Find out whether the kernel of attention that `args` ask for runs; one for "auto" does.
+
+    Args:
+        choice: "auto", or the name of a kernel.
+        model: the `model` section.
+        where: `device` and `dtype` of the network.
+
+    Raises:
+        UserError: it does not; says what it needs. Or as in `head_size`.
+    """
+    width = head_size(model)
+    if choice != "auto":
+        check_kernel(choice, head_size=width, **where)

@@ -8,8 +8,8 @@ from einops import rearrange
 from sat.model.base_model import BaseMixin
 from torch import Tensor, nn
 
+from sgm.distributed import SequenceShare
 from sgm.modules.transformer.adaln import modulate
-from sgm.parallel.sequence import SequenceShare
 
 FINAL_NORM_EPSILON = 1e-6
 

@@ -9,7 +9,7 @@ from einops import rearrange
 from sat.model.base_model import BaseMixin
 from torch import Tensor, nn
 
-from sgm.parallel.sequence import SequenceShare
+from sgm.distributed import SequenceShare
 
 
 class ImagePatchEmbeddingMixin(BaseMixin):

@@ -9,8 +9,8 @@ from einops import rearrange, repeat
 from sat.model.base_model import BaseMixin, BaseModel
 from torch import Tensor, nn
 
+from sgm.distributed import SequenceShare
 from sgm.errors import UserError
-from sgm.parallel.sequence import SequenceShare
 
 
 class Basic3DPositionEmbeddingMixin(BaseMixin):

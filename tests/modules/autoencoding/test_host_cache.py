@@ -2,9 +2,8 @@
 
 import torch
 
-from sgm.modules.autoencoding import host_cache
-from sgm.modules.autoencoding.causal_conv import CausalConv3d, ConvCache
-from sgm.modules.autoencoding.host_cache import HostConvCache
+from sgm.modules.autoencoding import causal_conv
+from sgm.modules.autoencoding.causal_conv import CausalConv3d, ConvCache, HostConvCache
 
 
 @torch.no_grad()
@@ -24,7 +23,7 @@ def test_chunks_are_convolved_as_with_frames_on_the_device():
 @torch.no_grad()
 def test_what_is_kept_goes_to_the_host_and_comes_back_to_the_device(monkeypatch):
     # Here nothing but a meta device is not the host; copies from it are told by their value.
-    monkeypatch.setattr(host_cache, "host_copy", lambda frames: torch.full_like(frames, 7))
+    monkeypatch.setattr(causal_conv, "host_copy", lambda frames: torch.full_like(frames, 7))
     conv = CausalConv3d(3, 4, kernel_size=3)
     cache = HostConvCache(torch.device("meta"))
     assert cache.recall(conv) is None

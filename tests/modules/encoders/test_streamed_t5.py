@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sgm.modules.encoders.modules import FrozenT5Embedder, encoder_bytes
+from sgm.checkpoint.text_encoder import encoder_bytes
+from sgm.modules.encoders.modules import FrozenT5Embedder
 from tools.make_random_weights import write_t5
 
 TEXTS = ["a red circle", "a blue square"]

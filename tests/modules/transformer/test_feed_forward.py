@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgm.modules.transformer import feed_forward
-from sgm.modules.transformer.feed_forward import activated, linear_gelu
+from sgm.modules.transformer.linear import activated, linear_gelu
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -54,7 +53,9 @@ def test_weights_that_are_trained_go_the_plain_way(
     trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused = []
-    monkeypatch.setattr(feed_forward, "linear_gelu", lambda *inputs: fused.append(inputs))
+    monkeypatch.setattr(
+        "sgm.modules.transformer.linear.linear_gelu", lambda *inputs: fused.append(inputs)
+    )
     linear, x = OnGPU(trained=trained), torch.randn(2, 6)
     activated(linear, x, activation=F.gelu)
     assert len(fused) == (0 if trained else 1)

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import sample_video
-from arguments import SamplingArgs, parse_config
+from arguments import parse_config
+from sgm.config import SamplingArgs
 from sgm.errors import UserError
 from sgm.models.transformer import DiffusionTransformer
-from sgm.modules.transformer.fp8 import (
+from sgm.modules.transformer.linear import (
     FLOAT8,
     Fp8Linear,
-    check_device,
+    check_fp8,
     quantize_linears,
     to_float8,
 )
+from sgm.pipeline import load_engine
 from tests.lora_models import build
 
 CONFIG = "configs/cogvideox_tiny_infer.yaml"
@@ -117,17 +118,17 @@ def test_gpus_without_float8_are_refused(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "the GPU")
-    check_device(torch.device("cpu"))
+    check_fp8(torch.device("cpu"))
     if works:
-        check_device(torch.device("cuda"))
+        check_fp8(torch.device("cuda"))
     else:
         with pytest.raises(UserError, match="the GPU has no float8 products"):
-            check_device(torch.device("cuda"))
+            check_fp8(torch.device("cuda"))
 
 
 def test_the_flag_of_sampling_quantizes_the_transformer() -> None:
     config = parse_config(SamplingArgs, "", ["--base", CONFIG, "--fp8", "--bf16"])
-    engine = sample_video.load_engine(config, torch.device("cpu"))
+    engine = load_engine(config, torch.device("cpu"))
     layer = engine.model.diffusion_model.transformer.layers[-1]
     assert isinstance(layer.mlp.dense_4h_to_h, Fp8Linear)
     assert engine.model.diffusion_model.dtype == torch.bfloat16

@@ -8,8 +8,8 @@ from sat.model.finetune.lora2 import LoraLinear
 from sat.model.transformer import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
-from sgm.modules.transformer.projection import lora_linear, project, sum_of_products
-from sgm.modules.transformer.sat_runtime import ensure_process_groups
+from sgm.modules.transformer.linear import lora_linear, project, sum_of_products
+from sgm.sat_runtime import ensure_process_groups
 
 WIDTH = 8
 

@@ -1,0 +1,88 @@
+"""Mappings of tensors that are made when asked for, and tensors in another precision."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sgm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Name → tensor, each put together when it is asked for, so that few are in memory at once.
+
+    Args:
+        makers: name → what puts the tensor together.
+        meta: gives the same names with tensors on the meta device; without it, `on_meta` must
+            make each tensor once to tell its shape.
+    """
+
+    def __init__(
+        self,
+        makers: Mapping[str, Callable[[], Tensor]],
+        *,
+        meta: Callable[[], Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        self._makers = makers
+        self.meta = meta
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def on_meta(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The same names with tensors on the meta device: shapes and dtypes, without reading values."""
+    if isinstance(tensors, LazyTensors) and tensors.meta is not None:
+        return tensors.meta()
+    return {name: tensor.to("meta") for name, tensor in tensors.items()}
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype, *, name: str, where: str | Path) -> Tensor:
+    """A tensor in another precision; one of whole numbers stays as it is.
+
+    Raises:
+        UserError: it has values beyond the range of `dtype`.
+    """
+    if not tensor.is_floating_point() or tensor.dtype is dtype:
+        return tensor
+    result = tensor.to(dtype)
+    if not result.isfinite().all() and tensor.isfinite().all():
+        raise UserError(
+            f"{where}: {name} holds values beyond the range of {str(dtype)[6:]}; take bfloat16 "
+            "or leave the precision as it is"
+        )
+    return result
+
+
+def in_dtype(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None, *, where: str | Path
+) -> Mapping[str, Tensor]:
+    """The tensors in another precision, rounded when asked for; None leaves each its own.
+
+    Raises:
+        UserError: when a tensor is asked for that has values beyond the range of `dtype`.
+    """
+    if dtype is None:
+        return tensors
+
+    def make(name: str) -> Tensor:
+        return rounded(tensors[name], dtype, name=name, where=where)
+
+    def metas() -> Mapping[str, Tensor]:
+        known = on_meta(tensors).items()
+        return {name: meta.to(dtype) if meta.is_floating_point() else meta for name, meta in known}
+
+    return LazyTensors({name: partial(make, name) for name in tensors}, meta=metas)

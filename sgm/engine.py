@@ -1,0 +1,366 @@
+"""The engine that wires the parts of a configuration: transformer, autoencoder, text encoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from sgm.checkpoint.lora import merge_loras
+from sgm.checkpoint.transformer import fingerprint, is_lora_matrix, load_transformer
+from sgm.config import LoraChoice
+from sgm.errors import UserError, nearest_name
+from sgm.models.autoencoder import build_first_stage, draw_latents, encode_moments
+from sgm.models.tiled_decoding import decode_tiled
+from sgm.modules.autoencoding.causal_conv import ConvCache, HostConvCache
+from sgm.offload import VisitingWeights, move_to_host
+from sgm.parallel.decoding import decode_together
+from sgm.util import instantiate_from_config, instantiate_part
+
+Config = Mapping[str, Any]
+
+
+class NetworkWrapper(nn.Module):
+    """Calls the transformer in its own precision, with float32 on both sides.
+
+    The name of its one module gives the weights the prefix ``model.diffusion_model.`` of SAT
+    checkpoints.
+
+    Attributes:
+        autocast_dtype: products are computed in this type, by `torch.autocast`; None for that of
+            the weights.
+    """
+
+    def __init__(self, diffusion_model: nn.Module) -> None:
+        super().__init__()
+        self.diffusion_model = diffusion_model
+        self.autocast_dtype: torch.dtype | None = None
+
+    def forward(self, x: Tensor, timesteps: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """x (b, t, c, h, w), timesteps (b,) in 0…999, cond of k b samples → (k b, t, c, h, w)."""
+        dtype, autocast = self.diffusion_model.dtype, nullcontext()
+        if self.autocast_dtype is not None:
+            autocast = torch.autocast(x.device.type, self.autocast_dtype)
+        with autocast:
+            output = self.diffusion_model(
+                x.to(dtype), timesteps=timesteps, context=cond["crossattn"].to(dtype)
+            )
+        return output.float()
+
+
+class SATVideoDiffusionEngine(nn.Module):
+    """Text to video, and the parts of its training loss.
+
+    Args:
+        network_config … loss_fn_config: nodes of the parts, see README.
+        scale_factor: latents are multiplied by it after encoding, divided by it before decoding.
+        not_trainable_prefixes: names of weights that begin so are not trained; ``all`` leaves
+            only the LoRA matrices.
+        lora_config: node of the LoRA mixin; older files have it in the network's `modules`.
+        input_key: the batch's entry that holds the video (or its latents).
+        latent_input: batches hold unscaled latents; the autoencoder is then not built.
+        cached_input: batches come from a cache (see sgm/data/cache.py); neither the autoencoder
+            nor the text encoder is then built.
+        load: weights of the transformer, of SAT or diffusers; None starts from random ones.
+        lora: LoRAs that are merged into these weights; a `lora_config` is then without effect.
+        dtype, device: of all parts.
+        text_device: of the text encoder, if it is another.
+        stream_text: weights of the text encoder are on its device while they are used only; see
+            `offload` for the other parts.
+        tile_decode: decode in tiles, see sgm/models/tiled_decoding.py.
+
+    Raises:
+        UserError: a parameter or a file is wrong.
+    """
+
+    # Of older files: nothing here runs under autocast, and logging is the trainer's business.
+    IGNORED_PARAMS = frozenset({"disable_first_stage_autocast", "log_keys"})
+
+    def __init__(
+        self,
+        *,
+        network_config: Config,
+        denoiser_config: Config,
+        conditioner_config: Config,
+        first_stage_config: Config,
+        sampler_config: Config | None = None,
+        loss_fn_config: Config | None = None,
+        scale_factor: float = 1.0,
+        not_trainable_prefixes: Sequence[str] | None = (),
+        lora_config: Config | None = None,
+        input_key: str = "mp4",
+        latent_input: bool = False,
+        cached_input: bool = False,
+        load: str | None = None,
+        lora: Sequence[LoraChoice] = (),
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        text_device: str | torch.device | None = None,
+        stream_text: bool = False,
+        tile_decode: bool = False,
+    ) -> None:
+        super().__init__()
+        self.scale_factor = _checked_scale(scale_factor)
+        self.not_trainable_prefixes = _checked_prefixes(not_trainable_prefixes)
+        self.input_key = input_key
+        self.latent_input = latent_input
+        config = _network_config(network_config, lora_config, with_lora=not lora)
+        network, self.base_fingerprint = _build_network(config, load, dtype=dtype, device=device)
+        if lora:
+            merge_loras(network, lora, base=self.base_fingerprint)
+        self.model = NetworkWrapper(network)
+        self.denoiser = instantiate_part(denoiser_config, "denoiser_config", needs=["__call__"])
+        self.sampler = self.loss_fn = None
+        if sampler_config:
+            needs = ["__call__", "num_steps"]
+            self.sampler = instantiate_part(sampler_config, "sampler_config", needs=needs)
+        if loss_fn_config:
+            self.loss_fn = instantiate_part(loss_fn_config, "loss_fn_config", needs=["__call__"])
+        self._first_stage = {"config": first_stage_config, "dtype": dtype}
+        self._decoding_group: torch.distributed.ProcessGroup | None = None
+        self.tile_decode = tile_decode
+        self._make_cache: Callable[[], ConvCache] = ConvCache
+        self.first_stage_model = None
+        if cached_input:
+            # It has no weights: what remains of the autoencoder where its moments are kept.
+            regularizer = (first_stage_config.get("params") or {}).get("regularizer_config")
+            self.regularizer = instantiate_from_config(regularizer)
+        elif not latent_input:
+            self.first_stage_model = build_first_stage(**self._first_stage, device=device)
+            self.regularizer = self.first_stage_model.regularization
+        self.conditioner = instantiate_part(
+            conditioner_config,
+            "conditioner_config",
+            needs=["encode", "unconditional"],
+            with_embedders=not cached_input,
+            dtype=dtype,
+            device=device if text_device is None else text_device,
+            streamed=stream_text,
+        )
+        self._network_here: AbstractContextManager[None] = nullcontext()
+        self._decoder_here: AbstractContextManager[None] = nullcontext()
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Apply `not_trainable_prefixes` to the transformer's weights.
+
+        Raises:
+            UserError: one of them matches no weight.
+        """
+        names = [name for name, _ in self.model.diffusion_model.named_parameters()]
+        for prefix in self.not_trainable_prefixes:
+            if prefix != "all" and not any(name.startswith(prefix) for name in names):
+                known = {name.split(".")[0] + "." for name in names}
+                raise UserError(
+                    f"not_trainable_prefixes: no weight's name begins with {prefix!r}; "
+                    f"{nearest_name(prefix, known)}"
+                )
+        for name, weight in self.model.diffusion_model.named_parameters():
+            if "all" in self.not_trainable_prefixes:
+                weight.requires_grad_(is_lora_matrix(name))
+            elif name.startswith(self.not_trainable_prefixes):
+                weight.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> SATVideoDiffusionEngine:
+        """Switch to training; the autoencoder, which is never trained here, stays as it is."""
+        super().train(mode)
+        if self.first_stage_model is not None:
+            self.first_stage_model.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.model.parameters()).device
+
+    @contextmanager
+    def loaded_first_stage(self) -> Iterator[None]:
+        """Within this context the autoencoder is there; one that was not is dropped afterwards.
+
+        Raises:
+            UserError: its file is wrong.
+        """
+        if self.first_stage_model is not None:
+            yield
+            return
+        self.first_stage_model = build_first_stage(**self._first_stage, device=self.device)
+        try:
+            yield
+        finally:
+            self.first_stage_model = None
+
+    def offload(self) -> None:
+        """From now on network and decoder wait in the host's memory, for inference only.
+
+        The network is back on its device within `sample`, the decoder within `decode_first_stage`,
+        whose convolutions keep their frames on the host too (on one process). To be called after
+        whatever replaces weights.
+        """
+        device, decoder = self.device, self.first_stage_model.decoder
+        for part in (self.model, decoder):
+            move_to_host(part)
+        self.first_stage_model.encoder.to("cpu")  # sampling does not need it
+        self._network_here = VisitingWeights(self.model, device)
+        self._decoder_here = VisitingWeights(decoder, device)
+        self._make_cache = partial(HostConvCache, device)
+
+    @torch.no_grad()
+    def encode_first_stage(self, video: Tensor) -> Tensor:
+        """Video (b, t, 3, h, w) in [-1, 1] → scaled latents (b, t', c, h/8, w/8), float32."""
+        moments = encode_moments(self.first_stage_model, video)
+        return draw_latents(self.first_stage_model.regularization, moments) * self.scale_factor
+
+    def share_decoding(self, group: torch.distributed.ProcessGroup) -> None:
+        """Decode with the other processes of `group`; the first of them gets the video."""
+        self._decoding_group = group
+
+    @torch.no_grad()
+    def decode_first_stage(self, latents: Tensor) -> Iterator[Tensor]:
+        """Scaled latents (b, t', c, h, w) → chunks (b, t, 3, 8h, 8w) of the video, in order.
+
+        Values are about [-1, 1], float32. A chunk comes when the next one is on its way, so that a
+        GPU makes that while frames are written.
+        """
+        z = rearrange(latents / self.scale_factor, "b t c h w -> b c t h w")
+        group = self._decoding_group
+        with self._decoder_here:
+            z = z.to(next(self.first_stage_model.decoder.parameters()))
+            if group is None:
+                decode = partial(self.first_stage_model.decode_streamed, cache=self._make_cache())
+            else:
+                decode = partial(decode_together, self.first_stage_model, group=group)
+            if self.tile_decode:
+                factor = self.first_stage_model.encoder.space_factor
+                decode = partial(decode_tiled, decode, factor=factor)
+            made: Tensor | None = None
+            for chunk in decode(z):
+                if made is not None:
+                    yield made
+                made = rearrange(chunk.float(), "b c t h w -> b t c h w")
+            if made is not None:  # with several processes it is None on all but the first
+                yield made
+
+    @torch.no_grad()
+    def sample(
+        self,
+        cond: Mapping[str, Tensor],
+        uncond: Mapping[str, Tensor],
+        shape: Sequence[int],
+        *,
+        generator: torch.Generator,
+        callback: Any = None,
+    ) -> Tensor:
+        """Draw scaled latents (b, t, c, h, w) = `shape`, float32, with `cond` of any device.
+
+        All noise comes from `generator`, a CPU one, so that a seed means the same everywhere.
+        `callback(step_index, num_steps, x)` is called after each step.
+        """
+
+        is_on_gpu = self.device.type == "cuda"
+
+        def draw() -> Tensor:
+            # From page-locked memory the host need not wait until the GPU is ready to copy.
+            noise = torch.randn(*shape, generator=generator, pin_memory=is_on_gpu)
+            return noise.to(self.device, non_blocking=True)
+
+        def after_step(step_index: int, num_steps: int, x: Tensor) -> None:
+            if step_index == 0:
+                review_attention()
+            if callback is not None:
+                callback(step_index, num_steps, x)
+
+        watched = self.model.diffusion_model.watched_attention()
+        with self._network_here, watched as review_attention:
+            return self.sampler(
+                self.model,
+                self.denoiser,
+                draw(),
+                self._here(cond),
+                self._here(uncond),
+                noise=lambda step_index: draw(),
+                callback=after_step,
+            )
+
+    def _here(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Conditioning on the network's device; the text encoder may have another."""
+        return {key: embedding.to(self.device) for key, embedding in cond.items()}
+
+    def get_input(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the loss is computed on, from a batch of either kind.
+
+        Args:
+            batch: `input_key` (b, t, 3, h, w), a video in [-1, 1], or unscaled latents with
+                `latent_input`; or from a cache ``moments`` (b, t', 2c, h, w). And the texts that
+                the conditioner reads, or from a cache ``crossattn`` (b, n_text, d_text).
+
+        Returns:
+            Scaled latents (b, t', c, h, w), float32, and conditioning, on the network's device.
+            Drawn from torch's global generators, for both kinds of batch alike: the noise in the
+            latents, then which samples' text is dropped.
+        """
+        if "moments" in batch:
+            moments = batch["moments"].to(self.device, non_blocking=True)
+            latents = draw_latents(self.regularizer, moments) * self.scale_factor
+        elif self.latent_input:
+            latents = batch[self.input_key].to(self.device, non_blocking=True).float()
+            latents = latents * self.scale_factor
+        else:
+            video = batch[self.input_key].to(self.device, non_blocking=True)
+            latents = self.encode_first_stage(video)
+        return latents, self._here(self.conditioner(batch))
+
+
+def _checked_scale(value: float) -> float:
+    """`scale_factor`, if it is finite and above 0; UserError if not."""
+    if not math.isfinite(value) or value <= 0:
+        raise UserError(f"model.scale_factor: {value!r} must be a finite number above 0")
+    return value
+
+
+def _checked_prefixes(value: Any) -> tuple[str, ...]:
+    """`not_trainable_prefixes`, null as none, if it is a list of texts; UserError if not."""
+    prefixes = () if value is None else value
+    is_list = isinstance(prefixes, Sequence) and not isinstance(prefixes, str)
+    if not is_list or not all(isinstance(prefix, str) and prefix for prefix in prefixes):
+        raise UserError(
+            f"model.not_trainable_prefixes: {value!r} must be a list of texts, for example ['all']"
+        )
+    return tuple(prefixes)
+
+
+def _network_config(config: Config, lora_config: Config | None, *, with_lora: bool) -> Config:
+    """The transformer's node with the `lora_config` of either place in it, or of neither.
+
+    Raises:
+        UserError: the two places differ.
+    """
+    params = config.get("params") if isinstance(config, Mapping) else None
+    modules = params.get("modules") if isinstance(params, Mapping) else None
+    if not isinstance(modules, Mapping):  # whoever builds it says what is wrong
+        return config
+    own = modules.get("lora_config") or lora_config
+    if lora_config and own != lora_config:
+        raise UserError(
+            "lora_config stands under model and under network_config.params.modules with "
+            "different values; keep one"
+        )
+    modules = {**modules, "lora_config": own if with_lora else None}
+    return {**config, "params": {**params, "modules": modules}}
+
+
+def _build_network(
+    config: Config, load: str | None, *, dtype: torch.dtype, device: str | torch.device
+) -> tuple[nn.Module, str]:
+    """The transformer with weights from `load`, or with random ones; and their fingerprint."""
+    if load is None:
+        network = instantiate_from_config(config).to(device=device, dtype=dtype)
+        return network, fingerprint(network.state_dict())
+    with torch.device("meta"):
+        network = instantiate_from_config(config)
+    return network, load_transformer(network, load, dtype=dtype, device=device)

@@ -1,1 +1,0 @@
-"""What sampling needs around the model: prompts, video files, progress."""

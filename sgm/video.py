@@ -1,0 +1,122 @@
+"""Writing results: mp4, contact sheet and record, each beside its place first, then renamed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sgm.files import replacing
+
+logger = logging.getLogger(__name__)
+
+
+_SHEET_FRAMES = 6
+
+
+def to_uint8(video: Tensor) -> np.ndarray:
+    """Video (t, 3, h, w), values clipped to [-1, 1] → (t, h, w, 3) in 0…255."""
+    pixels = (video.clamp(-1, 1) + 1) * 127.5
+    return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: float) -> None:
+    """Write chunks of frames (t, h, w, 3), uint8, as H.264 (yuv420p) as they come.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    import imageio.v2 as imageio
+    from imageio_ffmpeg import count_frames_and_secs
+
+    num_frames = 0
+    with replacing(path) as partial:
+        with imageio.get_writer(
+            partial,
+            format="FFMPEG",
+            fps=fps,
+            codec="libx264",
+            pixelformat="yuv420p",
+            quality=8,
+            macro_block_size=2,  # what yuv420p needs; imageio's 16 would rescale the frames
+            ffmpeg_log_level="quiet",
+        ) as writer:
+            for chunk in chunks:
+                for frame in chunk:
+                    writer.append_data(frame)
+                    num_frames += 1
+        # imageio does not tell when ffmpeg fails at the end, on a full disk for one: so count.
+        try:
+            written, _ = count_frames_and_secs(str(partial))
+        except RuntimeError:
+            written = 0
+        if written != num_frames:
+            raise OSError(None, None)
+
+
+def write_contact_sheet(frames: np.ndarray, path: Path, *, above: Path | None = None) -> None:
+    """Write evenly spaced frames of (t, h, w, 3), uint8, side by side as a PNG.
+
+    Args:
+        above: another sheet, put above this one if it is there and of the same width.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    chosen = np.linspace(0, len(frames) - 1, min(_SHEET_FRAMES, len(frames))).round().astype(int)
+    rows = [np.concatenate(list(frames[chosen]), axis=1)]  # (h, n w, 3)
+    if above is not None and (other := _read_sheet(above)) is not None:
+        if other.shape[1] == rows[0].shape[1]:
+            rows.insert(0, other)
+    with replacing(path) as partial:
+        Image.fromarray(np.concatenate(rows, axis=0)).save(partial)
+
+
+def _read_sheet(path: Path) -> np.ndarray | None:
+    """A sheet's pixels (h, w, 3), uint8; None where there is none or it is damaged."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: Pillow, of a broken PNG
+        logger.debug("%s: %s", path, error)
+        return None
+
+
+def write_video(
+    chunks: Iterable[Tensor], path: Path, sheet: Path, *, fps: float, above: Path | None = None
+) -> None:
+    """Write an mp4 while its chunks (t, 3, h, w), in [-1, 1], come, and then its contact sheet.
+
+    Args:
+        path, sheet: where the mp4 and the PNG go, in folders that are there.
+        above: see `write_contact_sheet`.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    decoded: list[np.ndarray] = []
+
+    def frames() -> Iterator[np.ndarray]:
+        for chunk in chunks:
+            decoded.append(to_uint8(chunk))
+            yield decoded[-1]
+
+    write_mp4(frames(), path, fps=fps)
+    write_contact_sheet(np.concatenate(decoded), sheet, above=above)
+
+
+def write_json(record: dict[str, Any], path: Path) -> None:
+    """Write a record as indented JSON.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
