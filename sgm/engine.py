@@ -19,6 +19,7 @@ from sgm.errors import UserError, nearest_name
 from sgm.models.autoencoder import build_first_stage, draw_latents, encode_moments
 from sgm.models.tiled_decoding import decode_tiled
 from sgm.modules.autoencoding.causal_conv import ConvCache, HostConvCache
+from sgm.modules.diffusionmodules.sampling import SampledStep, Sampler, StepCallback
 from sgm.offload import VisitingWeights, move_to_host
 from sgm.parallel.decoding import decode_together
 from sgm.util import instantiate_from_config, instantiate_part
@@ -247,21 +248,27 @@ class SATVideoDiffusionEngine(nn.Module):
                 yield made
 
     @torch.no_grad()
-    def sample(
+    def sample_steps(
         self,
         cond: Mapping[str, Tensor],
         uncond: Mapping[str, Tensor],
         shape: Sequence[int],
         *,
         generator: torch.Generator,
-        callback: Any = None,
-    ) -> Tensor:
-        """Draw scaled latents (b, t, c, h, w) = `shape`, float32, with `cond` of any device.
+        sampler: Sampler | None = None,
+    ) -> Iterator[SampledStep]:
+        """Sample scaled latents, a step each time the next one is asked for.
 
-        All noise comes from `generator`, a CPU one, so that a seed means the same everywhere.
-        `callback(step_index, num_steps, x)` is called after each step.
+        Args:
+            cond, uncond: conditioning of both branches of guidance, on any device.
+            shape: (b, t, c, h, w) of the latents.
+            generator: source of all noise, on the CPU, so that a seed means the same everywhere.
+            sampler: None: the configuration's.
+
+        Yields:
+            Each step; the last one's `x` is the result, float32.
         """
-
+        sampler = sampler or self.sampler
         is_on_gpu = self.device.type == "cuda"
 
         def draw() -> Tensor:
@@ -269,23 +276,34 @@ class SATVideoDiffusionEngine(nn.Module):
             noise = torch.randn(*shape, generator=generator, pin_memory=is_on_gpu)
             return noise.to(self.device, non_blocking=True)
 
-        def after_step(step_index: int, num_steps: int, x: Tensor) -> None:
-            if step_index == 0:
-                review_attention()
-            if callback is not None:
-                callback(step_index, num_steps, x)
-
         watched = self.model.diffusion_model.watched_attention()
         with self._network_here, watched as review_attention:
-            return self.sampler(
+            for step in sampler.steps(
                 self.model,
                 self.denoiser,
                 draw(),
                 self._here(cond),
                 self._here(uncond),
                 noise=lambda step_index: draw(),
-                callback=after_step,
-            )
+            ):
+                if step.step_index == 0:
+                    review_attention()
+                yield step
+
+    def sample(
+        self,
+        cond: Mapping[str, Tensor],
+        uncond: Mapping[str, Tensor],
+        shape: Sequence[int],
+        *,
+        generator: torch.Generator,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        """Sample scaled latents (b, t, c, h, w): all of `sample_steps`, a callback after each."""
+        for step in self.sample_steps(cond, uncond, shape, generator=generator):
+            if callback is not None:
+                callback(step.step_index, self.sampler.num_steps, step.x)
+        return step.x
 
     def _here(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Conditioning on the network's device; the text encoder may have another."""

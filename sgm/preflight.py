@@ -107,6 +107,24 @@ def allowed_num_frames(params: Mapping[str, Any]) -> list[int]:
     return list(range(1, (params["num_frames"] - 1) // _temporal_factor(params) + 2, 2))
 
 
+def num_latent_frames(num_frames: int, model: Mapping[str, Any]) -> int:
+    """Latent frames of a video of `num_frames` frames.
+
+    Raises:
+        UserError: the model does not make videos of that length; the message lists the lengths.
+    """
+    params = check_model_section(model)
+    require_sizes(params, _SIZES)
+    factor = _temporal_factor(params)
+    lengths = {factor * (n - 1) + 1: n for n in allowed_num_frames(params)}
+    if type(num_frames) is not int or num_frames not in lengths:
+        raise UserError(
+            f"num_frames={num_frames!r} counts frames of the video; this model allows: "
+            f"{', '.join(map(str, lengths))}"
+        )
+    return lengths[num_frames]
+
+
 def latent_shape(args: Any, model: Mapping[str, Any]) -> tuple[int, int, int, int]:
     """Shape (t, c, h, w) of a sample's latents.
 

@@ -20,6 +20,10 @@ from sgm.util import instantiate_from_config, instantiate_part
 # weights were sampled so, and since the norms' statistics are those of a chunk, it is part of them.
 FIRST_CHUNK_FRAMES, CHUNK_FRAMES = 3, 2
 
+# Of the frames that previews are fitted to: their side in latents, and the ridge as a fraction of
+# the mean square.
+_RGB_LATENTS, _RGB_RIDGE = 4, 1e-3
+
 
 class Reconstruction(NamedTuple):
     """A video that went through the autoencoder, and the moments that it had on the way."""
@@ -241,3 +245,22 @@ def draw_latents(regularizer: nn.Module, moments: Tensor) -> Tensor:
     """
     latents = regularizer(rearrange(moments, "b t c h w -> b c t h w"))
     return rearrange(latents.float(), "b c t h w -> b t c h w")
+
+
+@torch.no_grad()
+def fit_rgb(first_stage: nn.Module) -> Tensor:
+    """Fit a linear map from latents to colours, for previews: (c + 1, 3), float32, on the CPU.
+
+    Its last row is the constant; colours are in [-1, 1]. Least squares over single frames of one
+    colour each; a small ridge keeps directions that no plain colour shows out of the map.
+    """
+    levels = torch.tensor([-0.8, 0.0, 0.8])
+    colours = torch.cartesian_prod(levels, levels, levels)  # (27, 3)
+    side = _RGB_LATENTS * first_stage.encoder.space_factor
+    frames = colours[:, None, :, None, None].expand(-1, 1, -1, side, side)  # (27, 1, 3, h, w)
+    means, _ = encode_moments(first_stage, frames).float().cpu().chunk(2, dim=2)
+    means = means.mean(dim=(1, 3, 4))  # (27, c)
+    inputs = torch.cat([means, torch.ones(len(means), 1)], dim=1)  # (27, c + 1)
+    gram = inputs.T @ inputs
+    ridge = _RGB_RIDGE * gram.trace() / len(gram) * torch.eye(len(gram))
+    return torch.linalg.solve(gram + ridge, inputs.T @ colours)
