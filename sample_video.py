@@ -17,7 +17,7 @@ from sgm.config import Config, SamplingArgs
 from sgm.distributed import Rank, any_rank
 from sgm.errors import UserError
 from sgm.files import installed_versions, make_output_folder
-from sgm.preflight import check_weight_paths, latent_shape
+from sgm.preflight import find_weights, latent_shape
 from sgm.prompts import Prompt, read_prompt_file, read_typed_prompts
 
 if TYPE_CHECKING:
@@ -234,7 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape = latent_shape(args, config.model)
     prompts = get_prompts(args, rank)
     with no_garbage_collection():
-        check_weight_paths(config.model | {"latent_input": False}, args.load, lora=args.lora)
+        model = config.model | {"latent_input": False}  # sampling decodes in any case
+        weights = find_weights(model, args.load, lora=args.lora)
 
         from sgm.pipeline import (
             advise,
@@ -248,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output_dir = make_output_folder(args.output_dir)
         allow_targets(config.allow_target)
         device = choose_device(args, rank)
-        engine = load_engine(config, device)
+        engine = load_engine(config, device, weights=weights)
     logger.info("model ready on %s after %.1f s", device, time.perf_counter() - started)
     advise(engine, args, device=device, world_size=rank.world_size)
     everyone = None

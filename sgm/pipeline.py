@@ -14,6 +14,7 @@ from sgm.errors import UserError
 from sgm.models.tiled_decoding import TILE
 from sgm.modules.transformer.attention import check_attention
 from sgm.modules.transformer.linear import check_fp8, quantize_linears
+from sgm.preflight import RunWeights, find_weights
 from sgm.prompts import Prompt
 from sgm.toolchain import can_compile_kernels, check_compile
 
@@ -51,8 +52,15 @@ def choose_device(args: SamplingArgs, rank: Rank) -> torch.device:
     return device
 
 
-def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine:
+def load_engine(
+    config: Config, device: torch.device, *, weights: RunWeights | None = None
+) -> SATVideoDiffusionEngine:
     """Build the engine of a configuration for inference, with its weights.
+
+    Args:
+        config: the configuration.
+        device: where the engine computes.
+        weights: what `find_weights` found for it, if that was called already.
 
     Raises:
         UserError: the configuration or a file of weights is wrong.
@@ -64,6 +72,9 @@ def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine
     from sgm.util import check_params
 
     args = config.args
+    if weights is None:
+        model = config.model | {"latent_input": False}
+        weights = find_weights(model, args.load, lora=args.lora)
     for key in ("load", "lora"):
         if config.model.get(key) is not None:
             raise UserError(f"{key} stands under model in the configuration; put it under args")
@@ -73,22 +84,22 @@ def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine
         check_compile(device.type)
     dtype = getattr(torch, args.precision)
     check_attention(args.attention, config.model, device=device, dtype=dtype)
-    memory = choose_memory(args, config.model, device=device, dtype=dtype)
     extra = {
-        "load": args.load,
-        "lora": args.lora,
+        "load": weights.transformer,
+        "lora": weights.loras,
         "dtype": dtype,
-        "device": device,
-        "stream_text": memory == "low",
+        "device": "meta",
         "tile_decode": args.tile_decode,
         "latent_input": False,  # of training batches; sampling decodes in any case
     }
     params = check_params(
-        SATVideoDiffusionEngine, config.model | extra, where=config.place("model")
+        SATVideoDiffusionEngine, weights.within(config.model) | extra, where=config.place("model")
     )
     if not params.get("sampler_config"):
         raise UserError(f"{config.place('model')}: sampler_config is absent; sampling needs one")
     engine = SATVideoDiffusionEngine(**params).eval()
+    memory = choose_memory(args, engine, device=device, dtype=dtype)
+    engine.load_weights(device, stream_text=memory == "low")
     engine.model.diffusion_model.set_attention(args.attention)
     if args.fp8:
         quantize_linears(engine.model.diffusion_model)
