@@ -16,7 +16,7 @@ from sgm.config import Config, SamplingArgs
 from sgm.distributed import Rank, any_rank
 from sgm.errors import UserError
 from sgm.files import installed_versions, make_output_folder
-from sgm.preflight import check_weight_paths, latent_shape
+from sgm.preflight import find_weights, latent_shape
 from sgm.prompts import Prompt, read_prompt_file, read_typed_prompts
 
 if TYPE_CHECKING:
@@ -163,14 +163,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     latent_shape(args, config.model)
     prompts = get_prompts(args, rank)
     with no_garbage_collection():
-        check_weight_paths(config.model | {"latent_input": False}, args.load, lora=args.lora)
+        model = config.model | {"latent_input": False}  # sampling decodes in any case
+        weights = find_weights(model, args.load, lora=args.lora)
 
         from sgm.parallel.processes import group_of_all
         from sgm.pipeline import CogVideoX, warn_of_settings
         from sgm.sat_runtime import leave_process_groups_at_exit
 
         make_output_folder(args.output_dir)
-        pipe = CogVideoX.load(config)
+        pipe = CogVideoX.load(config, weights)
     logger.info("model ready on %s after %.1f s", pipe.engine.device, time.perf_counter() - started)
     warn_of_settings(pipe.engine, args)
     everyone = group_of_all() if rank.world_size > 1 else None

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,6 +24,9 @@ from yaml import YAMLError
 from sgm.errors import UserError, nearest_name
 from sgm.util import is_finite_number
 
+if TYPE_CHECKING:
+    from sgm.checkpoint.find import Weights
+
 _KEYS = ("path", "scale")
 
 
@@ -32,11 +35,12 @@ class LoraChoice:
     """A LoRA to merge.
 
     Args:
-        path: a run's folder, a checkpoint's or a file; see `sgm.checkpoint.read_lora`.
+        path: a run's folder, a checkpoint's or a file; see `sgm.checkpoint.read_lora`. In a run,
+            what `find_lora` found there.
         scale: strength; 1 is as trained, 0 nothing, below 0 the opposite.
     """
 
-    path: str
+    path: str | Weights
     scale: float = 1.0
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from sgm.checkpoint.text_encoder import encoder_bytes
 from sgm.models.autoencoder import FIRST_CHUNK_FRAMES
 from sgm.models.tiled_decoding import TILE
-from sgm.preflight import SPATIAL_FACTOR, TEMPORAL_FACTOR, t5_folders
-from sgm.util import build_on_meta
+from sgm.preflight import SPATIAL_FACTOR, TEMPORAL_FACTOR
+
+if TYPE_CHECKING:
+    from sgm.engine import SATVideoDiffusionEngine
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,13 @@ class Needs:
 
 
 def choose_memory(
-    args: Any, model: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype
+    args: Any, engine: SATVideoDiffusionEngine, *, device: torch.device, dtype: torch.dtype
 ) -> Literal["high", "low"]:
     """The mode that `args.memory` means on this device; logs it, with the reason.
 
     Args:
         args: of the sampling command.
-        model: the `model` section.
+        engine: on the device "meta".
         device, dtype: of the run.
     """
     if device.type != "cuda":
@@ -56,7 +56,7 @@ def choose_memory(
         logger.info("memory: %s, as asked for", args.memory)
         return args.memory
     free, _ = torch.cuda.mem_get_info(device)
-    mode, reason = plan(estimate_needs(args, model, dtype=dtype), free=free)
+    mode, reason = plan(estimate_needs(args, engine, dtype=dtype), free=free)
     logger.info("memory: %s, since %s", mode, reason)
     return mode
 
@@ -73,15 +73,10 @@ def plan(needs: Needs, *, free: int) -> tuple[Literal["high", "low"], str]:
     return "low", reason if needs.low <= free else f"{reason}, still more than is free"
 
 
-def estimate_needs(args: Any, model: Mapping[str, Any], *, dtype: torch.dtype) -> Needs:
-    """What the videos of a command need, from the sizes of its model; no weights are read.
-
-    Raises:
-        UserError: the model cannot be built.
-    """
-    network = build_on_meta(model["network_config"])
-    autoencoder = build_on_meta(model["first_stage_config"])
-    text_bytes = sum(encoder_bytes(folder, dtype=dtype) for _, folder in t5_folders(model))
+def estimate_needs(args: Any, engine: SATVideoDiffusionEngine, *, dtype: torch.dtype) -> Needs:
+    """What the videos of a command need, from the sizes of an engine on the device "meta"."""
+    network, autoencoder = engine.model.diffusion_model, engine.first_stage_model
+    text_bytes = sum(weight.nbytes for weight in engine.conditioner.parameters())
     network_bytes, autoencoder_bytes, decoder_bytes = (
         dtype.itemsize * sum(weight.numel() for weight in part.parameters())
         for part in (network, autoencoder, autoencoder.decoder)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sgm.checkpoint.find import find_lora
 from sgm.config import CommonArgs, Config, SamplingArgs, check_given, load_config
 from sgm.distributed import Rank
 from sgm.engine import SATVideoDiffusionEngine
@@ -28,7 +29,7 @@ from sgm.modules.transformer.attention import check_attention
 from sgm.modules.transformer.linear import check_fp8, quantize_linears
 from sgm.modules.transformer.step_cache import cached_steps
 from sgm.parallel.processes import group_of_all, in_step, share_sampling
-from sgm.preflight import check_weight_paths, latent_shape, num_latent_frames
+from sgm.preflight import RunWeights, find_weights, latent_shape, num_latent_frames
 from sgm.seeds import sample_generator
 from sgm.toolchain import can_compile_kernels, check_compile
 from sgm.util import allow_targets, check_params
@@ -194,16 +195,15 @@ class CogVideoX:
         given = check_given(SamplingArgs, args, where="from_config")
         config = load_config(SamplingArgs, files, given, allow_target=allow_target)
         CallDefaults.of(config.args, config.model)
-        check_weight_paths(
-            config.model | {"latent_input": False}, config.args.load, lora=config.args.lora
-        )
-        pipe = cls.load(config)
+        model = config.model | {"latent_input": False}  # sampling decodes in any case
+        weights = find_weights(model, config.args.load, lora=config.args.lora)
+        pipe = cls.load(config, weights)
         warn_of_settings(pipe.engine, config.args)
         return pipe
 
     @classmethod
-    def load(cls, config: Config) -> CogVideoX:
-        """Load the model of a configuration whose sizes and paths are checked.
+    def load(cls, config: Config, weights: RunWeights | None = None) -> CogVideoX:
+        """Load the model of a configuration, with weights that `find_weights` found.
 
         With ``parallel: video`` the processes that torchrun started make each video together.
 
@@ -213,7 +213,7 @@ class CogVideoX:
         rank = Rank.from_environment()
         allow_targets(config.allow_target)
         device = choose_device(config.args, rank)
-        engine = load_engine(config, device)
+        engine = load_engine(config, device, weights=weights)
         pipe = cls(engine, config.model, CallDefaults.of(config.args, config.model))
         if config.args.parallel == "video" and rank.world_size > 1:
             share_sampling(engine.model.diffusion_model, engine.sampler)
@@ -318,6 +318,26 @@ class CogVideoX:
         target = None if path is None else Path(path).expanduser()
         return self._run(request, target) if decode else self._sample_alone(request)
 
+    def set_loras(self, loras: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]) -> None:
+        """Merge LoRAs into the weights in the place of those that were merged before.
+
+        The weights are restored from their files first, so that the result has the bytes of a fresh
+        start with these LoRAs.
+
+        Args:
+            loras: a path, ``PATH:0.8`` with a strength, ``{"path": …, "scale": …}``, or a list of
+                these; an empty list restores the base model.
+
+        Raises:
+            UserError: a file is not a LoRA of this model (nothing is changed then), a call is
+                running, or the pipeline is closed.
+        """
+        choices = check_given(SamplingArgs, {"lora": loras}, where="set_loras")["lora"]
+        with self._alone():
+            self._require_open()
+            found = [replace(choice, path=find_lora(choice.path)) for choice in choices]
+            self.engine.replace_loras(found)
+
     def expect_steps(self, num_steps: int) -> None:
         """Say how many steps are to come, so that blocks are compiled before the first one."""
         self._compile(self._num_steps + num_steps)
@@ -343,8 +363,7 @@ class CogVideoX:
         Raises:
             UserError: a value cannot be used, or the pipeline is closed.
         """
-        if self.engine is None:
-            raise UserError("this pipeline is closed; load it again with CogVideoX.from_config")
+        self._require_open()
         if not isinstance(prompt, str):
             raise UserError(f"prompt: {prompt!r} must be a text")
         given = {name: value for name, value in texts_and_seed.items() if value is not None}
@@ -368,6 +387,11 @@ class CogVideoX:
             shape=shape,
             sampler=sampler,
         )
+
+    def _require_open(self) -> None:
+        """Raise UserError where the pipeline is closed."""
+        if self.engine is None:
+            raise UserError("this pipeline is closed; load it again with CogVideoX.from_config")
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -408,6 +432,7 @@ class CogVideoX:
 
     def _sample(self, request: _Request) -> Generator[Step, None, tuple[Tensor, float]]:
         """The steps of a video; returns its latents, and when sampling began."""
+        self._require_open()  # it may be closed since the call
         self._num_steps += request.sampler.num_steps
         self._compile(self._num_steps)
         with in_step(together=self._together):
@@ -481,13 +506,23 @@ def choose_device(args: CommonArgs, rank: Rank) -> torch.device:
     return device
 
 
-def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine:
+def load_engine(
+    config: Config, device: torch.device, *, weights: RunWeights | None = None
+) -> SATVideoDiffusionEngine:
     """Build the engine of a configuration for inference, with its weights.
+
+    Args:
+        config: the configuration.
+        device: where the engine computes.
+        weights: what `find_weights` found for it, if that was called already.
 
     Raises:
         UserError: the configuration or a file of weights is wrong.
     """
     args = config.args
+    if weights is None:
+        model = config.model | {"latent_input": False}
+        weights = find_weights(model, args.load, lora=args.lora)
     for key in ("load", "lora"):
         if config.model.get(key) is not None:
             raise UserError(f"{key} stands under model in the configuration; put it under args")
@@ -497,22 +532,22 @@ def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine
         check_compile(device.type)
     dtype = getattr(torch, args.precision)
     check_attention(args.attention, config.model, device=device, dtype=dtype)
-    memory = choose_memory(args, config.model, device=device, dtype=dtype)
     extra = {
-        "load": args.load,
-        "lora": args.lora,
+        "load": weights.transformer,
+        "lora": weights.loras,
         "dtype": dtype,
-        "device": device,
-        "stream_text": memory == "low",
+        "device": "meta",
         "tile_decode": args.tile_decode,
         "latent_input": False,  # of training batches; sampling decodes in any case
     }
     params = check_params(
-        SATVideoDiffusionEngine, config.model | extra, where=config.place("model")
+        SATVideoDiffusionEngine, weights.within(config.model) | extra, where=config.place("model")
     )
     if not params.get("sampler_config"):
         raise UserError(f"{config.place('model')}: sampler_config is absent; sampling needs one")
     engine = SATVideoDiffusionEngine(**params).eval()
+    memory = choose_memory(args, engine, device=device, dtype=dtype)
+    engine.load_weights(device, stream_text=memory == "low")
     engine.model.diffusion_model.set_attention(args.attention)
     if args.fp8:
         quantize_linears(engine.model.diffusion_model)
