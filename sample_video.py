@@ -166,8 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = config.model | {"latent_input": False}  # sampling decodes in any case
         weights = find_weights(model, args.load, lora=args.lora)
 
+        from sgm.loading import warn_of_settings
         from sgm.parallel.processes import group_of_all
-        from sgm.pipeline import CogVideoX, warn_of_settings
+        from sgm.pipeline import CogVideoX
         from sgm.sat_runtime import leave_process_groups_at_exit
 
         make_output_folder(args.output_dir)

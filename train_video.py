@@ -395,8 +395,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from sgm.distributed import Rank
+    from sgm.loading import choose_device
     from sgm.modules.transformer.attention import check_attention
-    from sgm.pipeline import choose_device
     from sgm.util import allow_targets
 
     allow_targets(config.allow_target)

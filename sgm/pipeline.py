@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -17,30 +16,19 @@ import torch
 from torch import Tensor
 
 from sgm.checkpoint.find import find_lora
-from sgm.config import CommonArgs, Config, SamplingArgs, check_given, load_config
+from sgm.config import Config, SamplingArgs, check_given, load_config
 from sgm.distributed import Rank
 from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError
-from sgm.memory import choose_memory
+from sgm.loading import choose_device, compile_network, load_engine, warn_of_settings
 from sgm.models.autoencoder import fit_rgb
-from sgm.models.tiled_decoding import TILE
 from sgm.modules.diffusionmodules.sampling import Sampler
-from sgm.modules.transformer.attention import check_attention
-from sgm.modules.transformer.linear import check_fp8, quantize_linears
 from sgm.modules.transformer.step_cache import cached_steps
 from sgm.parallel.processes import group_of_all, in_step, share_sampling
 from sgm.preflight import RunWeights, find_weights, latent_shape, num_latent_frames
 from sgm.seeds import sample_generator
-from sgm.toolchain import can_compile_kernels, check_compile
-from sgm.util import allow_targets, check_params
+from sgm.util import allow_targets
 from sgm.video import collect_frames, to_uint8, write_mp4
-
-logger = logging.getLogger(__name__)
-
-# From so many steps on, compiling pays on a GPU: 5 to 10 s once, and 0.08 s less for each step.
-COMPILE_STEPS = 100
-# Weights of the transformer, from which on a CPU takes minutes for a step.
-LARGE_MODEL = 500_000_000
 
 Conditioning = dict[str, Tensor]
 
@@ -482,113 +470,3 @@ class CogVideoX:
             self._is_compiled = compile_network(
                 self.engine, self.defaults.compile, num_steps=num_steps
             )
-
-
-def choose_device(args: CommonArgs, rank: Rank) -> torch.device:
-    """The device of this rank.
-
-    Raises:
-        UserError: a GPU is asked for and there is none.
-    """
-    if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError(
-            "device: cuda, but PyTorch sees no GPU; use --device cpu or check nvidia-smi"
-        )
-    if rank.local_index >= torch.cuda.device_count():
-        raise UserError(
-            f"this host has {torch.cuda.device_count()} GPUs, too few for process "
-            f"{rank.local_index + 1}; lower NPROC or use --device cpu"
-        )
-    device = torch.device("cuda", rank.local_index)
-    torch.cuda.set_device(device)  # where NCCL and the kernels of others expect it
-    return device
-
-
-def load_engine(
-    config: Config, device: torch.device, *, weights: RunWeights | None = None
-) -> SATVideoDiffusionEngine:
-    """Build the engine of a configuration for inference, with its weights.
-
-    Args:
-        config: the configuration.
-        device: where the engine computes.
-        weights: what `find_weights` found for it, if that was called already.
-
-    Raises:
-        UserError: the configuration or a file of weights is wrong.
-    """
-    args = config.args
-    if weights is None:
-        model = config.model | {"latent_input": False}
-        weights = find_weights(model, args.load, lora=args.lora)
-    for key in ("load", "lora"):
-        if config.model.get(key) is not None:
-            raise UserError(f"{key} stands under model in the configuration; put it under args")
-    if args.fp8:
-        check_fp8(device)
-    if args.compile:
-        check_compile(device.type)
-    dtype = getattr(torch, args.precision)
-    check_attention(args.attention, config.model, device=device, dtype=dtype)
-    extra = {
-        "load": weights.transformer,
-        "lora": weights.loras,
-        "dtype": dtype,
-        "device": "meta",
-        "tile_decode": args.tile_decode,
-        "latent_input": False,  # of training batches; sampling decodes in any case
-    }
-    params = check_params(
-        SATVideoDiffusionEngine, weights.within(config.model) | extra, where=config.place("model")
-    )
-    if not params.get("sampler_config"):
-        raise UserError(f"{config.place('model')}: sampler_config is absent; sampling needs one")
-    engine = SATVideoDiffusionEngine(**params).eval()
-    memory = choose_memory(args, engine, device=device, dtype=dtype)
-    engine.load_weights(device, stream_text=memory == "low")
-    engine.model.diffusion_model.set_attention(args.attention)
-    if args.fp8:
-        quantize_linears(engine.model.diffusion_model)
-    if memory == "low":
-        engine.offload()
-    return engine
-
-
-def compile_network(
-    engine: SATVideoDiffusionEngine, choice: bool | None, *, num_steps: int
-) -> bool:
-    """Compile the transformer's blocks where `choice` asks for it, or where it is None and pays.
-
-    Returns:
-        Whether they are compiled.
-    """
-    if choice is None:
-        is_long = num_steps >= COMPILE_STEPS
-        choice = engine.device.type == "cuda" and is_long and can_compile_kernels()
-    if choice:
-        logger.info("the transformer is compiled in the first step, which takes longer for that")
-        engine.model.diffusion_model.compile_blocks()
-    return choice
-
-
-def warn_of_settings(engine: SATVideoDiffusionEngine, args: SamplingArgs) -> None:
-    """Warn of what will take long, and of what does not do what it looks like."""
-    num_weights = sum(weight.numel() for weight in engine.model.parameters())
-    if engine.device.type == "cpu" and num_weights > LARGE_MODEL:
-        logger.warning("without a GPU a step of this model takes many minutes, a video hours")
-    if args.parallel == "video" and Rank.from_environment().world_size == 1:
-        logger.warning(
-            "parallel: video has no effect in one process; NPROC=2 bash inference.sh … starts two"
-        )
-    num_steps = engine.sampler.num_steps
-    own_steps = getattr(engine.sampler.guider, "num_steps", num_steps)
-    if own_steps != num_steps:
-        logger.warning(
-            "guider_config has num_steps %d, the sampler %d: guidance then follows the curve of "
-            "another number of steps; change both alike",
-            *(own_steps, num_steps),
-        )
-    if args.tile_decode and max(engine.model.diffusion_model.frame_shape[1:]) <= TILE:
-        logger.warning("tile_decode has no effect: these frames fit into one tile")

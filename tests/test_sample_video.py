@@ -133,7 +133,7 @@ def test_bf16_runs_on_the_cpu_and_is_close(base, sampled, tmp_path):
 
 
 def test_what_has_no_effect_and_what_takes_long_is_told(base, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("sgm.pipeline.LARGE_MODEL", 0)
+    monkeypatch.setattr("sgm.loading.LARGE_MODEL", 0)
     assert sample(base, tmp_path, "--parallel", "video", "--tile-decode", prompts=PROMPTS[:1]) == 0
     told = capfd.readouterr().err
     assert "parallel: video has no effect" in told and "tile_decode has no effect" in told

@@ -10,7 +10,7 @@ import torch
 from arguments import parse_config
 from sgm.config import SamplingArgs
 from sgm.errors import UserError
-from sgm.pipeline import compile_network, load_engine
+from sgm.loading import compile_network, load_engine
 
 CONFIG = "configs/cogvideox_tiny_infer.yaml"
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
     ],
 )
 def test_what_is_compiled_by_itself(monkeypatch, caplog, device, asked, steps, able, compiled):
-    monkeypatch.setattr("sgm.pipeline.can_compile_kernels", lambda: able)
+    monkeypatch.setattr("sgm.loading.can_compile_kernels", lambda: able)
     caplog.set_level("INFO")
     calls = []
     network = SimpleNamespace(compile_blocks=lambda: calls.append(1))
@@ -43,7 +43,7 @@ def test_what_is_compiled_by_itself(monkeypatch, caplog, device, asked, steps, a
 
 @pytest.mark.parametrize("memory", ["high", "low"])
 def test_the_mode_of_memory_reaches_the_engine(monkeypatch, memory):
-    monkeypatch.setattr("sgm.pipeline.choose_memory", lambda *_, **__: memory)
+    monkeypatch.setattr("sgm.loading.choose_memory", lambda *_, **__: memory)
     config = parse_config(SamplingArgs, "", ["--base", CONFIG, "--bf16"])
     config.model["sampler_config"]["params"]["num_steps"] = 2
     engine = load_engine(config, CPU)
@@ -68,7 +68,7 @@ def test_the_mode_of_memory_reaches_the_engine(monkeypatch, memory):
     "flags", [["--fp8"], ["--compile"], ["--attention", "hopper"], ["--attention", "flash"]]
 )
 def test_what_the_gpu_cannot_do_is_refused_before_weights_are_read(monkeypatch, flags):
-    monkeypatch.setattr("sgm.pipeline.SATVideoDiffusionEngine", lambda **_: pytest.fail("late"))
+    monkeypatch.setattr("sgm.loading.SATVideoDiffusionEngine", lambda **_: pytest.fail("late"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an older GPU")
     monkeypatch.setattr("sgm.toolchain.can_compile_kernels", lambda: False)

@@ -21,8 +21,8 @@ from arguments import parse_config
 from sgm.config import Config, SamplingArgs, TrainingArgs
 from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError
+from sgm.loading import load_engine
 from sgm.modules.diffusionmodules.sampling import SampledStep, Sampler
-from sgm.pipeline import load_engine
 from tools import benchmark
 from tools.bench import inference
 from tools.bench import jobs as jobs_module

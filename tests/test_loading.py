@@ -9,7 +9,7 @@ import torch
 
 from sgm.config import SamplingArgs
 from sgm.engine import SATVideoDiffusionEngine
-from sgm.memory import RESERVE, Needs, choose_memory, estimate_needs, plan
+from sgm.loading import RESERVE, Needs, choose_memory, estimate_needs, plan
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.util import build_on_meta, check_params
 
