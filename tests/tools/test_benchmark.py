@@ -194,8 +194,8 @@ def test_warmup_and_steps_count_whole_videos(
 ) -> None:
     num_steps = []
 
-    def counting(config: Config, device: torch.device) -> SATVideoDiffusionEngine:
-        engine = load_engine(config, device)
+    def counting(*args: Any, **kwargs: Any) -> SATVideoDiffusionEngine:
+        engine = load_engine(*args, **kwargs)
         sample_steps = engine.sample_steps
 
         def counted(*args: Any, sampler: Sampler, **kwargs: Any) -> Iterator[SampledStep]:
@@ -354,7 +354,7 @@ def test_attention_is_that_of_the_flag_or_of_the_configuration(
     assert [str(reason) for reason in others[:2]] == 2 * ["hopper alone was asked for"]
     engine = load_engine(parse_config(SamplingArgs, "", ["--base", INFER, "--device", "cpu"]), CPU)
     monkeypatch.setattr(
-        "sgm.pipeline.load_engine", lambda config, _: asked.append(config) or engine
+        "sgm.pipeline.load_engine", lambda config, *_, **__: asked.append(config) or engine
     )
     asked: list[Config] = []
     config = parse_config(SamplingArgs, "", ["--base", INFER])
