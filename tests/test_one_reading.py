@@ -54,9 +54,9 @@ def folder(tmp_path_factory):
 
 def words_of(config, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle")
-    one_step = {"model": {"sampler_config": {"params": {"num_steps": 1}}}}
-    (tmp_path / "step.yaml").write_text(yaml.safe_dump(one_step))
-    config = f"{config} {tmp_path / 'step.yaml'}"
+    two_steps = {"model": {"sampler_config": {"params": {"num_steps": 2}}}}
+    (tmp_path / "steps.yaml").write_text(yaml.safe_dump(two_steps))
+    config = f"{config} {tmp_path / 'steps.yaml'}"
     flags = f"--device cpu --sampling-num-frames 1 --output-dir {tmp_path / 'out'}"
     return [*f"--base {config} --input-file {tmp_path / 'prompts.txt'} {flags}".split()]
 
