@@ -80,6 +80,7 @@ def build_engine(
     if not params.get("loss_fn_config"):
         raise UserError(f"{config.place('model')}: loss_fn_config is absent; training needs one")
     engine = SATVideoDiffusionEngine(**params).train()
+    engine.check_trained()
     if checkpoint is not None and engine.model.diffusion_model.lora_config and not is_lora:
         raise UserError(
             f"{checkpoint} holds a whole model, but the configuration trains a LoRA; to train one "
@@ -183,8 +184,6 @@ def set_up_activations(engine: SATVideoDiffusionEngine, config: Config) -> None:
         network.set_checkpointing(None)
     elif network.checkpointing is not None:
         network.set_checkpointing(args.checkpoint_keep)
-    if args.compile:
-        check_compile(engine.device.type)
     if compile_pays(config, engine.device) if args.compile is None else args.compile:
         network.compile_blocks(tune=True)
 
@@ -412,6 +411,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_sections(config.deepspeed)
     dtype = weight_dtype(config.deepspeed)
     check_attention(config.args.attention, config.model, device=device, dtype=dtype)
+    if config.args.compile:
+        check_compile(device.type)
     ensure_process_groups()
     train(config, device, weights)
     leave_process_groups_at_exit()

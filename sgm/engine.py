@@ -256,12 +256,22 @@ class SATVideoDiffusionEngine(nn.Module):
                     f"{nearest_name(prefix, known)}"
                 )
 
+    def check_trained(self) -> None:
+        """Raise UserError where no weight is trained; the engine may be on the device "meta"."""
+        names = names_with_lora(self.model.diffusion_model)
+        if not any(map(self._is_trained, names)) and not self.conditioner.is_trained:
+            raise UserError("no weight is trained; check not_trainable_prefixes and lora_config")
+
+    def _is_trained(self, name: str) -> bool:
+        """Whether `not_trainable_prefixes` leave the transformer's weight of this name trained."""
+        if "all" in self.not_trainable_prefixes:
+            return is_lora_matrix(name)
+        return not name.startswith(self.not_trainable_prefixes)
+
     def _freeze(self) -> None:
         """Apply `not_trainable_prefixes` to the transformer's weights."""
         for name, weight in self.model.diffusion_model.named_parameters():
-            if "all" in self.not_trainable_prefixes:
-                weight.requires_grad_(is_lora_matrix(name))
-            elif name.startswith(self.not_trainable_prefixes):
+            if not self._is_trained(name):
                 weight.requires_grad_(False)
 
     def train(self, mode: bool = True) -> SATVideoDiffusionEngine:

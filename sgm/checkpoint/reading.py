@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sgm.checkpoint.tensors import LazyTensors
-from sgm.checkpoint.weight_file import HEAD_BYTES, Contents, check_head, check_kind, unreadable
+from sgm.checkpoint.weight_file import Contents, open_file
 from sgm.errors import UserError
 
 # Python objects that training writes beside the tensors. None of them is needed here, so each is
@@ -53,6 +53,7 @@ HARMLESS_GLOBALS = (
 
 # Under which key files of SAT format keep their tensors: transformers, and autoencoders.
 _WRAPPERS = ("module", "state_dict")
+_MARK_BYTES = 9  # of a file, which show how it is written
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -130,7 +131,7 @@ class _KeptFile:
         Raises:
             UserError: the file has become shorter.
         """
-        data = torch.empty(size, dtype=torch.uint8)
+        data = torch.empty(size, dtype=torch.uint8, device="cpu")
         rest, position = memoryview(data.numpy()), start
         while rest:
             count = os.preadv(self._descriptor, [rest], position)
@@ -238,19 +239,9 @@ def read_weights(path: Path, *, lazily: bool = False) -> Contents:
     Raises:
         UserError: the file is missing, empty, truncated, something else, or carries code.
     """
-    try:
-        if not path.is_file():
-            check_kind(path)
-        file = path.open("rb")
-    except OSError as error:
-        raise unreadable(path, error) from None
-    with file:
-        try:
-            head = file.read(HEAD_BYTES)
-        except OSError as error:
-            raise unreadable(path, error) from None
-        check_head(head, path)
-        kind = _format_of(path, head)
+    # A configuration may be read while PyTorch builds its parts on the device "meta".
+    with open_file(path) as file, torch.device("cpu"):
+        kind = _format_of(path, file.read(_MARK_BYTES))
         if kind == "safetensors":
             return _open_safetensors(file, path) if lazily else _read_safetensors(path)
         return Contents(_read_torch(file, path, is_zip=kind == "zip"), {})

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-HEAD_BYTES = 512  # of a file, which show what kind of file it is
+_HEAD_BYTES = 512  # of a file, which show what kind of file it is
 _LARGEST_JSON = 1 << 26  # bytes; the index of a large model has some 100 kB
 
 
@@ -53,29 +53,36 @@ class WeightFile:
         self._contents = None
 
 
-def check_kind(path: Path) -> None:
-    """Refuse what is recognisably not the file that should be there.
+def open_file(path: Path) -> BinaryIO:
+    """The file, opened to be read from its start.
 
     Raises:
-        UserError: the file is missing, not readable, empty, an HTML page or a pointer of git-lfs.
+        UserError: it is missing, not readable, or recognisably not the file that should be there:
+            empty, an HTML page or a pointer of git-lfs.
     """
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such file; check the path in the configuration")
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
+        file = path.open("rb")
+        try:
+            _check_head(file.read(_HEAD_BYTES), path)
+            file.seek(0)
+        except BaseException:
+            file.close()
+            raise
+        return file
     except OSError as error:
-        raise unreadable(path, error) from None
-    check_head(head, path)
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}; check the path and its permissions"
+        ) from None
 
 
-def unreadable(path: Path, error: OSError) -> UserError:
-    """The error for a file that the system does not let this process read."""
-    return UserError(f"{path} cannot be read: {error.strerror}; check the path and its permissions")
+def check_kind(path: Path) -> None:
+    """Refuse what is recognisably not the file that should be there; errors as in `open_file`."""
+    open_file(path).close()
 
 
-def check_head(head: bytes, path: Path) -> None:
-    """As `check_kind`, by the first bytes of the file."""
+def _check_head(head: bytes, path: Path) -> None:
     start = head.lstrip().lower()
     if not head:
         raise UserError(f"{path} is empty; download or copy it again")
@@ -96,11 +103,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, or is something else.
     """
-    check_kind(path)
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ValueError
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with open_file(path) as file:
+            text = file.read(_LARGEST_JSON + 1)
+        found = json.loads(text.decode("utf-8")) if len(text) <= _LARGEST_JSON else None
     except (OSError, ValueError, RecursionError):  # not UTF-8 and not JSON are ValueErrors
         found = None
     if not isinstance(found, dict):
