@@ -257,25 +257,25 @@ def test_damaged_settings_of_peft_are_one_sentence(tmp_path):
         read_lora(tmp_path)
 
 
+@pytest.mark.parametrize("place", [".", FILE])
 @pytest.mark.parametrize("prefix", ["", "transformer."])
-def test_a_lora_in_the_place_of_a_model_is_told_where_it_belongs(tmp_path, prefix):
+def test_a_lora_in_the_place_of_a_model_is_told_where_it_belongs(tmp_path, prefix, place):
     name = f"{prefix}transformer_blocks.0.attn1.to_q.lora_A.weight"
     save_file({name: torch.ones(1, 2)}, tmp_path / FILE)
-    for path in (tmp_path, tmp_path / FILE):
-        with pytest.raises(UserError, match="is a LoRA, not a whole model; load must name"):
-            read_transformer(path)
+    with pytest.raises(UserError, match="is a LoRA, not a whole model; load must name"):
+        read_transformer(tmp_path / place)
 
 
-def test_a_folder_that_was_saved_before_its_lora_was_unloaded_is_called_that(ours, tmp_path):
-    theirs = train(ours)
-    for name, save in {"one": {}, "shards": {"max_shard_size": "100KB"}}.items():
-        theirs.save_pretrained(tmp_path / name, **save)
-        with pytest.raises(UserError, match=r"still holds the LoRA .*unload_lora_weights\(\)"):
-            read_transformer(tmp_path / name)
+@pytest.mark.parametrize("save", [{}, {"max_shard_size": "100KB"}], ids=["one", "shards"])
+def test_a_folder_that_was_saved_before_its_lora_was_unloaded_is_called_that(ours, tmp_path, save):
+    train(ours).save_pretrained(tmp_path, **save)
+    with pytest.raises(UserError, match=r"still holds the LoRA .*unload_lora_weights\(\)"):
+        read_transformer(tmp_path)
 
 
-def test_a_whole_model_of_diffusers_is_told_where_it_belongs(ours, tmp_path):
+@pytest.mark.parametrize("pattern", ["transformer", "transformer/*.safetensors"])
+def test_a_whole_model_of_diffusers_is_told_where_it_belongs(ours, tmp_path, pattern):
     build_theirs(ours).save_pretrained(tmp_path / "transformer")
-    for path in (tmp_path / "transformer").glob("*.safetensors"), [tmp_path / "transformer"]:
-        with pytest.raises(UserError, match="is a whole model, not a LoRA; name it in load"):
-            read_lora(*path)
+    (path,) = tmp_path.glob(pattern)
+    with pytest.raises(UserError, match="is a whole model, not a LoRA; name it in load"):
+        read_lora(path)

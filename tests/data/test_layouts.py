@@ -84,19 +84,22 @@ def test_lists_of_different_lengths_are_an_error_with_both(tmp_path):
 
 @pytest.mark.parametrize("clip_column", ["file_name", "video", "Path"])
 @pytest.mark.parametrize("caption_column", ["text", "caption", "prompt"])
-def test_tables_of_either_form(tmp_path, clip_column, caption_column):
+@pytest.mark.parametrize(("kind", "line"), [("csv", 4), ("jsonl", 2)])
+def test_tables_of_either_form(tmp_path, clip_column, caption_column, kind, line):
     rows = [("a.mp4", 'one, "two"\nthree'), ("b c.mp4", " "), ("", "nothing")]
     csv = "".join('"{}",1,"{}"\n'.format(n, t.replace('"', '""')) for n, t in rows)
-    write(tmp_path / "csv", {"metadata.csv": f"\ufeff{clip_column},n,{caption_column}\n{csv}"})
     lines = [json.dumps({clip_column: n, "n": 1, caption_column: t}) for n, t in rows]
-    write(tmp_path / "jsonl", {"metadata.jsonl": "\n".join([*lines, "", ""])})
-    for kind, line in (("csv", 4), ("jsonl", 2)):  # in CSV after a caption of two lines
-        table = tmp_path / kind / f"metadata.{kind}"
-        assert samples(table.parent) == {
-            "a.mp4": 'one, "two"\nthree',
-            "b c.mp4": f"! its caption, in {table}:{line}, is empty",
-            f"{table.name}:{line + 1}": "! the row names no clip",
-        }
+    content = {
+        "csv": f"\ufeff{clip_column},n,{caption_column}\n{csv}",
+        "jsonl": "\n".join([*lines, "", ""]),
+    }
+    table = tmp_path / f"metadata.{kind}"
+    write(tmp_path, {table.name: content[kind]})
+    assert samples(tmp_path) == {
+        "a.mp4": 'one, "two"\nthree',
+        "b c.mp4": f"! its caption, in {table}:{line}, is empty",  # in CSV after one of two lines
+        f"{table.name}:{line + 1}": "! the row names no clip",
+    }
 
 
 @pytest.mark.parametrize(

@@ -78,39 +78,41 @@ def test_the_bundled_model_loads_in_diffusers_with_the_same_numbers(bundled):
         torch.testing.assert_close(vae.decode(z), pipe.vae.decode(z).sample, rtol=0, atol=1e-4)
 
 
-def test_every_key_of_the_configurations_is_diffusers_and_has_its_value(bundled):
-    diffusers = pytest.importorskip("diffusers")
-    for part, class_name in (
-        ("transformer", "CogVideoXTransformer3DModel"),
-        ("vae", "AutoencoderKLCogVideoX"),
-    ):
-        kind = getattr(diffusers, class_name)
-        model, found = kind.from_pretrained(bundled / part, output_loading_info=True)
-        assert not any(found.values())
-        written = json.loads((bundled / part / "config.json").read_text())
-        saved = json.loads(model.to_json_string())
-        written.pop("_diffusers_version")
-        assert all(saved[key] == value for key, value in written.items())
+@pytest.mark.parametrize(
+    ("part", "class_name"),
+    [("transformer", "CogVideoXTransformer3DModel"), ("vae", "AutoencoderKLCogVideoX")],
+)
+def test_every_key_of_the_configurations_is_diffusers_and_has_its_value(bundled, part, class_name):
+    kind = getattr(pytest.importorskip("diffusers"), class_name)
+    model, found = kind.from_pretrained(bundled / part, output_loading_info=True)
+    assert not any(found.values())
+    written = json.loads((bundled / part / "config.json").read_text())
+    saved = json.loads(model.to_json_string())
+    written.pop("_diffusers_version")
+    assert all(saved[key] == value for key, value in written.items())
 
 
-def test_the_scheduler_is_the_samplers(small, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    for target, name in (
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
         ("VPSDEDPMPP2MSampler", "CogVideoXDPMScheduler"),
         ("VideoDDIMSampler", "CogVideoXDDIMScheduler"),
-    ):
-        sampler = small.model["sampler_config"]
-        sampler["target"] = f"sgm.modules.diffusionmodules.sampling.{target}"
-        sampler["params"]["discretization_config"]["params"]["shift_scale"] = 2.5
-        small.write_config()
-        assert small.convert(output=name, vae_ckpt_path=None) == 0
-        folder = small.folder / name
-        assert json.loads((folder / "model_index.json").read_text())["scheduler"][1] == name
-        written = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        scheduler = getattr(diffusers, name).from_pretrained(folder / "scheduler")
-        saved = json.loads(scheduler.to_json_string())
-        assert saved.keys() == written.keys() and saved["snr_shift_scale"] == 2.5
-        assert all(saved[key] == written[key] for key in written if key != "_diffusers_version")
+    ],
+)
+def test_the_scheduler_is_the_samplers(small, target, name):
+    diffusers = pytest.importorskip("diffusers")
+    sampler = small.model["sampler_config"]
+    sampler["target"] = f"sgm.modules.diffusionmodules.sampling.{target}"
+    sampler["params"]["discretization_config"]["params"]["shift_scale"] = 2.5
+    small.write_config()
+    assert small.convert(output=name, vae_ckpt_path=None) == 0
+    folder = small.folder / name
+    assert json.loads((folder / "model_index.json").read_text())["scheduler"][1] == name
+    written = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = getattr(diffusers, name).from_pretrained(folder / "scheduler")
+    saved = json.loads(scheduler.to_json_string())
+    assert saved.keys() == written.keys() and saved["snr_shift_scale"] == 2.5
+    assert all(saved[key] == written[key] for key in written if key != "_diffusers_version")
 
 
 def test_numbers_of_the_options_win_over_the_configuration(small):
@@ -320,7 +322,15 @@ def test_a_tokenizer_of_newer_transformers_is_carried_both_ways(bundled, tmp_pat
     assert torch.equal(ids, expected)
 
 
-def test_one_part_alone_comes_back_and_a_snapshot_of_links_does(small, tmp_path):
+@pytest.mark.parametrize(
+    ("source", "files"),
+    [
+        ("small/out/transformer", [f"transformer/{CHECKPOINT}", "transformer/latest"]),
+        ("small/out/vae", ["vae/3d-vae.pt"]),
+        ("snapshot", ["vae/3d-vae.pt"]),
+    ],
+)
+def test_one_part_alone_comes_back_and_a_snapshot_of_links_does(small, tmp_path, source, files):
     assert small.convert() == 0
     out, snapshot = small.folder / "out", tmp_path / "snapshot"
     snapshot.mkdir()
@@ -328,14 +338,8 @@ def test_one_part_alone_comes_back_and_a_snapshot_of_links_does(small, tmp_path)
     for path in (out / "vae").iterdir():
         (snapshot / "vae" / path.name).symlink_to(path)
     (snapshot / "model_index.json").symlink_to(out / "model_index.json")
-    for source, files in (
-        (out / "transformer", [f"transformer/{CHECKPOINT}", "transformer/latest"]),
-        (out / "vae", ["vae/3d-vae.pt"]),
-        (snapshot, ["vae/3d-vae.pt"]),
-    ):
-        target = tmp_path / f"from_{source.name}"
-        assert hf2sat(source, target) == 0
-        assert files_below(target) == files
+    assert hf2sat(tmp_path / source, tmp_path / "target") == 0
+    assert files_below(tmp_path / "target") == files
 
 
 def test_without_options_the_bundled_model_is_converted_and_it_says_why(

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,39 @@ def small(tmp_path: Path) -> Small:
     return Small(tmp_path / "small")
 
 
-def test_wrong_weights_are_refused_before_anything_is_written(small, capsys):
-    for changes, options, fragments in (
-        ({}, ["--num_layers", 42, "--num_attention_heads", 48], ["--num_layers is 42", "has 2"]),
-        ({}, ["--num_attention_heads", 48], ["--num_attention_heads is 48", "has 2"]),
-        ({"transformer_ckpt_path": small.vae}, [], ["vae.pt", "--transformer_ckpt_path"]),
-        ({"vae_ckpt_path": small.transformer / CHECKPOINT}, [], ["no video autoencoder"]),
-        ({"vae_ckpt_path": small.folder / "absent"}, [], ["--vae_ckpt_path: ", "does not exist"]),
-        ({"vae_ckpt_path": small.folder}, [], ["--vae_ckpt_path must be"]),
-        ({"base": None}, [], ["num_layers=2", "num_layers=30", "2b_infer.yaml", "--base"]),
-        ({"base": small.folder / "no.yaml"}, [], ["no.yaml: no such file"]),
-        ({"output_path": small.vae}, [], ["vae.pt exists already"]),
-        ({"output_path": small.vae / "out"}, [], ["cannot be written: Not a directory"]),
-        ({"output_path": small.transformer}, [], ["transformer exists already"]),
-        ({}, ["--text_encoder_path", small.folder / "t5"], ["--text_encoder_path"]),
-    ):
-        refused(capsys, small.convert(*options, **changes), *fragments)
-        nothing_new(small.folder, "small.yaml", "transformer", "vae.pt")
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        (["--num_layers", 42, "--num_attention_heads", 48], ["--num_layers is 42", "has 2"]),
+        (["--num_attention_heads", 48], ["--num_attention_heads is 48", "has 2"]),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_are_refused(small, capsys, options, fragments):
+    refused(capsys, small.convert(*options), *fragments)
+    nothing_new(small.folder, "small.yaml", "transformer", "vae.pt")
+
+
+@pytest.mark.parametrize(
+    ("option", "place", "fragments"),
+    [
+        ("transformer_ckpt_path", "vae.pt", ["vae.pt", "--transformer_ckpt_path"]),
+        ("vae_ckpt_path", f"transformer/{CHECKPOINT}", ["no video autoencoder"]),
+        ("vae_ckpt_path", "absent", ["--vae_ckpt_path: ", "does not exist"]),
+        ("vae_ckpt_path", ".", ["--vae_ckpt_path must be"]),
+        ("base", None, ["num_layers=2", "num_layers=30", "2b_infer.yaml", "--base"]),
+        ("base", "no.yaml", ["no.yaml: no such file"]),
+        ("output_path", "vae.pt", ["vae.pt exists already"]),
+        ("output_path", "vae.pt/out", ["cannot be written: Not a directory"]),
+        ("output_path", "transformer", ["transformer exists already"]),
+        ("text_encoder_path", "t5", ["--text_encoder_path"]),
+    ],
+)
+def test_wrong_weights_are_refused_before_anything_is_written(
+    small, capsys, option, place, fragments
+):
+    code = small.convert(**{option: place and small.folder / place})
+    refused(capsys, code, *fragments)
+    nothing_new(small.folder, "small.yaml", "transformer", "vae.pt")
 
 
 def test_a_shipped_configuration_that_fits_is_named(small, capsys, monkeypatch):
@@ -68,13 +85,24 @@ def test_the_folder_of_a_whole_model_is_told_from_its_transformer(small, capsys)
     refused(capsys, code, "--transformer_ckpt_path", f"name {small.transformer}")
 
 
-def test_a_lora_or_one_file_is_told_where_it_belongs(small, tmp_path, capsys):
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    """The file of a LoRA, in a folder of its own."""
+    path = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    path.parent.mkdir()
+    save_file({"transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(1)}, path)
+    return path
+
+
+@pytest.mark.parametrize("place", ["lora", "lora/pytorch_lora_weights.safetensors"])
+@pytest.mark.usefixtures("lora")
+def test_a_lora_is_told_where_it_belongs(tmp_path, capsys, place):
+    code = hf2sat(tmp_path / place, tmp_path / "o")
+    refused(capsys, code, "is a LoRA", f"--lora_path {tmp_path / place}")
+
+
+def test_one_file_is_told_where_it_belongs(small, lora, tmp_path, capsys):
     assert small.convert(vae_ckpt_path=None) == 0
-    lora = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
-    lora.parent.mkdir()
-    save_file({"transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(1)}, lora)
-    for source in (lora, lora.parent):
-        refused(capsys, hf2sat(source, tmp_path / "o"), "is a LoRA", f"--lora_path {source}")
     folder = small.folder / "out" / "transformer"
     code = hf2sat(folder / "diffusion_pytorch_model.safetensors", tmp_path / "o")
     refused(capsys, code, f"--input_path must name {folder}")
@@ -107,19 +135,27 @@ def test_what_diffusers_cannot_express_is_refused(small, capsys):
     refused(capsys, small.convert(), "1.875", "1.25")
 
 
-def test_a_t5_folder_that_lacks_something_is_refused(small, t5_folder, tmp_path, capsys):
-    for absent in ("config.json", "spiece.model", "model.safetensors", "shard"):
-        t5 = tmp_path / absent
-        shutil.copytree(t5_folder, t5)
-        if absent == "shard":
-            (t5 / "model.safetensors").rename(t5 / "model-00008-of-00009.safetensors")
-            index = {"weight_map": {"a": "model-00009-of-00009.safetensors"}}
-            (t5 / "model.safetensors.index.json").write_text(json.dumps(index))
-        else:
-            (t5 / absent).unlink()
-        fragment = {"shard": "model-00009", "model.safetensors": "no weights"}.get(absent, absent)
-        refused(capsys, small.convert("--text_encoder_path", t5), "T5 folder", fragment)
-        nothing_new(small.folder, "small.yaml", "transformer", "vae.pt")
+@pytest.mark.parametrize(
+    ("absent", "fragment"),
+    [
+        ("config.json", "config.json"),
+        ("spiece.model", "spiece.model"),
+        ("model.safetensors", "no weights"),
+        ("shard", "model-00009"),
+    ],
+)
+def test_a_t5_folder_that_lacks_something_is_refused(
+    small, t5_folder, tmp_path, capsys, absent, fragment
+):
+    t5 = shutil.copytree(t5_folder, tmp_path / "t5")
+    if absent == "shard":
+        (t5 / "model.safetensors").rename(t5 / "model-00008-of-00009.safetensors")
+        index = {"weight_map": {"a": "model-00009-of-00009.safetensors"}}
+        (t5 / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        (t5 / absent).unlink()
+    refused(capsys, small.convert("--text_encoder_path", t5), "T5 folder", fragment)
+    nothing_new(small.folder, "small.yaml", "transformer", "vae.pt")
 
 
 def test_a_t5_that_sampling_would_refuse_is_not_converted(small, t5_folder, tmp_path, capsys):
@@ -139,42 +175,69 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_wrong_diffusers_folders_are_refused(small, tmp_path, capsys):
-    assert small.convert(vae_ckpt_path=None) == 0
-    out, target = small.folder / "out", tmp_path / "back"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SHARD = "diffusion_pytorch_model-00001-of-00002"
 
-    def broken(name: str) -> Path:
-        shutil.copytree(out, tmp_path / name)
-        return tmp_path / name
 
-    rotary, layers, shard, lacking = map(broken, ("rotary", "layers", "shard", "lacking"))
-    edit_json(rotary / "transformer" / "config.json", use_rotary_positional_embeddings=True)
-    edit_json(layers / "transformer" / "config.json", num_layers=42)
-    weights = shard / "transformer" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(weights)
-    weights.unlink()
-    index = {
-        "weight_map": dict.fromkeys(tensors, "diffusion_pytorch_model-00001-of-00002.safetensors")
-    }
-    weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
+def move_to_absent_shard(transformer: Path) -> None:
+    """The index names a shard that is not there."""
+    index = {"weight_map": dict.fromkeys(load_file(transformer / WEIGHTS), f"{SHARD}.safetensors")}
+    (transformer / WEIGHTS).unlink()
+    (transformer / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
+def drop_a_tensor(transformer: Path) -> None:
+    tensors = load_file(transformer / WEIGHTS)
     tensors.pop("transformer_blocks.1.ff.net.2.bias")
-    save_file(tensors, lacking / "transformer" / weights.name)
-    (tmp_path / "empty").mkdir()
-    known = sorted(os.listdir(tmp_path))
-    for source, fragments in (
-        (rotary, ["use_rotary_positional_embeddings"]),
-        (layers, ["num_layers=2", "42"]),
-        (shard, ["lacks the shard diffusion_pytorch_model-00001-of-00002"]),
-        (lacking, ["missing (transformer.layers.1.mlp.dense_4h_to_h.bias)"]),
-        (small.transformer, ["no diffusers folder"]),
-        (small.vae, ["is not a folder"]),
-        (out / "scheduler", ["no diffusers folder"]),
-        (tmp_path / "empty", ["no diffusers folder"]),
-    ):
-        refused(capsys, hf2sat(source, target), *fragments)
-        nothing_new(tmp_path, *known)
-    refused(capsys, hf2sat(out, out), "exists already")
-    refused(capsys, hf2sat(out, small.vae / "back"), "cannot be written")
+    save_file(tensors, transformer / WEIGHTS)
+
+
+def set_in_config(**changes: Any) -> Callable[[Path], None]:
+    return lambda transformer: edit_json(transformer / "config.json", **changes)
+
+
+@pytest.mark.parametrize(
+    ("damage", "fragments"),
+    [
+        (
+            set_in_config(use_rotary_positional_embeddings=True),
+            ["use_rotary_positional_embeddings"],
+        ),
+        (set_in_config(num_layers=42), ["num_layers=2", "42"]),
+        (move_to_absent_shard, [f"lacks the shard {SHARD}"]),
+        (drop_a_tensor, ["missing (transformer.layers.1.mlp.dense_4h_to_h.bias)"]),
+    ],
+    ids=["rotary", "layers", "shard", "lacking"],
+)
+def test_damaged_diffusers_folders_are_refused(small, tmp_path, capsys, damage, fragments):
+    assert small.convert(vae_ckpt_path=None) == 0
+    damage(small.folder / "out" / "transformer")
+    refused(capsys, hf2sat(small.folder / "out", tmp_path / "back"), *fragments)
+    nothing_new(tmp_path, "small")
+
+
+@pytest.mark.parametrize(
+    ("source", "fragment"),
+    [
+        ("transformer", "no diffusers folder"),
+        ("vae.pt", "is not a folder"),
+        ("out/scheduler", "no diffusers folder"),
+        ("empty", "no diffusers folder"),
+    ],
+)
+def test_what_is_no_diffusers_folder_is_refused(small, tmp_path, capsys, source, fragment):
+    assert small.convert(vae_ckpt_path=None) == 0
+    (small.folder / "empty").mkdir()
+    refused(capsys, hf2sat(small.folder / source, tmp_path / "back"), fragment)
+    nothing_new(tmp_path, "small")
+
+
+@pytest.mark.parametrize(
+    ("target", "fragment"), [("out", "exists already"), ("vae.pt/back", "cannot be written")]
+)
+def test_a_target_that_cannot_be_is_refused(small, capsys, target, fragment):
+    assert small.convert(vae_ckpt_path=None) == 0
+    refused(capsys, hf2sat(small.folder / "out", small.folder / target), fragment)
 
 
 @pytest.mark.parametrize(

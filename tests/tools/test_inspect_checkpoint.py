@@ -310,16 +310,16 @@ def test_lora_of_another_width_fits_no_configuration(
     assert "no file of configs/" in shown["will load"]
 
 
-def test_lora_of_diffusers(inspect: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["pytorch_lora_weights.safetensors", "."])
+def test_lora_of_diffusers(inspect: Callable[..., Any], tmp_path: Path, place: str) -> None:
     tensors = to_diffusers(lora_matrices(), "lora", where="")
     path = tmp_path / "pytorch_lora_weights.safetensors"
     save_file({f"transformer.{name}": tensors[name].contiguous() for name in tensors}, path)
-    for place in (path, tmp_path):
-        code, shown = inspect(place)
-        assert code == 0
-        assert shown["what"] == "LoRA in diffusers or peft format"
-        assert (shown["rank"], shown["alpha"]) == ("4", "4, so the update is 1 · B A")
-        assert f"import_lora.py --lora_path {place}" in shown["next"]
+    code, shown = inspect(tmp_path / place)
+    assert code == 0
+    assert shown["what"] == "LoRA in diffusers or peft format"
+    assert (shown["rank"], shown["alpha"]) == ("4", "4, so the update is 1 · B A")
+    assert f"import_lora.py --lora_path {tmp_path / place}" in shown["next"]
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA"])

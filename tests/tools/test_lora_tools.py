@@ -363,11 +363,15 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(request, wrong, tmp_path
 
 
 @pytest.mark.parametrize("tool", ["export_sat_lora_weight", "import_lora", "merge_lora"])
-def test_the_scripts_run_from_any_folder(tmp_path, tool):
-    run = [sys.executable, ROOT / "tools" / f"{tool}.py"]
-    for flag, code in (("--help", 0), ("--lora_pat", 2)):
-        done = subprocess.run([*run, flag], cwd=tmp_path, capture_output=True, check=False)
-        assert done.returncode == code
-    error = done.stderr.decode()
-    assert error.startswith("error: unknown argument '--lora_pat'; did you mean '--lora")
-    assert error.count("\n") == 1
+@pytest.mark.parametrize(
+    ("flag", "code", "error", "lines"),
+    [
+        ("--help", 0, "", 0),
+        ("--lora_pat", 2, "error: unknown argument '--lora_pat'; did you mean '--lora", 1),
+    ],
+)
+def test_the_scripts_run_from_any_folder(tmp_path, tool, flag, code, error, lines):
+    command = [sys.executable, ROOT / "tools" / f"{tool}.py", flag]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.startswith(error) and done.stderr.count("\n") == lines

@@ -1,15 +1,24 @@
-"""The modulation of a block."""
+"""The modulation of a block, and what checkpointing of activations computes a second time."""
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
+import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgm.modules.transformer.adaln import (
     AdaLNMixin,
     JointModulation,
+    Keep,
     Modulation,
     modulations,
+    run_checkpointed,
 )
+from sgm.modules.transformer.attention import attend
 
 
 def test_modulation_holds_video_then_text_attention_then_mlp() -> None:
@@ -38,3 +47,28 @@ def test_text_and_video_are_modulated_apart() -> None:
     # with an update of 5, text: 2 + 3 · 5 = 17, video: 2 + 30 · 5 = 152
     update = torch.full((1, 3, 2), 5.0)
     assert joint.add_gated(tokens, update)[0, :, 0].tolist() == [17, 152, 152]
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("keep", "num_attentions"), [("block", 2), ("attention", 1)])
+def test_only_a_kept_attention_is_not_computed_again(keep: Keep, num_attentions: int) -> None:
+    def block(tokens: Tensor) -> Tensor:
+        heads = tokens.exp().unflatten(-1, (2, 4))
+        return attend(heads, heads, heads, kernel="sdpa").flatten(-2).sin()
+
+    tokens = torch.randn(1, 5, 8, requires_grad=True)
+    with Counting() as counting:
+        run_checkpointed(block, tokens, keep=keep).sum().backward()
+    assert counting.calls["_scaled_dot_product_flash_attention_for_cpu"] == num_attentions
+    assert counting.calls["exp"] == 2

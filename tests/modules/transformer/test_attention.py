@@ -92,13 +92,15 @@ def test_own_kernel_is_not_for_training(monkeypatch: pytest.MonkeyPatch) -> None
     assert list_kernels(half, head_size=64) == ["sdpa"]
 
 
-def test_a_kernel_that_does_not_run_is_refused_with_what_it_needs() -> None:
+@pytest.mark.parametrize(
+    ("kernel", "needed"),
+    [("hopper", "a C compiler .* heads of 64"), ("flash", "FlashAttention-4")],
+)
+def test_a_kernel_that_does_not_run_is_refused_with_what_it_needs(kernel: str, needed: str) -> None:
     half = {"device": torch.device("cpu"), "dtype": torch.float16}
     check_kernel("sdpa", **half, head_size=4)
-    needs = {"hopper": "a C compiler .* heads of 64", "flash": "FlashAttention-4"}
-    for kernel, needed in needs.items():
-        with pytest.raises(UserError, match=f"{kernel} does not run here: it needs .*{needed}"):
-            check_kernel(kernel, **half, head_size=64)
+    with pytest.raises(UserError, match=f"{kernel} does not run here: it needs .*{needed}"):
+        check_kernel(kernel, **half, head_size=64)
 
 
 def test_own_kernel_is_not_tried_where_another_is_asked_for(

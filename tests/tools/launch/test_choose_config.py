@@ -55,12 +55,14 @@ def test_the_flag_load_wins_over_the_file(folder):
     assert choose_config.choose_config("mine") == (FULL, [])
 
 
-def test_a_path_that_a_flag_names_must_exist(folder, monkeypatch, capsys):
-    for flags in (["--load", "absent"], ["--train", "--train-data", "weights", "absent"]):
-        monkeypatch.setattr("sys.argv", ["choose_config.py", *flags])
-        with pytest.raises(SystemExit, match="^error: --[a-z-]+ absent does not exist"):
-            choose_config.main()
-        assert capsys.readouterr() == ("", "")
+@pytest.mark.parametrize(
+    "flags", [["--load", "absent"], ["--train", "--train-data", "weights", "absent"]]
+)
+def test_a_path_that_a_flag_names_must_exist(folder, monkeypatch, capsys, flags):
+    monkeypatch.setattr("sys.argv", ["choose_config.py", *flags])
+    with pytest.raises(SystemExit, match="^error: --[a-z-]+ absent does not exist"):
+        choose_config.main()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_training_needs_the_data_as_well(folder):

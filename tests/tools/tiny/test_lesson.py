@@ -53,13 +53,13 @@ def test_the_configuration_reads_the_folders_that_are_drawn(folder):
     assert sorted(named) == sorted(f"tiny_lesson/{path.name}" for path in folder.iterdir())
 
 
-def test_clips_show_what_their_captions_say_in_the_subjects_own_word(drawn):
-    for name in ("new", "valid"):
-        for index in range(4):
-            frames, caption = drawn[name].draw(index)
-            assert caption == drawn[name].caption(index)
-            assert COLOR not in caption and SHAPE not in caption
-            assert all(measure(frames).matches(parse_prompt(caption)).values())
+@pytest.mark.parametrize("name", ["new", "valid"])
+@pytest.mark.parametrize("index", range(4))
+def test_clips_show_what_their_captions_say_in_the_subjects_own_word(drawn, name, index):
+    frames, caption = drawn[name].draw(index)
+    assert caption == drawn[name].caption(index)
+    assert COLOR not in caption and SHAPE not in caption
+    assert all(measure(frames).matches(parse_prompt(caption)).values())
 
 
 def test_what_is_asked_for_is_kept_from_training(drawn):

@@ -152,7 +152,9 @@ def _train(argv):
 def test_a_run_that_is_killed_at_any_moment_resumes(small, tmp_path):
     """NUM_KILLS=20 in the environment kills as often; the suite has no time for more than a few."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tests.training.test_resume", "deepspeed", "sgm.engine"])
+    processes.set_forkserver_preload(
+        ["tests.training.test_checkpoint_resume", "deepspeed", "sgm.engine"]
+    )
     fresh = ["--base", small.file("base"), "--device", "cpu", "--save", str(tmp_path)]
     fresh += ["--save-interval", "2", "--save-total-limit", "2", "--train-iters", "100000", *EMA]
     draw = random.Random(0)
