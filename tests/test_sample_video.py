@@ -217,7 +217,7 @@ def test_a_lora_that_learned_nothing_changes_nothing_and_another_does(
 
 
 def test_a_wrong_lora_is_found_before_anything_is_loaded(base, loras, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("sgm.pipeline.load_engine", None)
+    monkeypatch.setattr("sgm.engine.SATVideoDiffusionEngine.load_weights", None)
     whole = OmegaConf.load(base[1]).args.load
     assert sample(base, tmp_path, "--lora", str(tmp_path / "none")) == 1
     assert "error: lora: " in capfd.readouterr().err
