@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +12,7 @@ from arguments import parse_config
 from sgm.cli import run_and_exit, set_up_logging
 from sgm.config import Config, TrainingArgs
 from sgm.errors import UserError
-from sgm.preflight import check_weight_paths
+from sgm.preflight import RunWeights, find_weights
 from sgm.toolchain import can_compile_kernels, check_compile
 from sgm.training.preflight import (
     VIDEO_DATASET,
@@ -43,49 +43,66 @@ def text_device(config: Config, device: torch.device) -> str | torch.device:
     return "cpu" if config.args.text_device == "cpu" else device
 
 
-def load_engine(
-    config: Config, device: torch.device, *, checkpoint: Path | None = None
-) -> SATVideoDiffusionEngine:
-    """The engine in training mode; weights from `load`, or random ones in mode pretrain.
+def build_engine(
+    config: Config, weights: RunWeights, *, checkpoint: Path | None = None
+) -> tuple[SATVideoDiffusionEngine, Callable[[torch.device], None]]:
+    """The engine in training mode on the device "meta", compared with its files of weights.
 
     Args:
+        config: the configuration.
+        weights: what was found for it. The transformer's are not used in mode pretrain, where
+            weights are random.
         checkpoint: the folder of an iteration to go on with; its weights take the place of those
             in `load`, or join them where they are a LoRA.
+
+    Returns:
+        The engine, and what puts its weights in place on a device.
 
     Raises:
         UserError: the configuration or a file of weights is wrong.
     """
-    from sgm.checkpoint.lora import load_lora
+    from sgm.checkpoint.find import find_transformer
+    from sgm.checkpoint.lora import check_trained_lora, load_lora
     from sgm.engine import SATVideoDiffusionEngine
-    from sgm.training.checkpoint import holds_lora, restore_conditioner
+    from sgm.training.checkpoint import check_conditioner, holds_lora, restore_conditioner
     from sgm.training.preflight import weight_dtype
     from sgm.util import check_params
 
     args = config.args
-    is_lora = checkpoint is not None and holds_lora(checkpoint)
-    load = None if args.mode == "pretrain" else args.load
-    if checkpoint is not None and not is_lora:
-        load = str(checkpoint)
-    extra = {"load": load, "device": device, "dtype": weight_dtype(config.deepspeed)}
-    extra["text_device"] = text_device(config, device)
+    saved = None if checkpoint is None else find_transformer(checkpoint)
+    is_lora = saved is not None and holds_lora(saved)
+    load = weights.transformer if saved is None or is_lora else saved
+    extra = {"load": load, "device": "meta", "dtype": weight_dtype(config.deepspeed)}
     extra["cached_input"] = bool(args.cache_dir)
     params = check_params(
-        SATVideoDiffusionEngine, config.model | extra, where=config.place("model")
+        SATVideoDiffusionEngine, weights.within(config.model) | extra, where=config.place("model")
     )
     if not params.get("loss_fn_config"):
         raise UserError(f"{config.place('model')}: loss_fn_config is absent; training needs one")
     engine = SATVideoDiffusionEngine(**params).train()
-    engine.model.diffusion_model.set_attention(args.attention)
+    engine.check_trained()
     if checkpoint is not None and engine.model.diffusion_model.lora_config and not is_lora:
         raise UserError(
             f"{checkpoint} holds a whole model, but the configuration trains a LoRA; to train one "
             f"on it, start a new run with --load {checkpoint}"
         )
+    stored = {}
     if is_lora:
-        load_lora(engine.model.diffusion_model, checkpoint, base=engine.base_fingerprint)
-    elif checkpoint is not None:
-        restore_conditioner(engine, checkpoint)
-    return engine
+        check_trained_lora(engine.model.diffusion_model, saved)
+    elif saved is not None:
+        stored = check_conditioner(engine, saved)
+
+    def load_weights(device: torch.device) -> None:
+        engine.load_weights(device, text_device=text_device(config, device))
+        network = engine.model.diffusion_model
+        network.set_attention(args.attention)
+        if is_lora:
+            load_lora(network, saved, base=engine.base_fingerprint)
+            saved.release()
+        restore_conditioner(engine, stored)
+        stored.clear()
+
+    return engine, load_weights
 
 
 def build_dataset(
@@ -167,14 +184,12 @@ def set_up_activations(engine: SATVideoDiffusionEngine, config: Config) -> None:
         network.set_checkpointing(None)
     elif network.checkpointing is not None:
         network.set_checkpointing(args.checkpoint_keep)
-    if args.compile:
-        check_compile(engine.device.type)
     if compile_pays(config, engine.device) if args.compile is None else args.compile:
         network.compile_blocks(tune=True)
 
 
-def check(config: Config) -> None:
-    """All that can be found wrong before data and weights are read.
+def check(config: Config) -> RunWeights:
+    """All that can be found wrong without PyTorch; returns the weights that were found.
 
     Raises:
         UserError: a value or a path is wrong.
@@ -189,7 +204,7 @@ def check(config: Config) -> None:
             "args.load is not set: it must name the folder of the transformer's weights; "
             "use mode: pretrain to start from random ones"
         )
-    check_weight_paths(config.model, config.args.load, random_transformer=from_nothing)
+    return find_weights(config.model, config.args.load, random_transformer=from_nothing)
 
 
 def prompts_of(config: Config, valid: ConcatDataset | None) -> list[str]:
@@ -206,6 +221,7 @@ def fill_cache(
     parts: Sequence[ConcatDataset | None],
     *,
     prompts: Sequence[str],
+    model: Mapping[str, Any],
     device: torch.device,
 ) -> Cache:
     """The cache in `cache_dir`, with all that the datasets and prompts need in it."""
@@ -214,7 +230,7 @@ def fill_cache(
 
     return prepare_cache(
         [dataset for part in parts if part for dataset in part.datasets],
-        config.model,
+        model,
         cache_dir=config.args.cache_dir,
         texts=prompts,
         device=device,
@@ -233,7 +249,7 @@ class Data(NamedTuple):
     cache: Cache | None
 
 
-def load_data(config: Config, device: torch.device) -> Data:
+def load_data(config: Config, device: torch.device, weights: RunWeights) -> Data:
     """The data of `args`, from the cache in `cache_dir` if that is given.
 
     Raises:
@@ -253,7 +269,8 @@ def load_data(config: Config, device: torch.device) -> Data:
     prompts = prompts_of(config, validation)
     if not args.cache_dir:
         return Data(training, validation, prompts, None)
-    cache = fill_cache(config, [training, validation], prompts=prompts, device=device)
+    model = weights.within(config.model)
+    cache = fill_cache(config, [training, validation], prompts=prompts, model=model, device=device)
     kept = None if validation is None else cache.dataset(validation)
     return Data(cache.dataset(training), kept, prompts, cache)
 
@@ -288,7 +305,7 @@ def start_average(wrapped: Any, args: TrainingArgs) -> WeightAverage | None:
     return WeightAverage(wrapped, weights, decay=args.ema_decay, keeps=is_main())
 
 
-def train(config: Config, device: torch.device) -> None:
+def train(config: Config, device: torch.device, weights: RunWeights) -> None:
     """Load everything, then train; all processes of the run call it alike.
 
     Raises:
@@ -316,8 +333,9 @@ def train(config: Config, device: torch.device) -> None:
             run_folder.warn_of_what_stays(checkpoint, averages=args.ema_decay > 0)
     else:  # of which a fault is to be told before anything is read
         make_output_folder(Path(args.save).expanduser())
-    data = load_data(config, device)
-    engine = load_engine(config, device, checkpoint=checkpoint)
+    engine, load_weights = build_engine(config, weights, checkpoint=checkpoint)
+    data = load_data(config, device, weights)
+    load_weights(device)
     set_up_activations(engine, config)
     wrapped = start_deepspeed(TrainingObjective(engine), config.deepspeed, args)
     if checkpoint:
@@ -371,13 +389,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, load, train; returns the exit code."""
     config = parse_config(TrainingArgs, "Train the transformer.", argv)
     set_up_logging()
-    check(config)
+    weights = check(config)
 
     import torch
 
     from sgm.distributed import Rank
+    from sgm.loading import choose_device
     from sgm.modules.transformer.attention import check_attention
-    from sgm.pipeline import choose_device
     from sgm.util import allow_targets
 
     allow_targets(config.allow_target)
@@ -393,8 +411,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_sections(config.deepspeed)
     dtype = weight_dtype(config.deepspeed)
     check_attention(config.args.attention, config.model, device=device, dtype=dtype)
+    if config.args.compile:
+        check_compile(device.type)
     ensure_process_groups()
-    train(config, device)
+    train(config, device, weights)
     leave_process_groups_at_exit()
     return 0
 

@@ -1,8 +1,27 @@
-"""Diffusion building blocks of CogVideoX: networks, conditioning, noise schedules and samplers.
+"""Text to video with CogVideoX on SwissArmyTransformer: ``from sgm import CogVideoX``.
 
-With it SAT is imported in part only; see sgm/sat_runtime.py.
+With it SAT is imported in part only; see sgm/sat_runtime.py. PyTorch is imported when `CogVideoX`
+is first asked for.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from sgm.sat_runtime import leave_out_unused_parts
 
+if TYPE_CHECKING:
+    from sgm.pipeline import CogVideoX
+
+__all__ = ["CogVideoX"]
+
 leave_out_unused_parts()
+
+
+def __getattr__(name: str) -> Any:
+    """`CogVideoX`, whose import takes seconds (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sgm.pipeline import CogVideoX
+
+    return CogVideoX

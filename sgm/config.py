@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,6 +24,9 @@ from yaml import YAMLError
 from sgm.errors import UserError, nearest_name
 from sgm.util import is_finite_number
 
+if TYPE_CHECKING:
+    from sgm.checkpoint.find import Weights
+
 _KEYS = ("path", "scale")
 
 
@@ -32,11 +35,12 @@ class LoraChoice:
     """A LoRA to merge.
 
     Args:
-        path: a run's folder, a checkpoint's or a file; see `sgm.checkpoint.read_lora`.
+        path: a run's folder, a checkpoint's or a file; see `sgm.checkpoint.read_lora`. In a run,
+            what `find_lora` found there.
         scale: strength; 1 is as trained, 0 nothing, below 0 the opposite.
     """
 
-    path: str
+    path: str | Weights
     scale: float = 1.0
 
 
@@ -346,8 +350,8 @@ def read_yaml(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
 _TYPE_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def checked_value(name: str, value: Any, annotation: Any, *, file: str) -> Any:
-    """`value` of the key `name` of `args`, which `file` gave, as its field's type.
+def checked_value(value: Any, annotation: Any, *, where: str) -> Any:
+    """`value` as the type of its field in `args`; `where` says in messages what gave it.
 
     Raises:
         UserError: it is of another type or not among the choices.
@@ -357,7 +361,7 @@ def checked_value(name: str, value: Any, annotation: Any, *, file: str) -> Any:
         try:
             return loras_from_yaml(value)
         except UserError as error:
-            raise UserError(f"configuration {file}: args.{name}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
     values = value if is_list and isinstance(value, list) else [value]
     # bool is an int in Python, but true is no number here.
     for one in values:
@@ -365,10 +369,32 @@ def checked_value(name: str, value: Any, annotation: Any, *, file: str) -> Any:
         wrong_type = not isinstance(one, allowed) or (isinstance(one, bool) and kind is not bool)
         if wrong_type or (choices and one not in choices):
             expected = " or ".join(map(repr, choices)) or _TYPE_NAMES[kind]
-            raise UserError(
-                f"configuration {file}: args.{name}: {one!r} is not {expected}; change it there"
-            )
+            raise UserError(f"{where}: {one!r} is not {expected}; change it there")
     return values if is_list else value
+
+
+def check_given(
+    args_class: type[CommonArgs], given: Mapping[str, Any], *, where: str
+) -> dict[str, Any]:
+    """Values that Python code gives for keys of `args`, checked like those of a YAML file.
+
+    Args:
+        args_class: which of the two commands they are for.
+        given: None means the default.
+        where: what was called, for messages.
+
+    Raises:
+        UserError: a key is unknown, or a value is of another type.
+    """
+    hints = typing.get_type_hints(args_class)
+    for name in given:
+        if name not in hints:
+            raise UserError(f"{where}: unknown argument {name!r}; {nearest_name(name, hints)}")
+    return {
+        name: checked_value(value, hints[name], where=f"{where}: {name}")
+        for name, value in given.items()
+        if value is not None
+    }
 
 
 def load_config(
@@ -399,7 +425,9 @@ def load_config(
             hint = nearest_name(str(name), known)
             raise UserError(f"unknown key {str(name)!r} in args of {file}; {hint}")
         if name in hints and value is not None:  # a blank value means the default
-            values[name] = checked_value(name, value, hints[name], file=file)
+            values[name] = checked_value(
+                value, hints[name], where=f"configuration {file}: args.{name}"
+            )
     # A precision asked for on the command line replaces the file's.
     if given.get("fp16") or given.get("bf16"):
         values |= {"fp16": False, "bf16": False}

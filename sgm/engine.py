@@ -6,19 +6,34 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sgm.checkpoint.lora import merge_loras
-from sgm.checkpoint.transformer import fingerprint, is_lora_matrix, load_transformer
+from sgm.checkpoint.find import Weights, find_transformer
+from sgm.checkpoint.lora import merge_updates, read_updates, replace_loras
+from sgm.checkpoint.lora_formats import names_with_lora
+from sgm.checkpoint.transformer import (
+    check_transformer,
+    fingerprint,
+    is_lora_matrix,
+    load_transformer,
+    read_transformer,
+)
 from sgm.config import LoraChoice
 from sgm.errors import UserError, nearest_name
-from sgm.models.autoencoder import build_first_stage, draw_latents, encode_moments
+from sgm.models.autoencoder import (
+    build_first_stage,
+    draw_latents,
+    encode_moments,
+    load_first_stage,
+)
 from sgm.models.tiled_decoding import decode_tiled
 from sgm.modules.autoencoding.causal_conv import ConvCache, HostConvCache
+from sgm.modules.diffusionmodules.sampling import SampledStep, Sampler, StepCallback
 from sgm.offload import VisitingWeights, move_to_host
 from sgm.parallel.decoding import decode_together
 from sgm.util import instantiate_from_config, instantiate_part
@@ -69,10 +84,10 @@ class SATVideoDiffusionEngine(nn.Module):
             nor the text encoder is then built.
         load: weights of the transformer, of SAT or diffusers; None starts from random ones.
         lora: LoRAs that are merged into these weights; a `lora_config` is then without effect.
-        dtype, device: of all parts.
-        text_device: of the text encoder, if it is another.
-        stream_text: weights of the text encoder are on its device while they are used only; see
-            `offload` for the other parts.
+        dtype, device: of all parts. On the device "meta" all parts are built without values, also
+            those that are not kept, and compared with the headers of their files; `load_weights`
+            then puts the values in place.
+        text_device, stream_text: as in `load_weights`.
         tile_decode: decode in tiles, see sgm/models/tiled_decoding.py.
 
     Raises:
@@ -97,7 +112,7 @@ class SATVideoDiffusionEngine(nn.Module):
         input_key: str = "mp4",
         latent_input: bool = False,
         cached_input: bool = False,
-        load: str | None = None,
+        load: str | Path | Weights | None = None,
         lora: Sequence[LoraChoice] = (),
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
@@ -111,10 +126,16 @@ class SATVideoDiffusionEngine(nn.Module):
         self.input_key = input_key
         self.latent_input = latent_input
         config = _network_config(network_config, lora_config, with_lora=not lora)
-        network, self.base_fingerprint = _build_network(config, load, dtype=dtype, device=device)
-        if lora:
-            merge_loras(network, lora, base=self.base_fingerprint)
+        self._network_config = config
+        self._dtype = dtype
+        self._weights = None if load is None else find_transformer(load)
+        self.base_fingerprint: str | None = None  # of the weights before training and LoRAs
+        with torch.device("meta"):
+            network = instantiate_from_config(config)
         self.model = NetworkWrapper(network)
+        self._found = None if self._weights is None else check_transformer(network, self._weights)
+        self._updates = read_updates(lora, dict(network.named_parameters()))
+        self._check_prefixes()
         self.denoiser = instantiate_part(denoiser_config, "denoiser_config", needs=["__call__"])
         self.sampler = self.loss_fn = None
         if sampler_config:
@@ -127,33 +148,106 @@ class SATVideoDiffusionEngine(nn.Module):
         self.tile_decode = tile_decode
         self._make_cache: Callable[[], ConvCache] = ConvCache
         self.first_stage_model = None
+        is_meta = torch.device(device).type == "meta"
         if cached_input:
+            if is_meta:
+                build_first_stage(**self._first_stage, device="meta")
             # It has no weights: what remains of the autoencoder where its moments are kept.
             regularizer = (first_stage_config.get("params") or {}).get("regularizer_config")
             self.regularizer = instantiate_from_config(regularizer)
         elif not latent_input:
-            self.first_stage_model = build_first_stage(**self._first_stage, device=device)
-            self.regularizer = self.first_stage_model.regularization
+            self.first_stage_model = build_first_stage(**self._first_stage, device="meta")
         self.conditioner = instantiate_part(
             conditioner_config,
             "conditioner_config",
             needs=["encode", "unconditional"],
             with_embedders=not cached_input,
             dtype=dtype,
-            device=device if text_device is None else text_device,
-            streamed=stream_text,
+            device=device if cached_input else "meta",
         )
+        self._offloaded_from: torch.device | None = None
         self._network_here: AbstractContextManager[None] = nullcontext()
         self._decoder_here: AbstractContextManager[None] = nullcontext()
+        if not is_meta:
+            self.load_weights(device, text_device=text_device, stream_text=stream_text)
+
+    def load_weights(
+        self,
+        device: str | torch.device,
+        *,
+        text_device: str | torch.device | None = None,
+        stream_text: bool = False,
+    ) -> None:
+        """Put the weights of all parts in place, which were built on the device "meta".
+
+        Parts without a file get random weights. To be called once.
+
+        Args:
+            device: of all parts.
+            text_device: of the text encoder, if it is another.
+            stream_text: weights of the text encoder are on its device while they are used only;
+                see `offload` for the other parts.
+        """
+        place = {"dtype": self._dtype, "device": device}
+        network = self.model.diffusion_model
+        if self._found is None:
+            network = instantiate_from_config(self._network_config).to(**place)
+            self.model.diffusion_model = network.train(self.training)
+            self.base_fingerprint = fingerprint(network.state_dict())
+        else:
+            self.base_fingerprint = load_transformer(network, self._found, **place)
+            self._found = None
+            self._weights.release()
+        if self._updates:
+            merge_updates(network, self._updates, base=self.base_fingerprint)
+            self._updates = []
+        if self.first_stage_model is not None:
+            built = load_first_stage(self.first_stage_model, **self._first_stage, device=device)
+            self.first_stage_model, self.regularizer = built, built.regularization
+        self.conditioner.load_weights(
+            device if text_device is None else text_device, streamed=stream_text
+        )
         self._freeze()
 
-    def _freeze(self) -> None:
-        """Apply `not_trainable_prefixes` to the transformer's weights.
+    @property
+    def base_weights(self) -> Mapping[str, Tensor]:
+        """The transformer's weights before any LoRA, mapped anew from the file or folder `load`.
+
+        Raises:
+            UserError: it is not as it was when the weights were loaded.
+        """
+        _, base, _ = read_transformer(self._weights)
+        self._weights.release()
+        if fingerprint(base) != self.base_fingerprint:
+            raise UserError(
+                f"{self._weights} changed after its weights were loaded; start again with it"
+            )
+        return base
+
+    def replace_loras(self, loras: Sequence[LoraChoice]) -> None:
+        """Merge LoRAs into the weights in the place of those that were merged before.
+
+        The result has the bytes of a fresh start with these LoRAs.
+
+        Raises:
+            UserError: a file is not a LoRA of this model, or the base weights cannot be read any
+                more; nothing is changed then.
+        """
+        replace_loras(
+            self.model.diffusion_model,
+            loras,
+            base_weights=self.base_weights,
+            base=self.base_fingerprint,
+            device=self.device,
+        )
+
+    def _check_prefixes(self) -> None:
+        """Compare `not_trainable_prefixes` with the names that weights have beside LoRA layers.
 
         Raises:
             UserError: one of them matches no weight.
         """
-        names = [name for name, _ in self.model.diffusion_model.named_parameters()]
+        names = names_with_lora(self.model.diffusion_model)
         for prefix in self.not_trainable_prefixes:
             if prefix != "all" and not any(name.startswith(prefix) for name in names):
                 known = {name.split(".")[0] + "." for name in names}
@@ -161,10 +255,23 @@ class SATVideoDiffusionEngine(nn.Module):
                     f"not_trainable_prefixes: no weight's name begins with {prefix!r}; "
                     f"{nearest_name(prefix, known)}"
                 )
+
+    def check_trained(self) -> None:
+        """Raise UserError where no weight is trained; the engine may be on the device "meta"."""
+        names = names_with_lora(self.model.diffusion_model)
+        if not any(map(self._is_trained, names)) and not self.conditioner.is_trained:
+            raise UserError("no weight is trained; check not_trainable_prefixes and lora_config")
+
+    def _is_trained(self, name: str) -> bool:
+        """Whether `not_trainable_prefixes` leave the transformer's weight of this name trained."""
+        if "all" in self.not_trainable_prefixes:
+            return is_lora_matrix(name)
+        return not name.startswith(self.not_trainable_prefixes)
+
+    def _freeze(self) -> None:
+        """Apply `not_trainable_prefixes` to the transformer's weights."""
         for name, weight in self.model.diffusion_model.named_parameters():
-            if "all" in self.not_trainable_prefixes:
-                weight.requires_grad_(is_lora_matrix(name))
-            elif name.startswith(self.not_trainable_prefixes):
+            if not self._is_trained(name):
                 weight.requires_grad_(False)
 
     def train(self, mode: bool = True) -> SATVideoDiffusionEngine:
@@ -176,8 +283,8 @@ class SATVideoDiffusionEngine(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.model.parameters()).device
+        """Where the network computes; its weights may be offloaded from there."""
+        return self._offloaded_from or next(self.model.parameters()).device
 
     @contextmanager
     def loaded_first_stage(self) -> Iterator[None]:
@@ -203,6 +310,7 @@ class SATVideoDiffusionEngine(nn.Module):
         whatever replaces weights.
         """
         device, decoder = self.device, self.first_stage_model.decoder
+        self._offloaded_from = device
         for part in (self.model, decoder):
             move_to_host(part)
         self.first_stage_model.encoder.to("cpu")  # sampling does not need it
@@ -247,21 +355,27 @@ class SATVideoDiffusionEngine(nn.Module):
                 yield made
 
     @torch.no_grad()
-    def sample(
+    def sample_steps(
         self,
         cond: Mapping[str, Tensor],
         uncond: Mapping[str, Tensor],
         shape: Sequence[int],
         *,
         generator: torch.Generator,
-        callback: Any = None,
-    ) -> Tensor:
-        """Draw scaled latents (b, t, c, h, w) = `shape`, float32, with `cond` of any device.
+        sampler: Sampler | None = None,
+    ) -> Iterator[SampledStep]:
+        """Sample scaled latents, a step each time the next one is asked for.
 
-        All noise comes from `generator`, a CPU one, so that a seed means the same everywhere.
-        `callback(step_index, num_steps, x)` is called after each step.
+        Args:
+            cond, uncond: conditioning of both branches of guidance, on any device.
+            shape: (b, t, c, h, w) of the latents.
+            generator: source of all noise, on the CPU, so that a seed means the same everywhere.
+            sampler: None: the configuration's.
+
+        Yields:
+            Each step; the last one's `x` is the result, float32.
         """
-
+        sampler = sampler or self.sampler
         is_on_gpu = self.device.type == "cuda"
 
         def draw() -> Tensor:
@@ -269,23 +383,34 @@ class SATVideoDiffusionEngine(nn.Module):
             noise = torch.randn(*shape, generator=generator, pin_memory=is_on_gpu)
             return noise.to(self.device, non_blocking=True)
 
-        def after_step(step_index: int, num_steps: int, x: Tensor) -> None:
-            if step_index == 0:
-                review_attention()
-            if callback is not None:
-                callback(step_index, num_steps, x)
-
         watched = self.model.diffusion_model.watched_attention()
         with self._network_here, watched as review_attention:
-            return self.sampler(
+            for step in sampler.steps(
                 self.model,
                 self.denoiser,
                 draw(),
                 self._here(cond),
                 self._here(uncond),
                 noise=lambda step_index: draw(),
-                callback=after_step,
-            )
+            ):
+                if step.step_index == 0:
+                    review_attention()
+                yield step
+
+    def sample(
+        self,
+        cond: Mapping[str, Tensor],
+        uncond: Mapping[str, Tensor],
+        shape: Sequence[int],
+        *,
+        generator: torch.Generator,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        """Sample scaled latents (b, t, c, h, w): all of `sample_steps`, a callback after each."""
+        for step in self.sample_steps(cond, uncond, shape, generator=generator):
+            if callback is not None:
+                callback(step.step_index, self.sampler.num_steps, step.x)
+        return step.x
 
     def _here(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Conditioning on the network's device; the text encoder may have another."""
@@ -352,15 +477,3 @@ def _network_config(config: Config, lora_config: Config | None, *, with_lora: bo
         )
     modules = {**modules, "lora_config": own if with_lora else None}
     return {**config, "params": {**params, "modules": modules}}
-
-
-def _build_network(
-    config: Config, load: str | None, *, dtype: torch.dtype, device: str | torch.device
-) -> tuple[nn.Module, str]:
-    """The transformer with weights from `load`, or with random ones; and their fingerprint."""
-    if load is None:
-        network = instantiate_from_config(config).to(device=device, dtype=dtype)
-        return network, fingerprint(network.state_dict())
-    with torch.device("meta"):
-        network = instantiate_from_config(config)
-    return network, load_transformer(network, load, dtype=dtype, device=device)

@@ -2,142 +2,471 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from sgm.config import Config, SamplingArgs
+from sgm.checkpoint.find import find_lora
+from sgm.config import Config, SamplingArgs, check_given, load_config
 from sgm.distributed import Rank
+from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError
-from sgm.models.tiled_decoding import TILE
-from sgm.modules.transformer.attention import check_attention
-from sgm.modules.transformer.linear import check_fp8, quantize_linears
-from sgm.prompts import Prompt
-from sgm.toolchain import can_compile_kernels, check_compile
+from sgm.loading import choose_device, compile_network, load_engine, warn_of_settings
+from sgm.models.autoencoder import fit_rgb
+from sgm.modules.diffusionmodules.sampling import Sampler
+from sgm.modules.transformer.step_cache import cached_steps
+from sgm.parallel.processes import group_of_all, in_step, share_sampling
+from sgm.preflight import RunWeights, find_weights, latent_shape, num_latent_frames
+from sgm.seeds import sample_generator
+from sgm.util import allow_targets
+from sgm.video import collect_frames, to_uint8, write_mp4
 
-if TYPE_CHECKING:
-    from sgm.engine import SATVideoDiffusionEngine
-
-logger = logging.getLogger(__name__)
-
-
-# From so many steps on, compiling pays on a GPU: 5 to 10 s once, and 0.08 s less for each step.
-COMPILE_STEPS = 100
+Conditioning = dict[str, Tensor]
 
 
-def choose_device(args: SamplingArgs, rank: Rank) -> torch.device:
-    """The device of this rank.
+@dataclass(frozen=True)
+class Video:
+    """A finished video.
 
-    Raises:
-        UserError: a GPU is asked for and there is none.
+    Attributes:
+        frames: (t, h, w, 3) uint8. Where several processes made it together, only the first of them
+            has frames.
+        fps: frames per second.
+        sampling_seconds, decoding_seconds: time that it took; decoding includes writing the mp4.
     """
-    import torch
 
-    if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError(
-            "device: cuda, but PyTorch sees no GPU; use --device cpu or check nvidia-smi"
-        )
-    if rank.local_index >= torch.cuda.device_count():
-        raise UserError(
-            f"this host has {torch.cuda.device_count()} GPUs, too few for process "
-            f"{rank.local_index + 1}; lower NPROC or use --device cpu"
-        )
-    device = torch.device("cuda", rank.local_index)
-    torch.cuda.set_device(device)  # where NCCL and the kernels of others expect it
-    return device
+    frames: np.ndarray
+    fps: float
+    sampling_seconds: float
+    decoding_seconds: float
+
+    def save(self, path: str | Path) -> None:
+        """Write an mp4 (H.264).
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        write_mp4([self.frames], Path(path).expanduser(), fps=self.fps)
 
 
-def load_engine(config: Config, device: torch.device) -> SATVideoDiffusionEngine:
-    """Build the engine of a configuration for inference, with its weights.
+@dataclass(frozen=True)
+class Step:
+    """A step of sampling that is done.
 
-    Raises:
-        UserError: the configuration or a file of weights is wrong.
+    Attributes:
+        step_index: 0..num_steps-1.
+        num_steps: steps of the run.
+        latents: (1, t, c, h, w) float32, scaled, on the model's device; after the last step the
+            result.
     """
-    import torch
 
-    from sgm.engine import SATVideoDiffusionEngine
-    from sgm.memory import choose_memory
-    from sgm.util import check_params
+    step_index: int
+    num_steps: int
+    latents: Tensor
+    _preview: Callable[[], np.ndarray] = field(repr=False)
 
-    args = config.args
-    for key in ("load", "lora"):
-        if config.model.get(key) is not None:
-            raise UserError(f"{key} stands under model in the configuration; put it under args")
-    if args.fp8:
-        check_fp8(device)
-    if args.compile:
-        check_compile(device.type)
-    dtype = getattr(torch, args.precision)
-    check_attention(args.attention, config.model, device=device, dtype=dtype)
-    memory = choose_memory(args, config.model, device=device, dtype=dtype)
-    extra = {
-        "load": args.load,
-        "lora": args.lora,
-        "dtype": dtype,
-        "device": device,
-        "stream_text": memory == "low",
-        "tile_decode": args.tile_decode,
-        "latent_input": False,  # of training batches; sampling decodes in any case
-    }
-    params = check_params(
-        SATVideoDiffusionEngine, config.model | extra, where=config.place("model")
-    )
-    if not params.get("sampler_config"):
-        raise UserError(f"{config.place('model')}: sampler_config is absent; sampling needs one")
-    engine = SATVideoDiffusionEngine(**params).eval()
-    engine.model.diffusion_model.set_attention(args.attention)
-    if args.fp8:
-        quantize_linears(engine.model.diffusion_model)
-    if memory == "low":
-        engine.offload()
-    return engine
+    def preview(self) -> np.ndarray:
+        """The video as this step expects it, one pixel for each latent: (t, h, w, 3) uint8.
+
+        Nothing is decoded: a linear map, fitted to the autoencoder at the first call, gives the
+        colours. Waits for the device.
+        """
+        return self._preview()
 
 
-def count_steps(
-    engine: SATVideoDiffusionEngine, args: SamplingArgs, prompts: Iterable[Prompt]
-) -> int | None:
-    """Steps of all videos together; None for prompts that are still to be typed."""
-    if not isinstance(prompts, list):
-        return None
-    return len(prompts) * args.batch_size * engine.sampler.num_steps
+@dataclass(frozen=True)
+class CallDefaults:
+    """Values of a call that does not give them, and what is the same for all calls.
 
+    Attributes:
+        shape: (t, c, h, w) of the latents.
+        fps: frames per second of the videos.
+        seed, negative_prompt: as in `CogVideoX.stream`.
+        step_cache: see `sgm.modules.transformer.step_cache.cached_steps`.
+        compile: whether to compile the transformer's blocks; None: on a GPU, once it pays.
+    """
 
-def compile_network(
-    engine: SATVideoDiffusionEngine, args: SamplingArgs, *, device: torch.device, steps: int | None
-) -> None:
-    """Compile the transformer where that is asked for, or pays."""
-    pays = device.type == "cuda" and (steps or 0) >= COMPILE_STEPS and can_compile_kernels()
-    if pays if args.compile is None else args.compile:
-        logger.info("the transformer is compiled in the first step, which takes longer for that")
-        engine.model.diffusion_model.compile_blocks()
+    shape: tuple[int, int, int, int]
+    fps: float
+    seed: int
+    negative_prompt: str = ""
+    step_cache: float = 0.0
+    compile: bool | None = False
 
+    @classmethod
+    def of(cls, args: SamplingArgs, model: Mapping[str, Any]) -> CallDefaults:
+        """The defaults that `args` and the section `model` of a configuration give.
 
-# Weights of the transformer, from which on a CPU takes minutes for a step.
-LARGE_MODEL = 500_000_000
-
-
-def advise(
-    engine: SATVideoDiffusionEngine, args: SamplingArgs, *, device: torch.device, world_size: int
-) -> None:
-    """Warn of what will take long, and of what does not do what it looks like."""
-    num_weights = sum(weight.numel() for weight in engine.model.parameters())
-    if device.type == "cpu" and num_weights > LARGE_MODEL:
-        logger.warning("without a GPU a step of this model takes many minutes, a video hours")
-    if args.parallel == "video" and world_size == 1:
-        logger.warning(
-            "parallel: video has no effect in one process; NPROC=2 bash inference.sh … starts two"
+        Raises:
+            UserError: the model does not make videos of that size.
+        """
+        return cls(
+            shape=latent_shape(args, model),
+            fps=args.sampling_fps,
+            seed=args.seed,
+            negative_prompt=args.negative_prompt,
+            step_cache=args.step_cache,
+            compile=args.compile,
         )
-    num_steps = engine.sampler.num_steps
-    own_steps = getattr(engine.sampler.guider, "num_steps", num_steps)
-    if own_steps != num_steps:
-        logger.warning(
-            "guider_config has num_steps %d, the sampler %d: guidance then follows the curve of "
-            "another number of steps; change both alike",
-            *(own_steps, num_steps),
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One video to make, with all values checked."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    line: int
+    sample: int
+    shape: tuple[int, int, int, int]  # (t, c, h, w) of the latents
+    sampler: Sampler
+
+
+class CogVideoX:
+    """A loaded model that makes videos from prompts, one at a time.
+
+    Use `from_config` to load one. As a context manager it is closed at the end.
+
+    Args:
+        engine: in evaluation mode, with a sampler.
+        model: the section `model` of its configuration.
+        defaults: values of a call that does not give them.
+        embed: conditioning of texts; None: by the engine's text encoder.
+    """
+
+    def __init__(
+        self,
+        engine: SATVideoDiffusionEngine,
+        model: Mapping[str, Any],
+        defaults: CallDefaults,
+        *,
+        embed: Callable[[Sequence[str]], Conditioning] | None = None,
+    ) -> None:
+        self.engine = engine
+        self.defaults = defaults
+        self._model = model
+        self._embed = embed or engine.conditioner.encode
+        self._embedded: dict[str, tuple[str, Conditioning]] = {}  # the last text of each kind
+        self._rgb: Tensor | None = None
+        self._busy = threading.Lock()
+        self._together = False  # whether several processes make each video
+        self._writes = True
+        self._num_steps = 0  # of all videos so far
+        self._is_compiled = False
+
+    @classmethod
+    def from_config(
+        cls, *files: str | Path, allow_target: Sequence[str] = (), **args: Any
+    ) -> CogVideoX:
+        """Load the model that YAML files describe.
+
+        Args:
+            files: merged in this order, as by ``--base`` of sample_video.py.
+            allow_target: further dotted prefixes under which the files may name classes; for files
+                that you trust.
+            args: keys of the section `args`; they win over the files. Relative paths, those in the
+                files too, start at the current folder.
+
+        Raises:
+            UserError: a value, a file or the weights cannot be used.
+        """
+        given = check_given(SamplingArgs, args, where="from_config")
+        config = load_config(SamplingArgs, files, given, allow_target=allow_target)
+        CallDefaults.of(config.args, config.model)
+        model = config.model | {"latent_input": False}  # sampling decodes in any case
+        weights = find_weights(model, config.args.load, lora=config.args.lora)
+        pipe = cls.load(config, weights)
+        warn_of_settings(pipe.engine, config.args)
+        return pipe
+
+    @classmethod
+    def load(cls, config: Config, weights: RunWeights | None = None) -> CogVideoX:
+        """Load the model of a configuration, with weights that `find_weights` found.
+
+        With ``parallel: video`` the processes that torchrun started make each video together.
+
+        Raises:
+            UserError: the configuration or the weights cannot be used.
+        """
+        rank = Rank.from_environment()
+        allow_targets(config.allow_target)
+        device = choose_device(config.args, rank)
+        engine = load_engine(config, device, weights=weights)
+        pipe = cls(engine, config.model, CallDefaults.of(config.args, config.model))
+        if config.args.parallel == "video" and rank.world_size > 1:
+            share_sampling(engine.model.diffusion_model, engine.sampler)
+            engine.share_decoding(group_of_all())
+            pipe._together, pipe._writes = True, rank.index == 0
+        return pipe
+
+    def __enter__(self) -> CogVideoX:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the weights, so that their memory is free for others; no video can be made then.
+
+        Raises:
+            UserError: a call is running.
+        """
+        with self._alone():
+            engine, self.engine = self.engine, None
+            self._embedded.clear()
+            self._rgb = None
+            if engine is None:
+                return
+            for weight in chain(engine.parameters(), engine.buffers()):
+                weight.data = weight.data.new_empty(0)  # whoever still holds the module
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        seed: int | None = None,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_frames: int | None = None,
+        index: int | tuple[int, int] = 0,
+        path: str | Path | None = None,
+    ) -> Video:
+        """Make a video; arguments and errors are those of `stream`."""
+        for event in self.stream(
+            prompt,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            num_frames=num_frames,
+            index=index,
+            path=path,
+        ):
+            last = event
+        return last
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        seed: int | None = None,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_frames: int | None = None,
+        index: int | tuple[int, int] = 0,
+        path: str | Path | None = None,
+        decode: bool = True,
+    ) -> Iterator[Step | Video]:
+        """Make a video and report each step. Leaving the loop early stops the run.
+
+        Arguments that are None have the configuration's values.
+
+        Args:
+            prompt: what to show.
+            negative_prompt: what not to show; empty: the trained unconditional embedding.
+            seed: any integer. A video depends on the seed, its prompts and `index`.
+            num_steps: steps of sampling, 2..1000; also the guider's own number.
+            guidance_scale: the guider's `scale`. For DynamicCFG that is the height of its curve, so
+                that 0 means no guidance.
+            num_frames: frames of the video, for example 49.
+            index: a line of a prompt file, from 0, or a pair of a line and the number of a sample.
+            path: an mp4, written while decoding goes on; its folder is made where it is missing.
+            decode: False: only sample; the last step's latents are the result.
+
+        Yields:
+            A `Step` for each step, and the `Video` last.
+
+        Raises:
+            UserError: a value cannot be used, another call is running, the pipeline is closed, the
+                result is not finite, or the file cannot be written.
+            LostProcess: this process failed in work that others need.
+        """
+        request = self._request(
+            prompt,
+            {"negative_prompt": negative_prompt, "seed": seed},
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            num_frames=num_frames,
+            index=index,
         )
-    if args.tile_decode and max(engine.model.diffusion_model.frame_shape[1:]) <= TILE:
-        logger.warning("tile_decode has no effect: these frames fit into one tile")
+        target = None if path is None else Path(path).expanduser()
+        return self._run(request, target) if decode else self._sample_alone(request)
+
+    def set_loras(self, loras: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]) -> None:
+        """Merge LoRAs into the weights in the place of those that were merged before.
+
+        The weights are restored from their files first, so that the result has the bytes of a fresh
+        start with these LoRAs.
+
+        Args:
+            loras: a path, ``PATH:0.8`` with a strength, ``{"path": …, "scale": …}``, or a list of
+                these; an empty list restores the base model.
+
+        Raises:
+            UserError: a file is not a LoRA of this model (nothing is changed then), a call is
+                running, or the pipeline is closed.
+        """
+        choices = check_given(SamplingArgs, {"lora": loras}, where="set_loras")["lora"]
+        with self._alone():
+            self._require_open()
+            found = [replace(choice, path=find_lora(choice.path)) for choice in choices]
+            self.engine.replace_loras(found)
+
+    def expect_steps(self, num_steps: int) -> None:
+        """Say how many steps are to come, so that blocks are compiled before the first one."""
+        self._compile(self._num_steps + num_steps)
+
+    def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """Scaled latents (1, t, c, h, w) → chunks (t, h, w, 3) of the video, uint8, in order."""
+        with closing(self.engine.decode_first_stage(latents)) as chunks:
+            for chunk in chunks:
+                yield to_uint8(chunk[0])
+
+    def _request(
+        self,
+        prompt: str,
+        texts_and_seed: Mapping[str, Any],
+        *,
+        num_steps: int | None,
+        guidance_scale: float | None,
+        num_frames: int | None,
+        index: int | tuple[int, int],
+    ) -> _Request:
+        """Check the arguments of `stream` and complete them.
+
+        Raises:
+            UserError: a value cannot be used, or the pipeline is closed.
+        """
+        self._require_open()
+        if not isinstance(prompt, str):
+            raise UserError(f"prompt: {prompt!r} must be a text")
+        given = {name: value for name, value in texts_and_seed.items() if value is not None}
+        given = check_given(SamplingArgs, given, where="CogVideoX")
+        place = index if isinstance(index, tuple) else (index, 0)
+        if len(place) != 2 or not all(type(number) is int and number >= 0 for number in place):
+            raise UserError(
+                f"index: {index!r} must be a whole number from 0, or a pair of these: the line of "
+                "a prompt file and the number of the sample"
+            )
+        shape, sampler = self.defaults.shape, self.engine.sampler
+        if num_frames is not None:
+            shape = (num_latent_frames(num_frames, self._model), *shape[1:])
+        if num_steps is not None or guidance_scale is not None:
+            sampler = sampler.adjusted(num_steps=num_steps, guidance_scale=guidance_scale)
+        return _Request(
+            prompt,
+            given.get("negative_prompt", self.defaults.negative_prompt),
+            given.get("seed", self.defaults.seed),
+            *place,
+            shape=shape,
+            sampler=sampler,
+        )
+
+    def _require_open(self) -> None:
+        """Raise UserError where the pipeline is closed."""
+        if self.engine is None:
+            raise UserError("this pipeline is closed; load it again with CogVideoX.from_config")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Raise UserError where another call is running, and keep others out meanwhile."""
+        if not self._busy.acquire(blocking=False):
+            raise UserError(
+                "this pipeline is making a video; wait for its end, or leave the loop over its "
+                "steps"
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _run(self, request: _Request, path: Path | None) -> Iterator[Step | Video]:
+        """One video, from the prompt to its frames."""
+        fps = self.defaults.fps
+        with self._alone():
+            latents, started = yield from self._sample(request)
+            with in_step(together=self._together):
+                is_finite = bool(latents.isfinite().all())  # waits for the device
+                sampled = time.perf_counter()
+                chunks = self.decode(latents)
+                # Together all of it now, so that no process waits for the first one's writing.
+                frames = list(chunks) if self._together else chunks
+            if self._writes and not is_finite:
+                raise UserError(
+                    "the result is not finite; the weights may be damaged, or try --bf16 or full "
+                    "precision"
+                )
+            with closing(chunks):  # the decoder's weights may be on the GPU until then
+                made = collect_frames(frames, path if self._writes else None, fps=fps)
+            yield Video(made, fps, sampled - started, time.perf_counter() - sampled)
+
+    def _sample_alone(self, request: _Request) -> Iterator[Step]:
+        with self._alone():
+            yield from self._sample(request)
+
+    def _sample(self, request: _Request) -> Generator[Step, None, tuple[Tensor, float]]:
+        """The steps of a video; returns its latents, and when sampling began."""
+        self._require_open()  # it may be closed since the call
+        self._num_steps += request.sampler.num_steps
+        self._compile(self._num_steps)
+        with in_step(together=self._together):
+            cond = self._encode("prompt", request.prompt)
+            if request.negative_prompt:
+                uncond = self._encode("negative", request.negative_prompt)
+            else:
+                uncond = self.engine.conditioner.unconditional(cond)
+            started = time.perf_counter()
+            network = self.engine.model.diffusion_model
+            steps = self.engine.sample_steps(
+                cond,
+                uncond,
+                (1, *request.shape),
+                generator=sample_generator(request.seed, request.line, request.sample),
+                sampler=request.sampler,
+            )
+            with cached_steps(network, self.defaults.step_cache), closing(steps):
+                for step in steps:
+                    denoised = step.denoised
+                    yield Step(
+                        step.step_index,
+                        request.sampler.num_steps,
+                        step.x,
+                        lambda denoised=denoised: self._picture(denoised),
+                    )
+        return step.x, started
+
+    def _encode(self, kind: str, text: str) -> Conditioning:
+        """Conditioning of a text; that of the last one of its kind is kept."""
+        kept = self._embedded.get(kind)
+        if kept is None or kept[0] != text:
+            kept = self._embedded[kind] = text, self._embed([text])
+        return kept[1]
+
+    def _picture(self, latents: Tensor) -> np.ndarray:
+        """Latents (1, t, c, h, w) → (t, h, w, 3) uint8; see `Step.preview`."""
+        if self._rgb is None:
+            self._rgb = fit_rgb(self.engine.first_stage_model)
+        unscaled = (latents[0] / self.engine.scale_factor).float().cpu()
+        colours = unscaled.movedim(1, -1) @ self._rgb[:-1] + self._rgb[-1]  # (t, h, w, 3)
+        return to_uint8(colours.movedim(-1, 1))
+
+    def _compile(self, num_steps: int) -> None:
+        """Compile the transformer's blocks where that is asked for, or pays for so many steps."""
+        if not self._is_compiled:
+            self._is_compiled = compile_network(
+                self.engine, self.defaults.compile, num_steps=num_steps
+            )

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+from sgm.checkpoint.find import (
+    T5Files,
+    Weights,
+    find_autoencoder,
+    find_lora,
+    find_t5,
+    find_transformer,
+)
 from sgm.config import LoraChoice
 from sgm.errors import UserError, mistyped_as, nearest_name
 from sgm.util import TARGET_ALIASES, check_number
@@ -107,6 +117,24 @@ def allowed_num_frames(params: Mapping[str, Any]) -> list[int]:
     return list(range(1, (params["num_frames"] - 1) // _temporal_factor(params) + 2, 2))
 
 
+def num_latent_frames(num_frames: int, model: Mapping[str, Any]) -> int:
+    """Latent frames of a video of `num_frames` frames.
+
+    Raises:
+        UserError: the model does not make videos of that length; the message lists the lengths.
+    """
+    params = check_model_section(model)
+    require_sizes(params, _SIZES)
+    factor = _temporal_factor(params)
+    lengths = {factor * (n - 1) + 1: n for n in allowed_num_frames(params)}
+    if type(num_frames) is not int or num_frames not in lengths:
+        raise UserError(
+            f"num_frames={num_frames!r} counts frames of the video; this model allows: "
+            f"{', '.join(map(str, lengths))}"
+        )
+    return lengths[num_frames]
+
+
 def latent_shape(args: Any, model: Mapping[str, Any]) -> tuple[int, int, int, int]:
     """Shape (t, c, h, w) of a sample's latents.
 
@@ -149,67 +177,40 @@ def latent_shape(args: Any, model: Mapping[str, Any]) -> tuple[int, int, int, in
 
 
 T5_EMBEDDER = "sgm.modules.encoders.modules.FrozenT5Embedder"
+_AUTOENCODER = "first_stage_config"
 
 
-def check_weight_paths(
-    model: Mapping[str, Any],
-    load: str | None,
-    *,
-    lora: Sequence[LoraChoice] = (),
-    random_transformer: bool = False,
-) -> None:
-    """Check `load`, `lora`, the autoencoder's `ckpt_path` and every T5 embedder's `model_dir`.
+class WeightPath(NamedTuple):
+    """Where a configuration names weights: the `node` with the params, and what it gives.
 
-    A part without a file would start from random weights, and its output would be noise.
-
-    Args:
-        model: the `model` section; with ``latent_input: true`` no autoencoder is needed.
-        load: `args.load`.
-        lora: `args.lora`, merged into these weights; that they hold LoRAs is checked too.
-        random_transformer: `load` is not needed, the transformer is trained from nothing.
-
-    Raises:
-        UserError: a path is not set, or nothing of the expected kind is there.
+    `where` is the node's place within the section `model`, and `index` that among the text
+    encoders.
     """
-    if not random_transformer:
-        # Imports PyTorch, which a mistake on the command line need not wait for.
-        from sgm.checkpoint.transformer import check_transformer
 
-        if not load:
-            raise UserError(
-                "args.load is not set: it must name the folder of the transformer's weights"
-            )
-        check_transformer(load)
-    if lora:
-        from sgm.checkpoint.lora import read_lora
+    key: Literal["ckpt_path", "model_dir"]
+    where: str
+    node: Any
+    value: Any
+    index: int = 0
 
-        for choice in lora:
-            read_lora(choice.path, tell=False)  # whoever merges it tells
-    if not model.get("latent_input"):
-        where = "first_stage_config"
-        if model.get(where) is None:
-            raise UserError(f"model lacks {where}{mistyped_as(where, model)}; add it")
-        path = weight_path(model[where], "ckpt_path", where=where)
-        from sgm.checkpoint.vae import vae_files
-
-        vae_files(path)
-    for where, path in t5_folders(model):
-        if not path.is_dir():
-            raise UserError(
-                f"model.{where}.params.model_dir: the T5 folder {path} does not exist (model_dir "
-                f"{str(path)!r} is not a folder); README tells where to get it"
-            )
-        from sgm.checkpoint.text_encoder import find_t5
-
-        find_t5(path)
+    def path(self) -> str:
+        """The path; UserError where none is set."""
+        if self.value and isinstance(self.value, str):
+            return self.value
+        params = self.node.get("params") if isinstance(self.node, Mapping) else None
+        what = mistyped_as(self.key, params) or f" (it is {self.value!r})"
+        raise UserError(
+            f"model.{self.where}.params.{self.key} is not set{what}: it must be the path of the "
+            "weights; without them that part of the model would be random"
+        )
 
 
-def t5_folders(model: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
-    """Every T5 embedder of a `model` section: where its node stands, and its `model_dir`.
+def weight_paths(model: Mapping[str, Any]) -> Iterator[WeightPath]:
+    """Where a `model` section names weights: the autoencoder's, then those of each T5 embedder.
 
-    Raises:
-        UserError: that is not set.
+    A section without an autoencoder gives a path that is not set.
     """
+    yield _weight_path(model.get(_AUTOENCODER), "ckpt_path", _AUTOENCODER)
     conditioner = model.get("conditioner_config")
     params = conditioner.get("params") if isinstance(conditioner, Mapping) else None
     embedders = params.get("emb_models") if isinstance(params, Mapping) else None
@@ -217,26 +218,79 @@ def t5_folders(model: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
         target = node.get("target") if isinstance(node, Mapping) else None
         if isinstance(target, str) and TARGET_ALIASES.get(target, target) == T5_EMBEDDER:
             where = f"conditioner_config.params.emb_models[{index}]"
-            yield where, weight_path(node, "model_dir", where=where)
+            yield _weight_path(node, "model_dir", where, index=index)
 
 
-def weight_path(node: Any, key: str, *, where: str) -> Path:
-    """The path under `key` of a node's params; UserError where there is none.
-
-    Args:
-        node: of the autoencoder or of a text encoder; None where the section lacks it.
-        key: of its params.
-        where: its place within the section `model`.
-    """
+def _weight_path(node: Any, key: str, where: str, **place: int) -> WeightPath:
     params = node.get("params") if isinstance(node, Mapping) else None
     value = params.get(key) if isinstance(params, Mapping) else None
-    if not value or not isinstance(value, str):
-        what = mistyped_as(key, params) or f" (it is {value!r})"
+    return WeightPath(key, where, node, value, **place)
+
+
+@dataclass(frozen=True)
+class RunWeights:
+    """The weights of a run, found but not read; None for what the run does not need."""
+
+    transformer: Weights | None
+    loras: Sequence[LoraChoice]
+    autoencoder: Weights | None
+    text_encoders: Mapping[int, T5Files]
+
+    def within(self, model: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of a `model` section with these objects in the place of their paths."""
+        changed = copy.deepcopy(dict(model))
+        if self.autoencoder is not None:
+            changed[_AUTOENCODER]["params"]["ckpt_path"] = self.autoencoder
+        for index, files in self.text_encoders.items():
+            node = changed["conditioner_config"]["params"]["emb_models"][index]
+            node["params"]["model_dir"] = files
+        return changed
+
+
+def find_weights(
+    model: Mapping[str, Any],
+    load: str | None,
+    *,
+    lora: Sequence[LoraChoice] = (),
+    random_transformer: bool = False,
+) -> RunWeights:
+    """Find `load`, `lora`, the autoencoder's `ckpt_path` and every T5 embedder's `model_dir`.
+
+    A part without a file would start from random weights, and its output would be noise. Nothing
+    but names and JSON files is looked at, so that no mistake in a path waits for PyTorch.
+
+    Args:
+        model: the `model` section; with ``latent_input: true`` no autoencoder is needed.
+        load: `args.load`.
+        lora: `args.lora`, merged into these weights.
+        random_transformer: `load` is not needed, the transformer is trained from nothing.
+
+    Raises:
+        UserError: a path is not set, or nothing of the expected kind is there.
+    """
+    if not load and not random_transformer:
         raise UserError(
-            f"model.{where}.params.{key} is not set{what}: it must be the path of the weights; "
-            "without them that part of the model would be random"
+            "args.load is not set: it must name the folder of the transformer's weights"
         )
-    return Path(value).expanduser()
+    transformer = None if random_transformer else find_transformer(load)
+    loras = [replace(choice, path=find_lora(choice.path)) for choice in lora]
+    vae, *t5 = weight_paths(model)
+    autoencoder = None
+    if not model.get("latent_input"):
+        if model.get(_AUTOENCODER) is None:
+            hint = mistyped_as(_AUTOENCODER, model)
+            raise UserError(f"model lacks {_AUTOENCODER}{hint}; add it")
+        autoencoder = find_autoencoder(vae.path())
+    text_encoders = {}
+    for named in t5:
+        path = Path(named.path()).expanduser()
+        if not path.is_dir():
+            raise UserError(
+                f"model.{named.where}.params.model_dir: the T5 folder {path} does not exist "
+                f"(model_dir {str(path)!r} is not a folder); README tells where to get it"
+            )
+        text_encoders[named.index] = find_t5(path)
+    return RunWeights(transformer, loras, autoencoder, text_encoders)
 
 
 _USED_TRANSFORMER_ARGS = ("checkpoint_activations", "skip_init")

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sgm.files import replacing
+from sgm.files import make_output_folder, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -89,27 +89,25 @@ def _read_sheet(path: Path) -> np.ndarray | None:
         return None
 
 
-def write_video(
-    chunks: Iterable[Tensor], path: Path, sheet: Path, *, fps: float, above: Path | None = None
-) -> None:
-    """Write an mp4 while its chunks (t, 3, h, w), in [-1, 1], come, and then its contact sheet.
-
-    Args:
-        path, sheet: where the mp4 and the PNG go, in folders that are there.
-        above: see `write_contact_sheet`.
+def collect_frames(chunks: Iterable[np.ndarray], path: Path | None, *, fps: float) -> np.ndarray:
+    """All frames (t, h, w, 3) of chunks, written to `path` as they come; None writes nothing.
 
     Raises:
-        UserError: a file cannot be written.
+        UserError: the file cannot be written.
     """
-    decoded: list[np.ndarray] = []
+    kept: list[np.ndarray] = []
 
-    def frames() -> Iterator[np.ndarray]:
+    def passing() -> Iterator[np.ndarray]:
         for chunk in chunks:
-            decoded.append(to_uint8(chunk))
-            yield decoded[-1]
+            kept.append(chunk)
+            yield chunk
 
-    write_mp4(frames(), path, fps=fps)
-    write_contact_sheet(np.concatenate(decoded), sheet, above=above)
+    if path is None:
+        kept.extend(chunks)
+    else:
+        make_output_folder(path.parent)
+        write_mp4(passing(), path, fps=fps)
+    return np.concatenate(kept) if kept else np.empty((0, 0, 0, 3), np.uint8)
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:

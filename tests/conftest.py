@@ -14,13 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from arguments import parse_config
+from sgm.checkpoint.lora import lora_record
+from sgm.checkpoint.transformer import MODEL_PREFIX, is_lora_matrix, load_transformer
 from sgm.config import SamplingArgs
+from sgm.util import instantiate_from_config
 from tests.plain_attention import replace_kernels
+from tools import make_random_weights
 from tools.make_random_weights import write_t5
 
 OLD_NAMES = Path(__file__).parent / "data" / "old_names.yaml"
+TINY = Path(__file__).parents[1] / "configs" / "cogvideox_tiny_infer.yaml"
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -71,6 +77,48 @@ def small_model(t5_folder: Path) -> dict[str, Any]:
     embedder = model["conditioner_config"]["params"]["emb_models"][0]
     embedder["params"]["model_dir"] = str(t5_folder)
     return model
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """Arguments --base: the tiny configuration, cut down further, with random weights in place."""
+    root = tmp_path_factory.mktemp("weights")
+    config = OmegaConf.load(TINY)
+    embedder = config.model.conditioner_config.params.emb_models[0]
+    embedder.params.model_dir = str(root / "t5")
+    config.model.network_config.params.num_layers = 1
+    config.model.first_stage_config.params.ckpt_path = str(root / "3d-vae.pt")
+    config.model.sampler_config.params.num_steps = 2
+    config.args.load = str(root / "transformer")
+    config.args.sampling_num_frames = 3
+    path = root / "config.yaml"
+    OmegaConf.save(config, path)
+    make_random_weights.main(["--base", str(path), "--t5-layers", "1"])
+    return ["--base", str(path)]
+
+
+@pytest.fixture(scope="session")
+def loras(base, tmp_path_factory):
+    """A folder with two LoRA runs for these weights: one that never took a step, and another."""
+    folder = tmp_path_factory.mktemp("loras")
+    config = OmegaConf.to_container(OmegaConf.load(base[1]))
+    node = config["model"]["network_config"]
+    lora = {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 2}}
+    node["params"]["modules"]["lora_config"] = lora
+    with torch.device("meta"):
+        network = instantiate_from_config(node)
+    load = config["args"]["load"]
+    weights = load_transformer(network, load, dtype=torch.float32, device="cpu")
+    for name in ("untrained", "trained"):
+        (folder / name / "5").mkdir(parents=True)
+        (folder / name / "latest").write_text("5")
+        matrices = {MODEL_PREFIX + n: w for n, w in network.named_parameters() if is_lora_matrix(n)}
+        state = {"module": matrices, "lora": lora_record(network, weights)}
+        torch.save(state, folder / name / "5" / "mp_rank_00_model_states.pt")
+        for layer in network.transformer.layers:
+            for matrix in layer.attention.dense.matrix_B:
+                matrix.data.fill_(1.0)
+    return folder
 
 
 @pytest.fixture

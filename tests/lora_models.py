@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgm.checkpoint.find import MODEL_FILES
 from sgm.checkpoint.lora import lora_record
 from sgm.checkpoint.table import to_diffusers
-from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX, is_lora_matrix
+from sgm.checkpoint.transformer import MODEL_PREFIX, is_lora_matrix
 from sgm.models.transformer import DiffusionTransformer
 from tests.models.conftest import small_transformer_config
 

@@ -18,7 +18,7 @@ from sgm.checkpoint.lora import merge_loras
 from sgm.checkpoint.transformer import MODEL_PREFIX
 from sgm.config import LoraChoice, SamplingArgs
 from sgm.engine import SATVideoDiffusionEngine
-from sgm.pipeline import load_engine
+from sgm.loading import load_engine
 from tools import convert_weight_sat2hf, export_sat_lora_weight, import_lora
 
 diffusers = pytest.importorskip("diffusers")

@@ -10,39 +10,16 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
-import torch
 from omegaconf import OmegaConf
 
 import sample_video
 from sgm import video
-from sgm.checkpoint.lora import lora_record
-from sgm.checkpoint.transformer import MODEL_PREFIX, is_lora_matrix, load_transformer
 from sgm.cli import run_command
 from sgm.errors import UserError
-from sgm.util import instantiate_from_config
-from tools import make_random_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "cogvideox_tiny_infer.yaml")
 PROMPTS = ["a red circle", "a blue square moving up", "a cyan triangle"]
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """Arguments --base: the tiny configuration, cut down further, with random weights in place."""
-    root = tmp_path_factory.mktemp("weights")
-    config = OmegaConf.load(CONFIG)
-    embedder = config.model.conditioner_config.params.emb_models[0]
-    embedder.params.model_dir = str(root / "t5")
-    config.model.network_config.params.num_layers = 1
-    config.model.first_stage_config.params.ckpt_path = str(root / "3d-vae.pt")
-    config.model.sampler_config.params.num_steps = 2
-    config.args.load = str(root / "transformer")
-    config.args.sampling_num_frames = 3
-    path = root / "config.yaml"
-    OmegaConf.save(config, path)
-    make_random_weights.main(["--base", str(path), "--t5-layers", "1"])
-    return ["--base", str(path)]
 
 
 def sample(base, folder, *flags, prompts=PROMPTS):
@@ -156,7 +133,7 @@ def test_bf16_runs_on_the_cpu_and_is_close(base, sampled, tmp_path):
 
 
 def test_what_has_no_effect_and_what_takes_long_is_told(base, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("sgm.pipeline.LARGE_MODEL", 0)
+    monkeypatch.setattr("sgm.loading.LARGE_MODEL", 0)
     assert sample(base, tmp_path, "--parallel", "video", "--tile-decode", prompts=PROMPTS[:1]) == 0
     told = capfd.readouterr().err
     assert "parallel: video has no effect" in told and "tile_decode has no effect" in told
@@ -169,30 +146,6 @@ def test_a_prompt_that_is_too_long_gives_a_warning_that_quotes_the_rest(base, tm
     assert sample(base, tmp_path, prompts=prompts) == 0
     warning = capfd.readouterr().err
     assert "longer than 32 tokens" in warning and "zebra'" in warning
-
-
-@pytest.fixture(scope="session")
-def loras(base, tmp_path_factory):
-    """A folder with two LoRA runs for these weights: one that never took a step, and another."""
-    folder = tmp_path_factory.mktemp("loras")
-    config = OmegaConf.to_container(OmegaConf.load(base[1]))
-    node = config["model"]["network_config"]
-    lora = {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 2}}
-    node["params"]["modules"]["lora_config"] = lora
-    with torch.device("meta"):
-        network = instantiate_from_config(node)
-    load = config["args"]["load"]
-    weights = load_transformer(network, load, dtype=torch.float32, device="cpu")
-    for name in ("untrained", "trained"):
-        (folder / name / "5").mkdir(parents=True)
-        (folder / name / "latest").write_text("5")
-        matrices = {MODEL_PREFIX + n: w for n, w in network.named_parameters() if is_lora_matrix(n)}
-        state = {"module": matrices, "lora": lora_record(network, weights)}
-        torch.save(state, folder / name / "5" / "mp_rank_00_model_states.pt")
-        for layer in network.transformer.layers:
-            for matrix in layer.attention.dense.matrix_B:
-                matrix.data.fill_(1.0)
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -217,7 +170,7 @@ def test_a_lora_that_learned_nothing_changes_nothing_and_another_does(
 
 
 def test_a_wrong_lora_is_found_before_anything_is_loaded(base, loras, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("sgm.pipeline.load_engine", None)
+    monkeypatch.setattr("sgm.engine.SATVideoDiffusionEngine.load_weights", None)
     whole = OmegaConf.load(base[1]).args.load
     assert sample(base, tmp_path, "--lora", str(tmp_path / "none")) == 1
     assert "error: lora: " in capfd.readouterr().err

@@ -10,7 +10,7 @@ import torch
 from arguments import parse_config
 from sgm.config import SamplingArgs
 from sgm.errors import UserError
-from sgm.pipeline import compile_network, load_engine
+from sgm.loading import compile_network, load_engine
 
 CONFIG = "configs/cogvideox_tiny_infer.yaml"
 CPU = torch.device("cpu")
@@ -21,29 +21,29 @@ CPU = torch.device("cpu")
     [
         ("cuda", None, 100, True, True),
         ("cuda", None, 99, True, False),
-        ("cuda", None, None, True, False),  # prompts are typed
+        ("cuda", None, 0, True, False),
         ("cuda", None, 100, False, False),
         ("cuda", False, 1000, True, False),
         ("cuda", True, 1, True, True),
         ("cpu", None, 1000, True, False),
-        ("cpu", True, None, True, True),
+        ("cpu", True, 0, True, True),
     ],
 )
 def test_what_is_compiled_by_itself(monkeypatch, caplog, device, asked, steps, able, compiled):
-    monkeypatch.setattr("sgm.pipeline.can_compile_kernels", lambda: able)
+    monkeypatch.setattr("sgm.loading.can_compile_kernels", lambda: able)
     caplog.set_level("INFO")
     calls = []
     network = SimpleNamespace(compile_blocks=lambda: calls.append(1))
-    engine = SimpleNamespace(model=SimpleNamespace(diffusion_model=network))
-    args = SamplingArgs(compile=asked)
-    compile_network(engine, args, device=torch.device(device), steps=steps)
+    model, place = SimpleNamespace(diffusion_model=network), torch.device(device)
+    engine = SimpleNamespace(model=model, device=place)
+    assert compile_network(engine, asked, num_steps=steps) == compiled
     assert bool(calls) == compiled
     assert ("compiled in the first step" in caplog.text) == compiled
 
 
 @pytest.mark.parametrize("memory", ["high", "low"])
 def test_the_mode_of_memory_reaches_the_engine(monkeypatch, memory):
-    monkeypatch.setattr("sgm.memory.choose_memory", lambda *_, **__: memory)
+    monkeypatch.setattr("sgm.loading.choose_memory", lambda *_, **__: memory)
     config = parse_config(SamplingArgs, "", ["--base", CONFIG, "--bf16"])
     config.model["sampler_config"]["params"]["num_steps"] = 2
     engine = load_engine(config, CPU)
@@ -68,7 +68,7 @@ def test_the_mode_of_memory_reaches_the_engine(monkeypatch, memory):
     "flags", [["--fp8"], ["--compile"], ["--attention", "hopper"], ["--attention", "flash"]]
 )
 def test_what_the_gpu_cannot_do_is_refused_before_weights_are_read(monkeypatch, flags):
-    monkeypatch.setattr("sgm.engine.SATVideoDiffusionEngine", lambda **_: pytest.fail("late"))
+    monkeypatch.setattr("sgm.loading.SATVideoDiffusionEngine", lambda **_: pytest.fail("late"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an older GPU")
     monkeypatch.setattr("sgm.toolchain.can_compile_kernels", lambda: False)

@@ -23,7 +23,7 @@ from sgm.checkpoint.transformer import load_transformer
 from sgm.config import LoraChoice, TrainingArgs
 from sgm.data.loader import check_lengths, checked_batches, collate
 from sgm.errors import UserError
-from sgm.preflight import check_weight_paths
+from sgm.preflight import RunWeights, find_weights
 from sgm.training.deepspeed_engine import sat_optimizer, start_deepspeed
 from sgm.training.preflight import check_deepspeed, check_sections, weight_dtype
 from sgm.util import instantiate_from_config
@@ -262,7 +262,9 @@ def test_attention_that_does_not_run_here_is_refused_before_data_is_read(monkeyp
 
 def test_the_kernel_of_attention_is_the_one_asked_for():
     config = parse_config(TrainingArgs, "", ["--base", CONFIG, "--attention", "sdpa"])
-    network = train_video.load_engine(config, torch.device("cpu")).model.diffusion_model
+    engine, load_weights = train_video.build_engine(config, train_video.check(config))
+    load_weights(torch.device("cpu"))
+    network = engine.model.diffusion_model
     assert network.mixins["adaln_layer"].attention == "sdpa"
 
 
@@ -347,30 +349,30 @@ def test_weights_that_are_there_pass_and_what_is_not_needed_may_be_absent(
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
     model, embedder, load = placed
-    check_weight_paths(model, load)
-    check_weight_paths(model, None, random_transformer=True)
+    find_weights(model, load)
+    find_weights(model, None, random_transformer=True)
     embedder |= {"target": "elsewhere.Embedder", "params": {}}
     model["first_stage_config"]["params"]["ckpt_path"] = None
-    check_weight_paths(model | {"latent_input": True}, load)
+    find_weights(model | {"latent_input": True}, load)
 
 
 def test_each_absent_weight_is_named(placed, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     model, embedder, load = placed
     with pytest.raises(UserError, match="args.load is not set"):
-        check_weight_paths(model, None)
+        find_weights(model, None)
     (tmp_path / "t5").unlink()
     with pytest.raises(UserError, match=rf"emb_models\[0\].params.model_dir: .*{tmp_path}/t5 does"):
-        check_weight_paths(model, load)
+        find_weights(model, load)
     embedder["params"] = None
     with pytest.raises(UserError, match="model_dir is not set"):
-        check_weight_paths(model, load)
+        find_weights(model, load)
     (tmp_path / "vae.pt").unlink()
     with pytest.raises(UserError, match=f"ckpt_path: .*{tmp_path}/vae.pt does not exist"):
-        check_weight_paths(model, load)
+        find_weights(model, load)
     (tmp_path / "transformer.pt").unlink()
     with pytest.raises(UserError, match="load: .* does not exist"):
-        check_weight_paths(model, load)
+        find_weights(model, load)
 
 
 @pytest.mark.parametrize("name", ["vae.pt", "transformer.pt"])
@@ -378,8 +380,10 @@ def test_weights_that_were_cut_off_are_named(placed, tmp_path, monkeypatch, name
     monkeypatch.setenv("HOME", str(tmp_path))
     model, _, load = placed
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-99])
+    found = find_weights(model, load)
     with pytest.raises(UserError, match=f"{name} is not a whole file"):
-        check_weight_paths(model, load)
+        for file in (*found.autoencoder.files, *found.transformer.files):
+            file.read()
 
 
 def test_a_mistyped_key_of_weights_is_named(placed, tmp_path, monkeypatch):
@@ -387,10 +391,10 @@ def test_a_mistyped_key_of_weights_is_named(placed, tmp_path, monkeypatch):
     model, embedder, load = placed
     embedder["params"] = {"modeldir": "~/t5"}
     with pytest.raises(UserError, match=r"model_dir is not set \(is 'modeldir' mistyped"):
-        check_weight_paths(model, load)
+        find_weights(model, load)
     model["first_stge_config"] = model.pop("first_stage_config")
     with pytest.raises(UserError, match=r"lacks first_stage_config \(is 'first_stge_config' mis"):
-        check_weight_paths(model, load)
+        find_weights(model, load)
 
 
 def test_a_configuration_without_deepspeed_is_none_for_training():
@@ -408,7 +412,8 @@ def test_activations_are_recomputed_only_where_both_keys_say_so(small_model, in_
     config.model = small_model | {"loss_fn_config": config.model["loss_fn_config"]}
     config.args.mode, config.args.checkpoint_activations = "pretrain", in_args
     config.args.checkpoint_keep = "attention"
-    engine = train_video.load_engine(config, torch.device("cpu"))
+    engine, load_weights = train_video.build_engine(config, RunWeights(None, [], None, {}))
+    load_weights(torch.device("cpu"))
     train_video.set_up_activations(engine, config)
     expected = "attention" if in_args and in_network else None
     assert engine.model.diffusion_model.checkpointing == expected

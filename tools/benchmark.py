@@ -41,7 +41,7 @@ from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.config import Config, SamplingArgs, TrainingArgs
 from sgm.errors import UserError, nearest_name
 from sgm.files import installed_versions, new_folder, replacing
-from sgm.preflight import check_model_section, check_weight_paths, latent_shape
+from sgm.preflight import check_model_section, find_weights, latent_shape
 from tools.bench.inputs import run_dtype, t5_params
 from tools.bench.jobs import INFERENCE_SECTIONS, METHODS, SECTIONS, Job, Result, run_jobs
 
@@ -168,7 +168,7 @@ def config_with_weights(config: Config, folder: Path | None) -> Iterator[Config]
 def _lacking(config: Config) -> str | None:
     """Which of the weights that a configuration names are not there."""
     try:
-        check_weight_paths(config.model, config.args.load)
+        find_weights(config.model, config.args.load)
     except UserError as error:
         return str(error)
     return None

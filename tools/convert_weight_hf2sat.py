@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     refuse_existing(output)
     import torch
 
-    from sgm.checkpoint.vae import SAT_FILE
+    from sgm.checkpoint.find import SAT_FILE
     from tools.weights.to_sat import T5_FOLDER, Conversion
 
     dtype = options.dtype and getattr(torch, options.dtype)

@@ -73,8 +73,9 @@ def export_lora(path: str | Path, folder: str | Path, *, alpha: float | None = N
     Raises:
         UserError: `path` holds no LoRA, or not all of one; the file exists, or cannot be written.
     """
+    from sgm.checkpoint.find import DIFFUSERS_FILE
     from sgm.checkpoint.lora import alpha_of, check_whole_lora, is_sat_lora, read_lora
-    from sgm.checkpoint.lora_formats import DIFFUSERS_FILE, DIFFUSERS_PREFIX
+    from sgm.checkpoint.lora_formats import DIFFUSERS_PREFIX
     from sgm.checkpoint.table import to_diffusers
     from tools.weights.writing import own_storage
 

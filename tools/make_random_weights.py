@@ -28,13 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from arguments import parse_config
+from sgm.checkpoint.find import MODEL_FILES
 from sgm.checkpoint.tensors import LazyTensors
-from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX, POSITION_TABLE
+from sgm.checkpoint.transformer import MODEL_PREFIX, POSITION_TABLE
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.config import Config, SamplingArgs
 from sgm.errors import UserError
 from sgm.files import make_output_folder, new_folder, refuse_existing, save_torch, write_torch
-from sgm.preflight import check_model_section, t5_folders, weight_path
+from sgm.preflight import check_model_section, weight_paths
 from sgm.util import instantiate_from_config
 from tools.bench.measuring import choose_device, fill_random
 from tools.weights.writing import save_sharded
@@ -150,7 +151,7 @@ def write_weights(
     write_t5(t5, width=patches["text_hidden_size"], num_layers=t5_layers, dtype=t5_dtype)
 
 
-def weight_paths(config: Config) -> dict[str, Path]:
+def paths_of(config: Config) -> dict[str, Path]:
     """Where a configuration expects its weights; keywords of `write_weights`.
 
     Raises:
@@ -160,9 +161,9 @@ def weight_paths(config: Config) -> dict[str, Path]:
     load = config.args.load
     if not load:
         raise UserError("args.load is not set: it must be the path to write the weights to")
-    node = config.model.get("first_stage_config")
-    vae = weight_path(node, "ckpt_path", where="first_stage_config")
-    folders = [folder for _, folder in t5_folders(config.model)]
+    vae, *texts = weight_paths(config.model)
+    vae = Path(vae.path()).expanduser()
+    folders = [Path(text.path()).expanduser() for text in texts]
     if len(folders) != 1:
         raise UserError(
             f"model.conditioner_config has {len(folders)} T5 embedders; random weights are for one"
@@ -180,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--t5-layers must be at least 1")
     set_up_logging()
     config = parse_config(SamplingArgs, "", ["--base", *options.base])
-    paths = weight_paths(config)
+    paths = paths_of(config)
     for path in paths.values():
         refuse_existing(path)
     torch.manual_seed(config.args.seed)

@@ -1,31 +1,25 @@
 """Folders in diffusers' layout: where a part is, and its tensors, each read when asked for.
 
+PyTorch is imported only where tensors are read.
+
 A pipeline's folder has ``model_index.json`` and a folder for each part; a part's folder has
 ``config.json`` and its weights, in one file or in shards that an index lists.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from safetensors import safe_open
-from torch import Tensor
-
-from sgm.checkpoint.reading import (
-    check_kind,
-    check_weight_file,
-    read_checkpoint,
-    tensors_of,
-    whole_safetensors,
-)
-from sgm.checkpoint.tensors import LazyTensors, on_meta
+from sgm.checkpoint.weight_file import WeightFile, read_json
 from sgm.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DiffusersPart = Literal["transformer", "vae"]
 
@@ -63,34 +57,22 @@ _SETTINGS: Mapping[DiffusersPart, Mapping[str, tuple[Any, str]]] = {
     },
 }
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_LARGEST_JSON = 1 << 26  # bytes; the index of a large model has some 100 kB
 _LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+@dataclass(frozen=True, eq=False)
+class PartFolder:
+    """The folder of a part: its ``config.json``, and its files of weights, none of them read yet.
 
-    Raises:
-        UserError: the file is absent, or is something else.
+    `weight_map` is name of a tensor → file, as the `index` of shards lists them; it is empty where
+    there is one file without an index.
     """
-    check_kind(path)
-    try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ValueError
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # not UTF-8 and not JSON are ValueErrors
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(
-            f"{path} is damaged: it is not an object in JSON; copy it from the original again"
-        )
-    return found
+
+    folder: Path
+    config: Mapping[str, Any]
+    files: tuple[WeightFile, ...]
+    index: Path | None = None
+    weight_map: Mapping[str, WeightFile] = field(default_factory=dict)
 
 
 def _quoted(value: object) -> str:
@@ -128,21 +110,45 @@ def find_in_pipeline(folder: Path, part: str) -> Path | None:
     return folder / part
 
 
-def find_diffusers_part(path: str | Path, part: DiffusersPart) -> Path | None:
-    """The folder of a part, where `path` is a diffusers folder; None where it is none.
+def find_diffusers_part(path: str | Path, part: DiffusersPart) -> PartFolder | None:
+    """The part, where `path` is a diffusers folder; None where it is none.
 
     Args:
         path: a pipeline's folder, or the part's own.
         part: the folder's name in a pipeline.
 
     Raises:
-        UserError: it is another model's pipeline, lacks the part, or its JSON is damaged.
+        UserError: it is another model's pipeline or part, lacks the part or a file of it, or its
+            JSON is damaged.
     """
     folder = Path(os.path.expanduser(path))
-    config = folder / "config.json"
     if found := find_in_pipeline(folder, part):
-        return found
-    return folder if os.path.isfile(config) and "_class_name" in read_json(config) else None
+        return find_part(found, part)
+    if not os.path.isfile(folder / "config.json"):
+        return None
+    return find_part(folder, part) if "_class_name" in read_json(folder / "config.json") else None
+
+
+def find_part(folder: Path, part: DiffusersPart) -> PartFolder:
+    """The part whose own `folder` this is.
+
+    Raises:
+        UserError: as in `find_diffusers_part`.
+    """
+    config = read_json(folder / "config.json")
+    _check_config(config, folder, part)
+    path = _find_weights(folder)
+    if path.suffix != ".json":
+        return PartFolder(folder, config, (WeightFile(path),))
+    weight_map = _read_index(path)
+    files = {file: WeightFile(file) for file in sorted(set(weight_map.values()))}
+    return PartFolder(
+        folder,
+        config,
+        tuple(files.values()),
+        index=path,
+        weight_map={name: files[file] for name, file in weight_map.items()},
+    )
 
 
 def _check_config(config: Mapping[str, Any], folder: Path, part: DiffusersPart) -> None:
@@ -208,44 +214,6 @@ def _read_index(index: Path) -> dict[str, Path]:
     return {tensor: index.with_name(str(name)) for tensor, name in weight_map.items()}
 
 
-def diffusers_files(folder: Path) -> list[Path]:
-    """The files that the tensors of a part's folder come from, sorted: one, or index and shards.
-
-    Raises:
-        UserError: there are none, or a shard is absent.
-    """
-    path = _find_weights(folder)
-    return [path, *sorted(set(_read_index(path).values()))] if path.suffix == ".json" else [path]
-
-
-def _read_tensor(path: Path, name: str) -> Tensor:
-    # Opened anew each time, so that the pages of what was read before are given back.
-    with whole_safetensors(path), safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
-
-
-def _lazy(path: Path) -> tuple[Mapping[str, Callable[[], Tensor]], Mapping[str, Tensor]]:
-    """How to read each tensor of a file, and the same on the meta device."""
-    check_weight_file(path)
-    if path.suffix != ".safetensors":
-        tensors = tensors_of(read_checkpoint(path), path, wrapper="state_dict")
-        return {name: partial(tensors.__getitem__, name) for name in tensors}, on_meta(tensors)
-    shapes = {}
-    with whole_safetensors(path), safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (it is no mapping)
-            entry = file.get_slice(name)
-            if entry.get_dtype() not in _DTYPES:
-                raise UserError(
-                    f"{path}: {name} is stored as {entry.get_dtype()}; quantised weights are not "
-                    "read, take the original ones (float32, float16 or bfloat16)"
-                )
-            dtype = _DTYPES[entry.get_dtype()]
-            shapes[name] = torch.empty(entry.get_shape(), dtype=dtype, device="meta")
-    if not shapes:
-        raise UserError(f"{path} holds no tensors; copy it from the original again")
-    return {name: partial(_read_tensor, path, name) for name in shapes}, shapes
-
-
 def _refuse_unmerged(names: Iterable[str], folder: Path) -> None:
     name = next((name for name in names if ".base_layer." in name or ".lora_A." in name), None)
     if name:
@@ -255,38 +223,26 @@ def _refuse_unmerged(names: Iterable[str], folder: Path) -> None:
         )
 
 
-def read_diffusers_part(
-    folder: Path, part: DiffusersPart
-) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """The configuration of a part, and its tensors under diffusers' names, read when asked for.
+def read_diffusers_part(part: PartFolder) -> Mapping[str, Tensor]:
+    """The tensors of a part under diffusers' names, each read when asked for.
 
-    Args:
-        folder: as `find_diffusers_part` gives it.
-        part: what must be in it.
-
-    Returns:
-        ``config.json``, and a mapping that opens a safetensors file anew at each access, so that no
-        more is mapped than what the caller keeps. Heads are read and checked at once.
+    The headers of the files are read and checked at once.
 
     Raises:
-        UserError: the folder is of another class or model, or a file is absent or damaged.
+        UserError: a file is damaged, or does not hold what the index says.
     """
-    config = read_json(folder / "config.json")
-    _check_config(config, folder, part)
-    path = _find_weights(folder)
-    if path.suffix != ".json":
-        makers, shapes = _lazy(path)
-        _refuse_unmerged(shapes, folder)
-        return config, LazyTensors(makers, meta=lambda: shapes)
-    weight_map = _read_index(path)
-    _refuse_unmerged(weight_map, folder)
-    files = {file: _lazy(file) for file in sorted(set(weight_map.values()))}
+    from sgm.checkpoint.tensors import LazyTensors, on_meta
+
+    found = {file: file.tensors(wrapper="state_dict", lazily=True) for file in part.files}
+    weight_map = part.weight_map or {name: file for file in part.files for name in found[file]}
+    _refuse_unmerged(weight_map, part.folder)
     for name, file in weight_map.items():
-        if name not in files[file][1]:
+        if name not in found[file]:
             raise UserError(
-                f"{path} is damaged: by it, {name} is in {file.name}, which does not hold it; copy "
-                "both from the original again"
+                f"{part.index} is damaged: by it, {name} is in {file.path.name}, which does not "
+                "hold it; copy both from the original again"
             )
-    makers = {name: files[file][0][name] for name, file in weight_map.items()}
-    shapes = {name: files[file][1][name] for name, file in weight_map.items()}
-    return config, LazyTensors(makers, meta=lambda: shapes)
+    makers = {name: partial(found[file].__getitem__, name) for name, file in weight_map.items()}
+    shapes = {file: on_meta(tensors) for file, tensors in found.items()}
+    metas = {name: shapes[file][name] for name, file in weight_map.items()}
+    return LazyTensors(makers, meta=lambda: metas)

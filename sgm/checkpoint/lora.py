@@ -7,7 +7,6 @@ Source of the method: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Mo
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -17,31 +16,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sgm.checkpoint.find import Weights, find_lora, is_whole
 from sgm.checkpoint.lora_formats import (
     LARGEST_ALPHA,
     NUM_PAIRS,
     LoraRecord,
-    find_foreign_file,
+    expected_matrices,
     is_alpha,
     is_foreign,
+    lora_layers,
     other_alpha,
     to_sat_lora,
 )
-from sgm.checkpoint.reading import read_checkpoint, tensors_of
 from sgm.checkpoint.strict_loading import check_fit
 from sgm.checkpoint.tensors import LazyTensors, in_dtype, on_meta, rounded
 from sgm.checkpoint.transformer import (
+    check_lora,
     fill_lora,
-    find_transformer_file,
     fingerprint,
     is_lora_matrix,
     sort_keys,
 )
 from sgm.config import LoraChoice
 from sgm.errors import UserError
-
-if TYPE_CHECKING:
-    from sgm.models.transformer import DiffusionTransformer
 
 if TYPE_CHECKING:
     from sgm.models.transformer import DiffusionTransformer
@@ -71,7 +68,11 @@ def lora_record(network: DiffusionTransformer, base: str | None) -> dict[str, An
 
 
 def read_lora(
-    path: str | Path, *, alpha: float | None = None, tell: bool = True, option: str = "lora"
+    path: str | Path | Weights,
+    *,
+    alpha: float | None = None,
+    tell: bool = True,
+    option: str = "lora",
 ) -> tuple[dict[str, Tensor], LoraRecord]:
     """The matrices of a LoRA, mapped from disk, by their names in the network; and the record.
 
@@ -90,23 +91,26 @@ def read_lora(
     """
     if alpha is not None and not is_alpha(alpha):
         raise UserError(f"lora_alpha={alpha} must be a number of at most {LARGEST_ALPHA:g}")
-    file = find_lora_file(path, option=option)
-    state = read_checkpoint(file)
-    tensors = tensors_of(state, file, wrapper="module")
+    found = find_lora(path, option=option)
+    (source,), file = found.files, found.path
+    tensors = source.tensors(wrapper="module")
     has_matrices = any(is_lora_matrix(name) for name in tensors)
     if not has_matrices and is_foreign(tensors):
-        matrices, record, tells_alpha = to_sat_lora(tensors, file, alpha=alpha)
+        matrices, record, tells_alpha = to_sat_lora(
+            tensors, file, metadata=source.read().metadata, alpha=alpha
+        )
         if tell and alpha is None and not tells_alpha:
             logger.info("%s does not tell its alpha; its rank is taken, as diffusers does", file)
         return matrices, record
     if not has_matrices and any(name.endswith(_WHOLE_MODEL) for name in tensors):
-        raise _is_whole(file, option)
+        raise is_whole(file, option)
     base, matrices = sort_keys(tensors, file, kind="lora", option=option)
     if not matrices:
         raise UserError(
             f"{file} holds no LoRA of SAT format: no name has matrix_A or matrix_B (first key: "
             f"{next(iter(tensors))!r}); {option} must name a run that trained with lora_config"
         )
+    state = source.read().state
     stored = state.get("lora")
     if not isinstance(stored, Mapping):
         stored = {"r": _rank(matrices), "base": fingerprint(base) if base else None}
@@ -118,36 +122,14 @@ def read_lora(
     return matrices, replace(record, lora_alpha=alpha)
 
 
-def is_sat_lora(path: str | Path, *, option: str = "lora") -> bool:
+def is_sat_lora(path: str | Path | Weights, *, option: str = "lora") -> bool:
     """Whether the LoRA in `path` is of SAT format; else it is one of diffusers or peft.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    file = find_lora_file(path, option=option)
-    return any(map(is_lora_matrix, tensors_of(read_checkpoint(file), file, wrapper="module")))
-
-
-def find_lora_file(path: str | Path, *, option: str = "lora") -> Path:
-    """The file that a LoRA's `path` means: itself, or in a folder of SAT, diffusers or peft.
-
-    Raises:
-        UserError: there is none.
-    """
-    folder = Path(os.path.expanduser(path))
-    file = find_foreign_file(folder)
-    if file is not None:
-        return file
-    if os.path.isfile(folder / "model_index.json") or os.path.isfile(folder / "config.json"):
-        raise _is_whole(path, option)
-    return find_transformer_file(path, kind="lora", option=option)
-
-
-def _is_whole(path: str | Path, option: str) -> UserError:
-    hint = f"{option} must name a LoRA, or a run that trained one"
-    if option == "lora":  # of a command that takes a whole model too
-        hint = "name it in load, a LoRA in lora"
-    return UserError(f"{path} is a whole model, not a LoRA; {hint}")
+    (file,) = find_lora(path, option=option).files
+    return any(map(is_lora_matrix, file.tensors(wrapper="module")))
 
 
 def _rank(matrices: Mapping[str, Tensor]) -> int:
@@ -175,7 +157,7 @@ def _checked_record(record: Mapping[str, Any], path: Path, *, rank: int) -> Lora
     return LoraRecord(rank, None if alpha is None else float(alpha), layers, base)
 
 
-def warn_of_other_base(record: LoraRecord, base: str, path: str | Path) -> None:
+def warn_of_other_base(record: LoraRecord, base: str, path: str | Path | Weights) -> None:
     """Log a warning where the LoRA in `path` was trained on another model than `base`."""
     if record.base not in (None, base):
         logger.warning(
@@ -189,27 +171,8 @@ def warn_of_other_base(record: LoraRecord, base: str, path: str | Path) -> None:
 def _layers(record: LoraRecord, names: Iterable[str]) -> list[str]:
     """Names of the layers that the LoRA changes."""
     if record.layer_range is not None:
-        blocks = [f"transformer.layers.{number}.attention" for number in record.layer_range]
-        return [f"{block}.{part}" for block in blocks for part in NUM_PAIRS]
+        return lora_layers(record.layer_range)
     return sorted({name.rsplit(".matrix_", 1)[0] for name in names})
-
-
-def _expected_matrices(
-    layers: Iterable[str], weights: Mapping[str, Tensor], r: int
-) -> dict[str, Tensor]:
-    """Name → meta tensor of the shape that each matrix must have, for layers of the network."""
-    expected = {}
-    for layer in layers:
-        num_pairs = NUM_PAIRS.get(layer.rpartition(".")[2])
-        weight = weights.get(f"{layer}.weight")
-        # Else its matrices are unknown keys.
-        if num_pairs is None or weight is None or weight.ndim != 2:
-            continue
-        out_size, in_size = weight.shape
-        for i in range(num_pairs):
-            expected[f"{layer}.matrix_A.{i}"] = torch.empty(r, in_size, device="meta")
-            expected[f"{layer}.matrix_B.{i}"] = torch.empty(out_size // num_pairs, r, device="meta")
-    return expected
 
 
 def check_matrices(
@@ -233,7 +196,7 @@ def check_matrices(
     Raises:
         UserError: names or shapes differ.
     """
-    expected = _expected_matrices(_layers(record, matrices), weights, record.r)
+    expected = expected_matrices(_layers(record, matrices), weights, record.r)
     check_fit(matrices, expected, path=path, hint=hint, model=model)
 
 
@@ -260,20 +223,17 @@ def alpha_of(record: LoraRecord, path: str | Path) -> float:
     return _DEFAULT_ALPHA
 
 
-def load_lora(network: DiffusionTransformer, path: str | Path, *, base: str | None = None) -> None:
-    """Fill the LoRA matrices of a network with a ``lora_config``, to train on.
+def check_trained_lora(
+    network: DiffusionTransformer, path: str | Path | Weights
+) -> tuple[dict[str, Tensor], LoraRecord]:
+    """Compare a LoRA that is to be trained on with the network, which may be on the meta device.
 
-    The LoRA layers are added if they are not there yet. To be called before DeepSpeed takes the
-    network over.
-
-    Args:
-        network: has a ``lora_config``.
-        path: as in `read_lora`.
-        base: as in `merge_loras`.
+    Returns:
+        What `read_lora` returns.
 
     Raises:
-        UserError: the file is not a LoRA, or its rank, alpha or layers are not those of
-            `lora_config`.
+        UserError: the file is not a LoRA, or its rank, alpha or layers are not those of the
+            network's ``lora_config``, or there is none.
     """
     if not network.lora_config:
         raise UserError(
@@ -288,8 +248,29 @@ def load_lora(network: DiffusionTransformer, path: str | Path, *, base: str | No
                 f"{path} was trained with {name}={trained:g}, but lora_config says "
                 f"{configured:g}; set {name}: {trained:g} there"
             )
+    check_lora(network, matrices, path)
+    return matrices, record
+
+
+def load_lora(
+    network: DiffusionTransformer, path: str | Path | Weights, *, base: str | None = None
+) -> None:
+    """Fill the LoRA matrices of a network with a ``lora_config``, to train on.
+
+    The LoRA layers are added if they are not there yet. To be called before DeepSpeed takes the
+    network over.
+
+    Args:
+        network: has a ``lora_config``.
+        path: as in `read_lora`.
+        base: as in `merge_loras`.
+
+    Raises:
+        UserError: as in `check_trained_lora`.
+    """
+    matrices, record = check_trained_lora(network, path)
     network.add_lora()
-    fill_lora(network, matrices, path)
+    fill_lora(network, matrices)
     warn_of_other_base(record, base or fingerprint(dict(network.named_parameters())), path)
 
 
@@ -297,30 +278,47 @@ _HINT = "load must name the base model that the LoRA was trained on, with its co
 
 
 @dataclass(frozen=True)
-class _Update:
-    """A LoRA to merge: its matrices, and the factor of B A, which is scale · alpha / r."""
+class LoraUpdate:
+    """A LoRA to merge, from `path`.
 
+    `factor`, that of B A, is scale · alpha / r; `layers` are those that the matrices change.
+    """
+
+    path: str | Path | Weights
+    record: LoraRecord
     matrices: Mapping[str, Tensor]
     layers: frozenset[str]
     factor: float
 
 
-def _read_update(
-    choice: LoraChoice, weights: Mapping[str, Tensor], *, base: str, hint: str
-) -> _Update:
-    """Read a LoRA and compare it with the weights that it is to change.
+def read_updates(
+    loras: Iterable[LoraChoice], weights: Mapping[str, Tensor], *, hint: str = _HINT
+) -> list[LoraUpdate]:
+    """Read LoRAs and compare them with the weights that they are to change.
+
+    Args:
+        loras: as in `merge_loras`.
+        weights: name as in the plain model → tensor, which may be on the meta device.
+        hint: end of messages.
 
     Raises:
-        UserError: it is no LoRA, or one of another model.
+        UserError: one is not a LoRA, or one of another model.
     """
-    matrices, record = read_lora(choice.path)
-    check_matrices(matrices, record, weights, path=choice.path, hint=hint)
-    warn_of_other_base(record, base, choice.path)
-    layers = frozenset(name.rsplit(".matrix_", 1)[0] for name in matrices)
-    return _Update(matrices, layers, choice.scale * alpha_of(record, choice.path) / record.r)
+    updates = []
+    for choice in loras:
+        matrices, record = read_lora(choice.path)
+        check_matrices(matrices, record, weights, path=choice.path, hint=hint)
+        layers = frozenset(name.rsplit(".matrix_", 1)[0] for name in matrices)
+        factor = choice.scale * alpha_of(record, choice.path) / record.r
+        updates.append(LoraUpdate(choice.path, record, matrices, layers, factor))
+    return updates
 
 
-def _updated(weight: Tensor, layer: str, updates: Iterable[_Update]) -> Tensor:
+def _changed_layers(updates: Iterable[LoraUpdate]) -> frozenset[str]:
+    return frozenset[str]().union(*(update.layers for update in updates))
+
+
+def _updated(weight: Tensor, layer: str, updates: Iterable[LoraUpdate]) -> Tensor:
     """A layer's weight (out, in) and the updates, summed in float32 on its device.
 
     Without any update that is not zero it is the weight itself: adding 0 would turn -0 into 0.
@@ -362,13 +360,59 @@ def merge_loras(
         UserError: a file is not a LoRA, or one of another model; nothing is changed then.
     """
     weights = dict(network.named_parameters())
+    updates = read_updates(loras, weights)
+    merge_updates(network, updates, base=base or fingerprint(weights))
+
+
+@torch.no_grad()
+def merge_updates(
+    network: DiffusionTransformer, updates: Sequence[LoraUpdate], *, base: str
+) -> None:
+    """As `merge_loras`, with LoRAs that `read_updates` has compared with the network."""
+    weights = dict(network.named_parameters())
     if any(is_lora_matrix(name) for name in weights):
         raise RuntimeError("merge_loras: the network has LoRA layers of its own")
-    base = base or fingerprint(weights)
-    updates = [_read_update(choice, weights, base=base, hint=_HINT) for choice in loras]
-    for layer in frozenset[str]().union(*(update.layers for update in updates)):
+    network.merged_layers = _changed_layers(updates)
+    for update in updates:
+        warn_of_other_base(update.record, base, update.path)
+    for layer in network.merged_layers:
         weight = weights[f"{layer}.weight"]
         weight.copy_(_updated(weight, layer, updates))  # this rounds
+
+
+@torch.no_grad()
+def replace_loras(
+    network: DiffusionTransformer,
+    loras: Sequence[LoraChoice],
+    *,
+    base_weights: Mapping[str, Tensor],
+    base: str,
+    device: str | torch.device,
+) -> None:
+    """Merge LoRAs in the place of those that were merged before, with the bytes of a fresh start.
+
+    Args:
+        network: its weights may be offloaded.
+        loras: as in `merge_loras`; none restores the base model.
+        base_weights: of the file that the network was loaded from, as `read_transformer` gives
+            them.
+        base: as in `merge_loras`.
+        device: where sums are taken; that of a fresh start.
+
+    Raises:
+        UserError: a file is not a LoRA, or one of another model; nothing is changed then.
+    """
+    weights = dict(network.named_parameters())
+    updates = read_updates(loras, weights)
+    for update in updates:
+        warn_of_other_base(update.record, base, update.path)
+    changed = _changed_layers(updates)
+    for layer in network.merged_layers | changed:
+        name = f"{layer}.weight"
+        dtype = weights[name].dtype
+        weight = base_weights[name].to(device=device, dtype=dtype)
+        weights[name].copy_(_updated(weight, layer, updates).to(dtype))
+    network.merged_layers = changed
 
 
 def merged_tensors(
@@ -391,8 +435,9 @@ def merged_tensors(
     """
     hint = f"is {where} the base model that the LoRA was trained on?"
     known, shapes = fingerprint(base), on_meta(base)
-    updates = [_read_update(choice, shapes, base=known, hint=hint) for choice in loras]
-    layers = frozenset[str]().union(*(update.layers for update in updates))
+    updates = read_updates(loras, shapes, hint=hint)
+    for update in updates:
+        warn_of_other_base(update.record, known, update.path)
 
     @torch.no_grad()
     def merged(layer: str) -> Tensor:
@@ -402,5 +447,5 @@ def merged_tensors(
         return total if dtype else rounded(total, weight.dtype, name=name, where=where)
 
     makers = {name: partial(base.__getitem__, name) for name in base}
-    makers |= {f"{layer}.weight": partial(merged, layer) for layer in layers}
+    makers |= {f"{layer}.weight": partial(merged, layer) for layer in _changed_layers(updates)}
     return in_dtype(LazyTensors(makers, meta=lambda: shapes), dtype, where=where)

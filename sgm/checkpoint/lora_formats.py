@@ -11,24 +11,24 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sgm.checkpoint.table import to_sat
 from sgm.errors import UserError, first_of
 
+if TYPE_CHECKING:
+    from sgm.models.transformer import DiffusionTransformer
+
 logger = logging.getLogger(__name__)
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # of the safetensors header, where diffusers puts settings
 BASE_KEY = "sat_base_fingerprint"  # beside it, of LoRAs that were trained here
 DIFFUSERS_PREFIX = "transformer."
@@ -37,12 +37,6 @@ LARGEST_ALPHA = 1e9  # no sensible one comes near
 # of matrices each.
 NUM_PAIRS = {"query_key_value": 3, "dense": 1}
 _CONFIG_FILE = "adapter_config.json"
-_FILES = (
-    DIFFUSERS_FILE,
-    "adapter_model.safetensors",
-    "pytorch_lora_weights.bin",
-    "adapter_model.bin",
-)
 _PREFIXES = (DIFFUSERS_PREFIX, "base_model.model.transformer.", "base_model.model.")
 _MATRIX = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>[AB])(?:\.default)?\.weight")
 # Settings that make an update something else than alpha / r · B A, or add to it.
@@ -113,13 +107,50 @@ class LoraRecord:
     base: str | None
 
 
-def find_foreign_file(folder: str | Path) -> Path | None:
-    """The file of a LoRA folder of diffusers or peft; None if `folder` is no such folder."""
-    folder = os.path.expanduser(folder)
-    if os.path.isfile(os.path.join(folder, "latest")):  # a run of this code
-        return None
-    paths = (os.path.join(folder, name) for name in _FILES)
-    return next((Path(path) for path in paths if os.path.isfile(path)), None)
+def lora_layers(layer_range: Iterable[int]) -> list[str]:
+    """Names of the layers that a LoRA of these blocks changes."""
+    blocks = [f"transformer.layers.{number}.attention" for number in layer_range]
+    return [f"{block}.{part}" for block in blocks for part in NUM_PAIRS]
+
+
+def expected_matrices(
+    layers: Iterable[str], weights: Mapping[str, Tensor], r: int
+) -> dict[str, Tensor]:
+    """Name → meta tensor of the shape that each matrix must have, for layers of the network."""
+    expected = {}
+    for layer in layers:
+        num_pairs = NUM_PAIRS.get(layer.rpartition(".")[2])
+        weight = weights.get(f"{layer}.weight")
+        # Else its matrices are unknown keys.
+        if num_pairs is None or weight is None or weight.ndim != 2:
+            continue
+        out_size, in_size = weight.shape
+        for i in range(num_pairs):
+            expected[f"{layer}.matrix_A.{i}"] = torch.empty(r, in_size, device="meta")
+            expected[f"{layer}.matrix_B.{i}"] = torch.empty(out_size // num_pairs, r, device="meta")
+    return expected
+
+
+def lora_shapes(network: DiffusionTransformer) -> dict[str, Tensor]:
+    """Name → meta tensor of the LoRA matrices of a network, which may still lack their layers."""
+    mixin = network.mixins["lora"]
+    weights = {n.replace(".original.", "."): weight for n, weight in network.named_parameters()}
+    return expected_matrices(lora_layers(mixin.layer_range), weights, int(mixin.r))
+
+
+def names_with_lora(network: DiffusionTransformer) -> list[str]:
+    """Names that the weights of a network have once its LoRA layers, if any, are added."""
+    names = [name for name, _ in network.named_parameters()]
+    if not network.lora_config:
+        return names
+    wrapped = tuple(f"{layer}." for layer in lora_layers(network.mixins["lora"].layer_range))
+    beside = [_original(name) if name.startswith(wrapped) else name for name in names]
+    return [*beside, *lora_shapes(network)]
+
+
+def _original(name: str) -> str:
+    layer, _, kind = name.rpartition(".")
+    return f"{layer}.original.{kind}"
 
 
 def is_foreign(names: Iterable[str]) -> bool:
@@ -136,7 +167,11 @@ def other_alpha(path: Path, stored: float, given: float) -> UserError:
 
 
 def to_sat_lora(
-    tensors: Mapping[str, Tensor], path: Path, *, alpha: float | None
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    *,
+    metadata: Mapping[str, str],
+    alpha: float | None,
 ) -> tuple[dict[str, Tensor], LoraRecord, bool]:
     """A LoRA of diffusers or peft as SAT holds it: all of q, k, v and dense, of one rank.
 
@@ -146,6 +181,7 @@ def to_sat_lora(
     Args:
         tensors: what the file `path` holds.
         path: beside it peft's ``adapter_config.json`` is looked for.
+        metadata: of its header, empty where it has none.
         alpha: taken where none is stored; without it the rank is taken, as diffusers does.
 
     Returns:
@@ -155,7 +191,7 @@ def to_sat_lora(
         UserError: it is not a plain LoRA of CogVideoX's attention layers, or damaged.
     """
     matrices = _named_matrices(tensors, path)
-    settings = _read_settings(path)
+    settings = _read_settings(path, metadata)
     stored = settings.lora_alpha
     if alpha is not None and stored is not None and alpha != stored:
         raise other_alpha(path, stored, alpha)
@@ -168,7 +204,7 @@ def to_sat_lora(
         in_diffusers |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
     found = dict(to_sat(in_diffusers, "lora", where=path))
     blocks = sorted({int(name.split(".")[2]) for name in found})
-    record = LoraRecord(rank, common, blocks, base=_read_base(path))
+    record = LoraRecord(rank, common, blocks, base=_read_base(metadata))
     return _completed(found, blocks), record, stored is not None
 
 
@@ -234,22 +270,14 @@ def _has_place(layer: str, path: Path) -> bool:
     return True
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except SafetensorError:  # a .bin file, which has none
-        return {}
-
-
-def _read_base(path: Path) -> str | None:
-    base = _read_metadata(path).get(BASE_KEY, "")
+def _read_base(metadata: Mapping[str, str]) -> str | None:
+    base = metadata.get(BASE_KEY, "")
     return base if re.fullmatch(r"\w{1,64}", base) else None
 
 
-def _read_settings(path: Path) -> _Settings:
+def _read_settings(path: Path, metadata: Mapping[str, str]) -> _Settings:
     """The settings in a file's own metadata, or in peft's file beside it; empty if neither is."""
-    stored = _read_metadata(path).get(METADATA_KEY)
+    stored = metadata.get(METADATA_KEY)
     where, text = f"the metadata of {path}", stored
     config = path.with_name(_CONFIG_FILE)
     if not stored and config.is_file():

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 import struct
 import warnings
+import weakref
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from torch import Tensor
 
+from sgm.checkpoint.tensors import LazyTensors
+from sgm.checkpoint.weight_file import Contents, open_file
 from sgm.errors import UserError
 
 # Python objects that training writes beside the tensors. None of them is needed here, so each is
@@ -47,6 +53,13 @@ HARMLESS_GLOBALS = (
 
 # Under which key files of SAT format keep their tensors: transformers, and autoencoders.
 _WRAPPERS = ("module", "state_dict")
+_MARK_BYTES = 9  # of a file, which show how it is written
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 class _Inert:
@@ -80,57 +93,11 @@ def _is_harmless(name: str) -> bool:
     )
 
 
-def check_kind(path: Path) -> None:
-    """Refuse what is recognisably not the file that should be there.
-
-    Raises:
-        UserError: the file is absent, not readable, empty, an HTML page or a pointer of git-lfs.
-    """
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; check the path in the configuration")
-        with path.open("rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read: {error.strerror}; check the path and its permissions"
-        ) from None
-    start = head.lstrip().lower()
-    if not head:
-        raise UserError(f"{path} is empty; download or copy it again")
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise UserError(
-            f"{path} is a web page, not the file itself: the download link answered with HTML; "
-            "download it again"
-        )
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(
-            f"{path} is a pointer of git-lfs, not the file itself; run 'git lfs pull' there"
-        )
-
-
-def _format_of(path: Path) -> Literal["zip", "safetensors", "pickle"]:
+def _format_of(path: Path, head: bytes) -> Literal["zip", "safetensors", "pickle"]:
     """How a weight file is written; its content decides before its name does."""
-    with path.open("rb") as file:
-        head = file.read(9)
     if head[:2] == b"PK":
         return "zip"
     return "safetensors" if head[8:9] == b"{" or path.suffix == ".safetensors" else "pickle"
-
-
-def check_weight_file(path: Path) -> None:
-    """Refuse a file that is not weights or not whole, without reading its tensors.
-
-    Raises:
-        UserError: as in `check_kind`; or the file is cut off, or an archive of something else.
-    """
-    check_kind(path)
-    kind = _format_of(path)
-    if kind == "zip":
-        _check_zip(path)
-    elif kind == "safetensors":
-        with whole_safetensors(path), safe_open(path, framework="pt"):
-            pass
 
 
 @contextmanager
@@ -144,15 +111,67 @@ def whole_safetensors(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    with whole_safetensors(path):
-        return load_file(path)
+def _read_safetensors(path: Path) -> Contents:
+    with whole_safetensors(path), safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return Contents(tensors, file.metadata() or {})
 
 
-def _check_zip(path: Path) -> None:
+class _KeptFile:
+    """A file that stays open, of which parts are read into memory of their own."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, start: int, size: int) -> Tensor:
+        """`size` bytes from `start` on.
+
+        Raises:
+            UserError: the file has become shorter.
+        """
+        data = torch.empty(size, dtype=torch.uint8, device="cpu")
+        rest, position = memoryview(data.numpy()), start
+        while rest:
+            count = os.preadv(self._descriptor, [rest], position)
+            if not count:
+                raise UserError(f"{self._path} is cut off; download or copy it again")
+            rest, position = rest[count:], position + count
+        return data
+
+
+def _open_safetensors(file: BinaryIO, path: Path) -> Contents:
+    """As `_read_safetensors`, with tensors that are read from the kept file when asked for."""
+    with whole_safetensors(path), safe_open(path, framework="np") as checked:
+        metadata = checked.metadata() or {}
+    kept = _KeptFile(file, path)
+    length = int.from_bytes(kept.read(0, 8).numpy().tobytes(), "little")
+    header = json.loads(kept.read(8, length).numpy().tobytes())
+    header.pop("__metadata__", None)
+    makers, shapes = {}, {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(
+                f"{path}: {name} is stored as {entry['dtype']}; quantised weights are not read, "
+                "take the original ones (float32, float16 or bfloat16)"
+            )
+        dtype, (start, end) = _DTYPES[entry["dtype"]], entry["data_offsets"]
+        shapes[name] = torch.empty(entry["shape"], dtype=dtype, device="meta")
+        makers[name] = partial(_read_tensor, kept, 8 + length + start, end - start, shapes[name])
+    if not shapes:
+        raise UserError(f"{path} holds no tensors; copy it from the original again")
+    return Contents(LazyTensors(makers, meta=lambda: shapes), metadata)
+
+
+def _read_tensor(file: _KeptFile, start: int, size: int, like: Tensor) -> Tensor:
+    return file.read(start, size).view(like.dtype).reshape(like.shape)
+
+
+def _check_zip(file: BinaryIO, path: Path) -> None:
     """Tell a truncated file and a zip of something else from one that torch.save wrote."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, struct.error):
         raise UserError(
@@ -171,12 +190,13 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} cannot be read as weights ({reason[0]}); download or copy it again")
 
 
-def _read_torch(path: Path, *, is_zip: bool) -> Any:
+def _read_torch(file: BinaryIO, path: Path, *, is_zip: bool) -> Any:
     inert: list[tuple[Callable[..., Any], str]] = []
     if is_zip:
-        _check_zip(path)
+        _check_zip(file, path)
         try:
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+            file.seek(0)
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         except Exception as error:  # as below
             raise _unreadable(path, error) from None
         unknown = [name for name in names if not _is_harmless(name)]
@@ -187,11 +207,7 @@ def _read_torch(path: Path, *, is_zip: bool) -> Any:
             )
         inert = [(_CONTAINERS.get(name) or type("Inert", (_Inert,), {}), name) for name in names]
     try:
-        with (
-            torch.serialization.safe_globals(inert),
-            warnings.catch_warnings(),
-            path.open("rb") as file,
-        ):
+        with torch.serialization.safe_globals(inert), warnings.catch_warnings():
             # Files of other pickle protocols either load or are refused below.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             # By this name, as PyTorch takes what is called .safetensors for that.
@@ -205,39 +221,52 @@ def _read_torch(path: Path, *, is_zip: bool) -> Any:
         raise _unreadable(path, error) from None
 
 
-def read_checkpoint(path: str | Path) -> Any:
-    """What a ``.safetensors`` or ``torch.save`` file holds, its tensors mapped from disk on CPU.
+def read_weights(path: Path, *, lazily: bool = False) -> Contents:
+    """What a ``.safetensors`` or ``torch.save`` file holds; every weight file is read by this.
 
-    The content decides, not the file's name. Tensors take memory only as they are read, and no
-    code from the file is run: of Python objects beside the tensors only stand-ins come back.
+    The content decides, not the file's name. Tensors are mapped from disk, so they take memory
+    only as they are used. No code from the file is run: of Python objects beside the tensors only
+    stand-ins come back.
+
+    Args:
+        path: the file.
+        lazily: read each tensor of a safetensors file into memory of its own when it is asked
+            for, so that what was read before takes no memory.
 
     Returns:
-        A dict of tensors for safetensors; for torch.save whatever was saved.
+        As state a mapping of tensors for safetensors; for torch.save whatever was saved.
 
     Raises:
-        UserError: the file is absent, empty, truncated, something else, or carries code.
+        UserError: the file is missing, empty, truncated, something else, or carries code.
     """
-    path = Path(path)
-    check_kind(path)
-    kind = _format_of(path)
-    if kind == "safetensors":
-        return _read_safetensors(path)
-    return _read_torch(path, is_zip=kind == "zip")
+    # A configuration may be read while PyTorch builds its parts on the device "meta".
+    with open_file(path) as file, torch.device("cpu"):
+        kind = _format_of(path, file.read(_MARK_BYTES))
+        if kind == "safetensors":
+            return _open_safetensors(file, path) if lazily else _read_safetensors(path)
+        return Contents(_read_torch(file, path, is_zip=kind == "zip"), {})
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def read_checkpoint(path: str | Path) -> Any:
+    """The state of `read_weights`, with the same errors."""
+    return read_weights(Path(path)).state
+
+
+def _is_plain(tensor: Tensor) -> bool:
     is_dense = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
     return is_dense and not (tensor.is_meta or tensor.is_complex())
 
 
-def tensors_of(state: Any, path: Path, *, wrapper: str) -> dict[str, torch.Tensor]:
-    """The name → tensor dict in what `read_checkpoint` returned, under the key `wrapper` if there.
+def tensors_of(state: Any, path: Path, *, wrapper: str) -> Mapping[str, Tensor]:
+    """The name → tensor mapping in a file's `state`, under the key `wrapper` if it is there.
 
-    Under the other kind's key too, so that whoever sorts the names can tell what the file is.
+    The keys of other kinds are looked under too, so that the names can tell what the file is.
 
     Raises:
         UserError: there is no such dict, or a tensor in it is not dense and real.
     """
+    if isinstance(state, LazyTensors):  # whose header has said what its tensors are
+        return state
     if isinstance(state, dict):
         wrapped = (state.get(key) for key in (wrapper, *_WRAPPERS))
         state = next((inner for inner in wrapped if isinstance(inner, dict)), state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +36,9 @@ class LazyTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._makers[name]()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers  # where Mapping would make the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)
 
@@ -48,6 +51,19 @@ def on_meta(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if isinstance(tensors, LazyTensors) and tensors.meta is not None:
         return tensors.meta()
     return {name: tensor.to("meta") for name, tensor in tensors.items()}
+
+
+def chosen(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Mapping[str, Tensor]:
+    """Some of the tensors, which stay lazy if they are."""
+    if not isinstance(tensors, LazyTensors):
+        return {name: tensors[name] for name in names}
+    kept = list(names)
+
+    def metas() -> Mapping[str, Tensor]:
+        known = on_meta(tensors)
+        return {name: known[name] for name in kept}
+
+    return LazyTensors({name: partial(tensors.__getitem__, name) for name in kept}, meta=metas)
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype, *, name: str, where: str | Path) -> Tensor:

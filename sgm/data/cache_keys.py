@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from sgm.checkpoint.text_encoder import embedding_files
-from sgm.checkpoint.vae import vae_files
+from sgm.checkpoint.find import find_autoencoder, find_t5
 from sgm.errors import UserError
 from sgm.files import replacing
 from sgm.modules.encoders.modules import FrozenT5Embedder
@@ -107,7 +106,7 @@ def first_stage_identity(config: Mapping[str, Any]) -> str:
             "first_stage_config.params.ckpt_path is not set; latents of random weights are not "
             "worth keeping: set it, or leave cache_dir out"
         )
-    return _identity(config, vae_files(path), path_key="ckpt_path")
+    return _identity(config, find_autoencoder(path).sources, path_key="ckpt_path")
 
 
 def text_identity(config: Mapping[str, Any]) -> str:
@@ -129,7 +128,7 @@ def text_identity(config: Mapping[str, Any]) -> str:
             "cache_dir: embeddings of a text encoder with is_trainable cannot be kept; set it to "
             "false, or leave cache_dir out"
         )
-    return _identity(node, embedding_files(node["params"]["model_dir"]), path_key="model_dir")
+    return _identity(node, find_t5(node["params"]["model_dir"]).sources, path_key="model_dir")
 
 
 def latents_key(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from sgm.checkpoint.find import Weights, find_autoencoder
 from sgm.checkpoint.strict_loading import check_fit
+from sgm.checkpoint.tensors import on_meta
 from sgm.checkpoint.vae import load_vae_state
 from sgm.modules.autoencoding.causal_conv import ConvCache
 from sgm.modules.autoencoding.norms import needs_grad
@@ -19,6 +22,10 @@ from sgm.util import instantiate_from_config, instantiate_part
 # Latent frames that are decoded at once: of the first chunk, and of each one after it. The released
 # weights were sampled so, and since the norms' statistics are those of a chunk, it is part of them.
 FIRST_CHUNK_FRAMES, CHUNK_FRAMES = 3, 2
+
+# Of the frames that previews are fitted to: their side in latents, and the ridge as a fraction of
+# the mean square.
+_RGB_LATENTS, _RGB_RIDGE = 4, 1e-3
 
 
 class Reconstruction(NamedTuple):
@@ -38,7 +45,9 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         encoder_config: node of the encoder.
         decoder_config: node of the decoder.
         regularizer_config: node of what turns moments into latents.
-        ckpt_path: file of weights; None leaves them random, for training.
+        ckpt_path: of the weights, as in `find_autoencoder`; None leaves them random, for training.
+            Where PyTorch's default device is "meta", they are compared with the model only, until
+            `load_weights`.
         ignore_keys: beginnings of names in that file which are not for this model.
 
     Raises:
@@ -54,7 +63,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         decoder_config: Mapping[str, Any],
         *,
         regularizer_config: Mapping[str, Any],
-        ckpt_path: str | None = None,
+        ckpt_path: str | Path | Weights | None = None,
         ignore_keys: Sequence[str] = (),
     ) -> None:
         super().__init__()
@@ -63,8 +72,12 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
             self.encoder = instantiate_from_config(encoder_config)
             self.decoder = instantiate_from_config(decoder_config)
         self.regularization = instantiate_from_config(regularizer_config)
-        if ckpt_path is not None:
-            self._load(ckpt_path, ignore_keys)
+        self.weights = None if ckpt_path is None else find_autoencoder(ckpt_path)
+        self._mapped: Mapping[str, Tensor] = {}
+        if self.weights is not None:
+            self._mapped = self._fitting_weights(self.weights, ignore_keys)
+            if torch.get_default_device().type != "meta":
+                self.load_weights()
 
     def encode(
         self,
@@ -175,22 +188,32 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
                 f"encode takes a height and a width divisible by {in_space}, not {height}x{width}"
             )
 
-    def _load(self, path: str, ignore_keys: Sequence[str]) -> None:
-        """Put the weights of a file in place, in PyTorch's default dtype.
+    def _fitting_weights(
+        self, weights: Weights, ignore_keys: Sequence[str]
+    ) -> Mapping[str, Tensor]:
+        """The weights of a file, not read yet; UserError if they are not those of this model."""
+        found = load_vae_state(weights, ignore_keys)
+        hint = "check ckpt_path, or encoder_config and decoder_config, under first_stage_config"
+        check_fit(on_meta(found), self.state_dict(), path=str(weights), hint=hint)
+        return found
 
-        Raises:
-            UserError: names or shapes are not those of this model.
+    def load_weights(
+        self, device: str | torch.device = "cpu", *, dtype: torch.dtype | None = None
+    ) -> None:
+        """Put the weights in place; to be called once, after building on the device "meta".
+
+        Args:
+            device: of the weights.
+            dtype: of the weights; None: PyTorch's default.
         """
-        state = load_vae_state(path, ignore_keys)
-        check_fit(
-            state,
-            self.state_dict(),
-            path=path,
-            hint="check ckpt_path, or encoder_config and decoder_config, under first_stage_config",
-        )
-        dtype = torch.get_default_dtype()
-        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+        default = torch.get_default_dtype()
+        state = {
+            name: tensor.to(default).to(device=device, dtype=dtype or default)
+            for name, tensor in self._mapped.items()
+        }
         self.load_state_dict(state, assign=True)
+        self._mapped = {}
+        self.weights.release()
 
 
 def chunks_of(z: torch.Tensor) -> list[torch.Tensor]:
@@ -208,17 +231,38 @@ def build_first_stage(
 ) -> nn.Module:
     """The autoencoder of a node, frozen and in evaluation mode.
 
+    On the device "meta" it has no values until `load_first_stage`.
+
     Raises:
         UserError: the node or the file of weights is wrong.
     """
     needs = ("encode", "decode_streamed", "regularization")
+    is_meta = torch.device(device).type == "meta"
     # No local name for it: the first call imports modules, some of which keep this frame alive.
-    return (
-        instantiate_part(config, "first_stage_config", needs=needs)
-        .to(device=device, dtype=dtype)
-        .eval()
-        .requires_grad_(False)
-    )
+    with torch.device("meta") if is_meta else nullcontext():
+        return (
+            instantiate_part(config, "first_stage_config", needs=needs)
+            .to(device=device, dtype=dtype)
+            .eval()
+            .requires_grad_(False)
+        )
+
+
+def load_first_stage(
+    first_stage: nn.Module,
+    config: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> nn.Module:
+    """The autoencoder, built by `build_first_stage` on the device "meta", with its weights.
+
+    One without a file is built anew, from random weights.
+    """
+    if getattr(first_stage, "weights", None) is None:
+        return build_first_stage(config, dtype=dtype, device=device)
+    first_stage.load_weights(device, dtype=dtype)
+    return first_stage
 
 
 @torch.no_grad()
@@ -241,3 +285,22 @@ def draw_latents(regularizer: nn.Module, moments: Tensor) -> Tensor:
     """
     latents = regularizer(rearrange(moments, "b t c h w -> b c t h w"))
     return rearrange(latents.float(), "b c t h w -> b t c h w")
+
+
+@torch.no_grad()
+def fit_rgb(first_stage: nn.Module) -> Tensor:
+    """Fit a linear map from latents to colours, for previews: (c + 1, 3), float32, on the CPU.
+
+    Its last row is the constant; colours are in [-1, 1]. Least squares over single frames of one
+    colour each; a small ridge keeps directions that no plain colour shows out of the map.
+    """
+    levels = torch.tensor([-0.8, 0.0, 0.8])
+    colours = torch.cartesian_prod(levels, levels, levels)  # (27, 3)
+    side = _RGB_LATENTS * first_stage.encoder.space_factor
+    frames = colours[:, None, :, None, None].expand(-1, 1, -1, side, side)  # (27, 1, 3, h, w)
+    means, _ = encode_moments(first_stage, frames).float().cpu().chunk(2, dim=2)
+    means = means.mean(dim=(1, 3, 4))  # (27, c)
+    inputs = torch.cat([means, torch.ones(len(means), 1)], dim=1)  # (27, c + 1)
+    gram = inputs.T @ inputs
+    ridge = _RGB_RIDGE * gram.trace() / len(gram) * torch.eye(len(gram))
+    return torch.linalg.solve(gram + ridge, inputs.T @ colours)

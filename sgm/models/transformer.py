@@ -132,6 +132,7 @@ class DiffusionTransformer(BaseModel):
         self.grid_size = (latent_height // patch_size, latent_width // patch_size)
         self.num_latent_frames = _latent_frames(num_frames, time_compressed_rate)
         self.lora_config = modules.get("lora_config")
+        self.merged_layers: frozenset[str] = frozenset()  # whose weights hold LoRAs
         self._sequence_group: distributed.ProcessGroup | None = None
         self.time_embed = _time_mlp(hidden_size, time_embed_dim)
         self._add_parts(

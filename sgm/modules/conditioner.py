@@ -23,7 +23,8 @@ class GeneralConditioner(nn.Module):
             are trained, `ucg_rate` (0 to 1) how often a training sample's embedding is replaced
             by zeros, which teaches the network its unconditional prediction.
         with_embedders: without them no weights are read: batches bring their embedding along.
-        dtype, device: of the embedders' weights.
+        dtype, device: of the embedders' weights. On the device "meta" embedders are built without
+            values, until `load_weights`; without them too, to be checked.
         streamed: each block's weights are on `device` while it works only; for inference, with
             embedders that can do so.
 
@@ -46,6 +47,8 @@ class GeneralConditioner(nn.Module):
         self.embedders = nn.ModuleList()
         self.input_keys: list[str] = []
         self.ucg_rates: list[float] = []
+        self._nodes = emb_models
+        self._dtype = dtype
         if not emb_models:
             raise UserError(
                 "conditioner_config: emb_models is empty; it must name a text encoder, for example "
@@ -67,14 +70,28 @@ class GeneralConditioner(nn.Module):
             rate = node.get("ucg_rate", 0.0)
             check_number("conditioner_config: ucg_rate", rate, low=0, high=1)
             self.ucg_rates.append(float(rate))
-            if not with_embedders:
-                continue
-            config = {"target": node.get("target"), "params": node.get("params")}
-            how = {"streamed": True} if streamed else {}
-            embedder = instantiate_from_config(config, dtype=dtype, device=device, **how)
-            if not node.get("is_trainable", False):
-                embedder.eval().requires_grad_(False)
-            self.embedders.append(embedder)
+            if with_embedders or torch.device(device).type == "meta":
+                embedder = self._build(node, device, streamed=streamed)
+                if with_embedders:
+                    self.embedders.append(embedder)
+
+    def _build(
+        self, node: Mapping[str, Any], device: str | torch.device, *, streamed: bool
+    ) -> nn.Module:
+        config = {"target": node.get("target"), "params": node.get("params")}
+        how = {"streamed": True} if streamed else {}
+        embedder = instantiate_from_config(config, dtype=self._dtype, device=device, **how)
+        if not node.get("is_trainable", False):
+            embedder.eval().requires_grad_(False)
+        return embedder
+
+    def load_weights(self, device: str | torch.device, *, streamed: bool = False) -> None:
+        """Give embedders that were built on the device "meta" their weights, in place."""
+        for index, embedder in enumerate(self.embedders):
+            if getattr(embedder, "weights", None) is None:  # it has no file, so it starts at random
+                self.embedders[index] = self._build(self._nodes[index], device, streamed=streamed)
+            else:
+                embedder.load_weights(device, streamed=streamed)
 
     @property
     def is_trained(self) -> bool:

@@ -42,3 +42,7 @@ class SplitGuider(Guider):
         branches = [torch.empty_like(denoised) for _ in range(self.group.size())]
         distributed.all_gather(branches, denoised, group=self.group)
         return self.guider.combine(torch.cat(branches), scale)
+
+    def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
+        """The adjusted guider, divided among the same processes."""
+        return SplitGuider(self.guider.adjusted(scale=scale, num_steps=num_steps), self.group)

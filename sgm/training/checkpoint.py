@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from sgm.checkpoint.find import MODEL_FILES, Weights, find_transformer
 from sgm.checkpoint.lora import lora_record
 from sgm.checkpoint.reading import read_checkpoint, tensors_of
 from sgm.checkpoint.strict_loading import check_fit
-from sgm.checkpoint.transformer import MODEL_FILES, is_lora_matrix
+from sgm.checkpoint.transformer import is_lora_matrix
 from sgm.errors import UserError
 from sgm.files import save_torch
 from sgm.training import run_folder
@@ -225,29 +226,36 @@ def trains_lora(module: torch.nn.Module) -> bool:
     return all(is_lora_matrix(name) for name in trained_weights(module))
 
 
-def holds_lora(folder: Path) -> bool:
-    """Whether the checkpoint in the folder of an iteration holds the matrices of a LoRA only.
+def holds_lora(checkpoint: Weights) -> bool:
+    """Whether a run's checkpoint holds the matrices of a LoRA only.
 
     Raises:
-        UserError: it holds no file of weights that can be read.
+        UserError: its file of weights cannot be read.
     """
-    state = read_checkpoint(folder / WEIGHTS_FILE)
+    (file,) = checkpoint.files
+    state = file.read().state
     return isinstance(state, Mapping) and "lora" in state
 
 
-def restore_conditioner(engine: Any, folder: Path) -> None:
-    """Take the text encoder's weights from a checkpoint that holds them, as it was trained too.
+def check_conditioner(engine: Any, checkpoint: Weights) -> dict[str, Tensor]:
+    """The text encoder's weights in a run's checkpoint, which holds them if they were trained.
 
     Raises:
         UserError: they are not those of this text encoder.
     """
-    path = folder / WEIGHTS_FILE
-    module = read_checkpoint(path)["module"]
+    (file,) = checkpoint.files
+    module = file.tensors(wrapper="module")
     stored = {name: tensor for name, tensor in module.items() if name.startswith(_CONDITIONER)}
-    if not stored:
-        return
-    own = {n: w for n, w in engine.named_parameters() if n.startswith(_CONDITIONER)}
-    check_fit(stored, own, path=path, hint="use the text encoder that the run was started with")
+    if stored:
+        own = {n: w for n, w in engine.named_parameters() if n.startswith(_CONDITIONER)}
+        hint = "use the text encoder that the run was started with"
+        check_fit(stored, own, path=checkpoint.path, hint=hint)
+    return stored
+
+
+def restore_conditioner(engine: Any, stored: Mapping[str, Tensor]) -> None:
+    """Take the text encoder's weights from what `check_conditioner` returned."""
+    own = dict(engine.named_parameters())
     with torch.no_grad():
         for name, tensor in stored.items():
             own[name].copy_(tensor)
@@ -290,7 +298,7 @@ def _rank_file(rank: int) -> str:
 def _read_state(path: Path) -> dict[str, Any]:
     if not path.is_file():
         load = path.parent
-        if holds_lora(path.parent):
+        if holds_lora(find_transformer(path.parent)):
             load = f"what tools/merge_lora.py makes of the base model and {path.parent}"
         raise UserError(
             f"{path} does not exist, so the run cannot be gone on with; start a new one with "

@@ -35,7 +35,7 @@ def start_deepspeed(objective: nn.Module, settings: Mapping[str, Any], args: Any
     The learning rate follows SAT's schedule unless the section has a ``scheduler`` of its own.
 
     Raises:
-        UserError: nothing is trained, or DeepSpeed refuses its settings.
+        UserError: DeepSpeed refuses its settings.
     """
     import deepspeed
 
@@ -160,15 +160,10 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
     Large groups are divided, which changes no result. ``lr`` of a group is a factor of the
     learning rate.
-
-    Raises:
-        UserError: nothing is trained.
     """
     from sat.training.deepspeed_training import get_optimizer_param_groups
 
     trained = [weight for weight in module.parameters() if weight.requires_grad]
-    if not trained:
-        raise UserError("no weight is trained; check not_trainable_prefixes and lora_config")
     every = sum(weight.numel() for weight in module.parameters())
     own = sum(weight.numel() for weight in trained)
     size = sum(weight.numel() * weight.element_size() for weight in trained) / 2**20

@@ -1,4 +1,7 @@
-"""Whether a training configuration can work, found out before data and weights are read."""
+"""Whether a training configuration can work, found out before data and weights are read.
+
+PyTorch and DeepSpeed are imported only where a check needs them.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ import logging
 import reprlib
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
-
-import torch
+from typing import TYPE_CHECKING, Any, get_args
 
 from sgm.errors import UserError, nearest_name
 from sgm.preflight import SPATIAL_FACTOR, check_model_section, require_sizes, video_size
 from sgm.util import is_number
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -208,6 +212,7 @@ _AUTOCAST_KEYS = ("enabled", "dtype", "lower_precision_safe_modules")
 
 def weight_dtype(settings: Mapping[str, Any]) -> torch.dtype:
     """The precision that DeepSpeed's sections ``bf16`` and ``fp16`` give the weights."""
+    import torch
     from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
 
     present = {key: section for key, section in settings.items() if section is not None}
@@ -251,6 +256,7 @@ def check_sections(settings: Mapping[str, Any]) -> None:
 
 def _check_half(settings: Mapping[str, Any]) -> None:
     """Check that float16 is not beside bfloat16, and will be trained with its scale of the loss."""
+    import torch
     from deepspeed.runtime.precision_config import get_float16_config
 
     half = get_float16_config({"fp16": settings.get("fp16") or {}})
@@ -269,6 +275,7 @@ def _check_half(settings: Mapping[str, Any]) -> None:
 
 def _check_autocast(section: Mapping[str, Any]) -> None:
     """Check the section ``torch_autocast``, of which DeepSpeed has no description."""
+    import torch
     from deepspeed.runtime.config import DtypeEnum
 
     for key in section:

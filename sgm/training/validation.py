@@ -18,14 +18,12 @@ from sgm.distributed import data_parallel_rank_and_size
 from sgm.files import make_output_folder, replacing
 from sgm.modules.diffusionmodules.discretizer import NUM_TIMESTEPS
 from sgm.modules.diffusionmodules.sigma_sampling import NoiseLevels
+from sgm.pipeline import CallDefaults, CogVideoX
 from sgm.preflight import allowed_num_frames, check_model_section, require_sizes
 from sgm.progress import Progress
 from sgm.prompts import Prompt
-from sgm.seeds import derived_seed, sample_generator
-from sgm.video import write_video
-
-if TYPE_CHECKING:
-    from sgm.engine import SATVideoDiffusionEngine
+from sgm.seeds import derived_seed
+from sgm.video import collect_frames, write_contact_sheet
 
 if TYPE_CHECKING:
     from sgm.engine import SATVideoDiffusionEngine
@@ -199,10 +197,13 @@ class ValidationVideos:
         embed: Embed,
         lockstep: bool = False,
     ) -> None:
-        self.seed = config.args.seed
         self.only_latents = config.args.only_log_video_latents
-        self.shape = _sample_shape(config.model)
-        self.fps = (config.data.get("params") or {}).get("fps", _FPS)
+        self.model = config.model
+        self.defaults = CallDefaults(
+            shape=_sample_shape(config.model),
+            fps=(config.data.get("params") or {}).get("fps", _FPS),
+            seed=config.args.seed,
+        )
         self.folder = folder / "validation"
         self.prompts = list(prompts)
         self.embed = embed
@@ -229,9 +230,12 @@ class ValidationVideos:
         if writes:
             make_output_folder(folder)
         made = []
+        pipe = CogVideoX(engine, self.model, self.defaults, embed=self.embed)
         with Progress(len(own) * engine.sampler.num_steps) as progress:
             for number, prompt in own:
-                latents = self._sample(engine, number, prompt, progress)
+                for step in pipe.stream(prompt, index=number, decode=False):
+                    progress.step(f"validation video {number}")
+                    latents = step.latents
                 if not writes:
                     continue
                 if bool(latents.isfinite().all()):
@@ -239,34 +243,19 @@ class ValidationVideos:
                 else:
                     progress.say(f"validation video {number} is left out: it is not finite")
             # The autoencoder may have to be loaded for it: once, when the sampling is over.
-            written = self._write(engine, made) if made else []
+            written = self._write(pipe, made) if made else []
             for path in written:
                 progress.say(str(path))
         return written
 
-    def _sample(
-        self, engine: SATVideoDiffusionEngine, number: int, prompt: str, progress: Progress
-    ) -> Tensor:
-        """Scaled latents (1, t, c, h, w) of one prompt."""
-        cond = self.embed([prompt])
-        return engine.sample(
-            cond,
-            engine.conditioner.unconditional(cond),
-            (1, *self.shape),
-            generator=sample_generator(self.seed, number, 0),
-            callback=lambda *state: progress.step(f"validation video {number}"),
-        )
-
-    def _write(
-        self, engine: SATVideoDiffusionEngine, videos: Sequence[tuple[Path, Tensor]]
-    ) -> list[Path]:
+    def _write(self, pipe: CogVideoX, videos: Sequence[tuple[Path, Tensor]]) -> list[Path]:
         """Files of videos, each a path without suffix and latents (1, t, c, h, w)."""
         written, left = [], list(videos)
         if not self.only_latents:
             try:
-                with engine.loaded_first_stage():
+                with pipe.engine.loaded_first_stage():
                     while left:
-                        written += self._decode(engine, *left[0])
+                        written += self._decode(pipe, *left[0])
                         del left[0]
             except torch.cuda.OutOfMemoryError:
                 logger.warning(
@@ -276,16 +265,16 @@ class ValidationVideos:
         for stem, latents in left:
             path = stem.with_name(f"{stem.name}.safetensors")
             with replacing(path) as partial:
-                save_file({"latents": latents.cpu()}, partial, _latents_metadata(engine))
+                save_file({"latents": latents.cpu()}, partial, _latents_metadata(pipe.engine))
             written.append(path)
         return written
 
-    def _decode(self, engine: SATVideoDiffusionEngine, stem: Path, latents: Tensor) -> list[Path]:
+    def _decode(self, pipe: CogVideoX, stem: Path, latents: Tensor) -> list[Path]:
         """The mp4 and the contact sheet of one video."""
         mp4, sheet = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".png"))
         base = self.folder / f"{0:06d}" / sheet.name
-        chunks = (chunk[0] for chunk in engine.decode_first_stage(latents))
-        write_video(chunks, mp4, sheet, fps=self.fps, above=base if base != sheet else None)
+        frames = collect_frames(pipe.decode(latents), mp4, fps=self.defaults.fps)
+        write_contact_sheet(frames, sheet, above=base if base != sheet else None)
         return [mp4, sheet]
 
 

@@ -11,7 +11,7 @@ from sgm.checkpoint.lora_formats import METADATA_KEY
 from sgm.checkpoint.transformer import read_transformer
 from sgm.config import LoraChoice
 from sgm.errors import UserError
-from sgm.preflight import check_weight_paths
+from sgm.preflight import find_weights
 from tests.lora_models import build, build_theirs, predict, randomize
 
 diffusers = pytest.importorskip("diffusers")
@@ -148,7 +148,7 @@ def test_without_an_alpha_the_rank_is_taken_as_diffusers_does(ours, tmp_path, ca
     assert read_lora(tmp_path, alpha=6)[1].lora_alpha == 6 and not caplog.messages
     # Told when it is merged, not when the paths are looked at before.
     choice = LoraChoice(str(tmp_path))
-    check_weight_paths({"latent_input": True}, None, lora=[choice], random_transformer=True)
+    find_weights({"latent_input": True}, None, lora=[choice], random_transformer=True)
     assert not caplog.messages
 
 

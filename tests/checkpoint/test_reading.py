@@ -18,8 +18,9 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from safetensors.torch import save_file
 
-from sgm.checkpoint.reading import check_kind, read_checkpoint, tensors_of
+from sgm.checkpoint.reading import read_checkpoint, tensors_of
 from sgm.checkpoint.vae import load_vae_state
+from sgm.checkpoint.weight_file import check_kind
 from sgm.errors import UserError
 
 

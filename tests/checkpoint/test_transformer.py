@@ -4,12 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sgm.checkpoint.transformer import (
-    MODEL_PREFIX,
-    POSITION_TABLE,
-    find_transformer_file,
-    load_transformer,
-)
+from sgm.checkpoint.find import find_transformer
+from sgm.checkpoint.transformer import MODEL_PREFIX, POSITION_TABLE, load_transformer
 from sgm.errors import UserError
 from sgm.util import instantiate_from_config
 
@@ -79,9 +75,9 @@ def load(network, path, dtype=torch.float32):
 
 def test_folder_tag_and_file_lead_to_the_file(saved, tmp_path):
     _, path = saved
-    assert find_transformer_file(tmp_path) == path
-    assert find_transformer_file(tmp_path / "1000") == path
-    assert find_transformer_file(path) == path
+    assert find_transformer(tmp_path).path == path
+    assert find_transformer(tmp_path / "1000").path == path
+    assert find_transformer(path).path == path
 
 
 def test_published_weights_load_with_the_computed_position_table(saved, tmp_path):
@@ -170,7 +166,7 @@ def test_a_missing_file_is_named_with_the_expected_layout(tmp_path, place):
     (tmp_path / "dangling").mkdir()
     (tmp_path / "dangling" / "latest").write_text("500")
     with pytest.raises(UserError, match="latest"):
-        find_transformer_file(tmp_path / place)
+        find_transformer(tmp_path / place)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +175,7 @@ def test_a_missing_file_is_named_with_the_expected_layout(tmp_path, place):
 def test_a_latest_that_names_no_folder_is_one_sentence(tmp_path, tag):
     (tmp_path / "latest").write_text(tag)
     with pytest.raises(UserError) as failure:
-        find_transformer_file(tmp_path)
+        find_transformer(tmp_path)
     assert "\n" not in str(failure.value) and "load: " in str(failure.value)
     assert len(str(failure.value)) < 400
 
@@ -187,4 +183,4 @@ def test_a_latest_that_names_no_folder_is_one_sentence(tmp_path, tag):
 @pytest.mark.parametrize("load", ["a" * 5000, "~nobody-of-this-name/weights"])
 def test_a_load_that_cannot_be_looked_up_is_one_sentence(load):
     with pytest.raises(UserError, match="load: "):
-        find_transformer_file(load)
+        find_transformer(load)

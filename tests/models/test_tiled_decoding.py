@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from arguments import parse_config
 from sgm.config import SamplingArgs
 from sgm.engine import SATVideoDiffusionEngine
+from sgm.loading import load_engine
 from sgm.models.tiled_decoding import TILE, decode_tiled
-from sgm.pipeline import load_engine
 from sgm.util import check_params, instantiate_from_config
 from tests.conftest import OLD_NAMES
 

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from arguments import parse_config
 from sgm.config import Config, SamplingArgs, TrainingArgs
 from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError
-from sgm.pipeline import load_engine
+from sgm.loading import load_engine
+from sgm.modules.diffusionmodules.sampling import SampledStep, Sampler
 from tools import benchmark
 from tools.bench import inference
 from tools.bench import jobs as jobs_module
@@ -192,18 +194,18 @@ def test_warmup_and_steps_count_whole_videos(
 ) -> None:
     num_steps = []
 
-    def counting(config: Config, device: torch.device) -> SATVideoDiffusionEngine:
-        engine = load_engine(config, device)
-        sample = engine.sample
+    def counting(*args: Any, **kwargs: Any) -> SATVideoDiffusionEngine:
+        engine = load_engine(*args, **kwargs)
+        sample_steps = engine.sample_steps
 
-        def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
-            num_steps.append(engine.sampler.num_steps)
-            return sample(*args, **kwargs)
+        def counted(*args: Any, sampler: Sampler, **kwargs: Any) -> Iterator[SampledStep]:
+            num_steps.append(sampler.num_steps)
+            return sample_steps(*args, sampler=sampler, **kwargs)
 
-        engine.sample = counted
+        engine.sample_steps = counted
         return engine
 
-    monkeypatch.setattr(inference, "load_engine", counting)
+    monkeypatch.setattr("sgm.pipeline.load_engine", counting)
     monkeypatch.setattr(inference.inputs, "WARMUP_STEPS", 3)
     inference.pipeline(with_weights, options("--warmup", "2", "--steps", "3"))
     assert num_steps == [3, 3, 2, 2, 2]
@@ -351,7 +353,9 @@ def test_attention_is_that_of_the_flag_or_of_the_configuration(
     assert step.failure.startswith("attention: hopper does not run here: it needs Triton")
     assert [str(reason) for reason in others[:2]] == 2 * ["hopper alone was asked for"]
     engine = load_engine(parse_config(SamplingArgs, "", ["--base", INFER, "--device", "cpu"]), CPU)
-    monkeypatch.setattr(inference, "load_engine", lambda config, _: asked.append(config) or engine)
+    monkeypatch.setattr(
+        "sgm.pipeline.load_engine", lambda config, *_, **__: asked.append(config) or engine
+    )
     asked: list[Config] = []
     config = parse_config(SamplingArgs, "", ["--base", INFER])
     inference.pipeline(config, options("--attention", "sdpa"))

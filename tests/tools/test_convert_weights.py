@@ -14,8 +14,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from arguments import parse_config
+from sgm.checkpoint.find import find_t5
 from sgm.checkpoint.reading import read_checkpoint
-from sgm.checkpoint.text_encoder import find_t5
 from sgm.checkpoint.transformer import MODEL_PREFIX, POSITION_TABLE
 from sgm.config import SamplingArgs, TrainingArgs
 from sgm.modules.encoders.modules import T5Tokenizer

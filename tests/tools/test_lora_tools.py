@@ -12,9 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sgm.checkpoint.find import DIFFUSERS_FILE, MODEL_FILES
 from sgm.checkpoint.lora import load_lora, merge_loras, read_lora
-from sgm.checkpoint.lora_formats import BASE_KEY, DIFFUSERS_FILE, METADATA_KEY
-from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX, fingerprint, read_transformer
+from sgm.checkpoint.lora_formats import BASE_KEY, METADATA_KEY
+from sgm.checkpoint.transformer import MODEL_PREFIX, fingerprint, read_transformer
 from sgm.cli import run_command
 from sgm.config import LoraChoice
 from tests.conftest import full_disk

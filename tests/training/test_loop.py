@@ -11,8 +11,8 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 import sample_video
 import train_video
 from arguments import parse_config
+from sgm.checkpoint.find import find_transformer
 from sgm.checkpoint.reading import read_checkpoint
-from sgm.checkpoint.transformer import find_transformer_file
 from sgm.config import TrainingArgs
 from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError
@@ -38,7 +38,7 @@ SAMPLING = {
 
 def start_of(small):
     """The weights that runs start from."""
-    return read_checkpoint(find_transformer_file(small.folder / "transformer"))["module"]
+    return read_checkpoint(find_transformer(small.folder / "transformer").path)["module"]
 
 
 def test_a_step_with_learning_rate_0_changes_no_weight_and_no_video(small, tmp_path):
@@ -61,7 +61,8 @@ def test_a_step_with_learning_rate_0_changes_no_weight_and_no_video(small, tmp_p
 def test_a_lora_step_changes_nothing_but_its_matrices(small):
     config = parse_config(TrainingArgs, "", ["--base", small.file("lora", {"model": LORA})])
     ensure_process_groups()
-    engine = train_video.load_engine(config, CPU)
+    engine, load_weights = train_video.build_engine(config, train_video.check(config))
+    load_weights(CPU)
     before = {name: tensor.clone() for name, tensor in engine.state_dict().items()}
     wrapped = start_deepspeed(TrainingObjective(engine), config.deepspeed, config.args)
     latents, cond = engine.get_input({"mp4": torch.zeros(1, 5, 3, 64, 96), "txt": ["a"]})

@@ -17,6 +17,7 @@ from torch import nn
 from sgm.modules import GeneralConditioner
 from sgm.modules.diffusionmodules.denoiser import DiscreteDenoiser
 from sgm.modules.diffusionmodules.loss import VideoDiffusionLoss
+from sgm.modules.diffusionmodules.sampling import SampledStep
 from sgm.seeds import sample_generator
 from sgm.training.validation import Validation
 
@@ -36,6 +37,8 @@ SHAPE = (1, 3, 2, 2, 3)  # b t c h w: nine video frames of 16 x 24 pixels
 
 class Network(nn.Module):
     """Answers a multiple of its input and remembers what it was asked."""
+
+    diffusion_model = None
 
     def __init__(self, factor):
         super().__init__()
@@ -73,11 +76,11 @@ class Engine(nn.Module):
         spread = batch.get("spread", torch.zeros(()))
         return batch["mp4"] + spread * torch.randn(batch["mp4"].shape), {}
 
-    def sample(self, cond, uncond, shape, *, generator, callback):
+    def sample_steps(self, cond, uncond, shape, *, generator, sampler):
         assert not torch.is_grad_enabled() and not self.training
         self.calls.append((cond, uncond))
-        callback(0, 1, None)
-        return torch.randn(shape, generator=generator) * float(self.model.factor)
+        latents = torch.randn(shape, generator=generator) * float(self.model.factor)
+        yield SampledStep(0, latents, latents)
 
     @contextmanager
     def loaded_first_stage(self):
@@ -280,9 +283,14 @@ def test_too_little_memory_for_decoding_leaves_the_latents(build, caplog):
 def test_a_video_that_is_not_finite_is_left_out_and_the_next_one_made(build, caplog):
     caplog.set_level(logging.INFO)
     engine = Engine(factor=1.0)
-    sample = engine.sample
+    sample_steps = engine.sample_steps
     factors = iter([torch.nan, 1.0])
-    engine.sample = lambda *args, **more: sample(*args, **more) * next(factors)
+
+    def damaged(*args, **more):
+        factor = next(factors)
+        return (step._replace(x=step.x * factor) for step in sample_steps(*args, **more))
+
+    engine.sample_steps = damaged
     paths = build(prompts=["a", "b"]).make_videos(engine, 0)
     assert [path.name for path in paths] == ["1_b.mp4", "1_b.png"]
     assert "validation video 0 is left out: it is not finite" in caplog.text

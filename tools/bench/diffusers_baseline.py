@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgm.config import Config
-from sgm.preflight import t5_folders
+from sgm.preflight import weight_paths
 from sgm.util import build_on_meta
 from tools.bench import inputs
 from tools.bench.measuring import Measured, choose_device, measure, randomize
@@ -192,11 +192,11 @@ def _t5(config: Config, *, device: torch.device) -> tuple[Any, Callable[[], Tens
     """transformers' encoder with the weights of the configuration, and what embeds the prompt."""
     from transformers import T5EncoderModel
 
-    from sgm.checkpoint.text_encoder import find_t5
+    from sgm.checkpoint.find import find_t5
     from sgm.modules.encoders.modules import T5Tokenizer
 
-    _, folder = next(t5_folders(config.model))
-    files = find_t5(folder)
+    _, text, *_ = weight_paths(config.model)
+    files = find_t5(text.path())
     length = inputs.t5_params(config)["max_length"]
     tokenizer = T5Tokenizer(files.tokenizer, max_length=length)
     encoder = T5EncoderModel.from_pretrained(

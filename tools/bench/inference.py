@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,10 +23,9 @@ from sgm.engine import NetworkWrapper
 from sgm.models.autoencoder import build_first_stage, encode_moments
 from sgm.modules.transformer.attention import Kernel, check_attention, list_kernels
 from sgm.modules.transformer.linear import fp8_runs_on, quantize_linears
-from sgm.pipeline import load_engine
-from sgm.preflight import head_size, latent_shape
+from sgm.pipeline import CogVideoX
+from sgm.preflight import head_size
 from sgm.util import instantiate_from_config
-from sgm.video import to_uint8
 from tools.bench import diffusers_baseline, inputs
 from tools.bench.jobs import INFERENCE_SECTIONS, DoesNotApply, Job
 from tools.bench.measuring import (
@@ -209,36 +209,20 @@ def embed_text(config: Config, options: argparse.Namespace) -> Measured:
 
 
 def pipeline(config: Config, options: argparse.Namespace, *, memory: str = "high") -> Measured:
-    """A prompt to frames of 8 bits on the host: the engine of sample_video.py."""
+    """A prompt to frames of 8 bits on the host, as sample_video.py makes them."""
     config = copy.deepcopy(config)
     config.args.memory = memory
     config.args.attention = options.attention
-    device = choose_device()
+    config.args.compile = options.compile
     with no_garbage_collection():
-        engine = load_engine(config, device)
+        pipe = CogVideoX.load(config)
     ready_at = time.time()
-    network = engine.model.diffusion_model
-    if options.compile:
-        network.compile_blocks()
-    sampler, node = engine.sampler, copy.deepcopy(config.model["sampler_config"])
-    node["params"]["num_steps"] = inputs.WARMUP_STEPS
-    shape = (1, *latent_shape(config.args, config.model))
-
-    def run() -> None:
-        cond = engine.conditioner.encode([inputs.PROMPT])
-        latents = engine.sample(
-            cond,
-            engine.conditioner.unconditional(cond),
-            shape,
-            generator=torch.Generator().manual_seed(config.args.seed),
-        )
-        for chunk in engine.decode_first_stage(latents):
-            to_uint8(chunk[0])
-
+    # Each a text of its own, since the pipeline keeps the embedding of the last one.
+    prompts = (f"{inputs.PROMPT} {number}" for number in itertools.count())
     times = inputs.repeats(options, steps=1)
-    engine.sampler = instantiate_from_config(node)
     for _ in range(times["warmup"]):
-        run()
-    engine.sampler = sampler
-    measured = measure(run, device=device, warmup=0, steps=times["steps"])
+        pipe(next(prompts), num_steps=inputs.WARMUP_STEPS)
+    measured = measure(
+        lambda: pipe(next(prompts)), device=pipe.engine.device, warmup=0, steps=times["steps"]
+    )
     return dataclasses.replace(measured, ready_at=ready_at)

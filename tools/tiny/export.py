@@ -13,13 +13,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sgm.checkpoint.find import MODEL_FILES, find_transformer
 from sgm.checkpoint.reading import read_checkpoint, tensors_of
-from sgm.checkpoint.transformer import (
-    MODEL_FILES,
-    MODEL_PREFIX,
-    POSITION_TABLE,
-    find_transformer_file,
-)
+from sgm.checkpoint.transformer import MODEL_PREFIX, POSITION_TABLE
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.errors import UserError
 from sgm.files import replacing, save_torch
@@ -69,8 +65,8 @@ def main() -> int:
     parser.add_argument("--tag", default="1000", help="name of the transformer's inner folder")
     options = parser.parse_args()
     set_up_logging()
-    path = find_transformer_file(options.load)
-    state = tensors_of(read_checkpoint(path), path, wrapper="module")
+    (file,) = find_transformer(options.load).files
+    state = file.tensors(wrapper="module")
     write_t5(state, options.output / "t5" / "model.safetensors")
     write_transformer(state, options.output / "transformer", tag=options.tag)
     return 0

@@ -11,14 +11,15 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from sgm.checkpoint.lora import check_whole_lora, find_lora_file, read_lora
-from sgm.checkpoint.reading import read_checkpoint, tensors_of
+from sgm.checkpoint.find import find_lora, find_t5
+from sgm.checkpoint.lora import check_whole_lora, read_lora
 from sgm.checkpoint.strict_loading import differences
 from sgm.checkpoint.table import Part
 from sgm.checkpoint.tensors import on_meta
-from sgm.checkpoint.text_encoder import check_t5_weights, find_t5
+from sgm.checkpoint.text_encoder import check_t5
 from sgm.checkpoint.transformer import fingerprint, read_transformer
 from sgm.checkpoint.vae import load_vae_state
 from sgm.errors import UserError, first_of
@@ -238,8 +239,8 @@ def describe_lora(
 
 def _describe_other_lora(path: Path, problem: str) -> Finding:
     """A LoRA of diffusers or peft that does not load, as far as its names tell."""
-    file = find_lora_file(path)
-    shapes = on_meta(tensors_of(read_checkpoint(file), file, wrapper="module"))
+    (file,) = find_lora(path).files
+    shapes = on_meta(file.tensors(wrapper="module"))
     downs = {n: t for n, t in shapes.items() if ".lora_A." in n and t.ndim == 2}
     ranks = sorted({tensor.shape[0] for tensor in downs.values()})
     ends = sorted({re.sub(r"^.*?[0-9]+\.|\.lora_A\..*$", "", name) for name in downs})
@@ -285,8 +286,8 @@ def describe_t5(given: Path, known: Sequence[KnownModel]) -> Finding:
     """A folder with T5, `given`; `known` as in `describe_transformer`."""
     files = find_t5(given)
     shapes: dict[str, Tensor] = {}
-    for path in files.weights:
-        shapes |= on_meta(tensors_of(read_checkpoint(path), path, wrapper="state_dict"))
+    for file in files.files:
+        shapes |= on_meta(file.tensors(wrapper="state_dict"))
     finding = Finding(
         "T5 text encoder",
         [
@@ -296,7 +297,7 @@ def describe_t5(given: Path, known: Sequence[KnownModel]) -> Finding:
         ],
     )
     try:
-        check_t5_weights(files)
+        check_t5(files, dtype=torch.float32)
     except UserError as error:
         finding.problem = str(error)
         return finding

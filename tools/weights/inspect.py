@@ -12,18 +12,19 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from sgm.checkpoint.diffusers_folder import PART_CLASSES, is_pipeline, read_json
-from sgm.checkpoint.lora_formats import find_foreign_file, is_foreign
-from sgm.checkpoint.reading import check_kind, read_checkpoint, tensors_of
-from sgm.checkpoint.text_encoder import find_tokenizer
-from sgm.checkpoint.transformer import (
+from sgm.checkpoint.diffusers_folder import PART_CLASSES, is_pipeline
+from sgm.checkpoint.find import (
     MODEL_FILES,
-    MODEL_PREFIX,
-    OTHER_PARTS,
-    find_transformer_file,
-    is_lora_matrix,
+    SAT_FILE,
+    find_foreign_file,
+    find_tokenizer,
+    find_transformer,
 )
-from sgm.checkpoint.vae import ENGINE_PREFIX, SAT_FILE
+from sgm.checkpoint.lora_formats import is_foreign
+from sgm.checkpoint.reading import read_checkpoint, tensors_of
+from sgm.checkpoint.transformer import MODEL_PREFIX, OTHER_PARTS, is_lora_matrix
+from sgm.checkpoint.vae import ENGINE_PREFIX
+from sgm.checkpoint.weight_file import check_kind, read_json
 from sgm.errors import UserError
 from sgm.modules.encoders.modules import T5Tokenizer
 from tools.weights.findings import (
@@ -114,7 +115,7 @@ def _inspect_part(folder: Path, known: Sequence[KnownModel]) -> Finding:
 
 def _inspect_run(folder: Path, known: Sequence[KnownModel]) -> Finding:
     """SAT's layout: the folder with ``latest``, of a run for one, or that of an iteration."""
-    file = find_transformer_file(folder, option="PATH")
+    file = find_transformer(folder, option="PATH").path
     finding = _inspect_file(file, known, given=folder)
     finding.facts.insert(0, ("file", str(file)))
     if (folder / "latest").is_file():

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from arguments import parse_config
+from sgm.checkpoint.find import find_transformer
 from sgm.config import Config, SamplingArgs
 from sgm.errors import UserError
+from sgm.preflight import weight_paths
 from sgm.util import is_finite_number
 from tools.launch.choose_config import BUNDLED, FULL
 
@@ -22,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
 _CKPT_PATH = "model.first_stage_config.params.ckpt_path"
-_EMBEDDERS = "model.conditioner_config.params.emb_models"
 _NAMES = {  # part → option, key of a configuration
     "transformer": ("--transformer_ckpt_path", "args.load"),
     "vae": ("--vae_ckpt_path", _CKPT_PATH),
@@ -73,12 +74,9 @@ def select_number(config: Config, key: str, default: float) -> float:
 
 def _from_config(config: Config) -> Sources:
     """The paths that a configuration names; those of shipped ones lie in the repository."""
-    embedders = select(config, _EMBEDDERS)
-    nodes = embedders if isinstance(embedders, ListConfig) else []
-    texts = [OmegaConf.select(n, "params.model_dir") for n in nodes if isinstance(n, DictConfig)]
-    text = next(filter(None, texts), None)
+    vae, *texts = (named.value for named in weight_paths(config.model))
     found = []
-    for value in (select(config, "args.load"), select(config, _CKPT_PATH), text):
+    for value in (config.args.load, vae, next(filter(None, texts), None)):
         path = str(value) if value else None
         own = Path(path).expanduser() if path else None
         is_shipped = own is not None and not own.exists() and (ROOT / own).exists()
@@ -134,11 +132,9 @@ def choose_sources(given: Sources, base: Sequence[str] | None) -> tuple[Config, 
 
 def _config_of_run(given: Sources) -> str | None:
     """The training_config.yaml of the run that the transformer is of."""
-    from sgm.checkpoint.transformer import find_transformer_file
-
     if given.transformer is None:
         return None
-    path = find_transformer_file(given.transformer, option=given.name("transformer"))
+    path = find_transformer(given.transformer, option=given.name("transformer")).path
     for folder in list(path.parents)[:2]:
         if (folder / "training_config.yaml").is_file():
             return str(folder / "training_config.yaml")

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgm.checkpoint.find import T5Files, Weights, find_t5, find_transformer
 from sgm.checkpoint.lora import merged_tensors
 from sgm.checkpoint.table import Part, to_diffusers
 from sgm.checkpoint.tensors import in_dtype, on_meta
-from sgm.checkpoint.text_encoder import T5Files, check_t5_weights, find_t5
+from sgm.checkpoint.text_encoder import check_t5
 from sgm.checkpoint.transformer import read_transformer
 from sgm.checkpoint.vae import holds_autoencoder, load_vae_state
 from sgm.config import Config, LoraChoice
@@ -91,13 +92,16 @@ class Conversion:
         if sources.text_encoder:
             option = sources.name("text_encoder")
             self.text_encoder = find_t5(sources.text_encoder, option=option)
-            check_t5_weights(self.text_encoder)
+            check_t5(self.text_encoder, dtype=torch.float32)
+            self.text_encoder.release()
         self.parts: list[_Folder] = []
         wanted = {"num_layers": num_layers, "num_attention_heads": num_attention_heads}
-        vae = sources.vae
+        vae: str | Weights | None = sources.vae
         if sources.transformer:
-            path = self._add_transformer(sources, loras, dtype=dtype, wanted=wanted)
-            vae = vae or (str(path) if holds_autoencoder(path) else None)
+            option = sources.name("transformer")
+            found = find_transformer(sources.transformer, option=option)
+            self._add_transformer(found, loras, dtype=dtype, wanted=wanted)
+            vae = vae or (found if holds_autoencoder(found) else None)
         elif loras:
             raise UserError("--lora changes a transformer; name one in --transformer_ckpt_path")
         if vae:
@@ -121,21 +125,19 @@ class Conversion:
 
     def _add_transformer(
         self,
-        sources: Sources,
+        found: Weights,
         loras: Sequence[LoraChoice],
         *,
         dtype: torch.dtype | None,
         wanted: Mapping[str, int | None],
-    ) -> Path:
-        """Returns the file or folder that the transformer is in."""
-        option = sources.name("transformer")
-        path, base, matrices = read_transformer(sources.transformer, option=option)
-        if path.is_dir():
+    ) -> None:
+        path, base, matrices = read_transformer(found)
+        if found.folder is not None:
             logger.info("%s is in diffusers' layout already; it is written anew", path)
         if matrices and not loras:
             raise UserError(
                 f"{path} holds LoRA matrices besides the base model; add "
-                f"--lora {quote(sources.transformer)} to merge them, or convert the base model "
+                f"--lora {quote(str(found))} to merge them, or convert the base model "
                 "that it was trained on"
             )
         if matrices:
@@ -158,14 +160,17 @@ class Conversion:
         tensors = to_diffusers(tensors, "transformer", where=path)
         config = transformer_config(sizes, self._geometry)
         self.parts.append(_Folder("transformer", config, tensors))
-        return path
 
-    def _add_vae(self, source: str, *, option: str) -> None:
+    def _add_vae(self, source: str | Weights, *, option: str) -> None:
         state = load_vae_state(source, option=option)
         vae = build_on_meta(self._config.model.get("first_stage_config"))
         with self._naming_what_fits(state, "vae"):
-            sizes = check_weights(state, "vae", vae, where=source, described_by=self._described_by)
-        tensors = in_dtype(to_diffusers(state, "vae", where=source), torch.float32, where=source)
+            sizes = check_weights(
+                state, "vae", vae, where=str(source), described_by=self._described_by
+            )
+        tensors = in_dtype(
+            to_diffusers(state, "vae", where=str(source)), torch.float32, where=str(source)
+        )
         config = vae_config(sizes, self._geometry, scaling_factor=self._scaling_factor)
         self.parts.append(_Folder("vae", config, tensors))
 

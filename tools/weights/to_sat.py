@@ -13,16 +13,17 @@ from torch import Tensor
 
 from sgm.checkpoint.diffusers_folder import (
     PART_CLASSES,
+    find_part,
     is_pipeline,
     read_diffusers_part,
-    read_json,
 )
-from sgm.checkpoint.lora_formats import find_foreign_file, is_foreign
+from sgm.checkpoint.find import SAT_FILE, T5Files, find_foreign_file, find_t5
+from sgm.checkpoint.lora_formats import is_foreign
 from sgm.checkpoint.reading import read_checkpoint
 from sgm.checkpoint.table import to_sat
 from sgm.checkpoint.tensors import in_dtype
-from sgm.checkpoint.text_encoder import T5Files, check_t5_weights, find_t5
-from sgm.checkpoint.vae import SAT_FILE
+from sgm.checkpoint.text_encoder import check_t5
+from sgm.checkpoint.weight_file import read_json
 from sgm.errors import UserError
 from sgm.files import write_torch
 from tools.weights.sizes import check_whole_part
@@ -105,15 +106,16 @@ class Conversion:
                 "and its permissions"
             ) from None
         for part, folder in parts.items():
-            config, tensors = read_diffusers_part(folder, part)
-            tensors = to_sat(tensors, part, where=folder)
-            self.sizes[part] = check_whole_part(tensors, part, config, where=folder)
+            found = find_part(folder, part)
+            tensors = to_sat(read_diffusers_part(found), part, where=folder)
+            self.sizes[part] = check_whole_part(tensors, part, found.config, where=folder)
             own_dtype = dtype if part == "transformer" else None
             self._tensors[part] = in_dtype(tensors, own_dtype, where=folder)
         self.text_encoder: T5Files | None = None
         if (source / "text_encoder").is_dir():
             self.text_encoder = find_t5(source, option="--input_path")
-            check_t5_weights(self.text_encoder)
+            check_t5(self.text_encoder, dtype=torch.float32)
+            self.text_encoder.release()
 
     def write(self, folder: Path, *, link_text_encoder: bool) -> None:
         """Write all parts into `folder`, which is within `new_folder`."""

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgm.checkpoint.find import MODEL_FILES, SHARD, TOKENIZER_FILES, VARIANT, T5Files, shard_indices
 from sgm.checkpoint.tensors import on_meta
-from sgm.checkpoint.text_encoder import SHARD, TOKENIZER_FILES, VARIANT, T5Files, shard_indices
-from sgm.checkpoint.transformer import MODEL_FILES, MODEL_PREFIX
+from sgm.checkpoint.transformer import MODEL_PREFIX
 from sgm.errors import UserError
 from sgm.files import write_torch
 from sgm.progress import Progress

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from sgm.errors import UserError
 from sgm.modules.diffusionmodules.denoiser import Conditioning
 from sgm.util import check_number
 
@@ -33,6 +34,14 @@ class Guider(ABC):
     def combine(self, denoised: Tensor, scale: float) -> Tensor:
         """(num_branches * b, t, c, h, w) -> (b, t, c, h, w)."""
 
+    @abstractmethod
+    def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
+        """A copy with another scale, or for runs of another number of steps.
+
+        Raises:
+            UserError: a value is out of range, or the guider has no scale.
+        """
+
 
 class IdentityGuider(Guider):
     """No guidance: the conditional estimate alone, for half the work."""
@@ -50,6 +59,15 @@ class IdentityGuider(Guider):
     def combine(self, denoised: Tensor, scale: float) -> Tensor:
         """`denoised` as it is."""
         return denoised
+
+    def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
+        """The same guider, which no number of steps changes."""
+        if scale is not None:
+            raise UserError(
+                f"guidance_scale={scale}: {type(self).__name__} has no scale; use another "
+                "guider_config in the configuration"
+            )
+        return self
 
 
 class VanillaCFG(Guider):
@@ -91,6 +109,10 @@ class VanillaCFG(Guider):
         uncond, cond = denoised.chunk(2)
         return uncond + scale * (cond - uncond)
 
+    def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
+        """A copy with another scale; no number of steps changes it."""
+        return VanillaCFG(self.scale if scale is None else scale)
+
 
 class DynamicCFG(VanillaCFG):
     """Guidance whose scale runs along a raised cosine between 1 and 1 + scale.
@@ -123,3 +145,11 @@ class DynamicCFG(VanillaCFG):
         """
         progress = (num_steps - timestep) / self.num_steps
         return 1.0 + self.scale * (1.0 - math.cos(math.pi * progress**self.exp)) / 2.0
+
+    def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
+        """A copy with another height of the cosine, or another own number of steps."""
+        return DynamicCFG(
+            self.scale if scale is None else scale,
+            self.exp,
+            num_steps=self.num_steps if num_steps is None else num_steps,
+        )

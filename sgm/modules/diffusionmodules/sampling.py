@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,6 +21,20 @@ from sgm.util import instantiate_from_config, instantiate_part
 NoiseSource = Callable[[int], Tensor]
 # callback(step_index, num_steps, x after the step)
 StepCallback = Callable[[int, int, Tensor], None]
+
+
+class SampledStep(NamedTuple):
+    """One step of a run that is done.
+
+    Attributes:
+        step_index: 0..num_steps-1.
+        x: (b, t, c, h, w) float32, the latents after the step; after the last one the result.
+        denoised: the same shape, this step's estimate of the result.
+    """
+
+    step_index: int
+    x: Tensor
+    denoised: Tensor
 
 
 class StepCoefficients(NamedTuple):
@@ -64,12 +79,30 @@ class Sampler(ABC):
         *,
         guider_config: Mapping[str, Any],
     ) -> None:
-        self.schedule: NoiseSchedule = instantiate_from_config(discretization_config)(num_steps)
+        self._discretization = instantiate_from_config(discretization_config)
+        self.schedule: NoiseSchedule = self._discretization(num_steps)
         self.num_steps = len(self.schedule.timesteps)
         needs = ("prepare", "scale_at", "combine")
         self.guider: Guider = instantiate_part(
             guider_config, "sampler_config.params.guider_config", needs=needs
         )
+
+    def adjusted(
+        self, *, num_steps: int | None = None, guidance_scale: float | None = None
+    ) -> Sampler:
+        """A copy for another number of steps, or with another guidance scale.
+
+        The number of steps is that of the guider too.
+
+        Raises:
+            UserError: a value is out of range, or the guider has no scale.
+        """
+        sampler = copy.copy(self)
+        if num_steps is not None:
+            sampler.schedule = self._discretization(num_steps)
+            sampler.num_steps = len(sampler.schedule.timesteps)
+        sampler.guider = self.guider.adjusted(scale=guidance_scale, num_steps=num_steps)
+        return sampler
 
     @abstractmethod
     def coefficients(self) -> list[StepCoefficients]:
@@ -85,7 +118,7 @@ class Sampler(ABC):
         return [self.guider.scale_at(timestep, self.num_steps) for timestep in timesteps]
 
     @torch.no_grad()
-    def __call__(
+    def steps(
         self,
         network: Network,
         denoiser: DiscreteDenoiser,
@@ -94,9 +127,8 @@ class Sampler(ABC):
         uncond: Conditioning | None = None,
         *,
         noise: NoiseSource,
-        callback: StepCallback | None = None,
-    ) -> Tensor:
-        """Sample latents.
+    ) -> Iterator[SampledStep]:
+        """Sample latents, a step each time the next one is asked for.
 
         Nothing in the loop reads a value back from the device, so that the host runs ahead of it.
 
@@ -106,10 +138,9 @@ class Sampler(ABC):
             cond: tensors of b samples.
             uncond: the same for the unconditional branch; only a guider without one does without.
             noise: called with the index of each step that adds noise, in ascending order.
-            callback: called after each step; it must not change x in place.
 
-        Returns:
-            (b, t, c, h, w) float32.
+        Yields:
+            Each step; its tensors must not be changed in place.
         """
         conditioning = self.guider.prepare(cond, uncond)
         x = x.to(torch.float32)
@@ -135,9 +166,24 @@ class Sampler(ABC):
             if step.noise:
                 x = x + noise(step_index).to(x.dtype) * step.noise
             previous = denoised
+            yield SampledStep(step_index, x, denoised)
+
+    def __call__(
+        self,
+        network: Network,
+        denoiser: DiscreteDenoiser,
+        x: Tensor,
+        cond: Conditioning,
+        uncond: Conditioning | None = None,
+        *,
+        noise: NoiseSource,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        """Sample latents (b, t, c, h, w), float32: all of `steps`, with a callback after each."""
+        for step in self.steps(network, denoiser, x, cond, uncond, noise=noise):
             if callback is not None:
-                callback(step_index, self.num_steps, x)
-        return x
+                callback(step.step_index, self.num_steps, step.x)
+        return step.x
 
 
 class VPSDEDPMPP2MSampler(Sampler):

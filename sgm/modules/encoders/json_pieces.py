@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from sgm.checkpoint.diffusers_folder import read_json
+from sgm.checkpoint.weight_file import read_json
 from sgm.errors import UserError
 
 _SPLITTING = ("normalizer", "pre_tokenizer", "decoder")  # and the model; not cutting and padding

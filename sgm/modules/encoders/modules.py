@@ -10,7 +10,8 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
-from sgm.checkpoint.text_encoder import find_t5, load_encoder
+from sgm.checkpoint.find import T5Files, find_t5
+from sgm.checkpoint.text_encoder import check_t5, fill_encoder
 from sgm.errors import UserError
 from sgm.modules.encoders.json_pieces import JsonPieces
 
@@ -74,7 +75,8 @@ class FrozenT5Embedder(nn.Module):
         model_dir: folder in Hugging Face's layout, with ``config.json``, ``spiece.model`` (or
             ``tokenizer.json``) and weights as safetensors or .bin shards; or as in `find_t5`.
         max_length: number of tokens that every text is padded or cut to.
-        dtype, device: of the weights.
+        dtype, device: of the weights. On the device "meta" they are compared with the folder's
+            config only, until `load_weights`.
         streamed: the weights stay in their files, and each block's are on `device` while it works
             only; for inference.
 
@@ -89,7 +91,7 @@ class FrozenT5Embedder(nn.Module):
 
     def __init__(
         self,
-        model_dir: str,
+        model_dir: str | Path | T5Files,
         max_length: int = 226,
         *,
         dtype: torch.dtype = torch.float32,
@@ -97,10 +99,21 @@ class FrozenT5Embedder(nn.Module):
         streamed: bool = False,
     ) -> None:
         super().__init__()
-        files = find_t5(model_dir)
+        self.weights = find_t5(model_dir)
+        self._dtype = dtype
+        self._visited_device: torch.device | None = None
+        self.tokenizer = T5Tokenizer(self.weights.tokenizer, max_length=max_length)
+        self.transformer, self._mapped = check_t5(self.weights, dtype=dtype)
+        if torch.device(device).type != "meta":
+            self.load_weights(device, streamed=streamed)
+
+    def load_weights(self, device: str | torch.device, *, streamed: bool = False) -> None:
+        """Put the weights in place; to be called once, after building on the device "meta"."""
+        place = {"dtype": self._dtype, "device": device, "streamed": streamed}
+        fill_encoder(self.transformer, self._mapped, **place)
         self._visited_device = torch.device(device) if streamed else None
-        self.tokenizer = T5Tokenizer(files.tokenizer, max_length=max_length)
-        self.transformer = load_encoder(files, dtype=dtype, device=device, streamed=streamed)
+        self._mapped = {}
+        self.weights.release()
 
     def warn_if_cut(self, text: str) -> None:
         """Log a warning that quotes the end of `text` that the encoder will not see."""

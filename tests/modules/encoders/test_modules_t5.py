@@ -10,7 +10,7 @@ from sentencepiece import SentencePieceTrainer
 from transformers import T5EncoderModel, T5ForConditionalGeneration
 from transformers import T5Tokenizer as ReferenceTokenizer
 
-from sgm.checkpoint.text_encoder import embedding_files
+from sgm.checkpoint.find import find_t5
 from sgm.errors import UserError
 from sgm.modules.encoders.modules import FrozenT5Embedder, T5Tokenizer
 from tools.make_random_weights import write_t5
@@ -75,7 +75,7 @@ def test_a_diffusers_pipeline_and_its_text_encoder_give_the_same(
     assert torch.equal(found(TEXTS), embedder(TEXTS))
     expected = ["text_encoder/config.json", "tokenizer/spiece.model"]
     expected.append(f"text_encoder/model{variant}.safetensors")
-    assert embedding_files(str(tmp_path)) == [tmp_path / name for name in expected]
+    assert find_t5(str(tmp_path)).sources == [tmp_path / name for name in expected]
 
 
 def test_ids_are_those_of_transformers(t5, embedder):
@@ -142,7 +142,7 @@ def test_settings_of_a_tokenizer_json_do_not_cut_or_pad(t5, newer):
 def test_embeddings_are_the_same_with_a_tokenizer_json(newer, embedder):
     with torch.no_grad():
         assert torch.equal(FrozenT5Embedder(str(newer), MAX_LENGTH)(TEXTS), embedder(TEXTS))
-    assert embedding_files(str(newer))[1] == newer / "tokenizer.json"
+    assert find_t5(str(newer)).sources[1] == newer / "tokenizer.json"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from arguments import parse_config
 from sgm.config import SamplingArgs
 from sgm.errors import UserError
+from sgm.loading import load_engine
 from sgm.models.transformer import DiffusionTransformer
 from sgm.modules.transformer.linear import (
     FLOAT8,
@@ -21,7 +22,6 @@ from sgm.modules.transformer.linear import (
     quantize_linears,
     to_float8,
 )
-from sgm.pipeline import load_engine
 from tests.lora_models import build
 
 CONFIG = "configs/cogvideox_tiny_infer.yaml"

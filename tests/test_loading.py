@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from sgm.config import SamplingArgs
-from sgm.memory import RESERVE, Needs, choose_memory, estimate_needs, plan
+from sgm.engine import SATVideoDiffusionEngine
+from sgm.loading import RESERVE, Needs, choose_memory, estimate_needs, plan
 from sgm.modules.encoders.modules import FrozenT5Embedder
-from sgm.util import build_on_meta
+from sgm.util import build_on_meta, check_params
 
 GIB = 2**30
 ARGS = SamplingArgs(latent_channels=4, sampling_num_frames=3, sampling_image_size=[32, 48])
@@ -30,12 +31,21 @@ def test_the_first_mode_that_fits_is_taken_and_says_why(free, mode, words):
     assert found == mode and re.search(words, reason)
 
 
+def engine_of(model, dtype):
+    params = check_params(SATVideoDiffusionEngine, model, where="model")
+    return SATVideoDiffusionEngine(**params, device="meta", dtype=dtype)
+
+
+def needs_of(args, model, dtype):
+    return estimate_needs(args, engine_of(model, dtype), dtype=dtype)
+
+
 def num_weights(part):
     return sum(weight.numel() for weight in part.parameters())
 
 
 def test_needs_are_weights_and_work(small_model, t5_folder):
-    needs = estimate_needs(ARGS, small_model, dtype=torch.float16)
+    needs = needs_of(ARGS, small_model, torch.float16)
     autoencoder = build_on_meta(small_model["first_stage_config"])
     network = num_weights(build_on_meta(small_model["network_config"]))
     t5 = FrozenT5Embedder(str(t5_folder), 8, dtype=torch.float16).parameters()
@@ -48,7 +58,7 @@ def test_needs_are_weights_and_work(small_model, t5_folder):
 
 def test_in_a_large_network_sampling_decides(small_model):
     small_model["network_config"]["params"]["num_layers"] = 70
-    needs = estimate_needs(ARGS, small_model, dtype=torch.bfloat16)
+    needs = needs_of(ARGS, small_model, torch.bfloat16)
     network = num_weights(build_on_meta(small_model["network_config"]))
     tokens = 2 * (8 + 3 * 2 * 3) * 64 * 2  # two branches, text and video, width 64, 2 bytes
     assert needs.low == RESERVE + 2 * network + 16 * tokens
@@ -56,15 +66,16 @@ def test_in_a_large_network_sampling_decides(small_model):
 
 def test_tiles_need_less_where_the_frame_is_larger_than_one(small_model):
     args = dataclasses.replace(ARGS, sampling_image_size=[480, 720])
-    whole, small = (estimate_needs(a, small_model, dtype=torch.float16) for a in (args, ARGS))
+    whole, small = (needs_of(a, small_model, torch.float16) for a in (args, ARGS))
     args, tiny = (dataclasses.replace(a, tile_decode=True) for a in (args, ARGS))
-    assert estimate_needs(args, small_model, dtype=torch.float16).low < whole.low
-    assert estimate_needs(tiny, small_model, dtype=torch.float16) == small
+    assert needs_of(args, small_model, torch.float16).low < whole.low
+    assert needs_of(tiny, small_model, torch.float16) == small
 
 
 def chosen(memory, model, device):
     args = dataclasses.replace(ARGS, memory=memory)
-    return choose_memory(args, model, device=torch.device(device), dtype=torch.float16)
+    engine = engine_of(model, torch.float16)
+    return choose_memory(args, engine, device=torch.device(device), dtype=torch.float16)
 
 
 @pytest.mark.parametrize(("too_little", "mode"), [(0, "high"), (1, "low")])
@@ -72,7 +83,7 @@ def test_automatic_looks_at_what_is_free_and_logs_one_line(
     small_model, monkeypatch, caplog, too_little, mode
 ):
     caplog.set_level(logging.INFO)
-    needs = estimate_needs(ARGS, small_model, dtype=torch.float16)
+    needs = needs_of(ARGS, small_model, torch.float16)
     free = needs.high - too_little
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 * GIB))
     caplog.clear()
