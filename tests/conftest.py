@@ -29,6 +29,23 @@ OLD_NAMES = Path(__file__).parent / "data" / "old_names.yaml"
 TINY = Path(__file__).parents[1] / "configs" / "cogvideox_tiny_infer.yaml"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes share the tests: two, where there are two cores.
+
+    None besides this one for single files and tests, which would wait for the others to start.
+    """
+    places = [Path(argument.partition("::")[0]) for argument in config.args]
+    return 2 if all(map(Path.is_dir, places)) and len(os.sched_getaffinity(0)) > 1 else 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each of several processes has a core for itself, and so have the commands that it starts."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+
 @contextmanager
 def full_disk() -> Iterator[None]:
     """No file may grow beyond 4 KiB, which writing meets as it meets a full disk.

@@ -78,15 +78,18 @@ def chosen(memory, model, device):
     return choose_memory(args, engine, device=torch.device(device), dtype=torch.float16)
 
 
-def test_automatic_looks_at_what_is_free_and_logs_one_line(small_model, monkeypatch, caplog):
+@pytest.mark.parametrize(("too_little", "mode"), [(0, "high"), (1, "low")])
+def test_automatic_looks_at_what_is_free_and_logs_one_line(
+    small_model, monkeypatch, caplog, too_little, mode
+):
     caplog.set_level(logging.INFO)
     needs = needs_of(ARGS, small_model, torch.float16)
-    for free, mode in ((needs.high, "high"), (needs.high - 1, "low")):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 80 * GIB))
-        caplog.clear()
-        assert chosen("auto", small_model, "cuda:0") == mode
-        (message,) = caplog.messages
-        assert message.startswith(f"memory: {mode}, since all weights on the GPU need about")
+    free = needs.high - too_little
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 * GIB))
+    caplog.clear()
+    assert chosen("auto", small_model, "cuda:0") == mode
+    (message,) = caplog.messages
+    assert message.startswith(f"memory: {mode}, since all weights on the GPU need about")
 
 
 def test_a_mode_that_is_asked_for_is_taken_on_a_gpu(small_model, caplog):

@@ -80,22 +80,27 @@ def test_a_size_of_the_model_that_is_no_size_is_named(key, value):
         latent_shape(SamplingArgs(), {"network_config": {"params": params}})
 
 
-def test_a_length_of_texts_that_the_network_was_not_made_for_is_named():
-    def model(length, text_length):
-        embedder = {"target": "T5", "params": {"max_length": length} if length else {}}
-        modules = {"pos_embed_config": {"params": {"text_length": text_length}}}
-        return {
-            "network_config": {"params": PARAMS | {"in_channels": 16, "modules": modules}},
-            "conditioner_config": {"params": {"emb_models": [embedder]}},
-        }
+def with_texts(length, text_length):
+    """A `model` section: the length of T5's texts, and the one that its network takes."""
+    embedder = {"target": "T5", "params": {"max_length": length} if length else {}}
+    modules = {"pos_embed_config": {"params": {"text_length": text_length}}}
+    return {
+        "network_config": {"params": PARAMS | {"in_channels": 16, "modules": modules}},
+        "conditioner_config": {"params": {"emb_models": [embedder]}},
+    }
 
-    for length in (226, None):
-        assert latent_shape(SamplingArgs(), model(length, 226)) == (13, 16, 60, 90)
+
+@pytest.mark.parametrize("length", [226, None])
+def test_a_length_of_texts_that_the_network_was_made_for_passes(length):
+    assert latent_shape(SamplingArgs(), with_texts(length, 226)) == (13, 16, 60, 90)
+
+
+def test_a_length_of_texts_that_the_network_was_not_made_for_is_named():
     default = inspect.signature(FrozenT5Embedder).parameters["max_length"].default
     with pytest.raises(UserError, match=f"max_length: {default} must be 32"):
-        latent_shape(SamplingArgs(), model(None, 32))
+        latent_shape(SamplingArgs(), with_texts(None, 32))
     with pytest.raises(UserError, match=r"\[0\].params.max_length: 128 must be 226, text_"):
-        latent_shape(SamplingArgs(), model(128, 226))
+        latent_shape(SamplingArgs(), with_texts(128, 226))
 
 
 def test_frames_in_the_message_follow_the_models_rate():

@@ -148,24 +148,24 @@ def test_a_prompt_that_is_too_long_gives_a_warning_that_quotes_the_rest(base, tm
     assert "longer than 32 tokens" in warning and "zebra'" in warning
 
 
+@pytest.mark.parametrize(
+    ("strengths", "same"), [({"untrained": 1.0, "trained": 0.0}, True), ({"trained": 1.0}, False)]
+)
 def test_a_lora_that_learned_nothing_changes_nothing_and_another_does(
-    base, loras, sampled, tmp_path, capfd
+    base, loras, sampled, tmp_path, capfd, strengths, same
 ):
     place = Path("0_a red circle") / "0"
     expected = (sampled / place / "000000.mp4").read_bytes()
     # A lora_config in the same file is for training; here the LoRA is merged.
     lora = "lora_config: {target: sat.model.finetune.lora2.LoraMixin, params: {r: 9}}"
     overlay = write(tmp_path / "lora.yaml", f"model: {{{lora}}}".encode())
-    untrained, trained = (
-        {"path": str(loras / name), "scale": 1.0} for name in ("untrained", "trained")
-    )
-    for choices in ([untrained, trained | {"scale": 0.0}], [trained]):
-        flags = ["--lora", *(f"{choice['path']}:{choice['scale']}" for choice in choices)]
-        assert sample([*base, overlay], tmp_path, *flags, prompts=PROMPTS[:1]) == 0
-        video = (tmp_path / "out" / place / "000000.mp4").read_bytes()
-        assert (video == expected) == (len(choices) == 2)
-        record = json.loads((tmp_path / "out" / place / "run.json").read_text())
-        assert record["args"]["lora"] == choices
+    choices = [{"path": str(loras / name), "scale": scale} for name, scale in strengths.items()]
+    flags = ["--lora", *(f"{choice['path']}:{choice['scale']}" for choice in choices)]
+    assert sample([*base, overlay], tmp_path, *flags, prompts=PROMPTS[:1]) == 0
+    video = (tmp_path / "out" / place / "000000.mp4").read_bytes()
+    assert (video == expected) == same
+    record = json.loads((tmp_path / "out" / place / "run.json").read_text())
+    assert record["args"]["lora"] == choices
     assert "was trained on other weights" not in capfd.readouterr().err
 
 

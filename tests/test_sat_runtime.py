@@ -67,8 +67,8 @@ def test_sat_takes_deepspeed_where_it_is_there_already(pytestconfig):
 
 PROGRAM = """
 import atexit, random, numpy, torch
-from sat import mpu
 from sgm.sat_runtime import ensure_process_groups
+from sat import mpu
 
 def state():
     return torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist()

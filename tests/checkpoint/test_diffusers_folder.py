@@ -25,7 +25,7 @@ from sgm.checkpoint.vae import load_vae_state
 from sgm.data.cache_keys import first_stage_identity
 from sgm.errors import UserError
 from sgm.preflight import T5_EMBEDDER, find_weights
-from tests.checkpoint.test_transformer_loading import build, build_on_meta, published, randomise
+from tests.checkpoint.test_transformer import build, build_on_meta, published, randomise
 from tests.models.test_autoencoder_loading import build as build_vae
 
 diffusers = pytest.importorskip("diffusers")

@@ -17,7 +17,7 @@ from sgm.checkpoint.transformer import MODEL_PREFIX, POSITION_TABLE, is_lora_mat
 from sgm.errors import UserError
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.util import instantiate_from_config
-from tests.checkpoint.test_transformer_loading import network_config
+from tests.checkpoint.test_transformer import network_config
 
 DATA = Path(__file__).parents[1] / "data"
 DTYPES = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}

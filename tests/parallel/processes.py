@@ -13,7 +13,7 @@ import torch
 
 from sgm.cli import run_command
 
-SECONDS = 60  # far more than any of these takes
+SECONDS = 300  # far more than any of these takes, also beside other work
 
 # Imported once, not by each process; without effect where another test has started the server.
 PRELOADED = [

@@ -163,7 +163,7 @@ def test_a_run_that_is_killed_at_any_moment_resumes(small, tmp_path):
         argv = fresh + (["--resume", "latest"] if reached else [])
         process = processes.Process(target=_train, args=(argv,))
         process.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         newest = reached[-1] if reached else 0
         while latest(tmp_path) <= newest:  # it is under way
             assert process.is_alive() and time.monotonic() < deadline, process.exitcode

@@ -21,7 +21,7 @@ from tools.bench.training import (
     training_jobs,
 )
 
-CONFIG = Path(__file__).parents[2] / "configs" / "cogvideox_tiny_sft.yaml"
+CONFIG = Path(__file__).parents[3] / "configs" / "cogvideox_tiny_sft.yaml"
 RANK = 2
 
 
