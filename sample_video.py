@@ -136,7 +136,7 @@ def sample_all(pipe: CogVideoX, config: Config, prompts: Iterable[Prompt], *, ra
     steps = None
     if isinstance(prompts, list):  # else they are still to be typed
         steps = len(prompts) * config.args.batch_size * pipe.engine.sampler.num_steps
-        pipe.expect_steps(steps)
+        pipe.compile(num_steps=steps)
     failed = 0
     with progress_module.Progress(steps, lines=rank.index == 0) as progress:
         videos = VideoFolder(pipe, config, progress=progress)

@@ -26,7 +26,6 @@ _ROOT = Path(__file__).parents[1]
 
 # What libraries would say among our lines; who wants it back sets the variable otherwise.
 _QUIET = {
-    "SAT_LOGLEVEL": "WARNING",  # SAT reports at import that it checkpoints without DeepSpeed
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' bar over the text encoder's weights
     "TRANSFORMERS_VERBOSITY": "error",  # its table of T5's decoder weights, which are not needed
 }

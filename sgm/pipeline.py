@@ -92,7 +92,7 @@ class CallDefaults:
         fps: frames per second of the videos.
         seed, negative_prompt: as in `CogVideoX.stream`.
         step_cache: see `sgm.modules.transformer.step_cache.cached_steps`.
-        compile: whether to compile the transformer's blocks; None: on a GPU, once it pays.
+        compile: whether to compile the transformer's blocks; None: see `CogVideoX.compile`.
     """
 
     shape: tuple[int, int, int, int]
@@ -161,7 +161,6 @@ class CogVideoX:
         self._busy = threading.Lock()
         self._together = False  # whether several processes make each video
         self._writes = True
-        self._num_steps = 0  # of all videos so far
         self._is_compiled = False
 
     @classmethod
@@ -326,9 +325,16 @@ class CogVideoX:
             found = [replace(choice, path=find_lora(choice.path)) for choice in choices]
             self.engine.replace_loras(found)
 
-    def expect_steps(self, num_steps: int) -> None:
-        """Say how many steps are to come, so that blocks are compiled before the first one."""
-        self._compile(self._num_steps + num_steps)
+    def compile(self, *, num_steps: int) -> None:
+        """Compile the transformer's blocks, if the option `compile` says so or is not given.
+
+        Compiled blocks round differently, so this is for before the first video. A pipeline on
+        which it is not called compiles with ``compile=True`` only.
+
+        Args:
+            num_steps: steps that are to come; without the option, a GPU compiles from 100 on.
+        """
+        self._is_compiled = compile_network(self.engine, self.defaults.compile, num_steps=num_steps)
 
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
         """Scaled latents (1, t, c, h, w) → chunks (t, h, w, 3) of the video, uint8, in order."""
@@ -421,8 +427,8 @@ class CogVideoX:
     def _sample(self, request: _Request) -> Generator[Step, None, tuple[Tensor, float]]:
         """The steps of a video; returns its latents, and when sampling began."""
         self._require_open()  # it may be closed since the call
-        self._num_steps += request.sampler.num_steps
-        self._compile(self._num_steps)
+        if self.defaults.compile and not self._is_compiled:
+            self.compile(num_steps=request.sampler.num_steps)
         with in_step(together=self._together):
             cond = self._encode("prompt", request.prompt)
             if request.negative_prompt:
@@ -463,10 +469,3 @@ class CogVideoX:
         unscaled = (latents[0] / self.engine.scale_factor).float().cpu()
         colours = unscaled.movedim(1, -1) @ self._rgb[:-1] + self._rgb[-1]  # (t, h, w, 3)
         return to_uint8(colours.movedim(-1, 1))
-
-    def _compile(self, num_steps: int) -> None:
-        """Compile the transformer's blocks where that is asked for, or pays for so many steps."""
-        if not self._is_compiled:
-            self._is_compiled = compile_network(
-                self.engine, self.defaults.compile, num_steps=num_steps
-            )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ _NAMES_OF_THE_CODE = ("__all__", "__version__")  # other special names a package
 
 def leave_out_unused_parts() -> None:
     """To be called before SAT is imported; without effect after that, or where it is absent."""
+    os.environ.setdefault("SAT_LOGLEVEL", "WARNING")  # it reports that it does without DeepSpeed
     if "sat" in sys.modules or find_spec("sat") is None:
         return
     sat = _Unexecuted(find_spec("sat"))
