@@ -398,16 +398,10 @@ class SATVideoDiffusionEngine(nn.Module):
                 yield step
 
     def sample(
-        self,
-        cond: Mapping[str, Tensor],
-        uncond: Mapping[str, Tensor],
-        shape: Sequence[int],
-        *,
-        generator: torch.Generator,
-        callback: StepCallback | None = None,
+        self, *inputs: Any, callback: StepCallback | None = None, **named_inputs: Any
     ) -> Tensor:
         """Sample scaled latents (b, t, c, h, w): all of `sample_steps`, a callback after each."""
-        for step in self.sample_steps(cond, uncond, shape, generator=generator):
+        for step in self.sample_steps(*inputs, **named_inputs):
             if callback is not None:
                 callback(step.step_index, self.sampler.num_steps, step.x)
         return step.x

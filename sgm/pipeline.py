@@ -231,29 +231,9 @@ class CogVideoX:
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
 
-    def __call__(
-        self,
-        prompt: str,
-        *,
-        negative_prompt: str | None = None,
-        seed: int | None = None,
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        num_frames: int | None = None,
-        index: int | tuple[int, int] = 0,
-        path: str | Path | None = None,
-    ) -> Video:
-        """Make a video; arguments and errors are those of `stream`."""
-        for event in self.stream(
-            prompt,
-            negative_prompt=negative_prompt,
-            seed=seed,
-            num_steps=num_steps,
-            guidance_scale=guidance_scale,
-            num_frames=num_frames,
-            index=index,
-            path=path,
-        ):
+    def __call__(self, prompt: str, **options: Any) -> Video:
+        """Make a video; options and errors are those of `stream`."""
+        for event in self.stream(prompt, **options):
             last = event
         return last
 

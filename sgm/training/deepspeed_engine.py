@@ -59,6 +59,8 @@ def start_deepspeed(objective: nn.Module, settings: Mapping[str, Any], args: Any
         # DeepSpeed knows its own and PyTorch's optimizers by name; SAT's is handed to it ready.
         del settings["optimizer"]
         optimizer = sat_optimizer(params)
+    # On a CPU it would compile a reduction in shared memory that only its inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):

@@ -49,18 +49,14 @@ class Validation:
     Args:
         dataset: its first `eval_iters` batches of `eval_batch_size` are used; None: no loss.
         config: args, and the sections `model` and `data`.
-        folder: the run's; see `ValidationVideos`, and there for the rest.
+        videos: further arguments of `ValidationVideos`.
     """
 
     def __init__(
         self,
         dataset: Dataset | None,
         config: Any,
-        *,
-        folder: Path,
-        prompts: Sequence[str],
-        embed: Embed,
-        lockstep: bool = False,
+        **videos: Any,
     ) -> None:
         args = config.args
         self.dataset = dataset
@@ -69,9 +65,7 @@ class Validation:
         self.num_batches = args.eval_iters
         # One is enough: it reads a batch while the device works on the one before.
         self.num_workers = min(args.num_workers, 1)
-        self.videos = ValidationVideos(
-            config, folder=folder, prompts=prompts, embed=embed, lockstep=lockstep
-        )
+        self.videos = ValidationVideos(config, **videos)
 
     def loss(self, engine: SATVideoDiffusionEngine) -> dict[str, float]:
         """Mean losses: ``loss`` over all, and ``loss 0-249`` … ``loss 750-999`` by timestep.

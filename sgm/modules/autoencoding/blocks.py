@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,10 @@ from sgm.modules.autoencoding.convolve import empty_frames, frames_per_call
 from sgm.modules.autoencoding.norms import fused_kernels, needs_grad, norm_silu
 
 MakeNorm = Callable[[int], nn.Module]
+
+
+# Keys of published configurations that no part of this model reads; double_z is always so.
+UNREAD_PARAMS = frozenset({"double_z", "resolution", "attn_resolutions", "gather_norm"})
 
 
 class CausalResnetBlock(nn.Module):
@@ -112,16 +117,9 @@ class MiddleBlocks(nn.Module):
         self.block_1 = CausalResnetBlock(channels, channels, dropout=dropout, make_norm=make_norm)
         self.block_2 = CausalResnetBlock(channels, channels, dropout=dropout, make_norm=make_norm)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        *,
-        latents: torch.Tensor | None = None,
-        cache: ConvCache | None = None,
-    ) -> torch.Tensor:
-        """(b, c, t, h, w) → the same shape."""
-        x = self.block_1(x, latents=latents, cache=cache)
-        return self.block_2(x, latents=latents, cache=cache)
+    def forward(self, x: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """(b, c, t, h, w) → the same shape; `inputs` as in `CausalResnetBlock.forward`."""
+        return self.block_2(self.block_1(x, **inputs), **inputs)
 
 
 def residual_stack(

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from sgm.modules.autoencoding.blocks import MakeNorm, MiddleBlocks, residual_stack
+from sgm.modules.autoencoding.blocks import UNREAD_PARAMS, MakeNorm, MiddleBlocks, residual_stack
 from sgm.modules.autoencoding.causal_conv import CausalConv3d, ConvCache
 from sgm.modules.autoencoding.norms import LatentModulatedNorm, norm_silu
 from sgm.modules.autoencoding.resize import NUM_TIME_LEVELS, Upsample
@@ -60,18 +60,15 @@ class ContextParallelDecoder3D(nn.Module):
     The name is what configurations call it; the work is not split over processes.
     """
 
-    # in_channels: the encoder's. The others: no part of this model reads them.
-    IGNORED_PARAMS = frozenset(
-        {"double_z", "resolution", "in_channels", "attn_resolutions", "gather_norm"}
-    )
+    IGNORED_PARAMS = UNREAD_PARAMS | {"in_channels"}  # which is the encoder's
 
     def __init__(
         self,
         *,
+        z_channels: int,
         ch: int,
         ch_mult: Sequence[int],
         num_res_blocks: int,
-        z_channels: int,
         out_ch: int = 3,
         dropout: float = 0.0,
     ) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from sgm.modules.autoencoding.blocks import MiddleBlocks, residual_stack
+from sgm.modules.autoencoding.blocks import UNREAD_PARAMS, MiddleBlocks, residual_stack
 from sgm.modules.autoencoding.causal_conv import CausalConv3d
 from sgm.modules.autoencoding.norms import group_norm, norm_silu
 from sgm.modules.autoencoding.resize import NUM_TIME_LEVELS, Downsample
@@ -59,10 +59,7 @@ class ContextParallelEncoder3D(nn.Module):
     The name is what configurations call it; the work is not split over processes.
     """
 
-    # double_z: always so. out_ch: the decoder's. The others: no part of this model reads them.
-    IGNORED_PARAMS = frozenset(
-        {"double_z", "resolution", "out_ch", "attn_resolutions", "gather_norm"}
-    )
+    IGNORED_PARAMS = UNREAD_PARAMS | {"out_ch"}  # which is the decoder's
 
     def __init__(
         self,

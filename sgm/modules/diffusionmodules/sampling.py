@@ -169,18 +169,10 @@ class Sampler(ABC):
             yield SampledStep(step_index, x, denoised)
 
     def __call__(
-        self,
-        network: Network,
-        denoiser: DiscreteDenoiser,
-        x: Tensor,
-        cond: Conditioning,
-        uncond: Conditioning | None = None,
-        *,
-        noise: NoiseSource,
-        callback: StepCallback | None = None,
+        self, *inputs: Any, callback: StepCallback | None = None, **named_inputs: Any
     ) -> Tensor:
         """Sample latents (b, t, c, h, w), float32: all of `steps`, with a callback after each."""
-        for step in self.steps(network, denoiser, x, cond, uncond, noise=noise):
+        for step in self.steps(*inputs, **named_inputs):
             if callback is not None:
                 callback(step.step_index, self.num_steps, step.x)
         return step.x

@@ -263,28 +263,17 @@ def run_block(
     time_embedding: Tensor,
     parts: BlockParts,
     *,
-    text_length: int,
-    head_size: int,
-    kernel: Kernel,
-    num_branches: int,
-    share: SequenceShare | None,
     keep: Keep | None,
+    **settings: Any,
 ) -> Tensor:
     """A block on tokens (b, n, d); of its inner results only `keep` stays for the backward pass.
 
-    With more than one branch of guidance, video tokens have to be the same in all.
+    The settings are those of `_block`. With more than one branch of guidance, video tokens have to
+    be the same in all.
 
     A function of all that it needs: compiled, it is the same graph for every layer with as many.
     """
-    block = partial(
-        _block,
-        parts=parts,
-        text_length=text_length,
-        head_size=head_size,
-        kernel=kernel,
-        num_branches=num_branches,
-        share=share,
-    )
+    block = partial(_block, parts=parts, **settings)
     if keep is None:
         return block(tokens, time_embedding)
     return run_checkpointed(block, tokens, time_embedding, keep=keep)
