@@ -73,7 +73,7 @@ def export_lora(path: str | Path, folder: str | Path, *, alpha: float | None = N
     Raises:
         UserError: `path` holds no LoRA, or not all of one; the file exists, or cannot be written.
     """
-    from sgm.checkpoint.find import DIFFUSERS_FILE
+    from sgm.checkpoint.find import DIFFUSERS_FILE, find_lora
     from sgm.checkpoint.lora import alpha_of, check_whole_lora, is_sat_lora, read_lora
     from sgm.checkpoint.lora_formats import DIFFUSERS_PREFIX
     from sgm.checkpoint.table import to_diffusers
@@ -81,9 +81,10 @@ def export_lora(path: str | Path, folder: str | Path, *, alpha: float | None = N
 
     folder = Path(os.path.expanduser(folder))
     refuse_existing(folder / DIFFUSERS_FILE)
-    matrices, record = read_lora(path, alpha=alpha, option="--sat_pt_path")
+    lora = find_lora(path, option="--sat_pt_path")
+    matrices, record = read_lora(lora, alpha=alpha, option="--sat_pt_path")
     check_whole_lora(matrices, record, path)
-    if not is_sat_lora(path, option="--sat_pt_path"):
+    if not is_sat_lora(lora):
         logger.info("%s is in diffusers' or peft's format already; it is written anew", path)
     tensors = to_diffusers(matrices, "lora", where=path)
     metadata = adapter_metadata(record, alpha_of(record, path), list(tensors))

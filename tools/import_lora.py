@@ -47,6 +47,7 @@ def import_lora(
         UserError: `path` holds no LoRA that SAT can hold, or one of another model; or `folder`
             exists or cannot be written.
     """
+    from sgm.checkpoint.find import find_lora
     from sgm.checkpoint.lora import (
         check_matrices,
         check_whole_lora,
@@ -58,9 +59,10 @@ def import_lora(
     from tools.weights.writing import save_sat_transformer
 
     refuse_existing(Path(folder).expanduser())
-    matrices, record = read_lora(path, alpha=alpha, option="--lora_path")
+    lora = find_lora(path, option="--lora_path")
+    matrices, record = read_lora(lora, alpha=alpha, option="--lora_path")
     check_whole_lora(matrices, record, path)
-    if is_sat_lora(path, option="--lora_path"):
+    if is_sat_lora(lora):
         logger.info("%s is of SAT format already; it is written anew", path)
     if load is not None:
         found, base, _ = read_transformer(load, option="--load")

@@ -88,6 +88,13 @@ class Weights:
             file.release()
 
 
+def release(part: Any) -> None:
+    """Give the files of a part of the model back, if it has any."""
+    weights = getattr(part, "weights", None)
+    if weights is not None:
+        weights.release()
+
+
 def _not_readable(given: str | Path, option: str, error: OSError) -> UserError:
     # A name that is too long, a folder of another user …
     return UserError(
@@ -331,7 +338,7 @@ def _without_config(folder: Path, option: str) -> UserError:
 
 
 def _check_shards(files: T5Files) -> None:
-    """Raise UserError where a shard is absent that the list of them names."""
+    """Raise UserError where a shard is missing that the list of them names."""
     for index in shard_indices(files):
         shards = read_json(index).get("weight_map")
         for name in sorted(set(map(str, shards.values() if isinstance(shards, dict) else ()))):

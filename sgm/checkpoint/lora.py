@@ -122,13 +122,13 @@ def read_lora(
     return matrices, replace(record, lora_alpha=alpha)
 
 
-def is_sat_lora(path: str | Path | Weights, *, option: str = "lora") -> bool:
-    """Whether the LoRA in `path` is of SAT format; else it is one of diffusers or peft.
+def is_sat_lora(lora: Weights) -> bool:
+    """Whether a LoRA is of SAT format; else it is one of diffusers or peft.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: it cannot be read.
     """
-    (file,) = find_lora(path, option=option).files
+    (file,) = lora.files
     return any(map(is_lora_matrix, file.tensors(wrapper="module")))
 
 

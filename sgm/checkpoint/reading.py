@@ -144,13 +144,13 @@ class _KeptFile:
 def _open_safetensors(file: BinaryIO, path: Path) -> Contents:
     """As `_read_safetensors`, with tensors that are read from the kept file when asked for."""
     with whole_safetensors(path), safe_open(path, framework="np") as checked:
-        metadata = checked.metadata() or {}
+        names, metadata = checked.keys(), checked.metadata() or {}
     kept = _KeptFile(file, path)
     length = int.from_bytes(kept.read(0, 8).numpy().tobytes(), "little")
     header = json.loads(kept.read(8, length).numpy().tobytes())
-    header.pop("__metadata__", None)
     makers, shapes = {}, {}
-    for name, entry in header.items():
+    for name in names:
+        entry = header[name]
         if entry["dtype"] not in _DTYPES:
             raise UserError(
                 f"{path}: {name} is stored as {entry['dtype']}; quantised weights are not read, "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgm.checkpoint.find import release
 from sgm.errors import UserError, nearest_name
 from sgm.util import check_number, instantiate_from_config
 
@@ -74,6 +75,8 @@ class GeneralConditioner(nn.Module):
                 embedder = self._build(node, device, streamed=streamed)
                 if with_embedders:
                     self.embedders.append(embedder)
+                else:
+                    release(embedder)
 
     def _build(
         self, node: Mapping[str, Any], device: str | torch.device, *, streamed: bool

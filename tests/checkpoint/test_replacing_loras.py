@@ -1,5 +1,6 @@
 """LoRAs of a loaded model are replaced by others, with the bytes of a fresh start."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,19 @@ from sgm.checkpoint.lora import merge_loras, replace_loras
 from sgm.checkpoint.lora_formats import expected_matrices, lora_layers
 from sgm.checkpoint.transformer import MODEL_PREFIX, load_transformer, read_transformer
 from sgm.config import LoraChoice
+from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError
-from sgm.util import build_on_meta
+from sgm.util import build_on_meta, check_params
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "cogvideox_tiny_infer.yaml"
 LOAD = ROOT / "CogVideoX-tiny-sat" / "transformer"
 
 
 @pytest.fixture(scope="module")
 def build():
     """Makes the bundled transformer on the meta device."""
-    config = OmegaConf.load(ROOT / "configs" / "cogvideox_tiny_infer.yaml")
+    config = OmegaConf.load(CONFIG)
     node = OmegaConf.to_container(config.model.network_config)
     return lambda: build_on_meta(node)
 
@@ -84,3 +87,21 @@ def test_a_wrong_lora_changes_nothing(build, loras, tmp_path):
     assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())
     replace_loras(network, [], **place)
     assert not all(torch.equal(network.state_dict()[n], tensor) for n, tensor in before.items())
+
+
+def test_an_engine_maps_its_base_weights_again(tmp_path):
+    load = shutil.copytree(LOAD, tmp_path / "transformer")
+    model = OmegaConf.to_container(OmegaConf.load(CONFIG).model)
+    extra = {"load": str(load), "cached_input": True}
+    params = check_params(SATVideoDiffusionEngine, model | extra, where="model")
+    engine = SATVideoDiffusionEngine(**params)
+    expected = read_transformer(LOAD).base
+    found = engine.base_weights
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    (file,) = load.glob("*/*.pt")
+    state = torch.load(file, weights_only=True)
+    state["module"] = {name: tensor + 1 for name, tensor in state["module"].items()}
+    torch.save(state, file)
+    with pytest.raises(UserError, match="changed after its weights were loaded"):
+        _ = engine.base_weights

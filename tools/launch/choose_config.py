@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+
+from sgm.preflight import weight_paths
 
 FULL = "configs/cogvideox_2b_infer.yaml"
 BUNDLED = "configs/cogvideox_tiny_infer.yaml"
@@ -27,19 +31,17 @@ BUNDLED_TRAIN = "configs/cogvideox_tiny_sft.yaml"
 LESSON = "configs/cogvideox_tiny_lesson.yaml"  # draws its own data; see tools/teach_tiny.py
 
 
-def weight_paths(config: Any, load: str | None = None) -> list[str]:
+def named_weights(config: Any, load: str | None = None) -> list[str]:
     """The paths of weights that a configuration names: transformer, VAE and text encoders.
 
     Args:
-        config: the OmegaConf node of a whole file. Keys that are absent give no path.
+        config: the OmegaConf node of a whole file. Missing keys give no path.
         load: the flag of that name, which wins over the file's key.
     """
+    model = OmegaConf.select(config, "model")
     paths = [load or OmegaConf.select(config, "args.load")]
-    paths.append(OmegaConf.select(config, "model.first_stage_config.params.ckpt_path"))
-    embedders = OmegaConf.select(config, "model.conditioner_config.params.emb_models")
-    for embedder in embedders if OmegaConf.is_list(embedders) else []:
-        if OmegaConf.is_dict(embedder):
-            paths.append(OmegaConf.select(embedder, "params.model_dir"))
+    if isinstance(model, Mapping):
+        paths += [named.value for named in weight_paths(model)]
     return [path for path in paths if path and isinstance(path, str)]
 
 
@@ -75,7 +77,7 @@ def choose_config(
         full, bundled = FULL_TRAIN, BUNDLED_TRAIN if train_data else LESSON
     try:
         config = OmegaConf.load(full)
-        paths = weight_paths(config, load) + (data_paths(config, train_data) if train else [])
+        paths = named_weights(config, load) + (data_paths(config, train_data) if train else [])
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException):
         return full, []
     missing = [path for path in paths if _is_missing(path)]

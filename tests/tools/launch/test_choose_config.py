@@ -14,17 +14,18 @@ from tools.launch.choose_config import (
     FULL_TRAIN,
     LESSON,
     data_paths,
-    weight_paths,
+    named_weights,
 )
 
 REPOSITORY = Path(choose_config.__file__).parents[2]
 PATHS = ["weights/transformer", "weights/3d-vae.pt", "weights/t5"]
 
-CONFIG = """
-args: {load: weights/transformer}
+T5 = "{target: sgm.modules.encoders.modules.FrozenT5Embedder, params: {model_dir: weights/t5}}"
+CONFIG = f"""
+args: {{load: weights/transformer}}
 model:
-  first_stage_config: {target: x, params: {ckpt_path: weights/3d-vae.pt}}
-  conditioner_config: {target: x, params: {emb_models: [{params: {model_dir: weights/t5}}]}}
+  first_stage_config: {{target: x, params: {{ckpt_path: weights/3d-vae.pt}}}}
+  conditioner_config: {{target: x, params: {{emb_models: [{T5}]}}}}
 """
 
 
@@ -122,5 +123,5 @@ def test_a_file_that_makes_no_sense_is_left_to_whoever_runs_it(folder, text):
 @pytest.mark.parametrize("name", [FULL, FULL_TRAIN])
 def test_the_shipped_files_name_three_paths_and_data_for_training(name):
     config = OmegaConf.load(REPOSITORY / name)
-    assert len(weight_paths(config)) == 3
+    assert len(named_weights(config)) == 3
     assert len(data_paths(config)) == (name == FULL_TRAIN)
