@@ -10,8 +10,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TOUR = "docs/code-tour.md"
-# Where the tour stands as long as that file does not exist.
-SECTION = ("README.md", "## Reading the code\n")
 
 # `file.py`, `folder/`, `file.py::Class.method` and `file.py`: `function`
 PLACE = re.compile(
@@ -21,12 +19,7 @@ PLACE = re.compile(
 
 
 def tour() -> str:
-    if (ROOT / TOUR).is_file():
-        return (ROOT / TOUR).read_text(encoding="utf-8")
-    file, heading = SECTION
-    _, found, rest = (ROOT / file).read_text(encoding="utf-8").partition(heading)
-    assert found, f"neither {TOUR} nor the section of {file} exists"
-    return rest.partition("\n## ")[0]
+    return (ROOT / TOUR).read_text(encoding="utf-8")
 
 
 def places(text: str) -> list[tuple[str, str]]:

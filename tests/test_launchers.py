@@ -33,6 +33,7 @@ def copy(tmp_path: Path) -> Path:
     for name in [*SCRIPTS, *(f"tools/{name}.py" for name in TOOLS)]:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, root / name)
+    (root / "sgm").symlink_to(REPOSITORY / "sgm")  # where choose_config has the paths from
     (root / "requirements.txt").write_text("# nothing\n")
     (root / "sample_video.py").write_text(STUB)
     (root / "train_video.py").write_text(STUB)
