@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from sgm.modules.autoencoding.blocks import UNREAD_PARAMS, MakeNorm, MiddleBlocks, residual_stack
+from sgm.modules.autoencoding.blocks import UNREAD_PARAMS, MiddleBlocks, residual_stack
 from sgm.modules.autoencoding.causal_conv import CausalConv3d, ConvCache
 from sgm.modules.autoencoding.norms import LatentModulatedNorm, norm_silu
 from sgm.modules.autoencoding.resize import NUM_TIME_LEVELS, Upsample
@@ -17,24 +17,9 @@ from sgm.modules.autoencoding.resize import NUM_TIME_LEVELS, Upsample
 class DecoderLevel(nn.Module):
     """Residual blocks at one size, then the step to twice of it, except at level 0."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        num_blocks: int,
-        dropout: float,
-        make_norm: MakeNorm,
-        upsample: Upsample | None,
-    ) -> None:
+    def __init__(self, blocks: nn.ModuleList, *, upsample: Upsample | None) -> None:
         super().__init__()
-        self.block = residual_stack(
-            in_channels,
-            out_channels,
-            num_blocks=num_blocks,
-            dropout=dropout,
-            make_norm=make_norm,
-        )
+        self.block = blocks
         self.upsample = upsample
 
     def forward(
@@ -50,14 +35,14 @@ class ContextParallelDecoder3D(nn.Module):
     """The causal 3D decoder of CogVideoX (Yang et al. 2024, section 2.1), the encoder's mirror.
 
     Args:
+        z_channels: channels of the latents.
+        out_ch: channels of the video.
         ch: channels of the last level to run, which is number 0.
         ch_mult: factor on `ch` at each level, as in the encoder.
         num_res_blocks: the encoder's number; a level here has one block more.
-        z_channels: channels of the latents.
-        out_ch: channels of the video.
         dropout: rate inside the residual blocks, in training.
 
-    The name is what configurations call it; the work is not split over processes.
+    As with the encoder, the name is the configurations'.
     """
 
     IGNORED_PARAMS = UNREAD_PARAMS | {"in_channels"}  # which is the encoder's
@@ -66,10 +51,10 @@ class ContextParallelDecoder3D(nn.Module):
         self,
         *,
         z_channels: int,
+        out_ch: int = 3,
         ch: int,
         ch_mult: Sequence[int],
         num_res_blocks: int,
-        out_ch: int = 3,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -84,15 +69,14 @@ class ContextParallelDecoder3D(nn.Module):
             upsample = None
             if index > 0:
                 upsample = Upsample(width, expand_time=index > deepest - NUM_TIME_LEVELS)
-            level = DecoderLevel(
+            blocks = residual_stack(
                 widths[min(index + 1, deepest)],
                 width,
                 num_blocks=num_res_blocks + 1,
                 dropout=dropout,
                 make_norm=make_norm,
-                upsample=upsample,
             )
-            self.up.append(level)
+            self.up.append(DecoderLevel(blocks, upsample=upsample))
         self.norm_out = make_norm(widths[0])
         self.conv_out = CausalConv3d(widths[0], out_ch, kernel_size=3)
 

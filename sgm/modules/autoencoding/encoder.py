@@ -16,23 +16,9 @@ from sgm.modules.autoencoding.resize import NUM_TIME_LEVELS, Downsample
 class EncoderLevel(nn.Module):
     """Residual blocks at one size, then the step to half of it, except at the last level."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        num_blocks: int,
-        dropout: float,
-        downsample: Downsample | None,
-    ) -> None:
+    def __init__(self, blocks: nn.ModuleList, *, downsample: Downsample | None) -> None:
         super().__init__()
-        self.block = residual_stack(
-            in_channels,
-            out_channels,
-            num_blocks=num_blocks,
-            dropout=dropout,
-            make_norm=group_norm,
-        )
+        self.block = blocks
         self.downsample = downsample
 
     def steps(self) -> Iterator[nn.Module]:
@@ -83,14 +69,14 @@ class ContextParallelEncoder3D(nn.Module):
             downsample = None
             if index < num_resizes:
                 downsample = Downsample(width, compress_time=index < NUM_TIME_LEVELS)
-            level = EncoderLevel(
+            blocks = residual_stack(
                 widths[index - 1] if index else ch,
                 width,
                 num_blocks=num_res_blocks,
                 dropout=dropout,
-                downsample=downsample,
+                make_norm=group_norm,
             )
-            self.down.append(level)
+            self.down.append(EncoderLevel(blocks, downsample=downsample))
         self.mid = MiddleBlocks(widths[-1], dropout=dropout, make_norm=group_norm)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 2 * z_channels, kernel_size=3)
