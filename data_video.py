@@ -35,9 +35,8 @@ class SFTDataset(Dataset):
     """Clips with captions from a folder in one of the layouts of `sgm.data.layouts`.
 
     Items are ``{"mp4": float32 (t, 3, h, w) in [-1, 1], "txt": caption}``. Their length t is
-    `max_num_frames`, or for shorter clips the longest 4k + 1 that they have, at least 5. Clips of
-    different lengths cannot share a batch: a batch size above 1 needs clips that are all long
-    enough.
+    `max_num_frames`, or for a shorter clip the largest 4k + 1 that it has; one with less than 5
+    frames is left out. Items of different lengths cannot share a batch.
 
     Frames are taken at `fps` by their timestamps, and turned as the file says. An item takes one
     number from torch's global generator, which decides where its window begins in a longer clip.

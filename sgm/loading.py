@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -21,15 +21,12 @@ from sgm.preflight import SPATIAL_FACTOR, TEMPORAL_FACTOR, RunWeights, find_weig
 from sgm.toolchain import can_compile_kernels, check_compile
 from sgm.util import check_params
 
-if TYPE_CHECKING:
-    from sgm.engine import SATVideoDiffusionEngine
-
 logger = logging.getLogger(__name__)
 
 
 # From so many steps on, compiling pays on a GPU: 5 to 10 s once, and 0.08 s less for each step.
 COMPILE_STEPS = 100
-# Weights of the transformer, from which on a CPU takes minutes for a step.
+# A transformer of so many weights takes minutes for a step on a CPU.
 LARGE_MODEL = 500_000_000
 
 # The most that is there beside the weights, counted in half types and without compiling, which

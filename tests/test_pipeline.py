@@ -209,7 +209,7 @@ def test_close_frees_the_weights_and_ends_all_calls(base):
         ({"num_frames": 50}, "num_frames=50 counts frames of the video; this model allows: 1, 9"),
         ({"num_frames": 9.0}, "num_frames=9.0 counts frames"),
         ({"num_steps": 1}, "num_steps"),
-        ({"guidance_scale": float("nan")}, "scale=nan: give a number"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan: give a number"),
         ({"seed": "7"}, "CogVideoX: seed: '7' is not a whole number"),
         ({"negative_prompt": 3}, "CogVideoX: negative_prompt: 3 is not a text"),
         ({"index": -1}, "index: -1 must be a whole number from 0"),

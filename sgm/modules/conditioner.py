@@ -23,16 +23,15 @@ class GeneralConditioner(nn.Module):
             `input_key` names the entry of the batch it reads, `is_trainable` whether its weights
             are trained, `ucg_rate` (0 to 1) how often a training sample's embedding is replaced
             by zeros, which teaches the network its unconditional prediction.
-        with_embedders: without them no weights are read: batches bring their embedding along.
-        dtype, device: of the embedders' weights. On the device "meta" embedders are built without
-            values, until `load_weights`; without them too, to be checked.
-        streamed: each block's weights are on `device` while it works only; for inference, with
-            embedders that can do so.
+        with_embedders: False: batches bring their embeddings along, and no embedder is kept.
+        dtype, device: of the embedders' weights. On the device "meta" embedders are built and
+            checked, also where none is kept; `load_weights` then reads their values.
+        streamed: the weights of each block are on `device` only while it works. For inference, with
+            embedders that have this argument.
 
     Raises:
-        UserError: no embedder; an unknown key in an embedder's node; or several embedders, where
-            there are to be none: the parts of an embedding that each of them drops are not known
-            then.
+        UserError: there is no embedder, an embedder's node has an unknown key, or embeddings are
+            kept of more than one embedder: which part of them each embedder drops is not known.
     """
 
     def __init__(
@@ -89,9 +88,12 @@ class GeneralConditioner(nn.Module):
         return embedder
 
     def load_weights(self, device: str | torch.device, *, streamed: bool = False) -> None:
-        """Give embedders that were built on the device "meta" their weights, in place."""
+        """Read the values of embedders that were built on the device "meta".
+
+        An embedder without the attribute `weights` has no files to read later and is built again.
+        """
         for index, embedder in enumerate(self.embedders):
-            if getattr(embedder, "weights", None) is None:  # it has no file, so it starts at random
+            if getattr(embedder, "weights", None) is None:
                 self.embedders[index] = self._build(self._nodes[index], device, streamed=streamed)
             else:
                 embedder.load_weights(device, streamed=streamed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 
@@ -111,7 +112,11 @@ class VanillaCFG(Guider):
 
     def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
         """A copy with another scale; no number of steps changes it."""
-        return VanillaCFG(self.scale if scale is None else scale)
+        guider = copy.copy(self)
+        if scale is not None:
+            check_number("guidance_scale", scale)
+            guider.scale = float(scale)
+        return guider
 
 
 class DynamicCFG(VanillaCFG):
@@ -122,7 +127,7 @@ class DynamicCFG(VanillaCFG):
     bounds, and depends on both step numbers: the run's and the guider's own.
 
     Args:
-        scale: the height of the cosine.
+        scale: the height of the cosine; 0 means no guidance.
         exp: its exponent, a whole number 1..100; its base is negative at most timesteps, so that a
             fraction would have no real power.
         num_steps: the guider's own number of steps, usually the sampler's.
@@ -148,8 +153,7 @@ class DynamicCFG(VanillaCFG):
 
     def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
         """A copy with another height of the cosine, or another own number of steps."""
-        return DynamicCFG(
-            self.scale if scale is None else scale,
-            self.exp,
-            num_steps=self.num_steps if num_steps is None else num_steps,
-        )
+        guider = super().adjusted(scale=scale)
+        if num_steps is not None:
+            guider.num_steps = num_steps
+        return guider

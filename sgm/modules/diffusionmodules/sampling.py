@@ -92,7 +92,7 @@ class Sampler(ABC):
     ) -> Sampler:
         """A copy for another number of steps, or with another guidance scale.
 
-        The number of steps is that of the guider too.
+        The copy's guider gets the number of steps too.
 
         Raises:
             UserError: a value is out of range, or the guider has no scale.
