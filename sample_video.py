@@ -16,7 +16,7 @@ from sgm.config import Config, SamplingArgs
 from sgm.distributed import Rank, any_rank
 from sgm.errors import UserError
 from sgm.files import installed_versions, make_output_folder
-from sgm.preflight import find_weights, latent_shape
+from sgm.preflight import check_sampling
 from sgm.prompts import Prompt, read_prompt_file, read_typed_prompts
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class VideoFolder:
     def __init__(self, pipe: CogVideoX, config: Config, *, progress: Progress) -> None:
         self.pipe = pipe
         self.config = config
-        self.folder = make_output_folder(config.args.output_dir)
+        self.folder = Path(config.args.output_dir)
         self.progress = progress
 
     def make(self, prompt: Prompt) -> None:
@@ -76,7 +76,8 @@ class VideoFolder:
             folder = self.folder / prompt.folder_name / str(sample)
             path = folder / "000000.mp4"
             # Samples are drawn singly, so that none depends on how many there are.
-            for event in self.pipe.stream(prompt.text, index=(prompt.line, sample), path=path):
+            place = (prompt.line, sample)
+            for event in self.pipe.stream(prompt.text, index=place, path=path.absolute()):
                 if isinstance(event, Step):
                     self.progress.step(f"prompt {prompt.line}, sample {sample}")
             if len(event.frames):  # made together, the first process alone has them
@@ -136,7 +137,7 @@ def sample_all(pipe: CogVideoX, config: Config, prompts: Iterable[Prompt], *, ra
     steps = None
     if isinstance(prompts, list):  # else they are still to be typed
         steps = len(prompts) * config.args.batch_size * pipe.engine.sampler.num_steps
-        pipe.compile(num_steps=steps)
+    pipe.compile(num_steps=steps or 0)
     failed = 0
     with progress_module.Progress(steps, lines=rank.index == 0) as progress:
         videos = VideoFolder(pipe, config, progress=progress)
@@ -160,11 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = config.args
     set_up_logging()
     rank = Rank.from_environment()
-    latent_shape(args, config.model)
     prompts = get_prompts(args, rank)
     with no_garbage_collection():
-        model = config.model | {"latent_input": False}  # sampling decodes in any case
-        weights = find_weights(model, args.load, lora=args.lora)
+        weights = check_sampling(config)
 
         from sgm.loading import warn_of_settings
         from sgm.parallel.processes import group_of_all
@@ -175,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pipe = CogVideoX.load(config, weights)
     logger.info("model ready on %s after %.1f s", pipe.engine.device, time.perf_counter() - started)
     warn_of_settings(pipe.engine, args)
-    everyone = group_of_all() if rank.world_size > 1 else None
+    everyone = pipe.group or (group_of_all() if rank.world_size > 1 else None)
     failed = sample_all(pipe, config, prompts, rank=rank)
     any_failed = any_rank(failed > 0, everyone)
     leave_process_groups_at_exit()

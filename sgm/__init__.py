@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from sgm.sat_runtime import leave_out_unused_parts
 
 if TYPE_CHECKING:
-    from sgm.pipeline import CogVideoX
+    from sgm.pipeline import CogVideoX, Step, Video
 
-__all__ = ["CogVideoX"]
+__all__ = ["CogVideoX", "Step", "Video"]
 
 leave_out_unused_parts()
 
 
 def __getattr__(name: str) -> Any:
-    """`CogVideoX`, whose import takes seconds (PEP 562)."""
+    """`CogVideoX` and what it gives, whose import takes seconds (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sgm.pipeline import CogVideoX
+    from sgm import pipeline
 
-    return CogVideoX
+    return getattr(pipeline, name)

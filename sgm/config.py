@@ -380,21 +380,28 @@ def check_given(
 
     Args:
         args_class: which of the two commands they are for.
-        given: None means the default.
+        given: None is left out, so that the files decide; paths may be `os.PathLike`.
         where: what was called, for messages.
 
     Raises:
         UserError: a key is unknown, or a value is of another type.
     """
     hints = typing.get_type_hints(args_class)
-    for name in given:
-        if name not in hints:
+    checked = {}
+    for name, value in given.items():
+        if name not in hints and name not in IGNORED_ARGS:
             raise UserError(f"{where}: unknown argument {name!r}; {nearest_name(name, hints)}")
-    return {
-        name: checked_value(value, hints[name], where=f"{where}: {name}")
-        for name, value in given.items()
-        if value is not None
-    }
+        if name in hints and value is not None:
+            place = f"{where}: {name}"
+            checked[name] = checked_value(_as_in_yaml(value), hints[name], where=place)
+    return checked
+
+
+def _as_in_yaml(value: Any) -> Any:
+    """A value of Python code as YAML would give it: paths as texts, tuples as lists."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return [_as_in_yaml(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def load_config(

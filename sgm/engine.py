@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -29,6 +30,7 @@ from sgm.models.autoencoder import (
     build_first_stage,
     draw_latents,
     encode_moments,
+    fit_rgb,
     load_first_stage,
 )
 from sgm.models.tiled_decoding import decode_tiled
@@ -129,6 +131,8 @@ class SATVideoDiffusionEngine(nn.Module):
         self._network_config = config
         self._dtype = dtype
         self._weights = None if load is None else find_transformer(load)
+        if self._weights is not None:  # for `base_weights`, from whichever folder that is asked
+            self._weights_place = os.path.abspath(self._weights.path)
         self.base_fingerprint: str | None = None  # of the weights before training and LoRAs
         with torch.device("meta"):
             network = instantiate_from_config(config)
@@ -139,7 +143,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.denoiser = instantiate_part(denoiser_config, "denoiser_config", needs=["__call__"])
         self.sampler = self.loss_fn = None
         if sampler_config:
-            needs = ["__call__", "num_steps"]
+            needs = ["steps", "num_steps"]
             self.sampler = instantiate_part(sampler_config, "sampler_config", needs=needs)
         if loss_fn_config:
             self.loss_fn = instantiate_part(loss_fn_config, "loss_fn_config", needs=["__call__"])
@@ -216,8 +220,9 @@ class SATVideoDiffusionEngine(nn.Module):
         Raises:
             UserError: it is not as it was when the weights were loaded.
         """
-        _, base, _ = read_transformer(self._weights)
-        self._weights.release()
+        weights = find_transformer(self._weights_place)
+        _, base, _ = read_transformer(weights)
+        weights.release()
         if fingerprint(base) != self.base_fingerprint:
             raise UserError(
                 f"{self._weights} changed after its weights were loaded; start again with it"
@@ -303,11 +308,10 @@ class SATVideoDiffusionEngine(nn.Module):
             self.first_stage_model = None
 
     def offload(self) -> None:
-        """From now on network and decoder wait in the host's memory, for inference only.
+        """Keep the weights of network and decoder in the host's memory from now on; for inference.
 
-        The network is back on its device within `sample`, the decoder within `decode_first_stage`,
-        whose convolutions keep their frames on the host too (on one process). To be called after
-        whatever replaces weights.
+        The network is on its device within `sample_steps`, the decoder within
+        `decode_first_stage`, whose convolutions keep their frames on the host too (in one process).
         """
         device, decoder = self.device, self.first_stage_model.decoder
         self._offloaded_from = device
@@ -323,6 +327,12 @@ class SATVideoDiffusionEngine(nn.Module):
         """Video (b, t, 3, h, w) in [-1, 1] → scaled latents (b, t', c, h/8, w/8), float32."""
         moments = encode_moments(self.first_stage_model, video)
         return draw_latents(self.first_stage_model.regularization, moments) * self.scale_factor
+
+    def fit_rgb(self) -> Tensor:
+        """See `sgm.models.autoencoder.fit_rgb`; an offloaded encoder comes to its device for it."""
+        encoder = self.first_stage_model.encoder
+        with VisitingWeights(encoder, self.device):
+            return fit_rgb(self.first_stage_model)
 
     def share_decoding(self, group: torch.distributed.ProcessGroup) -> None:
         """Decode with the other processes of `group`; the first of them gets the video."""

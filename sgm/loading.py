@@ -17,7 +17,7 @@ from sgm.models.autoencoder import FIRST_CHUNK_FRAMES
 from sgm.models.tiled_decoding import TILE
 from sgm.modules.transformer.attention import check_attention
 from sgm.modules.transformer.linear import check_fp8, quantize_linears
-from sgm.preflight import SPATIAL_FACTOR, TEMPORAL_FACTOR, RunWeights, find_weights
+from sgm.preflight import SPATIAL_FACTOR, TEMPORAL_FACTOR, RunWeights, check_sampling
 from sgm.toolchain import can_compile_kernels, check_compile
 from sgm.util import check_params
 
@@ -70,15 +70,13 @@ def load_engine(
     Args:
         config: the configuration.
         device: where the engine computes.
-        weights: what `find_weights` found for it, if that was called already.
+        weights: what `check_sampling` found for it, if that was called already.
 
     Raises:
         UserError: the configuration or a file of weights is wrong.
     """
     args = config.args
-    if weights is None:
-        model = config.model | {"latent_input": False}
-        weights = find_weights(model, args.load, lora=args.lora)
+    weights = weights or check_sampling(config)
     for key in ("load", "lora"):
         if config.model.get(key) is not None:
             raise UserError(f"{key} stands under model in the configuration; put it under args")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from sgm.checkpoint.find import find_lora
 from sgm.config import Config, SamplingArgs, check_given, load_config
@@ -21,19 +23,20 @@ from sgm.distributed import Rank
 from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError
 from sgm.loading import choose_device, compile_network, load_engine, warn_of_settings
-from sgm.models.autoencoder import fit_rgb
 from sgm.modules.diffusionmodules.sampling import Sampler
 from sgm.modules.transformer.step_cache import cached_steps
-from sgm.parallel.processes import group_of_all, in_step, share_sampling
-from sgm.preflight import RunWeights, find_weights, latent_shape, num_latent_frames
+from sgm.parallel.processes import LostProcess, group_of_all, in_step, share_sampling
+from sgm.preflight import RunWeights, check_sampling, latent_shape, num_latent_frames
 from sgm.seeds import sample_generator
 from sgm.util import allow_targets
-from sgm.video import collect_frames, to_uint8, write_mp4
+from sgm.video import collect_frames, mp4_path, to_uint8, write_mp4
 
 Conditioning = dict[str, Tensor]
 
+_BUSY = "this pipeline is at work; wait for its end, or leave the loop over its steps"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Video:
     """A finished video.
 
@@ -55,10 +58,10 @@ class Video:
         Raises:
             UserError: the file cannot be written.
         """
-        write_mp4([self.frames], Path(path).expanduser(), fps=self.fps)
+        write_mp4([self.frames], mp4_path(path), fps=self.fps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """A step of sampling that is done.
 
@@ -66,7 +69,7 @@ class Step:
         step_index: 0..num_steps-1.
         num_steps: steps of the run.
         latents: (1, t, c, h, w) float32, scaled, on the model's device; after the last step the
-            result.
+            result. They must not be changed in place.
     """
 
     step_index: int
@@ -75,7 +78,7 @@ class Step:
     _preview: Callable[[], np.ndarray] = field(repr=False)
 
     def preview(self) -> np.ndarray:
-        """The video as this step expects it, one pixel for each latent: (t, h, w, 3) uint8.
+        """This step's estimate of the video, one pixel for each latent: (t, h, w, 3) uint8.
 
         Nothing is decoded: a linear map, fitted to the autoencoder at the first call, gives the
         colours. Waits for the device.
@@ -85,7 +88,7 @@ class Step:
 
 @dataclass(frozen=True)
 class CallDefaults:
-    """Values of a call that does not give them, and what is the same for all calls.
+    """Settings of a pipeline: those that a call may replace, and those of every call.
 
     Attributes:
         shape: (t, c, h, w) of the latents.
@@ -159,8 +162,9 @@ class CogVideoX:
         self._embedded: dict[str, tuple[str, Conditioning]] = {}  # the last text of each kind
         self._rgb: Tensor | None = None
         self._busy = threading.Lock()
-        self._together = False  # whether several processes make each video
-        self._writes = True
+        self.group: distributed.ProcessGroup | None = None  # processes that make videos together
+        self._is_lost = False  # whether this process has left a video that others make with it
+        self._running: weakref.ref[Iterator[Step | Video]] | None = None
         self._is_compiled = False
 
     @classmethod
@@ -180,17 +184,15 @@ class CogVideoX:
             UserError: a value, a file or the weights cannot be used.
         """
         given = check_given(SamplingArgs, args, where="from_config")
-        config = load_config(SamplingArgs, files, given, allow_target=allow_target)
-        CallDefaults.of(config.args, config.model)
-        model = config.model | {"latent_input": False}  # sampling decodes in any case
-        weights = find_weights(model, config.args.load, lora=config.args.lora)
-        pipe = cls.load(config, weights)
+        names = [str(file) for file in files]
+        config = load_config(SamplingArgs, names, given, allow_target=allow_target)
+        pipe = cls.load(config, check_sampling(config))
         warn_of_settings(pipe.engine, config.args)
         return pipe
 
     @classmethod
-    def load(cls, config: Config, weights: RunWeights | None = None) -> CogVideoX:
-        """Load the model of a configuration, with weights that `find_weights` found.
+    def load(cls, config: Config, weights: RunWeights) -> CogVideoX:
+        """Load the model of a configuration, with weights that `check_sampling` found.
 
         With ``parallel: video`` the processes that torchrun started make each video together.
 
@@ -204,30 +206,39 @@ class CogVideoX:
         pipe = cls(engine, config.model, CallDefaults.of(config.args, config.model))
         if config.args.parallel == "video" and rank.world_size > 1:
             share_sampling(engine.model.diffusion_model, engine.sampler)
-            engine.share_decoding(group_of_all())
-            pipe._together, pipe._writes = True, rank.index == 0
+            pipe.group = group_of_all()
+            engine.share_decoding(pipe.group)
         return pipe
 
     def __enter__(self) -> CogVideoX:
         return self
 
-    def __exit__(self, *failure: object) -> None:
-        self.close()
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        with suppress(UserError) if failure else nullcontext():
+            self.close()
 
     def close(self) -> None:
         """Drop the weights, so that their memory is free for others; no video can be made then.
 
+        A stream that waits for its next step ends.
+
         Raises:
-            UserError: a call is running.
+            UserError: a call is running in another thread.
         """
+        running = self._running and self._running()
+        if running is not None:
+            with suppress(ValueError):  # it is computing, in another thread
+                running.close()
         with self._alone():
             engine, self.engine = self.engine, None
             self._embedded.clear()
-            self._rgb = None
+            self._embed = self._rgb = None
             if engine is None:
                 return
             for weight in chain(engine.parameters(), engine.buffers()):
-                weight.data = weight.data.new_empty(0)  # whoever still holds the module
+                weight.data = weight.data.new_empty(0)  # also for others that hold the module
+            del engine, weight
+            gc.collect()  # modules whose weights are streamed refer to themselves
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
 
@@ -264,7 +275,8 @@ class CogVideoX:
             num_frames: frames of the video, for example 49.
             index: a line of a prompt file, from 0, or a pair of a line and the number of a sample.
             path: an mp4, written while decoding goes on; its folder is made where it is missing.
-            decode: False: only sample; the last step's latents are the result.
+            decode: False: only sample; the last step's latents are the result, and `path` is not
+                used.
 
         Yields:
             A `Step` for each step, and the `Video` last.
@@ -282,8 +294,15 @@ class CogVideoX:
             num_frames=num_frames,
             index=index,
         )
-        target = None if path is None else Path(path).expanduser()
-        return self._run(request, target) if decode else self._sample_alone(request)
+        if self._busy.locked():
+            raise UserError(_BUSY)
+        if path is not None and self.group is None:
+            path = mp4_path(path)
+        # Together only the first process finds out at the end: all must do the same until then.
+        target = None if path is None else Path(path).absolute()
+        run = self._run(request, target) if decode else self._sample_alone(request)
+        self._running = weakref.ref(run)
+        return run
 
     def set_loras(self, loras: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]) -> None:
         """Merge LoRAs into the weights in the place of those that were merged before.
@@ -299,7 +318,7 @@ class CogVideoX:
             UserError: a file is not a LoRA of this model (nothing is changed then), a call is
                 running, or the pipeline is closed.
         """
-        choices = check_given(SamplingArgs, {"lora": loras}, where="set_loras")["lora"]
+        choices = check_given(SamplingArgs, {"lora": loras or []}, where="set_loras")["lora"]
         with self._alone():
             self._require_open()
             found = [replace(choice, path=find_lora(choice.path)) for choice in choices]
@@ -314,10 +333,22 @@ class CogVideoX:
         Args:
             num_steps: steps that are to come; without the option, a GPU compiles from 100 on.
         """
-        self._is_compiled = compile_network(self.engine, self.defaults.compile, num_steps=num_steps)
+        self._require_open()
+        self._is_compiled = self._is_compiled or compile_network(
+            self.engine, self.defaults.compile, num_steps=num_steps
+        )
 
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Scaled latents (1, t, c, h, w) → chunks (t, h, w, 3) of the video, uint8, in order."""
+        """Scaled latents (1, t, c, h, w) → chunks (t, h, w, 3) of the video, uint8, in order.
+
+        Raises:
+            UserError: another call is running, or the pipeline is closed.
+        """
+        with self._alone():
+            self._require_open()
+            yield from self._decode(latents)
+
+    def _decode(self, latents: Tensor) -> Iterator[np.ndarray]:
         with closing(self.engine.decode_first_stage(latents)) as chunks:
             for chunk in chunks:
                 yield to_uint8(chunk[0])
@@ -363,18 +394,20 @@ class CogVideoX:
         )
 
     def _require_open(self) -> None:
-        """Raise UserError where the pipeline is closed."""
+        """Raise UserError where the pipeline is closed, LostProcess where others left it behind."""
         if self.engine is None:
             raise UserError("this pipeline is closed; load it again with CogVideoX.from_config")
+        if self._is_lost:
+            raise LostProcess(
+                "this process left a video that other processes make with it, so that no more can "
+                "be made; start all of them again"
+            )
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Raise UserError where another call is running, and keep others out meanwhile."""
         if not self._busy.acquire(blocking=False):
-            raise UserError(
-                "this pipeline is making a video; wait for its end, or leave the loop over its "
-                "steps"
-            )
+            raise UserError(_BUSY)
         try:
             yield
         finally:
@@ -385,19 +418,21 @@ class CogVideoX:
         fps = self.defaults.fps
         with self._alone():
             latents, started = yield from self._sample(request)
-            with in_step(together=self._together):
+            is_together = self.group is not None
+            writes = not is_together or self.group.rank() == 0
+            with in_step(together=is_together):
                 is_finite = bool(latents.isfinite().all())  # waits for the device
                 sampled = time.perf_counter()
-                chunks = self.decode(latents)
+                chunks = self._decode(latents)
                 # Together all of it now, so that no process waits for the first one's writing.
-                frames = list(chunks) if self._together else chunks
-            if self._writes and not is_finite:
+                frames = list(chunks) if is_together else chunks
+            if writes and not is_finite:
                 raise UserError(
                     "the result is not finite; the weights may be damaged, or try --bf16 or full "
                     "precision"
                 )
             with closing(chunks):  # the decoder's weights may be on the GPU until then
-                made = collect_frames(frames, path if self._writes else None, fps=fps)
+                made = collect_frames(frames, path if writes else None, fps=fps)
             yield Video(made, fps, sampled - started, time.perf_counter() - sampled)
 
     def _sample_alone(self, request: _Request) -> Iterator[Step]:
@@ -409,7 +444,7 @@ class CogVideoX:
         self._require_open()  # it may be closed since the call
         if self.defaults.compile and not self._is_compiled:
             self.compile(num_steps=request.sampler.num_steps)
-        with in_step(together=self._together):
+        with in_step(together=self.group is not None), self._to_the_end():
             cond = self._encode("prompt", request.prompt)
             if request.negative_prompt:
                 uncond = self._encode("negative", request.negative_prompt)
@@ -435,6 +470,15 @@ class CogVideoX:
                     )
         return step.x, started
 
+    @contextmanager
+    def _to_the_end(self) -> Iterator[None]:
+        """Note where this process leaves work that others do with it."""
+        try:
+            yield
+        except GeneratorExit:
+            self._is_lost = self.group is not None
+            raise
+
     def _encode(self, kind: str, text: str) -> Conditioning:
         """Conditioning of a text; that of the last one of its kind is kept."""
         kept = self._embedded.get(kind)
@@ -444,8 +488,9 @@ class CogVideoX:
 
     def _picture(self, latents: Tensor) -> np.ndarray:
         """Latents (1, t, c, h, w) → (t, h, w, 3) uint8; see `Step.preview`."""
+        self._require_open()
         if self._rgb is None:
-            self._rgb = fit_rgb(self.engine.first_stage_model)
+            self._rgb = self.engine.fit_rgb()
         unscaled = (latents[0] / self.engine.scale_factor).float().cpu()
         colours = unscaled.movedim(1, -1) @ self._rgb[:-1] + self._rgb[-1]  # (t, h, w, 3)
         return to_uint8(colours.movedim(-1, 1))

@@ -17,7 +17,7 @@ from sgm.checkpoint.find import (
     find_t5,
     find_transformer,
 )
-from sgm.config import LoraChoice
+from sgm.config import Config, LoraChoice
 from sgm.errors import UserError, mistyped_as, nearest_name
 from sgm.util import TARGET_ALIASES, check_number
 
@@ -292,6 +292,17 @@ def find_weights(
             )
         text_encoders[named.index] = find_t5(path)
     return RunWeights(transformer, loras, autoencoder, text_encoders)
+
+
+def check_sampling(config: Config) -> RunWeights:
+    """Check the sizes of the videos that a configuration makes, and find its weights.
+
+    Raises:
+        UserError: the model does not make videos of that size, or as in `find_weights`.
+    """
+    latent_shape(config.args, config.model)
+    model = config.model | {"latent_input": False}  # of training batches; sampling always decodes
+    return find_weights(model, config.args.load, lora=config.args.lora)
 
 
 _USED_TRANSFORMER_ARGS = ("checkpoint_activations", "skip_init")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sgm.errors import UserError
 from sgm.files import make_output_folder, replacing
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,22 @@ def to_uint8(video: Tensor) -> np.ndarray:
     """Video (t, 3, h, w), values clipped to [-1, 1] → (t, h, w, 3) in 0…255."""
     pixels = (video.clamp(-1, 1) + 1) * 127.5
     return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def mp4_path(path: str | Path) -> Path:
+    """The absolute path of an mp4 that is to be written; nothing is made yet.
+
+    Raises:
+        UserError: it is no name of an mp4, or its folder cannot be written to.
+    """
+    text = os.fspath(path)
+    if not text.lower().endswith(".mp4") or "\0" in text:
+        raise UserError(f"path: {text!r} must be the name of an mp4, such as video.mp4")
+    place = Path(os.path.abspath(os.path.expanduser(text)))
+    above = next(folder for folder in place.parents if os.path.lexists(folder))
+    if os.path.isdir(place) or not os.path.isdir(above) or not os.access(above, os.W_OK):
+        raise UserError(f"path: {text!r} cannot be written in {above}; choose another folder")
+    return place
 
 
 def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: float) -> None:

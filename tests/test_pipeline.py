@@ -47,7 +47,9 @@ def examples():
     return re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.S)
 
 
-def test_the_page_runs_and_its_first_lines_make_the_bytes_of_the_command(tmp_path, monkeypatch):
+def test_the_page_runs_and_its_first_lines_make_the_bytes_of_the_command(
+    tmp_path, monkeypatch, capsys
+):
     for name in ("configs", "CogVideoX-tiny-sat"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -69,7 +71,7 @@ def test_the_page_runs_and_its_first_lines_make_the_bytes_of_the_command(tmp_pat
     assert (tmp_path / "videos" / "square.mp4").is_file()
     assert scope["quick"].frames.shape == (9, *scope["video"].frames.shape[1:])
     assert not np.array_equal(scope["with_lora"].frames, scope["without"].frames)
-    assert str(scope["error"] if "error" in scope else "") == ""
+    assert "num_frames=50 counts frames of the video" in capsys.readouterr().out
 
 
 def make_tiny_lora(folder):
@@ -151,8 +153,10 @@ def test_leaving_the_loop_stops_the_run_and_leaves_nothing_behind(pipe, expected
 def test_a_second_call_while_one_runs_is_refused(pipe, expected):
     steps = pipe.stream(PROMPT)
     next(steps)
-    with pytest.raises(UserError, match="is making a video; wait for its end"):
+    with pytest.raises(UserError, match="this pipeline is at work; wait for its end"):
         pipe(PROMPT)
+    with pytest.raises(UserError, match="this pipeline is at work"):
+        pipe.set_loras([])
     errors = []
 
     def call():
@@ -165,8 +169,6 @@ def test_a_second_call_while_one_runs_is_refused(pipe, expected):
     thread.start()
     thread.join()
     assert len(errors) == 1
-    with pytest.raises(UserError, match="is making a video"):
-        pipe.close()
     steps.close()
     np.testing.assert_array_equal(pipe(PROMPT).frames, expected)
 
@@ -198,9 +200,41 @@ def test_close_frees_the_weights_and_ends_all_calls(base):
     pipe.close()
     weights = [*engine.parameters(), *engine.buffers()]
     assert weights and all(weight.numel() == 0 for weight in weights)
-    for call in (lambda: pipe(PROMPT), lambda: pipe.set_loras([]), lambda: next(running)):
+    assert not list(running)
+    for call in (pipe, lambda _: pipe.set_loras([]), lambda _: next(pipe.decode(torch.zeros(1)))):
         with pytest.raises(UserError, match="this pipeline is closed"):
-            call()
+            call(PROMPT)
+
+
+def test_an_error_within_a_with_block_ends_the_run_and_frees_the_weights(base):
+    with pytest.raises(KeyError), CogVideoX.from_config(base[1]) as pipe:
+        engine, steps = pipe.engine, pipe.stream(PROMPT)
+        step = next(steps)
+        raise KeyError
+    assert all(weight.numel() == 0 for weight in engine.parameters())
+    with pytest.raises(UserError, match="this pipeline is closed"):
+        step.preview()
+
+
+def test_loras_are_set_from_any_folder_and_after_an_interruption(
+    base, loras, pipe, expected, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(Path(base[1]).parent)
+    load = ["load", "transformer"]
+    with CogVideoX.from_config(base[1], **dict([load])) as moved:
+        monkeypatch.chdir(tmp_path)
+        moved.set_loras([str(loras / "trained")])
+    copies = torch.Tensor.copy_
+
+    def interrupted(weight, *rest):
+        copies(weight, *rest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.Tensor, "copy_", interrupted)
+        pipe.set_loras([str(loras / "trained")])
+    pipe.set_loras([])
+    np.testing.assert_array_equal(pipe(PROMPT).frames, expected)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +249,8 @@ def test_close_frees_the_weights_and_ends_all_calls(base):
         ({"index": -1}, "index: -1 must be a whole number from 0"),
         ({"index": (1, 2, 3)}, "index: .* must be a whole number from 0"),
         ({"prompt": None}, "prompt: None must be a text"),
+        ({"path": "video.gif"}, "path: 'video.gif' must be the name of an mp4"),
+        ({"path": "/dev/null/video.mp4"}, "path: '/dev/null/video.mp4' cannot be written"),
     ],
 )
 def test_a_wrong_value_is_one_sentence_before_anything_is_computed(pipe, arguments, message):

@@ -407,7 +407,8 @@ def replace_loras(
     for update in updates:
         warn_of_other_base(update.record, base, update.path)
     changed = _changed_layers(updates)
-    for layer in network.merged_layers | changed:
+    network.merged_layers |= changed  # also where this is interrupted
+    for layer in network.merged_layers:
         name = f"{layer}.weight"
         dtype = weights[name].dtype
         weight = base_weights[name].to(device=device, dtype=dtype)

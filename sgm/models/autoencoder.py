@@ -294,13 +294,13 @@ def fit_rgb(first_stage: nn.Module) -> Tensor:
     Its last row is the constant; colours are in [-1, 1]. Least squares over single frames of one
     colour each; a small ridge keeps directions that no plain colour shows out of the map.
     """
-    levels = torch.tensor([-0.8, 0.0, 0.8])
-    colours = torch.cartesian_prod(levels, levels, levels)  # (27, 3)
+    levels = torch.tensor([-0.8, 0.8])
+    colours = torch.cartesian_prod(levels, levels, levels)  # (8, 3)
     side = _RGB_LATENTS * first_stage.encoder.space_factor
-    frames = colours[:, None, :, None, None].expand(-1, 1, -1, side, side)  # (27, 1, 3, h, w)
+    frames = colours[:, None, :, None, None].expand(-1, 1, -1, side, side)  # (8, 1, 3, h, w)
     means, _ = encode_moments(first_stage, frames).float().cpu().chunk(2, dim=2)
-    means = means.mean(dim=(1, 3, 4))  # (27, c)
-    inputs = torch.cat([means, torch.ones(len(means), 1)], dim=1)  # (27, c + 1)
+    means = means.mean(dim=(1, 3, 4))  # (8, c)
+    inputs = torch.cat([means, torch.ones(len(means), 1)], dim=1)  # (8, c + 1)
     gram = inputs.T @ inputs
     ridge = _RGB_RIDGE * gram.trace() / len(gram) * torch.eye(len(gram))
     return torch.linalg.solve(gram + ridge, inputs.T @ colours)

@@ -26,6 +26,11 @@ class SplitGuider(Guider):
         self.guider = guider
         self.group = group
 
+    @property
+    def num_steps(self) -> int:
+        """The guider's own number of steps, if it has one."""
+        return self.guider.num_steps
+
     def prepare(self, cond: Conditioning, uncond: Conditioning | None) -> Conditioning:
         """The conditioning of this process's branch."""
         rank, size = self.group.rank(), self.group.size()

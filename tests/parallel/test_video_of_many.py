@@ -11,7 +11,12 @@ import pytest
 
 import sample_video
 import sgm.engine
+from arguments import parse_config
+from sgm import CogVideoX
 from sgm.cli import run_command
+from sgm.config import SamplingArgs
+from sgm.parallel.processes import LostProcess
+from sgm.preflight import check_sampling
 from tests.parallel.processes import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +54,7 @@ def test_two_processes_make_the_videos_of_one_and_the_first_writes_them(
     assert run_ranks(make, 2, command, log=tmp_path / "log") == [0, 0]
     assert sum(len(files) for _, _, files in os.walk(together)) == 2 * 3
     assert "000000.mp4" not in (tmp_path / "log1").read_text()  # nobody wrote a second time
+    assert "guider_config has num_steps 30, the sampler 3" in (tmp_path / "log0").read_text()
     for found, expected in zip(sheets(together), sheets(alone), strict=True):
         # One sample in a pass instead of two changes sums in the last digits: rounding to 8 bits.
         assert np.abs(found - expected).max() <= 1
@@ -86,3 +92,18 @@ def test_a_video_that_cannot_be_written_does_not_stop_the_others(
     assert run_ranks(make, 2, command, log=tmp_path / "log") == [1, 1]
     assert "error: prompt 0 failed" in (tmp_path / "log0").read_text()
     assert len(sheets(out)) == 1
+
+
+def leave_a_video(rank: int, argv: list[str]) -> int:
+    config = parse_config(SamplingArgs, "", argv)
+    pipe = CogVideoX.load(config, check_sampling(config))
+    steps = pipe.stream(PROMPTS[0])
+    next(steps)
+    steps.close()
+    with pytest.raises(LostProcess, match="this process left a video"):
+        pipe(PROMPTS[1])
+    return 0
+
+
+def test_a_process_that_leaves_a_video_makes_no_other(argv: list[str], tmp_path: Path) -> None:
+    assert run_ranks(leave_a_video, 2, argv, log=tmp_path / "log") == [0, 0]

@@ -24,7 +24,7 @@ from sgm.models.autoencoder import build_first_stage, encode_moments
 from sgm.modules.transformer.attention import Kernel, check_attention, list_kernels
 from sgm.modules.transformer.linear import fp8_runs_on, quantize_linears
 from sgm.pipeline import CogVideoX
-from sgm.preflight import head_size
+from sgm.preflight import check_sampling, head_size
 from sgm.util import instantiate_from_config
 from tools.bench import diffusers_baseline, inputs
 from tools.bench.jobs import INFERENCE_SECTIONS, DoesNotApply, Job
@@ -215,7 +215,7 @@ def pipeline(config: Config, options: argparse.Namespace, *, memory: str = "high
     config.args.attention = options.attention
     config.args.compile = options.compile
     with no_garbage_collection():
-        pipe = CogVideoX.load(config)
+        pipe = CogVideoX.load(config, check_sampling(config))
     ready_at = time.time()
     # Each a text of its own, since the pipeline keeps the embedding of the last one.
     prompts = (f"{inputs.PROMPT} {number}" for number in itertools.count())

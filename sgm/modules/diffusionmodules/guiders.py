@@ -35,13 +35,20 @@ class Guider(ABC):
     def combine(self, denoised: Tensor, scale: float) -> Tensor:
         """(num_branches * b, t, c, h, w) -> (b, t, c, h, w)."""
 
-    @abstractmethod
     def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
         """A copy with another scale, or for runs of another number of steps.
+
+        This one is for guiders that have neither.
 
         Raises:
             UserError: a value is out of range, or the guider has no scale.
         """
+        if scale is not None:
+            raise UserError(
+                f"guidance_scale={scale}: {type(self).__name__} has no scale; use another "
+                "guider_config in the configuration"
+            )
+        return self
 
 
 class IdentityGuider(Guider):
@@ -60,15 +67,6 @@ class IdentityGuider(Guider):
     def combine(self, denoised: Tensor, scale: float) -> Tensor:
         """`denoised` as it is."""
         return denoised
-
-    def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
-        """The same guider, which no number of steps changes."""
-        if scale is not None:
-            raise UserError(
-                f"guidance_scale={scale}: {type(self).__name__} has no scale; use another "
-                "guider_config in the configuration"
-            )
-        return self
 
 
 class VanillaCFG(Guider):

@@ -69,7 +69,7 @@ class Sampler(ABC):
         UserError: `num_steps` is out of range or a node is faulty.
     """
 
-    # Older files ask for a printed progress bar; here progress leaves through the callback.
+    # Older files ask for a printed progress bar; here a step at a time is handed out.
     IGNORED_PARAMS = frozenset({"verbose"})
 
     def __init__(
