@@ -17,6 +17,7 @@ from sgm.toolchain import can_compile_kernels, check_compile
 from sgm.training.preflight import (
     VIDEO_DATASET,
     check_args,
+    check_data_paths,
     check_deepspeed,
     check_precision,
     check_video_data,
@@ -63,13 +64,14 @@ def build_engine(
     """
     from sgm.checkpoint.find import find_transformer
     from sgm.checkpoint.lora import check_trained_lora, load_lora
+    from sgm.data.cache_keys import check_cacheable
     from sgm.engine import SATVideoDiffusionEngine
     from sgm.training.checkpoint import check_conditioner, holds_lora, restore_conditioner
     from sgm.training.preflight import weight_dtype
     from sgm.util import check_params
 
     args = config.args
-    saved = None if checkpoint is None else find_transformer(checkpoint)
+    saved = None if checkpoint is None else find_transformer(checkpoint, option="resume")
     is_lora = saved is not None and holds_lora(saved)
     load = weights.transformer if saved is None or is_lora else saved
     extra = {"load": load, "device": "meta", "dtype": weight_dtype(config.deepspeed)}
@@ -81,6 +83,8 @@ def build_engine(
         raise UserError(f"{config.place('model')}: loss_fn_config is absent; training needs one")
     engine = SATVideoDiffusionEngine(**params).train()
     engine.check_trained()
+    if args.cache_dir:
+        check_cacheable(config.model["conditioner_config"])
     if checkpoint is not None and engine.model.diffusion_model.lora_config and not is_lora:
         raise UserError(
             f"{checkpoint} holds a whole model, but the configuration trains a LoRA; to train one "
@@ -105,37 +109,28 @@ def build_engine(
     return engine, load_weights
 
 
-def build_dataset(
-    config: Config, folders: Sequence[str], *, key: str, **extra: Any
-) -> ConcatDataset:
+def build_dataset(config: Config, folders: Sequence[str], **extra: Any) -> ConcatDataset:
     """The dataset of the `data` section, once for each folder, joined.
 
     Args:
-        key: the key of `args` that names the folders, for messages.
         extra: further params of the dataset of clips; others decide for themselves.
 
     Raises:
-        UserError: no folder is given, or the data in one is wrong.
+        UserError: the data in a folder is wrong.
     """
     from torch.utils.data import ConcatDataset
 
     from sgm.util import instantiate_from_config
 
-    if not folders:
-        raise UserError(f"args.{key} is empty; it must name at least one folder of data")
     if not config.data:
         raise UserError("the configuration has no section 'data'; add one with a target")
     if config.data.get("target") != VIDEO_DATASET:
         extra = {}
     parts = []
     for name in folders:
-        place = Path(name).expanduser()
-        if not place.exists():
-            raise UserError(
-                f"args.{key}: {name} does not exist; check the path (clips to try the bundled "
-                f"model on: python -m tools.tiny.draw_clips --output {name} --count 64)"
-            )
-        parts.append(instantiate_from_config(config.data, data_dir=str(place), **extra))
+        parts.append(
+            instantiate_from_config(config.data, data_dir=str(Path(name).expanduser()), **extra)
+        )
     return ConcatDataset(parts)
 
 
@@ -204,7 +199,9 @@ def check(config: Config) -> RunWeights:
             "args.load is not set: it must name the folder of the transformer's weights; "
             "use mode: pretrain to start from random ones"
         )
-    return find_weights(config.model, config.args.load, random_transformer=from_nothing)
+    weights = find_weights(config.model, config.args.load, random_transformer=from_nothing)
+    check_data_paths(config.args)
+    return weights
 
 
 def prompts_of(config: Config, valid: ConcatDataset | None) -> list[str]:
@@ -258,12 +255,12 @@ def load_data(config: Config, device: torch.device, weights: RunWeights) -> Data
     from sgm.data.loader import check_lengths
 
     args = config.args
-    training = build_dataset(config, args.train_data, key="train_data")
+    training = build_dataset(config, args.train_data)
     key = "train_micro_batch_size_per_gpu"
     check_lengths(training.datasets, batch_size=config.deepspeed.get(key, 1), key=key)
     validation = None
     if args.valid_data:
-        validation = build_dataset(config, args.valid_data, key="valid_data", random_window=False)
+        validation = build_dataset(config, args.valid_data, random_window=False)
         key = "eval_batch_size"
         check_lengths(validation.datasets, batch_size=args.eval_batch_size, key=key)
     prompts = prompts_of(config, validation)

@@ -83,7 +83,7 @@ class SATVideoDiffusionEngine(nn.Module):
         input_key: the batch's entry that holds the video (or its latents).
         latent_input: batches hold unscaled latents; the autoencoder is then not built.
         cached_input: batches come from a cache (see sgm/data/cache.py); neither the autoencoder
-            nor the text encoder is then built.
+            nor the text encoder is then kept.
         load: weights of the transformer, of SAT or diffusers; None starts from random ones.
         lora: LoRAs that are merged into these weights; a `lora_config` is then without effect.
         dtype, device: of all parts. On the device "meta" all parts are built without values, also
@@ -133,6 +133,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self._weights = None if load is None else find_transformer(load)
         if self._weights is not None:  # for `base_weights`, from whichever folder that is asked
             self._weights_place = os.path.abspath(self._weights.path)
+            self._weights_state = self._weights.state()
         self.base_fingerprint: str | None = None  # of the weights before training and LoRAs
         with torch.device("meta"):
             network = instantiate_from_config(config)
@@ -169,6 +170,7 @@ class SATVideoDiffusionEngine(nn.Module):
             dtype=dtype,
             device=device if cached_input else "meta",
         )
+        self._check_text_width()
         self._offloaded_from: torch.device | None = None
         self._network_here: AbstractContextManager[None] = nullcontext()
         self._decoder_here: AbstractContextManager[None] = nullcontext()
@@ -192,6 +194,8 @@ class SATVideoDiffusionEngine(nn.Module):
             stream_text: weights of the text encoder are on its device while they are used only;
                 see `offload` for the other parts.
         """
+        if self.base_fingerprint is not None:
+            raise RuntimeError("the weights of this engine are loaded already")
         place = {"dtype": self._dtype, "device": device}
         network = self.model.diffusion_model
         if self._found is None:
@@ -204,6 +208,9 @@ class SATVideoDiffusionEngine(nn.Module):
             self._weights.release()
         if self._updates:
             merge_updates(network, self._updates, base=self.base_fingerprint)
+            for update in self._updates:
+                if isinstance(update.path, Weights):  # found by the caller, who keeps it
+                    update.path.release()
             self._updates = []
         if self.first_stage_model is not None:
             built = load_first_stage(self.first_stage_model, **self._first_stage, device=device)
@@ -221,12 +228,12 @@ class SATVideoDiffusionEngine(nn.Module):
             UserError: it is not as it was when the weights were loaded.
         """
         weights = find_transformer(self._weights_place)
-        _, base, _ = read_transformer(weights)
-        weights.release()
-        if fingerprint(base) != self.base_fingerprint:
+        if weights.state() != self._weights_state:
             raise UserError(
                 f"{self._weights} changed after its weights were loaded; start again with it"
             )
+        _, base, _ = read_transformer(weights)
+        weights.release()
         return base
 
     def replace_loras(self, loras: Sequence[LoraChoice]) -> None:
@@ -245,6 +252,17 @@ class SATVideoDiffusionEngine(nn.Module):
             base=self.base_fingerprint,
             device=self.device,
         )
+
+    def _check_text_width(self) -> None:
+        """Raise UserError where the text encoder's embeddings are not as wide as the network's."""
+        given = getattr(self.conditioner, "text_width", None)
+        wanted = getattr(self.model.diffusion_model, "text_width", None)
+        if None not in (given, wanted) and given != wanted:
+            raise UserError(
+                f"conditioner_config: the text encoder gives embeddings of width {given}, but "
+                f"text_hidden_size in patch_embed_config is {wanted}; name the encoder that "
+                "belongs to this model"
+            )
 
     def _check_prefixes(self) -> None:
         """Compare `not_trainable_prefixes` with the names that weights have beside LoRA layers.
@@ -330,8 +348,10 @@ class SATVideoDiffusionEngine(nn.Module):
 
     def fit_rgb(self) -> Tensor:
         """See `sgm.models.autoencoder.fit_rgb`; an offloaded encoder comes to its device for it."""
-        encoder = self.first_stage_model.encoder
-        with VisitingWeights(encoder, self.device):
+        encoder_here: AbstractContextManager[None] = nullcontext()
+        if self._offloaded_from is not None:
+            encoder_here = VisitingWeights(self.first_stage_model.encoder, self.device)
+        with encoder_here:
             return fit_rgb(self.first_stage_model)
 
     def share_decoding(self, group: torch.distributed.ProcessGroup) -> None:

@@ -177,6 +177,7 @@ def latent_shape(args: Any, model: Mapping[str, Any]) -> tuple[int, int, int, in
 
 
 T5_EMBEDDER = "sgm.modules.encoders.modules.FrozenT5Embedder"
+AUTOENCODER = "sgm.models.autoencoder.VideoAutoencoderInferenceWrapper"
 _AUTOENCODER = "first_stage_config"
 
 
@@ -240,7 +241,9 @@ class RunWeights:
     def within(self, model: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of a `model` section with these objects in the place of their paths."""
         changed = copy.deepcopy(dict(model))
-        if self.autoencoder is not None:
+        target = (changed.get(_AUTOENCODER) or {}).get("target")
+        # Another class knows paths only.
+        if self.autoencoder is not None and TARGET_ALIASES.get(target, target) == AUTOENCODER:
             changed[_AUTOENCODER]["params"]["ckpt_path"] = self.autoencoder
         for index, files in self.text_encoders.items():
             node = changed["conditioner_config"]["params"]["emb_models"][index]

@@ -33,6 +33,8 @@ from tools.tiny.shapes import ShapeClips
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "cogvideox_tiny_sft.yaml")
+# A folder that is not looked into before a mistake appears.
+DATA = ["--train-data", "tests", "--valid-data", "tests"]
 LORA = {
     "not_trainable_prefixes": ["all"],
     "lora_config": {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 2}},
@@ -144,15 +146,16 @@ def test_lora_starts_as_the_model_itself(runs):
 def test_data_without_usable_clips_is_an_error_that_says_the_layout(tmp_path):
     config = parse_config(TrainingArgs, "", ["--base", CONFIG])
     with pytest.raises(UserError, match="labels/NAME.txt"):
-        train_video.build_dataset(config, [str(tmp_path)], key="train_data")
+        train_video.build_dataset(config, [str(tmp_path)])
+    config.args.train_data = []
     with pytest.raises(UserError, match="args.train_data is empty"):
-        train_video.build_dataset(config, [], key="train_data")
+        train_video.check(config)
 
 
 def test_absent_data_says_how_to_draw_some():
-    config = parse_config(TrainingArgs, "", ["--base", CONFIG])
+    config = parse_config(TrainingArgs, "", ["--base", CONFIG, "--train-data", "none"])
     with pytest.raises(UserError, match="none does not exist.*draw_clips --output none --count 64"):
-        train_video.build_dataset(config, ["none"], key="train_data")
+        train_video.check(config)
 
 
 def changed(key, value, folder):
@@ -209,7 +212,7 @@ def test_an_empty_or_impossible_folder_for_runs_is_one_sentence(monkeypatch, fol
     monkeypatch.setattr(train_video, "build_dataset", lambda *_, **__: pytest.fail("too late"))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     with pytest.raises(UserError, match=said):
-        train_video.main(["--base", CONFIG, "--device", "cpu", "--save", folder])
+        train_video.main(["--base", CONFIG, *DATA, "--device", "cpu", "--save", folder])
 
 
 def test_a_mistyped_key_of_deepspeed_is_named_and_a_strange_one_warned_of(caplog):
@@ -250,18 +253,18 @@ def test_a_mistake_in_a_section_of_deepspeed_is_named_before_data_is_read(
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     base = changed(f"deepspeed.zero_optimization.{key}", value, tmp_path)
     with pytest.raises(UserError, match=message):
-        train_video.main([*base, "--device", "cpu"])
+        train_video.main([*base, *DATA, "--device", "cpu"])
 
 
 def test_attention_that_does_not_run_here_is_refused_before_data_is_read(monkeypatch):
     monkeypatch.setattr(train_video, "build_dataset", lambda *_, **__: pytest.fail("too late"))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     with pytest.raises(UserError, match="attention: flash does not run here"):
-        train_video.main(["--base", CONFIG, "--device", "cpu", "--attention", "flash"])
+        train_video.main(["--base", CONFIG, *DATA, "--device", "cpu", "--attention", "flash"])
 
 
 def test_the_kernel_of_attention_is_the_one_asked_for():
-    config = parse_config(TrainingArgs, "", ["--base", CONFIG, "--attention", "sdpa"])
+    config = parse_config(TrainingArgs, "", ["--base", CONFIG, *DATA, "--attention", "sdpa"])
     engine, load_weights = train_video.build_engine(config, train_video.check(config))
     load_weights(torch.device("cpu"))
     network = engine.model.diffusion_model

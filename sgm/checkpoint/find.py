@@ -82,6 +82,14 @@ class Weights:
     def __str__(self) -> str:
         return str(self.given)
 
+    def __repr__(self) -> str:
+        return repr(str(self.given))  # in messages it stands for the path
+
+    def state(self) -> list[tuple[int, ...]]:
+        """What changes where a file is written again: device, inode, size and time of each."""
+        found = [os.stat(path) for path in self.sources]
+        return [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
+
     def release(self) -> None:
         """Give the mapped files back; they are read again when tensors are asked for."""
         for file in self.files:
@@ -91,7 +99,7 @@ class Weights:
 def release(part: Any) -> None:
     """Give the files of a part of the model back, if it has any."""
     weights = getattr(part, "weights", None)
-    if weights is not None:
+    if isinstance(weights, Weights | T5Files):
         weights.release()
 
 

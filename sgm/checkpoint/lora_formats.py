@@ -9,7 +9,6 @@ Stabilization Scaling Factor for Fine-Tuning with LoRA").
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from collections import Counter
@@ -26,8 +25,6 @@ from sgm.errors import UserError, first_of
 
 if TYPE_CHECKING:
     from sgm.models.transformer import DiffusionTransformer
-
-logger = logging.getLogger(__name__)
 
 METADATA_KEY = "lora_adapter_metadata"  # of the safetensors header, where diffusers puts settings
 BASE_KEY = "sat_base_fingerprint"  # beside it, of LoRAs that were trained here

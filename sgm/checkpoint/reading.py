@@ -105,7 +105,10 @@ def whole_safetensors(path: Path) -> Iterator[None]:
     """Around reading a safetensors file: UserError where it is damaged or cut off."""
     try:
         yield
-    except (SafetensorError, OSError, struct.error) as error:
+    except (
+        *(SafetensorError, OSError, struct.error),
+        *(RuntimeError, TypeError, ValueError, KeyError),  # of sizes that no tensor can have
+    ) as error:
         raise UserError(
             f"{path} is not a whole safetensors file ({error}); download or copy it again"
         ) from None
@@ -134,7 +137,8 @@ class _KeptFile:
         data = torch.empty(size, dtype=torch.uint8, device="cpu")
         rest, position = memoryview(data.numpy()), start
         while rest:
-            count = os.preadv(self._descriptor, [rest], position)
+            with whole_safetensors(self._path):
+                count = os.preadv(self._descriptor, [rest], position)
             if not count:
                 raise UserError(f"{self._path} is cut off; download or copy it again")
             rest, position = rest[count:], position + count
@@ -143,7 +147,9 @@ class _KeptFile:
 
 def _open_safetensors(file: BinaryIO, path: Path) -> Contents:
     """As `_read_safetensors`, with tensors that are read from the kept file when asked for."""
-    with whole_safetensors(path), safe_open(path, framework="np") as checked:
+    # By its descriptor, so that nobody replaces the file between this check and the reading.
+    place = f"/proc/self/fd/{file.fileno()}"
+    with whole_safetensors(path), safe_open(place, framework="np") as checked:
         names, metadata = checked.keys(), checked.metadata() or {}
     kept = _KeptFile(file, path)
     length = int.from_bytes(kept.read(0, 8).numpy().tobytes(), "little")
@@ -157,7 +163,8 @@ def _open_safetensors(file: BinaryIO, path: Path) -> Contents:
                 "take the original ones (float32, float16 or bfloat16)"
             )
         dtype, (start, end) = _DTYPES[entry["dtype"]], entry["data_offsets"]
-        shapes[name] = torch.empty(entry["shape"], dtype=dtype, device="meta")
+        with whole_safetensors(path):
+            shapes[name] = torch.empty(entry["shape"], dtype=dtype, device="meta")
         makers[name] = partial(_read_tensor, kept, 8 + length + start, end - start, shapes[name])
     if not shapes:
         raise UserError(f"{path} holds no tensors; copy it from the original again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,8 +10,6 @@ import torch
 from torch import Tensor
 
 from sgm.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 
 class LazyTensors(Mapping[str, Tensor]):

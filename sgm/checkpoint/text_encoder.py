@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 
 import torch
@@ -12,9 +11,6 @@ from sgm.checkpoint.find import T5Files
 from sgm.checkpoint.strict_loading import differences
 from sgm.errors import UserError, first_of
 from sgm.offload import stream_weights
-
-logger = logging.getLogger(__name__)
-
 
 _TABLE_NAMES = ("encoder.embed_tokens.weight", "shared.weight")
 _WIDE = ".wo.weight"

@@ -109,12 +109,11 @@ def first_stage_identity(config: Mapping[str, Any]) -> str:
     return _identity(config, find_autoencoder(path).sources, path_key="ckpt_path")
 
 
-def text_identity(config: Mapping[str, Any]) -> str:
-    """The digest of the text encoder in the conditioner's node.
+def check_cacheable(config: Mapping[str, Any]) -> None:
+    """Check that embeddings can be kept of the text encoder in the conditioner's node.
 
     Raises:
-        UserError: there is not exactly one embedder, it is not T5 or is trained, or its files
-            cannot be read.
+        UserError: there is not exactly one embedder, it is not T5, or it is trained.
     """
     nodes = (config.get("params") or {}).get("emb_models") or []
     if len(nodes) != 1 or get_class(nodes[0].get("target")) is not FrozenT5Embedder:
@@ -128,6 +127,16 @@ def text_identity(config: Mapping[str, Any]) -> str:
             "cache_dir: embeddings of a text encoder with is_trainable cannot be kept; set it to "
             "false, or leave cache_dir out"
         )
+
+
+def text_identity(config: Mapping[str, Any]) -> str:
+    """The digest of the text encoder in the conditioner's node.
+
+    Raises:
+        UserError: as in `check_cacheable`, or its files cannot be read.
+    """
+    check_cacheable(config)
+    (node,) = config["params"]["emb_models"]
     return _identity(node, find_t5(node["params"]["model_dir"]).sources, path_key="model_dir")
 
 

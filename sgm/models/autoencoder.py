@@ -257,9 +257,10 @@ def load_first_stage(
 ) -> nn.Module:
     """The autoencoder, built by `build_first_stage` on the device "meta", with its weights.
 
-    One without a file is built anew, from random weights.
+    One without a file, which starts from random weights, and one of another class are built anew.
     """
-    if getattr(first_stage, "weights", None) is None:
+    is_own = isinstance(first_stage, VideoAutoencoderInferenceWrapper)
+    if not is_own or first_stage.weights is None:
         return build_first_stage(config, dtype=dtype, device=device)
     first_stage.load_weights(device, dtype=dtype)
     return first_stage

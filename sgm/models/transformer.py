@@ -164,6 +164,11 @@ class DiffusionTransformer(BaseModel):
             self.add_mixin("lora", lora)
 
     @property
+    def text_width(self) -> int:
+        """d_text of the text embeddings that the network takes."""
+        return self.mixins["patch_embed"].text_proj.in_features
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
         return self.time_embed[0].weight.dtype

@@ -47,6 +47,7 @@ class GeneralConditioner(nn.Module):
         self.embedders = nn.ModuleList()
         self.input_keys: list[str] = []
         self.ucg_rates: list[float] = []
+        widths: list[int | None] = []
         self._nodes = emb_models
         self._dtype = dtype
         if not emb_models:
@@ -72,10 +73,13 @@ class GeneralConditioner(nn.Module):
             self.ucg_rates.append(float(rate))
             if with_embedders or torch.device(device).type == "meta":
                 embedder = self._build(node, device, streamed=streamed)
+                widths.append(getattr(embedder, "width", None))
                 if with_embedders:
                     self.embedders.append(embedder)
                 else:
                     release(embedder)
+        # d_text of the embeddings, where all embedders say theirs.
+        self.text_width = sum(widths) if widths and None not in widths else None
 
     def _build(
         self, node: Mapping[str, Any], device: str | torch.device, *, streamed: bool
@@ -90,10 +94,10 @@ class GeneralConditioner(nn.Module):
     def load_weights(self, device: str | torch.device, *, streamed: bool = False) -> None:
         """Read the values of embedders that were built on the device "meta".
 
-        An embedder without the attribute `weights` has no files to read later and is built again.
+        An embedder without a method `load_weights` is built again.
         """
         for index, embedder in enumerate(self.embedders):
-            if getattr(embedder, "weights", None) is None:
+            if not hasattr(embedder, "load_weights"):
                 self.embedders[index] = self._build(self._nodes[index], device, streamed=streamed)
             else:
                 embedder.load_weights(device, streamed=streamed)

@@ -10,6 +10,7 @@ import logging
 import reprlib
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from sgm.errors import UserError, nearest_name
@@ -94,6 +95,23 @@ def check_args(args: Any) -> None:
         )
     if not -_SEED_LIMIT <= args.seed < _SEED_LIMIT:
         raise UserError(f"seed={args.seed}: it must be from -2**63 to 2**63 - 1")
+
+
+def check_data_paths(args: Any) -> None:
+    """Check that there is training data, and that each folder of data exists.
+
+    Raises:
+        UserError: `train_data` is empty, or a folder does not exist.
+    """
+    if not args.train_data:
+        raise UserError("args.train_data is empty; it must name at least one folder of data")
+    for key in ("train_data", "valid_data"):
+        for name in getattr(args, key):
+            if not Path(name).expanduser().exists():
+                raise UserError(
+                    f"args.{key}: {name} does not exist; check the path (clips to try the bundled "
+                    f"model on: python -m tools.tiny.draw_clips --output {name} --count 64)"
+                )
 
 
 def check_deepspeed(settings: Mapping[str, Any]) -> None:

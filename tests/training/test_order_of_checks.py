@@ -39,6 +39,7 @@ MISTAKES = {
         {"first_stage_config.params.encoder_config.params.num_res_blocks": 3},
         "does not fit the model of the configuration",
     ),
+    "a trained text encoder": ({f"{T5}[0].is_trainable": True}, "is_trainable cannot be kept"),
     "another text encoder": ({f"{T5}[0].params.model_dir": str(BUNDLED / "vae")}, "T5 folder"),
 }
 
@@ -63,6 +64,11 @@ def refuse(small, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_a_mistake_is_found_before_data_is_read(refuse, kind):
     refuse(*MISTAKES[kind])
+
+
+def test_a_text_encoder_of_another_width_is_found_before_data_is_read(refuse):
+    key = "network_config.params.modules.patch_embed_config.params.text_hidden_size"
+    refuse({key: 48}, "text_hidden_size in patch_embed_config is 48", "--mode", "pretrain")
 
 
 @pytest.mark.parametrize("name", ["3d-vae.pt", "transformer/1000/mp_rank_00_model_states.pt"])

@@ -104,6 +104,7 @@ class FrozenT5Embedder(nn.Module):
         self._visited_device: torch.device | None = None
         self.tokenizer = T5Tokenizer(self.weights.tokenizer, max_length=max_length)
         self.transformer, self._mapped = check_t5(self.weights, dtype=dtype)
+        self.width = self.transformer.config.d_model
         if torch.device(device).type != "meta":
             self.load_weights(device, streamed=streamed)
 
