@@ -7,7 +7,7 @@ import pytest
 from sgm.config import SamplingArgs
 from sgm.errors import UserError
 from sgm.modules.encoders.modules import FrozenT5Embedder
-from sgm.preflight import latent_shape
+from sgm.preflight import T5_EMBEDDER, latent_shape
 
 PARAMS = {"num_frames": 49, "time_compressed_rate": 4, "latent_height": 60, "latent_width": 90}
 MODEL = {"network_config": {"params": PARAMS | {"in_channels": 16}}}
@@ -82,7 +82,7 @@ def test_a_size_of_the_model_that_is_no_size_is_named(key, value):
 
 def with_texts(length, text_length):
     """A `model` section: the length of T5's texts, and the one that its network takes."""
-    embedder = {"target": "T5", "params": {"max_length": length} if length else {}}
+    embedder = {"target": T5_EMBEDDER, "params": {"max_length": length} if length else {}}
     modules = {"pos_embed_config": {"params": {"text_length": text_length}}}
     return {
         "network_config": {"params": PARAMS | {"in_channels": 16, "modules": modules}},
