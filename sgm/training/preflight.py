@@ -270,6 +270,50 @@ def check_sections(settings: Mapping[str, Any]) -> None:
         deepspeed_logger.disabled = False
     _check_autocast(settings.get("torch_autocast") or {})
     _check_half(settings)
+    _check_optimizer(settings.get("optimizer") or {})
+    _check_schedule(settings.get("scheduler") or {})
+
+
+# Params of Adam that are DeepSpeed's own; PyTorch's classes do not know them.
+_DEEPSPEED_ADAM = ("torch_adam", "adam_w_mode", "bias_correction", "fp32_optimizer_states")
+
+
+def _check_optimizer(section: Mapping[str, Any]) -> None:
+    """Check name and params of the optimizer, as far as PyTorch has one of that name."""
+    import torch
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    name = section.get("type")
+    if not name or name == SAT_OPTIMIZER:
+        return
+    classes = {one: kind for one, kind in vars(torch.optim).items() if isinstance(kind, type)}
+    by_name = classes | {one.lower(): kind for one, kind in classes.items()}
+    is_own = name.lower() in DEEPSPEED_OPTIMIZERS
+    if not is_own and name not in classes:
+        known = [*classes, *DEEPSPEED_OPTIMIZERS]
+        raise UserError(
+            f"deepspeed.optimizer.type: {name!r} is unknown; {nearest_name(name, known)}"
+        )
+    kind = by_name.get(name.lower() if is_own else name)
+    params = {**(section.get("params") or {})}
+    if is_own:
+        params = {key: value for key, value in params.items() if key not in _DEEPSPEED_ADAM}
+    if kind is None:  # DeepSpeed's alone, which checks the params itself
+        return
+    try:
+        kind([torch.nn.Parameter(torch.zeros(1))], **params)
+    except REFUSALS as error:
+        raise UserError(f"deepspeed.optimizer.params: {str(error).splitlines()[0]}") from None
+
+
+def _check_schedule(section: Mapping[str, Any]) -> None:
+    """Check the name of a schedule of DeepSpeed's."""
+    from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
+
+    name = section.get("type")
+    if section and name not in VALID_LR_SCHEDULES:
+        hint = nearest_name(str(name), VALID_LR_SCHEDULES)
+        raise UserError(f"deepspeed.scheduler.type: {name!r} is unknown; {hint}")
 
 
 def _check_half(settings: Mapping[str, Any]) -> None:

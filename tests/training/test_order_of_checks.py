@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 import train_video
 from sgm.errors import UserError
+from sgm.training.preflight import check_sections
 from tests.training.conftest import LORA
 
 LOSS = "loss_fn_config.params"
@@ -64,6 +65,34 @@ def refuse(small, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_a_mistake_is_found_before_data_is_read(refuse, kind):
     refuse(*MISTAKES[kind])
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"optimizer": {"type": "Adamx"}}, "optimizer.type: 'Adamx' is unknown; did you mean 'Ada"),
+        ({"optimizer": {"type": "AdamW", "params": {"betass": [0, 1]}}}, "params: .*'betass'"),
+        ({"optimizer": {"type": "sgd", "params": {"lr": 1.0}}}, "type: 'sgd' is unknown"),
+        ({"optimizer": {"type": "SGD", "params": {"lr": "abc"}}}, "optimizer.params: "),
+        ({"scheduler": {"type": "WarmupXX"}}, "scheduler.type: 'WarmupXX' is unknown"),
+    ],
+)
+def test_a_mistake_in_optimizer_or_schedule_is_found_with_the_sections(section, words):
+    with pytest.raises(UserError, match=words):
+        check_sections(section)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True, "adam_w_mode": False}},
+        {"type": "sat.ops.FusedEmaAdam", "params": {"anything": 1}},
+        {"type": "Lion", "params": {"betas": [0.9, 0.99]}},
+        {"type": "SGD", "params": {"lr": 0.1}},
+    ],
+)
+def test_optimizers_that_exist_pass(optimizer):
+    check_sections({"optimizer": optimizer, "scheduler": {"type": "WarmupLR"}})
 
 
 def test_a_text_encoder_of_another_width_is_found_before_data_is_read(refuse):
