@@ -371,8 +371,7 @@ class CogVideoX:
         self._require_open()
         if not isinstance(prompt, str):
             raise UserError(f"prompt: {prompt!r} must be a text")
-        given = {name: value for name, value in texts_and_seed.items() if value is not None}
-        given = check_given(SamplingArgs, given, where="CogVideoX")
+        given = check_given(SamplingArgs, texts_and_seed, where="CogVideoX")
         place = index if isinstance(index, tuple) else (index, 0)
         if len(place) != 2 or not all(type(number) is int and number >= 0 for number in place):
             raise UserError(

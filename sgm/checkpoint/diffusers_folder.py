@@ -111,7 +111,7 @@ def find_in_pipeline(folder: Path, part: str) -> Path | None:
 
 
 def find_diffusers_part(path: str | Path, part: DiffusersPart) -> PartFolder | None:
-    """The part, where `path` is a diffusers folder; None where it is none.
+    """The part, if `path` is a diffusers folder; otherwise None.
 
     Args:
         path: a pipeline's folder, or the part's own.

@@ -194,7 +194,7 @@ def find_lora(path: str | Path | Weights, *, option: str = "lora") -> Weights:
     """The file that a LoRA's `path` means: itself, or in a folder of SAT, diffusers or peft.
 
     Raises:
-        UserError: there is none.
+        UserError: no LoRA is there.
     """
     if isinstance(path, Weights):
         return path
@@ -358,7 +358,7 @@ def _check_shards(files: T5Files) -> None:
 
 
 def shard_indices(files: T5Files) -> list[Path]:
-    """The lists of shards that belong to the weights, of which there is one or none.
+    """The index of the shards that the weights consist of: one path, or no path.
 
     One that was left beside weights in a single file does not belong to them.
     """

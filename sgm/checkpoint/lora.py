@@ -233,7 +233,7 @@ def check_trained_lora(
 
     Raises:
         UserError: the file is not a LoRA, or its rank, alpha or layers are not those of the
-            network's ``lora_config``, or there is none.
+            network's ``lora_config``, or the network has no ``lora_config``.
     """
     if not network.lora_config:
         raise UserError(

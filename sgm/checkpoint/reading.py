@@ -121,7 +121,7 @@ def _read_safetensors(path: Path) -> Contents:
 
 
 class _KeptFile:
-    """A file that stays open, of which parts are read into memory of their own."""
+    """A file that stays open. Each part that is read gets memory of its own."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._path = path
@@ -147,7 +147,7 @@ class _KeptFile:
 
 def _open_safetensors(file: BinaryIO, path: Path) -> Contents:
     """As `_read_safetensors`, with tensors that are read from the kept file when asked for."""
-    # By its descriptor, so that nobody replaces the file between this check and the reading.
+    # The descriptor is checked, not the path: the file may be replaced before it is read.
     place = f"/proc/self/fd/{file.fileno()}"
     with whole_safetensors(path), safe_open(place, framework="np") as checked:
         names, metadata = checked.keys(), checked.metadata() or {}

@@ -295,11 +295,11 @@ def _check_optimizer(section: Mapping[str, Any]) -> None:
             f"deepspeed.optimizer.type: {name!r} is unknown; {nearest_name(name, known)}"
         )
     kind = by_name.get(name.lower() if is_own else name)
-    params = {**(section.get("params") or {})}
+    if kind is None:  # only DeepSpeed has it, and checks its params
+        return
+    params = dict(section.get("params") or {})
     if is_own:
         params = {key: value for key, value in params.items() if key not in _DEEPSPEED_ADAM}
-    if kind is None:  # DeepSpeed's alone, which checks the params itself
-        return
     try:
         kind([torch.nn.Parameter(torch.zeros(1))], **params)
     except REFUSALS as error:
