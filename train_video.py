@@ -266,6 +266,8 @@ def load_data(config: Config, device: torch.device, weights: RunWeights) -> Data
     prompts = prompts_of(config, validation)
     if not args.cache_dir:
         return Data(training, validation, prompts, None)
+    if prompts and weights.autoencoder and not args.only_log_video_latents:
+        weights.autoencoder.keep()  # every validation loads it
     model = weights.within(config.model)
     cache = fill_cache(config, [training, validation], prompts=prompts, model=model, device=device)
     kept = None if validation is None else cache.dataset(validation)

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sgm.checkpoint.find import Weights, find_transformer, release
+from sgm.checkpoint.find import Weights, find_transformer
 from sgm.checkpoint.lora import merge_updates, read_updates, replace_loras
 from sgm.checkpoint.lora_formats import names_with_lora
 from sgm.checkpoint.transformer import (
@@ -155,8 +155,8 @@ class SATVideoDiffusionEngine(nn.Module):
         self.first_stage_model = None
         is_meta = torch.device(device).type == "meta"
         if cached_input:
-            if is_meta:  # only to be checked
-                release(build_first_stage(**self._first_stage, device="meta"))
+            if is_meta:  # only to be checked; its file stays mapped for the cache
+                build_first_stage(**self._first_stage, device="meta")
             # It has no weights: what remains of the autoencoder where its moments are kept.
             regularizer = (first_stage_config.get("params") or {}).get("regularizer_config")
             self.regularizer = instantiate_from_config(regularizer)

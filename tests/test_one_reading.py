@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import sample_video
+import train_video
 from sgm.checkpoint import reading
 from sgm.checkpoint.find import MODEL_FILES
 from sgm.checkpoint.lora_formats import expected_matrices, lora_layers
@@ -102,12 +103,41 @@ def test_a_resumed_run_reads_each_file_once(small, reads, tmp_path, kind):  # no
     assert reads == {path.resolve(): 1 for path in checkpoint | parts}
 
 
+def cached(small, tmp_path):  # noqa: F811
+    """Flags of a run with a cache, and with validation videos before, in and after two steps."""
+    args = {"cache_dir": str(tmp_path / "cache"), "valid_prompts": ["a circle"], "eval_interval": 1}
+    short = {"sampler_config": {"params": {"num_steps": 2}}}
+    file = small.file("cached", {"args": args, "model": short})
+    return ["--base", file, "--device", "cpu", "--train-iters", "2"]
+
+
+def weights_of(small):  # noqa: F811
+    return weights_in(small.folder) - weights_in(small.folder / "runs")
+
+
+def test_a_cached_run_reads_each_file_once_when_the_cache_is_made_and_later(
+    small,  # noqa: F811
+    reads,
+    tmp_path,
+):
+    for start in ("first", "second"):
+        reads.clear()
+        assert train_video.main([*cached(small, tmp_path), "--save", str(tmp_path / start)]) == 0
+        assert len(list(tmp_path.glob(f"{start}/*/validation/*/*.mp4"))) == 3
+        assert reads == dict.fromkeys(weights_of(small), 1)
+
+
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
-@pytest.mark.parametrize("layout", ["sat", "diffusers"])
-def test_a_weight_file_is_opened_a_few_times_only(folder, tmp_path, layout):
-    config, place = (
-        (CONFIG, BUNDLED) if layout == "sat" else (folder.with_name("model.yaml"), folder)
-    )
+@pytest.mark.parametrize("run", ["sampling", "sampling of diffusers' layout", "cached training"])
+def test_a_weight_file_is_opened_a_few_times_only(small, folder, tmp_path, run):  # noqa: F811
+    if run == "cached training":
+        words = ["train_video.py", *cached(small, tmp_path), "--save", str(tmp_path / "runs")]
+        files = weights_of(small)
+    else:
+        config, place = CONFIG, BUNDLED
+        if run != "sampling":
+            config, place = folder.with_name("model.yaml"), folder
+        words, files = ["sample_video.py", *words_of(config, tmp_path)], weights_in(place)
     trace = [
         "strace",
         "--seccomp-bpf",
@@ -118,9 +148,9 @@ def test_a_weight_file_is_opened_a_few_times_only(folder, tmp_path, layout):
         "-o",
         str(tmp_path / "trace"),
     ]
-    command = [sys.executable, "sample_video.py", *words_of(config, tmp_path)]
+    command = [sys.executable, *words]
     subprocess.run([*trace, *command], cwd=ROOT, check=True, capture_output=True)
     # Behind the file descriptor that a call returned stands the file, whatever it was opened as.
     opened = re.findall(r"= \d+<([^>]+)>", (tmp_path / "trace").read_text())
     counts = Counter(Path(path) for path in opened if path.endswith((".pt", ".safetensors")))
-    assert all(1 <= counts[path] <= MOST_OPENED for path in weights_in(place)), counts
+    assert all(1 <= counts[path] <= MOST_OPENED for path in files), counts

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sgm.checkpoint.diffusers_folder import PartFolder, find_diffusers_part, find_in_pipeline
-from sgm.checkpoint.weight_file import WeightFile, check_kind, read_json
+from sgm.checkpoint.weight_file import FileState, WeightFile, check_kind, read_json, state_of
 from sgm.errors import UserError
 
 MODEL_FILES = ("mp_rank_00_model_states.pt", "mp_rank_00_model_states.safetensors")
@@ -45,8 +45,36 @@ EXPECTED_AUTOENCODER = (
 )
 
 
+class _Found:
+    """Files that were found together.
+
+    `files` are those that hold tensors, `sources` all that the tensors depend on, in a fixed order.
+    """
+
+    files: tuple[WeightFile, ...]
+    sources: list[Path]
+
+    def state(self) -> list[FileState | None]:
+        """What changes where a file is written again."""
+        return [state_of(path) for path in self.sources]
+
+    def is_unchanged(self, since: list[FileState | None]) -> bool:
+        """Whether no file was written again since this `state`, or since it was read."""
+        return self.state() == since and all(file.is_as_read for file in self.files)
+
+    def keep(self) -> None:
+        """Keep the files mapped from now on, so that they are not read again when needed again."""
+        for file in self.files:
+            file.kept = True
+
+    def release(self) -> None:
+        """Give the mapped files back; they are read again when tensors are asked for."""
+        for file in self.files:
+            file.release()
+
+
 @dataclass(frozen=True, eq=False)
-class Weights:
+class Weights(_Found):
     """Weights that were found: a file of SAT format or of a LoRA, or a folder in diffusers' layout.
 
     Args:
@@ -75,7 +103,7 @@ class Weights:
 
     @property
     def sources(self) -> list[Path]:
-        """The files that the tensors depend on, in a fixed order: one, or index and shards."""
+        """One file, or index and shards."""
         index = self.folder.index if self.folder else None
         return [*filter(None, [index]), *(file.path for file in self.files)]
 
@@ -84,23 +112,6 @@ class Weights:
 
     def __repr__(self) -> str:
         return repr(str(self.given))  # in messages it stands for the path
-
-    def state(self) -> list[tuple[int, ...]]:
-        """What changes where a file is written again: device, inode, size and time of each."""
-        found = [os.stat(path) for path in self.sources]
-        return [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
-
-    def release(self) -> None:
-        """Give the mapped files back; they are read again when tensors are asked for."""
-        for file in self.files:
-            file.release()
-
-
-def release(part: Any) -> None:
-    """Give the files of a part of the model back, if it has any."""
-    weights = getattr(part, "weights", None)
-    if isinstance(weights, Weights | T5Files):
-        weights.release()
 
 
 def _not_readable(given: str | Path, option: str, error: OSError) -> UserError:
@@ -256,7 +267,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 @dataclass(frozen=True, eq=False)
-class T5Files:
+class T5Files(_Found):
     """A text encoder's folder, its config.json, and its files of tokenizer and weights."""
 
     folder: Path
@@ -271,13 +282,8 @@ class T5Files:
 
     @property
     def sources(self) -> list[Path]:
-        """The files that embeddings depend on, in a fixed order."""
+        """Its config.json, the tokenizer's file and those of weights."""
         return [self.folder / "config.json", self.tokenizer, *self.weights]
-
-    def release(self) -> None:
-        """Give the mapped files back; they are read again when tensors are asked for."""
-        for file in self.files:
-            file.release()
 
 
 def find_t5(model_dir: str | Path | T5Files, *, option: str = "model_dir") -> T5Files:

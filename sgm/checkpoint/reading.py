@@ -7,7 +7,6 @@ import os
 import pickle
 import struct
 import warnings
-import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sgm.checkpoint.tensors import LazyTensors
-from sgm.checkpoint.weight_file import Contents, open_file
+from sgm.checkpoint.weight_file import Contents, OpenFile, open_file
 from sgm.errors import UserError
 
 # Python objects that training writes beside the tensors. None of them is needed here, so each is
@@ -114,46 +113,42 @@ def whole_safetensors(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _read_safetensors(path: Path) -> Contents:
-    with whole_safetensors(path), safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return Contents(tensors, file.metadata() or {})
+def _read_safetensors(file: BinaryIO, path: Path) -> Contents:
+    with whole_safetensors(path), safe_open(_place(file), framework="pt") as read:
+        tensors = {name: read.get_tensor(name) for name in read.keys()}  # noqa: SIM118
+        return Contents(tensors, read.metadata() or {}, OpenFile(file))
 
 
-class _KeptFile:
-    """A file that stays open. Each part that is read gets memory of its own."""
+def _place(file: BinaryIO) -> str:
+    """A path of an open file, since the one it was opened by may be another's meanwhile."""
+    return f"/proc/self/fd/{file.fileno()}"
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        self._path = path
-        self._descriptor = os.dup(file.fileno())
-        weakref.finalize(self, os.close, self._descriptor)
 
-    def read(self, start: int, size: int) -> Tensor:
-        """`size` bytes from `start` on.
+def _read_bytes(file: OpenFile, start: int, size: int, *, path: Path) -> Tensor:
+    """`size` bytes from `start` on, in memory of their own.
 
-        Raises:
-            UserError: the file has become shorter.
-        """
-        data = torch.empty(size, dtype=torch.uint8, device="cpu")
-        rest, position = memoryview(data.numpy()), start
-        while rest:
-            with whole_safetensors(self._path):
-                count = os.preadv(self._descriptor, [rest], position)
-            if not count:
-                raise UserError(f"{self._path} is cut off; download or copy it again")
-            rest, position = rest[count:], position + count
-        return data
+    Raises:
+        UserError: the file has become shorter.
+    """
+    data = torch.empty(size, dtype=torch.uint8, device="cpu")
+    rest, position = memoryview(data.numpy()), start
+    while rest:
+        with whole_safetensors(path):
+            count = os.preadv(file.descriptor, [rest], position)
+        if not count:
+            raise UserError(f"{path} is cut off; download or copy it again")
+        rest, position = rest[count:], position + count
+    return data
 
 
 def _open_safetensors(file: BinaryIO, path: Path) -> Contents:
     """As `_read_safetensors`, with tensors that are read from the kept file when asked for."""
-    # The descriptor is checked, not the path: the file may be replaced before it is read.
-    place = f"/proc/self/fd/{file.fileno()}"
-    with whole_safetensors(path), safe_open(place, framework="np") as checked:
+    with whole_safetensors(path), safe_open(_place(file), framework="np") as checked:
         names, metadata = checked.keys(), checked.metadata() or {}
-    kept = _KeptFile(file, path)
-    length = int.from_bytes(kept.read(0, 8).numpy().tobytes(), "little")
-    header = json.loads(kept.read(8, length).numpy().tobytes())
+    kept = OpenFile(file)
+    read = partial(_read_bytes, kept, path=path)
+    length = int.from_bytes(read(0, 8).numpy().tobytes(), "little")
+    header = json.loads(read(8, length).numpy().tobytes())
     makers, shapes = {}, {}
     for name in names:
         entry = header[name]
@@ -165,14 +160,14 @@ def _open_safetensors(file: BinaryIO, path: Path) -> Contents:
         dtype, (start, end) = _DTYPES[entry["dtype"]], entry["data_offsets"]
         with whole_safetensors(path):
             shapes[name] = torch.empty(entry["shape"], dtype=dtype, device="meta")
-        makers[name] = partial(_read_tensor, kept, 8 + length + start, end - start, shapes[name])
+        makers[name] = partial(_read_tensor, read, 8 + length + start, end - start, shapes[name])
     if not shapes:
         raise UserError(f"{path} holds no tensors; copy it from the original again")
-    return Contents(LazyTensors(makers, meta=lambda: shapes), metadata)
+    return Contents(LazyTensors(makers, meta=lambda: shapes), metadata, kept)
 
 
-def _read_tensor(file: _KeptFile, start: int, size: int, like: Tensor) -> Tensor:
-    return file.read(start, size).view(like.dtype).reshape(like.shape)
+def _read_tensor(read: Callable[[int, int], Tensor], start: int, size: int, like: Tensor) -> Tensor:
+    return read(start, size).view(like.dtype).reshape(like.shape)
 
 
 def _check_zip(file: BinaryIO, path: Path) -> None:
@@ -218,8 +213,7 @@ def _read_torch(file: BinaryIO, path: Path, *, is_zip: bool) -> Any:
             # Files of other pickle protocols either load or are refused below.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             # By this name, as PyTorch takes what is called .safetensors for that.
-            name = f"/proc/self/fd/{file.fileno()}"
-            return torch.load(name, map_location="cpu", mmap=is_zip, weights_only=True)
+            return torch.load(_place(file), map_location="cpu", mmap=is_zip, weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} is not a weight file of PyTorch, or carries pickled code; it was not loaded"
@@ -250,8 +244,8 @@ def read_weights(path: Path, *, lazily: bool = False) -> Contents:
     with open_file(path) as file, torch.device("cpu"):
         kind = _format_of(path, file.read(_MARK_BYTES))
         if kind == "safetensors":
-            return _open_safetensors(file, path) if lazily else _read_safetensors(path)
-        return Contents(_read_torch(file, path, is_zip=kind == "zip"), {})
+            return _open_safetensors(file, path) if lazily else _read_safetensors(file, path)
+        return Contents(_read_torch(file, path, is_zip=kind == "zip"), {}, OpenFile(file))
 
 
 def read_checkpoint(path: str | Path) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -20,25 +22,42 @@ class Contents(NamedTuple):
     """What a weight file holds.
 
     `state` is what was saved, its tensors mapped from disk or read when asked for; `metadata` is
-    that of a safetensors header.
+    that of a safetensors header; `file` is the file itself.
     """
 
     state: Any
     metadata: Mapping[str, str]
+    file: OpenFile
+
+
+class OpenFile:
+    """A file that stays open for as long as this object lives."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self.descriptor)
 
 
 class WeightFile:
-    """A file of weights. It is read at the first `read`, and then stays mapped until `release`."""
+    """A file of weights. It is read at the first `read`, and then stays mapped until `release`.
+
+    Attributes:
+        kept: `release` does nothing; a file that was read is read again only if it has changed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.kept = False
         self._contents: Contents | None = None
+        self._state: FileState | None = None  # as it was read
 
     def read(self, *, lazily: bool = False) -> Contents:
         """The contents of the file; arguments and errors as in `read_weights`."""
-        if self._contents is None:
+        # A change in place would show in the mapped tensors, or end the process.
+        if self._contents is None or (self.kept and not self.is_as_read):
             from sgm.checkpoint import reading  # it imports PyTorch
 
+            self._state = self.state()
             self._contents = reading.read_weights(self.path, lazily=lazily)
         return self._contents
 
@@ -48,9 +67,44 @@ class WeightFile:
 
         return reading.tensors_of(self.read(lazily=lazily).state, self.path, wrapper=wrapper)
 
+    def open(self) -> BinaryIO:
+        """The file from its start, unbuffered; the very file that is mapped, where it was read.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        if self._contents is None:
+            return self.path.open("rb", buffering=0)
+        file = os.fdopen(os.dup(self._contents.file.descriptor), "rb", buffering=0)
+        file.seek(0)
+        return file
+
+    def state(self) -> FileState | None:
+        """What changes where the file is written again; None where it is missing."""
+        return state_of(self.path)
+
+    @property
+    def is_as_read(self) -> bool:
+        """Whether the file has not changed since it was read, if it was."""
+        return self._state in (None, self.state())
+
     def release(self) -> None:
         """Give the mapping of the file back, once no tensor of it is used."""
-        self._contents = None
+        if not self.kept:
+            self._contents = None
+
+
+# Of a file: its device, inode, size in bytes and time of the last change in nanoseconds.
+FileState = tuple[int, int, int, int]
+
+
+def state_of(path: Path) -> FileState | None:
+    """What changes where a file is written again; None where it is missing."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def open_file(path: Path) -> BinaryIO:

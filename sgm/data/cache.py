@@ -22,13 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+from sgm.checkpoint.find import T5Files, Weights
+from sgm.checkpoint.weight_file import FileState
 from sgm.data.cache_keys import (
     DigestMemory,
     embedding_key,
     first_stage_identity,
+    first_stage_weights,
     hash_file,
     latents_key,
     text_identity,
+    text_weights,
     window_position,
 )
 from sgm.data.cache_store import Store, remove_leftovers
@@ -161,7 +165,8 @@ def prepare_cache(
     Args:
         datasets: of `data_video.SFTDataset`, or joined ones.
         model: the `model` section, of which `first_stage_config` and `conditioner_config` are read;
-            both are built here only if something is absent, one after the other.
+            both are built here only if something is absent, one after the other. Where they hold
+            `Weights` that were read already, these are loaded, and then released.
         cache_dir: the folder.
         texts: whose embeddings are needed beside those of all captions.
         dtype, device: in which, and where, autoencoder and text encoder run.
@@ -303,9 +308,9 @@ def _identity(compute: Callable[[], str], ranks: Ranks) -> str:
     return ranks.gather(compute() if ranks.rank == 0 else "")[0]
 
 
-def _check_unchanged(identity: str, now: str, name: str) -> None:
-    """Refuse a model whose files were replaced between their look-up and their loading."""
-    if now != identity:
+def _check_unchanged(weights: Weights | T5Files, since: list[FileState | None], name: str) -> None:
+    """Raise UserError where weights that were loaded may be others than the digest says."""
+    if not weights.is_unchanged(since):
         raise UserError(f"the files of {name} changed while the cache was made; start again")
 
 
@@ -364,6 +369,8 @@ def make_latents(
 
     `config` is the autoencoder's node; see `sgm.data.cache.prepare_cache` for the rest.
     """
+    weights = first_stage_weights(config)
+    since = weights.state()
     identity = _identity(partial(first_stage_identity, config), ranks)
     clips = [clip for dataset in datasets for clip in dataset.clips]
     contents = _contents(clips, ranks, memory=memory, num_threads=max(1, num_workers))
@@ -382,11 +389,12 @@ def make_latents(
 
     def build() -> nn.Module:
         first_stage = build_first_stage(config, dtype=dtype, device=device)
-        _check_unchanged(identity, first_stage_identity(config), "the autoencoder")
+        _check_unchanged(weights, since, "the autoencoder")
         return first_stage
 
     share = [by_key[key] for key in ranks.share(absent)]
     failed = _encode_clips(share, build, store=store, num_workers=num_workers)
+    weights.release()
     if share:
         _free_memory()
     failed = _merged(ranks.gather(failed))
@@ -437,6 +445,8 @@ def make_embeddings(
 
     `config` is the conditioner's node; see `sgm.data.cache.prepare_cache` for the rest.
     """
+    weights = text_weights(config)
+    since = weights.state()
     identity = _identity(partial(text_identity, config), ranks)
     keys = {text: embedding_key(text, identity=identity, dtype=dtype) for text in texts}
     by_key = {key: text for text, key in keys.items()}
@@ -446,12 +456,13 @@ def make_embeddings(
 
     def build() -> nn.Module:
         conditioner = instantiate_from_config(config, dtype=dtype, device=device).eval()
-        _check_unchanged(identity, text_identity(config), "the text encoder")
+        _check_unchanged(weights, since, "the text encoder")
         return conditioner
 
     share = [(key, by_key[key]) for key in ranks.share(absent)]
     if share:
         _embed_texts(share, build, store=store)
         _free_memory()
+    weights.release()
     ranks.gather(None)  # nobody goes on before all entries are there
     return keys

@@ -12,13 +12,14 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from sgm.checkpoint.find import find_autoencoder, find_t5
+from sgm.checkpoint.find import T5Files, Weights, find_autoencoder, find_t5
+from sgm.checkpoint.weight_file import WeightFile
 from sgm.errors import UserError
 from sgm.files import replacing
 from sgm.modules.encoders.modules import FrozenT5Embedder
@@ -52,15 +53,21 @@ def hash_file(path: Path) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    state = hashlib.blake2b(digest_size=20)
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            state.update(chunk)
+        return _hash_all(file)
+
+
+def _hash_all(file: BinaryIO) -> str:
+    state = hashlib.blake2b(digest_size=20)
+    while chunk := file.read(_CHUNK_BYTES):
+        state.update(chunk)
     return state.hexdigest()
 
 
-def hash_weights(path: Path) -> str:
+def hash_weights(weights: WeightFile) -> str:
     """The digest of a file of weights: of all of it, or of samples where it is above 1 GiB.
+
+    Where the file was read already, the digest is that of the very file whose tensors are mapped.
 
     Samples are its size, its first and last MiB and 4 KiB of every 8 MiB. They hold the names,
     types and shapes (safetensors' head), the check sums of all tensors (in the last MiB of what
@@ -70,11 +77,11 @@ def hash_weights(path: Path) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    size = path.stat().st_size
-    if size <= WHOLE_BYTES:
-        return hash_file(path)
-    state = hashlib.blake2b(str(size).encode(), digest_size=20)
-    with path.open("rb", buffering=0) as file:
+    with weights.open() as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= WHOLE_BYTES:
+            return _hash_all(file)
+        state = hashlib.blake2b(str(size).encode(), digest_size=20)
         state.update(file.read(_CHUNK_BYTES))
         for start in range(_STRETCH_BYTES, size - _CHUNK_BYTES, _STRETCH_BYTES):
             file.seek(start)
@@ -84,21 +91,22 @@ def hash_weights(path: Path) -> str:
     return state.hexdigest()
 
 
-def _identity(node: Mapping[str, Any], files: Sequence[Path], *, path_key: str) -> str:
+def _identity(node: Mapping[str, Any], weights: Weights | T5Files, *, path_key: str) -> str:
     """The digest of a part of the model: its node, with its files' content for their path."""
     params = {name: value for name, value in node["params"].items() if name != path_key}
+    files = {file.path: file for file in weights.files}
     try:
-        contents = [hash_weights(path) for path in files]
+        contents = [hash_weights(files.get(path) or WeightFile(path)) for path in weights.sources]
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     return _digest(node["target"], params, contents)
 
 
-def first_stage_identity(config: Mapping[str, Any]) -> str:
-    """The digest of the autoencoder that a node describes.
+def first_stage_weights(config: Mapping[str, Any]) -> Weights:
+    """The weights of the autoencoder that a node describes.
 
     Raises:
-        UserError: it has no weights, or they cannot be read.
+        UserError: it has none, or they are not there.
     """
     path = (config.get("params") or {}).get("ckpt_path")
     if not path:
@@ -106,7 +114,16 @@ def first_stage_identity(config: Mapping[str, Any]) -> str:
             "first_stage_config.params.ckpt_path is not set; latents of random weights are not "
             "worth keeping: set it, or leave cache_dir out"
         )
-    return _identity(config, find_autoencoder(path).sources, path_key="ckpt_path")
+    return find_autoencoder(path)
+
+
+def first_stage_identity(config: Mapping[str, Any]) -> str:
+    """The digest of the autoencoder that a node describes.
+
+    Raises:
+        UserError: as in `first_stage_weights`, or the files cannot be read.
+    """
+    return _identity(config, first_stage_weights(config), path_key="ckpt_path")
 
 
 def check_cacheable(config: Mapping[str, Any]) -> None:
@@ -129,15 +146,25 @@ def check_cacheable(config: Mapping[str, Any]) -> None:
         )
 
 
+def text_weights(config: Mapping[str, Any]) -> T5Files:
+    """The files of the text encoder in the conditioner's node.
+
+    Raises:
+        UserError: as in `check_cacheable`, or they are not there.
+    """
+    check_cacheable(config)
+    (node,) = config["params"]["emb_models"]
+    return find_t5(node["params"]["model_dir"])
+
+
 def text_identity(config: Mapping[str, Any]) -> str:
     """The digest of the text encoder in the conditioner's node.
 
     Raises:
-        UserError: as in `check_cacheable`, or its files cannot be read.
+        UserError: as in `text_weights`, or the files cannot be read.
     """
-    check_cacheable(config)
-    (node,) = config["params"]["emb_models"]
-    return _identity(node, find_t5(node["params"]["model_dir"]).sources, path_key="model_dir")
+    weights = text_weights(config)
+    return _identity(config["params"]["emb_models"][0], weights, path_key="model_dir")
 
 
 def latents_key(

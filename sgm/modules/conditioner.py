@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgm.checkpoint.find import release
 from sgm.errors import UserError, nearest_name
 from sgm.util import check_number, instantiate_from_config
 
@@ -76,8 +75,6 @@ class GeneralConditioner(nn.Module):
                 widths.append(getattr(embedder, "width", None))
                 if with_embedders:
                     self.embedders.append(embedder)
-                else:
-                    release(embedder)
         # d_text of the embeddings, where all embedders say theirs.
         self.text_width = sum(widths) if widths and None not in widths else None
 

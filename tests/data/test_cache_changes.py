@@ -10,6 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sgm.checkpoint.find import find_autoencoder
+from sgm.data import cache
+from sgm.errors import UserError
+from sgm.models.autoencoder import build_first_stage
+
 
 def change_clip(clips, model, changes):
     (clips / "1.mp4").write_bytes(b"another")
@@ -92,6 +97,44 @@ def test_what_has_changed_is_made_anew_and_nothing_else(
     prepare(dataset, model=model)
     folders = [folder for folder, _ in made]
     assert (folders.count("latents"), folders.count("embeddings")) == (latents, embeddings)
+
+
+def replace(path):
+    """Put another file in the place of this one, as downloads do."""
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    os.replace(other, path)
+
+
+def edit(path):
+    """Write to the file itself."""
+    path.write_bytes(path.read_bytes())
+
+
+@pytest.mark.parametrize("change", [replace, edit])
+@pytest.mark.parametrize("moment", ["after the check", "after the digest"])
+def test_weights_that_change_while_the_cache_is_made_give_no_entries(
+    stand_in, prepare, clips, model, made, monkeypatch, tmp_path, change, moment
+):
+    node = model["first_stage_config"]
+    path = Path(shutil.copy(node["params"]["ckpt_path"], tmp_path / "vae.pt"))
+    os.utime(path, (0, 0))
+    node["params"]["ckpt_path"] = find_autoencoder(path)
+    build_first_stage(node, dtype=torch.float32, device="meta")
+    if moment == "after the check":
+        change(path)
+    else:
+        identity = cache.first_stage_identity
+
+        def change_afterwards(config):
+            found = identity(config)
+            change(path)
+            return found
+
+        monkeypatch.setattr(cache, "first_stage_identity", change_afterwards)
+    with pytest.raises(UserError, match="autoencoder changed while the cache was made"):
+        prepare(stand_in(clips))
+    assert not made
 
 
 def test_another_caption_has_an_entry_of_its_own(stand_in, kept, prepare, clips, made):
