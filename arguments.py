@@ -6,23 +6,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import typing
 from collections.abc import Sequence
 from typing import Any
 
 from sgm.cli import CommandParser
-from sgm.config import (
-    IGNORED_ARGS,
-    CommonArgs,
-    Config,
-    LoraChoice,
-    load_config,
-    lora_from_text,
-    value_type,
-)
-
-_FROM_TEXT = {LoraChoice: lora_from_text}  # of a flag, where it is not the type itself
+from sgm.config import IGNORED_ARGS, CommonArgs, Config, load_config
+from sgm.options import value_type
 
 
 def build_parser(args_class: type[CommonArgs], description: str) -> CommandParser:
@@ -38,18 +27,18 @@ def build_parser(args_class: type[CommonArgs], description: str) -> CommandParse
         metavar="PREFIX",
         help="let the configuration name classes under this dotted prefix (trusted files only)",
     )
-    hints = typing.get_type_hints(args_class)
-    for option in dataclasses.fields(args_class):
-        kind, choices, is_list = value_type(hints[option.name])
+    for name, field in args_class.model_fields.items():
+        kind, choices, is_list = value_type(field.annotation)
         # argparse would take a bare % for a placeholder.
-        help_text = option.metadata["help"].replace("%", "%%")
+        help_text = (field.description or "").replace("%", "%%")
         settings: dict[str, Any] = {"default": None, "help": help_text}
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
-            settings |= {"type": _FROM_TEXT.get(kind, kind), "choices": choices or None}
+            kind = kind if kind in (int, float) else str  # the options parse what is more than text
+            settings |= {"type": kind, "choices": choices or None}
             settings |= {"nargs": "+"} if is_list else {}
-        parser.add_argument(_flag(option.name), **settings)
+        parser.add_argument(_flag(name), **settings)
     for name, reason in IGNORED_ARGS.items():
         settings = {"action": argparse.BooleanOptionalAction, "help": f"unused: {reason}"}
         parser.add_argument(_flag(name), **settings)

@@ -6,7 +6,6 @@ import logging
 import platform
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,7 +99,7 @@ class VideoFolder:
             "sample": sample,
             "seed": self.config.args.seed,
             "config_files": self.config.files,
-            "args": asdict(self.config.args),
+            "args": self.config.args.model_dump(),
             "model": self.config.model,
             "versions": {"python": platform.python_version()} | installed_versions(PACKAGES),
             "timings": timings | peak_memory(),

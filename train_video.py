@@ -16,11 +16,11 @@ from sgm.preflight import RunWeights, find_weights
 from sgm.toolchain import can_compile_kernels, check_compile
 from sgm.training.preflight import (
     VIDEO_DATASET,
-    check_args,
     check_data_paths,
     check_deepspeed,
     check_precision,
     check_video_data,
+    warn_of_warmup,
 )
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def check(config: Config) -> RunWeights:
     Raises:
         UserError: a value or a path is wrong.
     """
-    check_args(config.args)
+    warn_of_warmup(config.args)
     check_video_data(config.data, config.model)
     check_deepspeed(config.deepspeed)
     check_precision(config.args, config.deepspeed)
@@ -407,12 +407,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sgm.sat_runtime import ensure_process_groups, leave_process_groups_at_exit
     from sgm.training.preflight import check_sections, weight_dtype
 
+    ensure_process_groups()
     check_sections(config.deepspeed)
     dtype = weight_dtype(config.deepspeed)
     check_attention(config.args.attention, config.model, device=device, dtype=dtype)
     if config.args.compile:
         check_compile(device.type)
-    ensure_process_groups()
     train(config, device, weights)
     leave_process_groups_at_exit()
     return 0

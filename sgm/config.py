@@ -1,33 +1,31 @@
 """The options of both commands and the YAML files they come from: one checked configuration.
 
-``--base a.yaml b.yaml`` are merged in this order; a flag wins over the files. Every key of `args`
-is a field of `SamplingArgs` or `TrainingArgs`, so these two dataclasses are the reference for
-both. Nothing heavy is imported here, so that a mistake is reported at once.
+``--base a.yaml b.yaml`` are merged in this order; a flag wins over the files. `SamplingArgs` and
+`TrainingArgs` have a field for every key of the section `args`; the flags, the checks and
+docs/configuration.md are derived from them. Nothing heavy is imported here, so that a mistake is
+reported at once.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar_parser import parse as parse_interpolation
+from pydantic import BeforeValidator, Field, InstanceOf, field_validator, model_validator
 from yaml import YAMLError
 
-from sgm.errors import UserError, nearest_name
+from sgm.errors import UserError, check_known, nearest_name
+from sgm.options import Options, checked
 from sgm.util import is_finite_number
 
 if TYPE_CHECKING:
     from sgm.checkpoint.find import Weights
-
-_KEYS = ("path", "scale")
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,8 @@ class LoraChoice:
     """A LoRA to merge.
 
     Args:
-        path: a run's folder, a checkpoint's or a file; see `sgm.checkpoint.read_lora`. In a run,
-            what `find_lora` found there.
+        path: a run's folder, a checkpoint's or a file; see `sgm.checkpoint.lora.read_updates`. In a
+            run, what `find_lora` found there.
         scale: strength; 1 is as trained, 0 nothing, below 0 the opposite.
     """
 
@@ -45,10 +43,10 @@ class LoraChoice:
 
 
 def lora_from_text(text: str) -> LoraChoice:
-    """``PATH`` or ``PATH:SCALE``; where a path of the whole text exists, it is meant.
+    """Parse ``PATH`` or ``PATH:SCALE``; if a path of the whole text exists, it is the path.
 
     Raises:
-        UserError: the scale is not finite, or no number.
+        ValueError: the scale is not a finite number; the message is a sentence for the user.
     """
     path, colon, number = text.rpartition(":")
     if not colon or not path or os.path.exists(os.path.expanduser(text)):
@@ -57,49 +55,55 @@ def lora_from_text(text: str) -> LoraChoice:
         scale = float(number)
     except ValueError:
         if os.path.exists(os.path.expanduser(path)):
-            raise UserError(
-                f"--lora {text}: {colon + number!r} is no number; write the strength after the "
-                "colon, as in PATH:0.8"
+            raise ValueError(
+                f"{text}: {colon + number!r} is not a number; write the strength after the colon, "
+                "as in PATH:0.8"
             ) from None
-        return LoraChoice(text)  # a colon of the path itself
-    return LoraChoice(path, _checked_scale(scale, where=text))
+        return LoraChoice(text)  # the colon belongs to the path
+    return _lora(path, scale, where=text)
 
 
-def loras_from_yaml(value: Any) -> list[LoraChoice]:
-    """The value of ``lora:``, a path or ``{path, scale}``, or a list of these.
+def _lora(path: object, scale: object, *, where: object) -> LoraChoice:
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"{where} has no path; add the LoRA's folder or file")
+    if not is_finite_number(scale):
+        raise ValueError(
+            f"scale {scale!r} of {where} must be a finite number; 1 is the LoRA as trained"
+        )
+    return LoraChoice(path, float(scale))
 
-    Raises:
-        UserError: it is something else; the sentence says what, not in which file.
-    """
-    items = value if isinstance(value, list) else [value]
-    return [_from_item(item) for item in items]
 
-
-def _from_item(item: Any) -> LoraChoice:
+def _lora_from_item(item: object) -> LoraChoice:
+    """A LoRA from an item of the list ``lora:``, a path or ``{path, scale}``; raises ValueError."""
+    if isinstance(item, LoraChoice):
+        return item
     if isinstance(item, str) and item:
         return lora_from_text(item)
     if not isinstance(item, Mapping):
-        raise UserError(
+        raise ValueError(
             f"{item!r} is not a LoRA: write a path, or {{path: …, scale: …}}, or a list of these"
         )
-    for key in item:
-        if key not in _KEYS:
-            raise UserError(f"unknown key {str(key)!r} in {dict(item)}; {nearest_name(key, _KEYS)}")
+    unknown = [key for key in item if key not in ("path", "scale")]
+    if unknown:
+        hint = nearest_name(unknown[0], ("path", "scale"))
+        raise ValueError(f"unknown key {str(unknown[0])!r} in {dict(item)}; {hint}")
     path = item.get("path")
-    if not isinstance(path, str) or not path:
-        raise UserError(f"{dict(item)} has no path; it must name the LoRA's folder or file")
-    return LoraChoice(path, _checked_scale(item.get("scale", 1.0), where=path))
+    return _lora(path, item.get("scale", 1.0), where=path or dict(item))
 
 
-def _checked_scale(value: Any, *, where: str) -> float:
-    if not is_finite_number(value):
-        raise UserError(
-            f"scale {value!r} of {where} must be a finite number; 1 is the LoRA as trained"
-        )
-    return float(value)
+def _as_list(value: object) -> object:
+    return value if isinstance(value, list) else [value]
 
 
-# What the loader raises: ValueError for text that is not UTF-8 or a number that is none,
+# A single value where a list is wanted is a list of one.
+Texts = Annotated[list[str], BeforeValidator(_as_list)]
+Numbers = Annotated[list[int], BeforeValidator(_as_list)]
+Loras = Annotated[
+    list[Annotated[InstanceOf[LoraChoice], BeforeValidator(_lora_from_item)]],
+    BeforeValidator(_as_list),
+]
+
+# What the loader raises: ValueError for text that is not UTF-8 or for an invalid number,
 # RecursionError for a list within itself.
 _YAML_ERRORS = (YAMLError, ValueError, RecursionError)
 
@@ -112,27 +116,31 @@ IGNORED_ARGS = {
 }
 
 
-def _option(default: Any, help_text: str) -> Any:
-    factory = (lambda: list(default)) if isinstance(default, list) else dataclasses.MISSING
-    plain = dataclasses.MISSING if isinstance(default, list) else default
-    return field(default=plain, default_factory=factory, metadata={"help": help_text})
+class CommonArgs(Options):
+    """Options of both commands."""
 
-
-@dataclass
-class CommonArgs:
-    """What sampling and training both read."""
-
-    mode: Literal["inference", "finetune", "pretrain"] = _option(
-        "inference", "what the file is for; a training run starts from `load` in 'finetune'"
+    mode: Literal["inference", "finetune", "pretrain"] = Field(
+        "inference",
+        description="what the file is for; 'finetune' starts from `load`, 'pretrain' from nothing",
     )
-    load: str | None = _option(
-        None, "the transformer's weights: a folder of SAT or diffusers, a file"
+    load: str | None = Field(
+        None, description="the transformer's weights: a folder of SAT or diffusers, or a file"
     )
-    seed: int = _option(42, "seed of all random numbers")
-    fp16: bool = _option(False, "run in float16")
-    bf16: bool = _option(False, "run in bfloat16")
-    device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto: a GPU where there is one")
-    model_parallel_size: int = _option(1, "kept for old files; only 1 is supported")
+    seed: int = Field(42, description="seed of all random numbers")
+    fp16: bool = Field(False, description="run in float16")
+    bf16: bool = Field(False, description="run in bfloat16")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: a GPU if there is one"
+    )
+    model_parallel_size: int = Field(
+        1, ge=1, le=1, description="accepted from old files; one model is not split"
+    )
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> CommonArgs:
+        if self.fp16 and self.bf16:
+            raise ValueError("fp16 and bf16 are both set; keep one of them")
+        return self
 
     @property
     def precision(self) -> str:
@@ -140,90 +148,165 @@ class CommonArgs:
         return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
 
 
-@dataclass
 class SamplingArgs(CommonArgs):
-    """Arguments of sample_video.py."""
+    """Options of sample_video.py."""
 
-    batch_size: int = _option(1, "videos for each prompt")
-    input_type: Literal["txt", "cli"] = _option("txt", "prompts from input_file, or typed")
-    input_file: str = _option("configs/test.txt", "prompts, UTF-8, one on a line")
-    negative_prompt: str = _option("", "what the videos should not show; empty: unconditional")
-    latent_channels: int = _option(16, "channels of the latents, as the model was built")
-    sampling_num_frames: int = _option(13, "latent frames: n gives 4·(n − 1) + 1 video frames")
-    sampling_image_size: list[int] = _option([480, 720], "height and width of the video in pixels")
-    sampling_fps: int = _option(8, "frames per second of the mp4")
-    parallel: Literal["prompts", "video"] = _option(
-        "prompts", "what several processes divide: the prompts, or the work on each video"
+    batch_size: int = Field(1, ge=1, description="videos for each prompt")
+    input_type: Literal["txt", "cli"] = Field(
+        "txt", description="txt: prompts from input_file; cli: prompts typed in the terminal"
     )
-    step_cache: float = _option(
-        0.0, "reuse steps that change less than this share: faster, not the same; 0: off, try 0.1"
+    input_file: str = Field("configs/test.txt", description="prompts, UTF-8, one on a line")
+    negative_prompt: str = Field(
+        "", description="what the videos should not show; empty: unconditional"
     )
-    tile_decode: bool = _option(
-        False, "decode in overlapping tiles: a quarter of the memory at 480x720, not the same video"
+    latent_channels: int = Field(16, description="channels of the latents; the model decides it")
+    sampling_num_frames: int = Field(
+        13, description="latent frames: n gives 4·(n - 1) + 1 video frames"
     )
-    memory: Literal["auto", "high", "low"] = _option(
-        "auto", "high: all weights on the GPU; low: each part while it works; auto: as it fits"
+    sampling_image_size: Numbers = Field(
+        [480, 720], description="height and width of the video in pixels"
     )
-    compile: bool | None = _option(
-        None, "compile the transformer's blocks; default: on a GPU, from 100 steps on"
+    sampling_fps: int = Field(8, ge=1, description="frames per second of the mp4")
+    parallel: Literal["prompts", "video"] = Field(
+        "prompts", description="what several processes divide: the prompts, or each video"
     )
-    attention: Literal["auto", "hopper", "flash", "sdpa"] = _option(
+    step_cache: float = Field(
+        0.0,
+        ge=0,
+        description="reuse steps that change less than this fraction: faster, slightly different "
+        "videos; 0: off, try 0.1",
+    )
+    tile_decode: bool = Field(
+        False,
+        description="decode in overlapping tiles: a quarter of the memory at 480x720, slightly "
+        "different videos",
+    )
+    memory: Literal["auto", "high", "low"] = Field(
         "auto",
-        "what computes attention: this project's kernel for Hopper GPUs, FlashAttention-4 or "
+        description="high: all weights on the GPU; low: each part while it works; auto: high if "
+        "it fits",
+    )
+    compile: bool | None = Field(
+        None, description="compile the transformer's blocks; default: on a GPU, from 100 steps on"
+    )
+    attention: Literal["auto", "hopper", "flash", "sdpa"] = Field(
+        "auto",
+        description="the attention kernel: this project's for Hopper GPUs, FlashAttention-4 or "
         "PyTorch; auto: the fastest that runs here",
     )
-    fp8: bool = _option(
-        False, "the blocks' MLPs in float8: faster where the GPU has it, not the same video"
+    fp8: bool = Field(
+        False,
+        description="the blocks' MLPs in float8: faster on GPUs that support it, slightly "
+        "different videos",
     )
-    output_dir: str = _option("outputs", "folder for the videos")
-    lora: list[LoraChoice] = _option(
-        [], "LoRAs merged into the weights: folders or files, PATH:0.8 for another strength than 1"
+    output_dir: str = Field("outputs", description="folder for the videos")
+    lora: Loras = Field(
+        [],
+        description="LoRAs merged into the weights: folders or files; PATH:0.8 for a strength "
+        "other than 1",
     )
 
+    @model_validator(mode="after")
+    def _check_step_cache(self) -> SamplingArgs:
+        if self.step_cache and self.parallel == "video":
+            raise ValueError("step_cache does not go with parallel: video; leave one of them out")
+        return self
 
-@dataclass
+
 class TrainingArgs(CommonArgs):
-    """Arguments of train_video.py."""
+    """Options of train_video.py."""
 
-    experiment_name: str = _option("finetune", "the run's folder is this and the time of start")
-    resume: str | None = _option(None, "go on with a run: latest, or the folder of one")
-    train_data: list[str] = _option([], "folders (or files) of training data")
-    valid_data: list[str] = _option([], "folders (or files) of validation data")
-    split: str = _option("1,0,0", "kept for old files; train_data and valid_data decide")
-    cache_dir: str | None = _option(None, "keep latents and text embeddings in this folder")
-    num_workers: int = _option(8, "worker processes that load data")
-    text_device: Literal["auto", "cpu"] = _option("auto", "where the text encoder runs")
-    train_iters: int = _option(1000, "optimizer steps")
-    lr_decay_style: Literal["constant", "linear", "cosine"] = _option("linear", "after the warm-up")
-    lr_decay_iters: int | None = _option(None, "steps of the decay; default: train_iters")
-    lr_decay_ratio: float = _option(0.1, "cosine ends at this share of the learning rate")
-    warmup: float = _option(0.01, "share of the decay's steps in which the learning rate rises")
-    auto_warmup_steps: int = _option(100, "first steps, which take 5% of the learning rate at most")
-    ema_decay: float = _option(0.0, "keep a moving average of the weights; 0: none, usual: 0.9999")
-    nonfinite_limit: int = _option(10, "stop after so many steps in a row without a finite loss")
-    checkpoint_activations: bool = _option(False, "recompute activations to save memory")
-    checkpoint_keep: Literal["block", "attention"] = _option(
-        "block", "kept of each block: its input, or the attention's output too (faster)"
+    # What torch.manual_seed accepts, less the room for the ranks and epochs that are added to it.
+    seed: int = Field(42, ge=-(2**63), le=2**63 - 1, description="seed of all random numbers")
+    experiment_name: str = Field(
+        "finetune", description="the run's folder is this and the time of its start"
     )
-    compile: bool | None = _option(None, "compile the blocks; default: on a GPU, from 300 steps on")
-    attention: Literal["auto", "flash", "sdpa"] = _option(
+    resume: str | None = Field(
+        None, description="continue a run: latest, or the folder of a run or checkpoint"
+    )
+    train_data: Texts = Field([], description="folders (or files) of training data")
+    valid_data: Texts = Field([], description="folders (or files) of validation data")
+    split: str = Field(
+        "1,0,0", description="accepted from old files; train_data and valid_data decide"
+    )
+    cache_dir: str | None = Field(
+        None, description="keep latents and text embeddings in this folder"
+    )
+    num_workers: int = Field(8, ge=0, description="worker processes that load data")
+    text_device: Literal["auto", "cpu"] = Field(
+        "auto", description="device of the text encoder; auto: the network's"
+    )
+    train_iters: int = Field(1000, ge=1, description="optimizer steps")
+    lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="the learning rate after the warm-up"
+    )
+    lr_decay_iters: int | None = Field(
+        None, ge=1, description="steps of the decay; default: train_iters"
+    )
+    lr_decay_ratio: float = Field(
+        0.1, gt=0, le=1, description="cosine ends at this fraction of the learning rate"
+    )
+    warmup: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="fraction of the decay's steps in which the learning rate rises",
+    )
+    auto_warmup_steps: int = Field(
+        100, ge=0, description="first steps, with at most 5% of the learning rate"
+    )
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        le=0.999999,
+        description="keep a moving average of the weights; 0: none, usual: 0.9999",
+    )
+    nonfinite_limit: int = Field(
+        10, ge=1, description="stop after this many steps in a row without a finite loss"
+    )
+    checkpoint_activations: bool = Field(False, description="recompute activations to save memory")
+    checkpoint_keep: Literal["block", "attention"] = Field(
+        "block",
+        description="activations kept of each block: its input, or the attention's output too "
+        "(faster)",
+    )
+    compile: bool | None = Field(
+        None, description="compile the blocks; default: on a GPU, from 300 steps on"
+    )
+    attention: Literal["auto", "flash", "sdpa"] = Field(
         "auto",
-        "what computes attention: FlashAttention-4 or PyTorch; auto: the fastest that runs here",
+        description="the attention kernel: FlashAttention-4 or PyTorch; auto: the fastest that "
+        "runs here",
     )
-    eval_iters: int = _option(1, "batches in a validation")
-    eval_interval: int = _option(100, "steps between validations")
-    eval_batch_size: int = _option(1, "samples in a validation batch")
-    valid_prompts: list[str] = _option([], "make videos of these; default: captions of valid_data")
-    valid_videos: int = _option(1, "videos from captions of valid_data in each validation")
-    only_log_video_latents: bool = _option(False, "keep the videos' latents, do not decode them")
-    save: str = _option("ckpts", "folder for the runs' folders")
-    save_interval: int = _option(100, "steps between checkpoints")
-    save_total_limit: int = _option(0, "keep the newest checkpoints only; 0: all")
-    log_interval: int = _option(20, "steps between lines of the log")
-    wandb: bool = _option(False, "log to Weights & Biases too")
-    wandb_project_name: str = _option("cogvideox", "its project")
-    no_load_rng: bool = _option(True, "kept for old files; a run starts from `seed`")
-    local_rank: int = _option(0, "set by launchers; the environment's LOCAL_RANK is what counts")
+    eval_iters: int = Field(1, ge=1, description="batches of a validation")
+    eval_interval: int = Field(100, ge=1, description="steps between validations")
+    eval_batch_size: int = Field(1, ge=1, description="samples of a validation batch")
+    valid_prompts: Texts = Field(
+        [], description="prompts of validation videos; default: captions of valid_data"
+    )
+    valid_videos: int = Field(
+        1, ge=0, description="videos from captions of valid_data in each validation"
+    )
+    only_log_video_latents: bool = Field(
+        False, description="keep the latents of validation videos, do not decode them"
+    )
+    save: str = Field("ckpts", min_length=1, description="folder for the runs' folders")
+    save_interval: int = Field(100, ge=1, description="steps between checkpoints")
+    save_total_limit: int = Field(
+        0, ge=0, description="keep this many of the newest checkpoints; 0: all"
+    )
+    log_interval: int = Field(20, ge=1, description="steps between lines of the log")
+    wandb: bool = Field(False, description="log to Weights & Biases too")
+    wandb_project_name: str = Field("cogvideox", description="project at Weights & Biases")
+    no_load_rng: bool = Field(True, description="accepted from old files; a run starts from `seed`")
+    local_rank: int = Field(0, description="set by launchers; the environment's LOCAL_RANK decides")
+
+    @field_validator("experiment_name")
+    @classmethod
+    def _check_experiment_name(cls, name: str) -> str:
+        if "/" in name or not name:
+            raise ValueError(f"{name!r} must be the name of a folder in `save`, without a slash")
+        return name
 
 
 @dataclass
@@ -240,18 +323,6 @@ class Config:
     def place(self, section: str) -> str:
         """Where a section stands, for messages."""
         return f"configuration {' + '.join(self.files)}: {section}"
-
-
-def value_type(annotation: Any) -> tuple[type, tuple[Any, ...], bool]:
-    """Element type, allowed choices and whether it is a list, of a field's annotation."""
-    origin = typing.get_origin(annotation)
-    if origin is Literal:
-        return str, typing.get_args(annotation), False
-    if origin is list:
-        return typing.get_args(annotation)[0], (), True
-    if origin in (typing.Union, types.UnionType):  # str | None
-        return typing.get_args(annotation)[0], (), False
-    return annotation, (), False
 
 
 def _calls_resolver(text: str) -> bool:
@@ -323,12 +394,8 @@ def read_yaml(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
             plain = OmegaConf.to_container(loaded, resolve=False)
             _check_no_resolvers(plain, name)
             _check_containers(OmegaConf.to_container(merged, resolve=False), plain, name)
+            check_known(plain, SECTIONS, where=f"configuration {name}")
             for key in plain:
-                if key not in SECTIONS:
-                    raise UserError(
-                        f"configuration {name}: unknown section {str(key)!r}; "
-                        f"{nearest_name(str(key), SECTIONS)}"
-                    )
                 keys = plain[key] if isinstance(plain[key], dict) else ()
                 sources |= dict.fromkeys([key, *(f"{key}.{own}" for own in keys)], name)
             merged = OmegaConf.merge(merged, loaded)
@@ -347,57 +414,27 @@ def read_yaml(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     return {name: sections.get(name) or {} for name in SECTIONS}, sources
 
 
-_TYPE_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
-
-
-def checked_value(value: Any, annotation: Any, *, where: str) -> Any:
-    """`value` as the type of its field in `args`; `where` says in messages what gave it.
-
-    Raises:
-        UserError: it is of another type or not among the choices.
-    """
-    kind, choices, is_list = value_type(annotation)
-    if kind is LoraChoice:
-        try:
-            return loras_from_yaml(value)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-    values = value if is_list and isinstance(value, list) else [value]
-    # bool is an int in Python, but true is no number here.
-    for one in values:
-        allowed = (int, float) if kind is float else kind
-        wrong_type = not isinstance(one, allowed) or (isinstance(one, bool) and kind is not bool)
-        if wrong_type or (choices and one not in choices):
-            expected = " or ".join(map(repr, choices)) or _TYPE_NAMES[kind]
-            raise UserError(f"{where}: {one!r} is not {expected}; change it there")
-    return values if is_list else value
-
-
 def check_given(
     args_class: type[CommonArgs], given: Mapping[str, Any], *, where: str
 ) -> dict[str, Any]:
-    """Values that Python code gives for keys of `args`, checked like those of a YAML file.
+    """Check values that Python code gives for keys of `args`, like those of a YAML file.
 
     Args:
-        args_class: which of the two commands they are for.
-        given: None is left out, so that the files decide; paths may be `os.PathLike`.
+        args_class: the options of one of the two commands.
+        given: option → value. None is left out, so that the files decide; paths may be
+            `os.PathLike`.
         where: what was called, for messages.
 
     Raises:
-        UserError: a key is unknown, or a value is of another type.
+        UserError: a key is unknown, or a value has another type or range.
     """
-    hints = typing.get_type_hints(args_class)
-    checked = {}
-    for name, value in given.items():
-        if name not in hints and name not in IGNORED_ARGS:
-            raise UserError(f"{where}: unknown argument {name!r}; {nearest_name(name, hints)}")
-        if name in hints and value is not None:
-            place = f"{where}: {name}"
-            checked[name] = checked_value(_as_in_yaml(value), hints[name], where=place)
-    return checked
+    plain = {key: _as_in_yaml(value) for key, value in given.items() if key not in IGNORED_ARGS}
+    plain = {key: value for key, value in plain.items() if value is not None}
+    args = checked(args_class, plain, place=lambda key: f"{where}: {key}" if key else where)
+    return {key: getattr(args, key) for key in plain}
 
 
-def _as_in_yaml(value: Any) -> Any:
+def _as_in_yaml(value: object) -> object:
     """A value of Python code as YAML would give it: paths as texts, tuples as lists."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -414,38 +451,35 @@ def load_config(
     """Read and check the YAML files of a run.
 
     Args:
-        args_class: which of the two commands the section `args` is read for.
+        args_class: the options of the command; keys of the other command are ignored.
         files: paths, merged in this order.
-        given: values of `args` that win over the files, of their fields' types; flags, for example.
+        given: option → value that wins over the files: flags, for example.
         allow_target: further dotted prefixes under which the files may name classes.
 
     Raises:
-        UserError: a file is wrong: see `read_yaml` and `checked_value`; or a key is unknown.
+        UserError: a file cannot be used (see `read_yaml`), a key is unknown, or a value has another
+            type or range.
     """
     sections, sources = read_yaml(files)
-    hints = typing.get_type_hints(args_class)
-    known = set(typing.get_type_hints(SamplingArgs)) | set(typing.get_type_hints(TrainingArgs))
-    values = {}
-    for name, value in sections["args"].items():
-        file = sources.get(f"args.{name}", sources["args"])  # args may stand for another section
-        if name not in known | set(IGNORED_ARGS):
-            hint = nearest_name(str(name), known)
-            raise UserError(f"unknown key {str(name)!r} in args of {file}; {hint}")
-        if name in hints and value is not None:  # a blank value means the default
-            values[name] = checked_value(
-                value, hints[name], where=f"configuration {file}: args.{name}"
-            )
-    # A precision asked for on the command line replaces the file's.
-    if given.get("fp16") or given.get("bf16"):
+
+    def place(key: str) -> str:
+        if not key:
+            return ""  # a mistake of several options, which the sentence names
+        if key in given:
+            return f"--{key.replace('_', '-')}"
+        # A reference to another section may stand in the place of args.
+        return f"configuration {sources.get(f'args.{key}', sources['args'])}: args.{key}"
+
+    known = {**SamplingArgs.model_fields, **TrainingArgs.model_fields, **IGNORED_ARGS}
+    for key in sections["args"]:
+        check_known([key], known, where=f"args of {sources.get(f'args.{key}', sources['args'])}")
+    own = {key: value for key, value in sections["args"].items() if key in args_class.model_fields}
+    values = {key: value for key, value in own.items() if value is not None}  # blank: the default
+    if given.get("fp16") or given.get("bf16"):  # replaces the file's precision
         values |= {"fp16": False, "bf16": False}
-    values |= {name: value for name, value in given.items() if name in hints}
-    args = args_class(**values)
-    if args.fp16 and args.bf16:
-        raise UserError("fp16 and bf16 are both set; keep one of them")
-    if args.model_parallel_size != 1:
-        raise UserError("model_parallel_size must be 1: splitting one model is not supported")
+    values |= {key: value for key, value in given.items() if key in args_class.model_fields}
     return Config(
-        args=args,
+        args=checked(args_class, values, place=place),
         model=sections["model"],
         data=sections["data"],
         deepspeed=sections["deepspeed"],

@@ -33,6 +33,23 @@ def mistyped_as(name: str, present: object) -> str:
     return f" (is {close[0]!r} mistyped?)" if close and name not in keys else ""
 
 
+def check_known(keys: Iterable[object], known: Iterable[str], *, where: str) -> None:
+    """Check the keys of a mapping.
+
+    Args:
+        keys: the keys, of any type: those of a YAML file may be numbers.
+        known: the valid ones.
+        where: what holds the keys, for the message.
+
+    Raises:
+        UserError: a key is unknown; names the nearest valid one.
+    """
+    names = list(known)
+    for key in keys:
+        if key not in names:
+            raise UserError(f"unknown key {str(key)!r} in {where}; {nearest_name(key, names)}")
+
+
 def nearest_name(name: object, valid: Iterable[str]) -> str:
     """A clause that helps with a mistyped `name`: the closest of `valid`, or all of them.
 

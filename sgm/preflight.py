@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from pydantic import Field
 
 from sgm.checkpoint.find import (
     T5Files,
@@ -18,8 +19,9 @@ from sgm.checkpoint.find import (
     find_transformer,
 )
 from sgm.config import Config, LoraChoice
-from sgm.errors import UserError, mistyped_as, nearest_name
-from sgm.util import TARGET_ALIASES, check_number
+from sgm.errors import UserError, check_known, mistyped_as
+from sgm.options import Section, checked
+from sgm.util import TARGET_ALIASES
 
 SPATIAL_FACTOR = 8  # of the autoencoder, in height and width
 TEMPORAL_FACTOR = 4  # in time, where the configuration names none
@@ -28,12 +30,32 @@ _SIZES = ("num_frames", "latent_height", "latent_width", "in_channels")
 _WIDTHS = ("hidden_size", "num_attention_heads")
 
 
+class _NetworkSizes(Section):
+    """Sizes of the transformer; those that are needed are checked where they are used."""
+
+    num_frames: int = Field(1, ge=1)
+    latent_height: int = Field(1, ge=1)
+    latent_width: int = Field(1, ge=1)
+    in_channels: int = Field(1, ge=1)
+    hidden_size: int = Field(1, ge=1)
+    num_attention_heads: int = Field(1, ge=1)
+    time_compressed_rate: int = Field(TEMPORAL_FACTOR, ge=1)
+
+
+class _LoraSettings(Section):
+    """Params of the node ``lora_config``."""
+
+    r: int = Field(ge=1)
+    lora_alpha: float = 1
+    lora_dropout: float = Field(0, ge=0, le=1)
+
+
 def check_model_section(model: Mapping[str, Any]) -> Mapping[str, Any]:
     """The network's params of a `model` section.
 
     Raises:
-        UserError: the section or the node is absent, a size in it is no positive whole number, or
-            texts have another length than the network was made for.
+        UserError: the section or the node is missing, a size is not a positive whole number, or
+            the length of texts is not the network's.
     """
     if not model:
         raise UserError(
@@ -47,15 +69,7 @@ def check_model_section(model: Mapping[str, Any]) -> Mapping[str, Any]:
             f"model.network_config.params is absent{hint} or holds no keys; name a configuration "
             "that has it, before this one if this goes on top of it"
         )
-    for key in (*_SIZES, *_WIDTHS, "time_compressed_rate"):
-        if key in params:
-            value = params[key]
-            # bool is an int in Python, but true is no size.
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(
-                    f"model.network_config.params.{key} is {value!r}; it must be a whole number "
-                    "of at least 1"
-                )
+    checked(_NetworkSizes, params, place=lambda key: f"model.network_config.params.{key}")
     _check_text_length(model, params)
     return params
 
@@ -163,12 +177,6 @@ def latent_shape(args: Any, model: Mapping[str, Any]) -> tuple[int, int, int, in
             f"latent_channels={args.latent_channels}, but the model has in_channels="
             f"{params['in_channels']}; set latent_channels to that"
         )
-    if args.batch_size < 1 or args.sampling_fps < 1:
-        raise UserError("batch_size and sampling_fps must be at least 1")
-    if not 0 <= args.step_cache < math.inf:
-        raise UserError(f"step_cache={args.step_cache}: it must be 0 (off) or a number above 0")
-    if args.step_cache and args.parallel == "video":
-        raise UserError("step_cache does not go with parallel: video; leave one of them out")
     return (
         args.sampling_num_frames,
         params["in_channels"],
@@ -334,11 +342,8 @@ def check_transformer_args(transformer_args: Mapping[str, Any]) -> None:
         UserError: one is unknown, or asks for another form of the model.
     """
     known = {*_USED_TRANSFORMER_ARGS, *_FIXED_TRANSFORMER_ARGS, *_UNUSED_TRANSFORMER_ARGS}
+    check_known(transformer_args, known, where="transformer_args")
     for name, value in transformer_args.items():
-        if name not in known:
-            raise UserError(
-                f"unknown key {name!r} in transformer_args; {nearest_name(name, known)}"
-            )
         if name in _FIXED_TRANSFORMER_ARGS and value != _FIXED_TRANSFORMER_ARGS[name]:
             raise UserError(
                 f"{name}={value!r} in transformer_args: this model is built with "
@@ -355,18 +360,13 @@ def check_modules(modules: Mapping[str, Any], *, parts: Iterable[str], num_layer
     if num_layers < 1:
         raise UserError(f"num_layers={num_layers}: at least 1 is needed")
     required = [f"{name}_config" for name in parts]
-    known = [*required, "lora_config"]
-    for name in modules:
-        if name not in known:
-            raise UserError(f"unknown key {name!r} in modules; {nearest_name(name, known)}")
+    check_known(modules, [*required, "lora_config"], where="modules")
     for name in required:
         if not modules.get(name):
             raise UserError(f"modules lacks {name}; add it to network_config.params.modules")
     lora = (modules.get("lora_config") or {}).get("params") or {}
     if modules.get("lora_config"):
-        check_number("lora_config: r", lora.get("r"), low=1, whole=True)
-        check_number("lora_config: lora_alpha", lora.get("lora_alpha", 1))
-        check_number("lora_config: lora_dropout", lora.get("lora_dropout", 0), low=0, high=1)
+        checked(_LoraSettings, lora, place=lambda key: f"lora_config: {key}")
     outside = [i for i in lora.get("layer_range") or [] if not 0 <= i < num_layers]
     if outside:
         raise UserError(f"lora_config: layer_range names layer {outside[0]} of {num_layers} layers")

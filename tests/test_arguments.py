@@ -1,6 +1,5 @@
 """Command lines and YAML files: what wins, and what is refused with which hint."""
 
-import dataclasses
 import re
 
 import pytest
@@ -51,8 +50,8 @@ def test_help_lists_every_flag_in_one_spelling(command, capsys):
     listed = capsys.readouterr().out
     assert stop.value.code == 0
     assert re.findall(r"--\w+_\S*", listed) == []
-    for option in dataclasses.fields(command):
-        assert f"--{option.name.replace('_', '-')}" in listed
+    for option in command.model_fields:
+        assert f"--{option.replace('_', '-')}" in listed
 
 
 def test_a_precision_flag_replaces_the_files_precision(parse):
@@ -72,21 +71,35 @@ def test_each_command_accepts_files_written_for_the_other(parse):
     assert parse(text, command=TrainingArgs).args.train_iters == 5
 
 
+def test_the_bounds_of_flags_are_those_of_the_files(parse):
+    with pytest.raises(UserError, match="^--batch-size: 0 must be a whole number of at least 1$"):
+        parse(BASE, "--batch-size", "0")
+
+
+def test_a_single_value_is_a_list_of_one(parse):
+    assert parse("args: {train_data: clips}", command=TrainingArgs).args.train_data == ["clips"]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("args: {bath_size: 2}", "unknown key 'bath_size'.*did you mean 'batch_size'"),
-        ("arg: {}", "unknown section 'arg'.*did you mean 'args'"),
-        ("args: {batch_size: two}", "batch_size: 'two' is not a whole number"),
-        ("args: {batch_size: true}", "batch_size: True is not a whole number"),
-        ("args: {fp16: 1}", "fp16: 1 is not true or false"),
-        ("args: {input_type: csv}", "'csv' is not 'txt' or 'cli'"),
+        ("arg: {}", "unknown key 'arg'.*did you mean 'args'"),
+        ("args: {batch_size: two}", "batch_size: 'two' must be a whole number"),
+        ("args: {batch_size: true}", "batch_size: True must be a whole number"),
+        ("args: {fp16: 1}", "fp16: 1 must be true or false"),
+        ("args: {input_type: csv}", "'csv' must be 'txt' or 'cli'"),
         ("args: {sampling_image_size: [a, b]}", "sampling_image_size: 'a'"),
         ("args: {a: [}", "not valid YAML"),
         ("- args", "a list, where keys should be"),
         ("args: 3", "args must hold keys"),
         ("args: {load: '${nothing}'}", "nothing"),
         ("args: {model_parallel_size: 2}", "must be 1"),
+        ("args: {batch_size: 0}", "batch_size: 0 must be a whole number of at least 1"),
+        ("args: {sampling_fps: 0}", "at least 1"),
+        ("args: {step_cache: -0.1}", "step_cache: -0.1 must be a number of at least 0"),
+        ("args: {step_cache: .nan}", "step_cache: nan must be a number"),
+        ("args: {step_cache: 0.1, parallel: video}", "step_cache does not go with parallel: video"),
         ("args: {seed: !!int abc}", "not valid YAML"),
         ("args: &a [*a]", "not valid YAML"),
         ("args: {load: '${oc.env:HOME}'}", "no code in YAML: environment variables are not read"),
@@ -163,8 +176,8 @@ def test_a_wrong_flag_exits_with_2_and_names_the_nearest(parse, capsys, flags, w
 @pytest.mark.parametrize(
     ("second", "culprit", "words"),
     [
-        ("args: {seed: 7}", "a.yaml", "'two' is not a whole number"),
-        ("args: {batch_size: three}", "b.yaml", "'three' is not a whole number"),
+        ("args: {seed: 7}", "a.yaml", "'two' must be a whole number"),
+        ("args: {batch_size: three}", "b.yaml", "'three' must be a whole number"),
         ("args: {batch_size: 3, sed: 7}", "b.yaml", "unknown key 'sed'"),
         ("args: {batch_size: 3, load: '${nothing}'}", "b.yaml", "nothing"),
         ("args: {batch_size: 3}\nmodel: 5", "b.yaml", "model must hold keys"),

@@ -1,6 +1,5 @@
 """Which memory mode is chosen, and that what it is chosen by is the size of the model."""
 
-import dataclasses
 import logging
 import re
 
@@ -65,15 +64,15 @@ def test_in_a_large_network_sampling_decides(small_model):
 
 
 def test_tiles_need_less_where_the_frame_is_larger_than_one(small_model):
-    args = dataclasses.replace(ARGS, sampling_image_size=[480, 720])
+    args = ARGS.model_copy(update={"sampling_image_size": [480, 720]})
     whole, small = (needs_of(a, small_model, torch.float16) for a in (args, ARGS))
-    args, tiny = (dataclasses.replace(a, tile_decode=True) for a in (args, ARGS))
+    args, tiny = (a.model_copy(update={"tile_decode": True}) for a in (args, ARGS))
     assert needs_of(args, small_model, torch.float16).low < whole.low
     assert needs_of(tiny, small_model, torch.float16) == small
 
 
 def chosen(memory, model, device):
-    args = dataclasses.replace(ARGS, memory=memory)
+    args = ARGS.model_copy(update={"memory": memory})
     engine = engine_of(model, torch.float16)
     return choose_memory(args, engine, device=torch.device(device), dtype=torch.float16)
 

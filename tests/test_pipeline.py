@@ -244,8 +244,8 @@ def test_loras_are_set_from_any_folder_and_after_an_interruption(
         ({"num_frames": 9.0}, "num_frames=9.0 counts frames"),
         ({"num_steps": 1}, "num_steps"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan: give a number"),
-        ({"seed": "7"}, "CogVideoX: seed: '7' is not a whole number"),
-        ({"negative_prompt": 3}, "CogVideoX: negative_prompt: 3 is not a text"),
+        ({"seed": "7"}, "CogVideoX: seed: '7' must be a whole number"),
+        ({"negative_prompt": 3}, "CogVideoX: negative_prompt: 3 must be a text"),
         ({"index": -1}, "index: -1 must be a whole number from 0"),
         ({"index": (1, 2, 3)}, "index: .* must be a whole number from 0"),
         ({"prompt": None}, "prompt: None must be a text"),
@@ -261,8 +261,8 @@ def test_a_wrong_value_is_one_sentence_before_anything_is_computed(pipe, argumen
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"memry": "low"}, "from_config: unknown argument 'memry'; did you mean 'memory'"),
-        ({"memory": "lo"}, "from_config: memory: 'lo' is not 'auto' or 'high' or 'low'"),
+        ({"memry": "low"}, "unknown key 'memry' in from_config; did you mean 'memory'"),
+        ({"memory": "lo"}, "from_config: memory: 'lo' must be 'auto' or 'high' or 'low'"),
         ({"sampling_num_frames": 50}, "sampling_num_frames=50 counts latent frames"),
         ({"load": "nowhere"}, "load: nowhere does not exist"),
     ],

@@ -27,10 +27,6 @@ def test_the_published_sizes_are_accepted():
         ({"sampling_image_size": [720, 480]}, r"videos of \[480, 720\]"),
         ({"sampling_image_size": [480]}, r"videos of \[480, 720\]"),
         ({"latent_channels": 4}, "in_channels=16"),
-        ({"batch_size": 0}, "at least 1"),
-        ({"step_cache": -0.1}, r"step_cache=-0.1: it must be 0 \(off\) or a number above 0"),
-        ({"step_cache": float("nan")}, "step_cache=nan"),
-        ({"step_cache": 0.1, "parallel": "video"}, "step_cache does not go with parallel: video"),
     ],
 )
 def test_other_sizes_are_refused_with_the_allowed_ones(change, words):
@@ -76,7 +72,7 @@ def test_an_incomplete_model_section_is_named(model, words):
 )
 def test_a_size_of_the_model_that_is_no_size_is_named(key, value):
     params = PARAMS | {"in_channels": 16, key: value}
-    with pytest.raises(UserError, match=f"{key} is {value!r}; it must be a whole number"):
+    with pytest.raises(UserError, match=f"{key}: {value!r} must be a whole number"):
         latent_shape(SamplingArgs(), {"network_config": {"params": params}})
 
 

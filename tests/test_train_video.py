@@ -206,7 +206,11 @@ def test_a_wrong_value_is_named_before_a_folder_is_made_or_data_read(
 
 
 @pytest.mark.parametrize(
-    ("folder", "said"), [("", "save is empty"), ("a\0b", "cannot be written to .*null byte")]
+    ("folder", "said"),
+    [
+        ("", "save: '' must be a text that is not empty"),
+        ("a\0b", "cannot be written to .*null byte"),
+    ],
 )
 def test_an_empty_or_impossible_folder_for_runs_is_one_sentence(monkeypatch, folder, said):
     monkeypatch.setattr(train_video, "build_dataset", lambda *_, **__: pytest.fail("too late"))
@@ -277,6 +281,9 @@ def test_a_section_that_deepspeed_refuses_by_itself_is_one_sentence():
         check_sections({"zero_optimization": both})
     with pytest.raises(UserError, match="unknown key '1' in deepspeed.fp16"):
         check_sections({"fp16": {1: 2}})
+    sizes = {"train_batch_size": 5, "train_micro_batch_size_per_gpu": 2}
+    with pytest.raises(UserError, match="^deepspeed: AssertionError: .*train_batch_size"):
+        check_sections(sizes | {"gradient_accumulation_steps": 1})
 
 
 @pytest.mark.parametrize("stage", [{}, {"zero_optimization": {"stage": 0}}])

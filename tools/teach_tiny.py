@@ -15,7 +15,6 @@ import struct
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def newest_run(args: TrainingArgs) -> Path:
     """The folder of the run that was just trained."""
     from sgm.training.run_folder import find_checkpoint
 
-    return find_checkpoint(replace(args, resume=args.resume or "latest")).parent
+    return find_checkpoint(args.model_copy(update={"resume": args.resume or "latest"})).parent
 
 
 def validation_losses(run: Path) -> list[float]:

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import difflib
 import logging
-import reprlib
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from sgm.errors import UserError, nearest_name
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from sgm.errors import UserError, check_known, nearest_name
+from sgm.options import Section, checked, explain
 from sgm.preflight import SPATIAL_FACTOR, check_model_section, require_sizes, video_size
-from sgm.util import is_number
 
 if TYPE_CHECKING:
     import torch
+
+    from sgm.config import TrainingArgs
 
 logger = logging.getLogger(__name__)
 
@@ -26,24 +30,6 @@ logger = logging.getLogger(__name__)
 VIDEO_DATASET = "data_video.SFTDataset"
 SAT_OPTIMIZER = "sat.ops.FusedEmaAdam"
 
-# Least values of numbers in `args`.
-_LEAST = {
-    "train_iters": 1,
-    "eval_iters": 1,
-    "eval_interval": 1,
-    "eval_batch_size": 1,
-    "save_interval": 1,
-    "save_total_limit": 0,
-    "log_interval": 1,
-    "num_workers": 0,
-    "nonfinite_limit": 1,
-    "auto_warmup_steps": 0,
-    "valid_videos": 0,
-    "warmup": 0,
-    "ema_decay": 0,
-}
-# Greatest values.
-_MOST = {"warmup": 1, "ema_decay": 0.999999, "lr_decay_ratio": 1}
 # Sections of DeepSpeed's settings, which skips in silence what it does not know.
 _DEEPSPEED_KEYS = """
     activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comm_type
@@ -59,22 +45,49 @@ _DEEPSPEED_KEYS = """
     zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
 """.split()
 _ALIKE = 0.8  # of difflib, from which on an unknown name is a known one, mistyped
-# What torch.manual_seed takes, less the room that ranks and epochs, added to it, need.
-_SEED_LIMIT = 2**63
 
 
-def check_args(args: Any) -> None:
-    """Check the values of `TrainingArgs`.
+class _Optimizer(Section):
+    """The section ``deepspeed.optimizer``."""
 
-    Raises:
-        UserError: one is out of its range.
-    """
-    for key, least in _LEAST.items():
-        if not getattr(args, key) >= least:  # NaN is not either
-            raise UserError(f"{key}={getattr(args, key)}: it must be at least {least}")
-    for key, most in _MOST.items():
-        if not getattr(args, key) <= most:
-            raise UserError(f"{key}={getattr(args, key)}: it must be at most {most}")
+    type: str
+    params: dict[str, Any] | None = None
+
+    @field_validator("type")
+    @classmethod
+    def _check_type(cls, name: str) -> str:
+        if name.startswith("sat.") and name != SAT_OPTIMIZER:
+            raise ValueError(f"{name!r} is not supported; of SAT's only {SAT_OPTIMIZER} is")
+        return name
+
+
+class _Zero(Section):
+    """The section ``deepspeed.zero_optimization``."""
+
+    stage: int = Field(0, ge=0, le=3)
+
+    @model_validator(mode="after")
+    def _check_elastic(self) -> _Zero:
+        if (self.model_extra or {}).get("elastic_checkpoint"):
+            raise ValueError("elastic_checkpoint is not supported; remove it")
+        return self
+
+
+class _DeepSpeed(Section):
+    """What this code reads of the section ``deepspeed``."""
+
+    train_micro_batch_size_per_gpu: int = Field(1, ge=1)
+    gradient_clipping: float = Field(0.0, ge=0)
+    optimizer: _Optimizer
+    zero_optimization: _Zero | None = None
+    bf16: dict[str, Any] | None = None
+    bfloat16: dict[str, Any] | None = None
+    fp16: dict[str, Any] | None = None
+    torch_autocast: dict[str, Any] | None = None
+
+
+def warn_of_warmup(args: TrainingArgs) -> None:
+    """Log a warning if the first steps, with a small learning rate, are all steps."""
     if args.train_iters <= args.auto_warmup_steps:
         logger.warning(
             "auto_warmup_steps=%d covers all of train_iters=%d: the learning rate stays at 5%% of "
@@ -82,22 +95,9 @@ def check_args(args: Any) -> None:
             args.auto_warmup_steps,
             args.train_iters,
         )
-    if not args.lr_decay_ratio > 0:
-        raise UserError(f"lr_decay_ratio={args.lr_decay_ratio}: it must be above 0")
-    if args.lr_decay_iters is not None and args.lr_decay_iters < 1:
-        raise UserError(f"lr_decay_iters={args.lr_decay_iters}: it must be at least 1")
-    if not args.save:
-        raise UserError("save is empty; it must be the folder for the runs' folders")
-    if "/" in args.experiment_name or not args.experiment_name:
-        raise UserError(
-            f"experiment_name={args.experiment_name!r}: it must be the name of a folder in `save`, "
-            "without a slash"
-        )
-    if not -_SEED_LIMIT <= args.seed < _SEED_LIMIT:
-        raise UserError(f"seed={args.seed}: it must be from -2**63 to 2**63 - 1")
 
 
-def check_data_paths(args: Any) -> None:
+def check_data_paths(args: TrainingArgs) -> None:
     """Check that there is training data, and that each folder of data exists.
 
     Raises:
@@ -125,50 +125,17 @@ def check_deepspeed(settings: Mapping[str, Any]) -> None:
             "the configuration has no section deepspeed, which training needs; name one for "
             "training, such as configs/cogvideox_2b_sft.yaml, or add the section"
         )
-    for key in settings:
-        _check_deepspeed_key(str(key))
-    batch_size = settings.get("train_micro_batch_size_per_gpu", 1)
-    if not _is_int(batch_size) or batch_size < 1:
-        raise UserError(
-            f"deepspeed.train_micro_batch_size_per_gpu: {batch_size!r} must be a whole number "
-            "from 1 ('auto' is not supported)"
-        )
-    clipping = settings.get("gradient_clipping", 0.0)
-    if not (is_number(clipping) and clipping >= 0):
-        raise UserError(f"deepspeed.gradient_clipping: {clipping!r} must be a number from 0")
-    optimizer = _section(settings.get("optimizer"), "optimizer")
-    _section(optimizer.get("params"), "optimizer.params")
-    if not optimizer:
-        raise UserError("deepspeed.optimizer is absent; training needs one, for example AdamW")
-    kind = optimizer.get("type")
-    if not isinstance(kind, str):
-        raise UserError(f"deepspeed.optimizer.type: {kind!r} must be a name, for example AdamW")
-    if kind.startswith("sat.") and kind != SAT_OPTIMIZER:
-        raise UserError(
-            f"deepspeed.optimizer.type: {kind!r} is not supported; of SAT's only {SAT_OPTIMIZER} is"
-        )
-    for name in ("bf16", "bfloat16", "fp16", "torch_autocast"):
-        _section(settings.get(name), name)
-    zero = _section(settings.get("zero_optimization"), "zero_optimization")
-    stage = zero.get("stage", 0)
-    if not _is_int(stage) or not 0 <= stage <= 3:
-        raise UserError(f"deepspeed.zero_optimization.stage: {stage!r} may be 0, 1, 2 or 3")
-    if zero.get("elastic_checkpoint"):
-        raise UserError(
-            "deepspeed.zero_optimization: elastic_checkpoint is not supported; remove it"
-        )
+    for key in settings.keys() - set(_DEEPSPEED_KEYS):
+        key = str(key)
+        if difflib.get_close_matches(key, _DEEPSPEED_KEYS, n=1, cutoff=_ALIKE):
+            check_known([key], _DEEPSPEED_KEYS, where="deepspeed")
+        else:  # it may be of a newer DeepSpeed
+            logger.warning("unknown key %r in deepspeed: DeepSpeed ignores unknown keys", key)
+    given = {key: value for key, value in settings.items() if value is not None}
+    checked(_DeepSpeed, given, place=lambda key: f"deepspeed.{key}" if key else "deepspeed")
 
 
-def _check_deepspeed_key(key: str) -> None:
-    """Raise UserError for a mistyped key; one that is like no other may be of a newer DeepSpeed."""
-    if key in _DEEPSPEED_KEYS:
-        return
-    if difflib.get_close_matches(key, _DEEPSPEED_KEYS, n=1, cutoff=_ALIKE):
-        raise UserError(f"unknown key {key!r} in deepspeed; {nearest_name(key, _DEEPSPEED_KEYS)}")
-    logger.warning("unknown key %r in deepspeed: DeepSpeed leaves out what it does not know", key)
-
-
-def check_precision(args: Any, settings: Mapping[str, Any]) -> None:
+def check_precision(args: TrainingArgs, settings: Mapping[str, Any]) -> None:
     """Check that `fp16` and `bf16` of `args`, where they are set, agree with `deepspeed`.
 
     Raises:
@@ -203,24 +170,11 @@ def check_video_data(data: Mapping[str, Any], model: Mapping[str, Any]) -> None:
             f"data.params.video_size: {given!r} must be {size} (height, width), that is "
             f"{SPATIAL_FACTOR} times latent_height and latent_width of this model"
         )
-    if _is_int(length) and length > network["num_frames"]:
+    if isinstance(length, int) and length > network["num_frames"]:
         raise UserError(
             f"data.params.max_num_frames: {length} must be at most {network['num_frames']}, the "
             "num_frames of this model"
         )
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _section(value: Any, name: str) -> Mapping[str, Any]:
-    """A part of the `deepspeed` section; absent is empty, and UserError if it is a value."""
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise UserError(f"deepspeed.{name}: {value!r} must hold keys, not a value")
-    return value
 
 
 # What DeepSpeed raises for settings it refuses, besides its own error.
@@ -248,6 +202,7 @@ def check_sections(settings: Mapping[str, Any]) -> None:
         UserError: a key is unknown, a value is not what it may be, or float16 would be trained
             wrongly.
     """
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.utils import logger as deepspeed_logger
@@ -264,14 +219,28 @@ def check_sections(settings: Mapping[str, Any]) -> None:
             section = settings.get(name) or {}
             try:
                 description(**{str(key): value for key, value in section.items()})
+            except ValidationError as error:
+                place = partial(_place, name)
+                raise UserError(explain(error, description, place=place)) from None
             except REFUSALS as error:
-                raise UserError(_fault(error, name, description)) from None
+                raise UserError(f"deepspeed.{name}: {reason_of(error)}") from None
+        _check_half(settings)
+        _check_autocast(settings.get("torch_autocast") or {})
+        _check_optimizer(settings.get("optimizer") or {})
+        _check_schedule(settings.get("scheduler") or {})
+        present = {key: value for key, value in settings.items() if value is not None}
+        if not present.keys() & {"train_batch_size", "train_micro_batch_size_per_gpu"}:
+            present["train_micro_batch_size_per_gpu"] = 1
+        try:  # batch sizes and the remaining sections
+            DeepSpeedConfig(present)
+        except (*REFUSALS, DeepSpeedConfigError) as error:
+            raise UserError(f"deepspeed: {reason_of(error)}") from None
     finally:
         deepspeed_logger.disabled = False
-    _check_autocast(settings.get("torch_autocast") or {})
-    _check_half(settings)
-    _check_optimizer(settings.get("optimizer") or {})
-    _check_schedule(settings.get("scheduler") or {})
+
+
+def _place(section: str, key: str) -> str:
+    return f"deepspeed.{section}.{key}" if key else f"deepspeed.{section}"
 
 
 # Params of Adam that are DeepSpeed's own; PyTorch's classes do not know them.
@@ -340,10 +309,7 @@ def _check_autocast(section: Mapping[str, Any]) -> None:
     import torch
     from deepspeed.runtime.config import DtypeEnum
 
-    for key in section:
-        if key not in _AUTOCAST_KEYS:
-            hint = nearest_name(str(key), _AUTOCAST_KEYS)
-            raise UserError(f"unknown key {str(key)!r} in deepspeed.torch_autocast; {hint}")
+    check_known(section, _AUTOCAST_KEYS, where="deepspeed.torch_autocast")
     if not section.get("enabled"):
         return
     name = section.get("dtype")
@@ -359,29 +325,6 @@ def _check_autocast(section: Mapping[str, Any]) -> None:
             f"deepspeed.torch_autocast.dtype: {name!r} must be bfloat16; float16 is for the "
             "section fp16"
         )
-
-
-def _fault(error: Exception, name: str, description: Any) -> str:
-    """What is wrong with a section of which pydantic, or DeepSpeed, raised `error`."""
-    if not hasattr(error, "errors"):
-        return f"deepspeed.{name}: {reason_of(error)}"
-    first = error.errors()[0]
-    *parents, key = [f"deepspeed.{name}", *(str(part) for part in first["loc"])]
-    if first["type"] == "extra_forbidden":
-        hint = nearest_name(key, _fields(description, parents[1:]))
-        return f"unknown key {key!r} in {'.'.join(parents)}; {hint}"
-    value = f"{reprlib.repr(first['input'])}: " if parents else ""
-    return f"{'.'.join([*parents, key])}: {value}{first['msg']}"
-
-
-def _fields(description: Any, parents: Sequence[str]) -> list[str]:
-    """Names that a pydantic class has for its fields, or the class within it under `parents`."""
-    for parent in parents:
-        if parent in description.model_fields:  # it may be a place in a list
-            kind = description.model_fields[parent].annotation
-            kinds = [kind, *get_args(kind), description]  # it may be an optional class
-            description = next(kind for kind in kinds if hasattr(kind, "model_fields"))
-    return [field.alias or name for name, field in description.model_fields.items()]
 
 
 def reason_of(error: Exception) -> str:

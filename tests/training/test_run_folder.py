@@ -1,6 +1,5 @@
 """Folders of runs: finding a checkpoint, giving it its name, and clearing old ones away."""
 
-import dataclasses
 import os
 import shutil
 import subprocess
@@ -43,7 +42,7 @@ def test_two_runs_in_one_minute_do_not_share_a_folder(tmp_path):
     assert {other.name for other in others} & {f"{run.name}_2", f"{others[0].name}_2"}
     assert names(tmp_path) == sorted({one.name for one in (run, *others)})
     saved(others[-1], 5)
-    resumed = run_folder.find_checkpoint(dataclasses.replace(args, resume="latest"))
+    resumed = run_folder.find_checkpoint(args.model_copy(update={"resume": "latest"}))
     assert resumed == others[-1] / "5"
 
 

@@ -1,0 +1,150 @@
+"""Options as pydantic models, and the errors that say what a value must be."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from sgm.errors import UserError, nearest_name
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
+
+
+class Options(BaseModel):
+    """Options with exact types: text is not taken for a number, and unknown keys are errors."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Section(BaseModel):
+    """As `Options`, for a section in which other code knows more keys."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+def checked(
+    model: type[Model],
+    values: Mapping[str, Any],
+    *,
+    place: Callable[[str], str],
+    names: Iterable[str] | None = None,
+) -> Model:
+    """The options in `values`.
+
+    Args:
+        model: the model of the options.
+        values: option → value. Keys may be of any type, as those of YAML may be.
+        place: where an option was set, for messages: a function of its dotted name.
+        names: the names that an unknown key is compared with; None: those of the model.
+
+    Raises:
+        UserError: a key is unknown, a value is missing or has another type or range.
+    """
+    try:
+        return model.model_validate({str(key): value for key, value in values.items()})
+    except ValidationError as error:
+        raise UserError(explain(error, model, place=place, names=names)) from None
+
+
+def explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    *,
+    place: Callable[[str], str],
+    names: Iterable[str] | None = None,
+) -> str:
+    """The first mistake that pydantic found, as one sentence; arguments as for `checked`."""
+    first = error.errors(include_url=False)[0]
+    keys = [key for key in first["loc"] if isinstance(key, str)]
+    owner, field = _find_field(model, keys)
+    where = place(".".join(keys))
+    kind, value = first["type"], first["input"]
+    if kind == "extra_forbidden":
+        parent = place(".".join(keys[:-1]))
+        hint = nearest_name(keys[-1], names if names is not None else field_names(owner))
+        return f"unknown key {keys[-1]!r} in {parent}; {hint}"
+    if kind == "missing":
+        return f"{where} is missing; it must be {describe(field)}" if field else f"{where}: missing"
+    if kind == "value_error":  # the sentence of a validator of ours
+        reason = str(first["ctx"]["error"])
+        return f"{where}: {reason}" if where else reason
+    is_own = issubclass(owner, Options | Section)
+    if field is None or not is_own or kind not in _DESCRIBED:
+        return f"{where}: {_shortened(value)}: {first['msg']}"
+    return f"{where}: {_shortened(value)} must be {describe(field)}"
+
+
+# Kinds of errors that the description of the field explains.
+_DESCRIBED = frozenset(
+    "int_type int_from_float float_type finite_number bool_type string_type list_type dict_type "
+    "string_too_short literal_error greater_than greater_than_equal less_than "
+    "less_than_equal".split()
+)
+_LONGEST_VALUE = 100  # characters of a wrong value that a message repeats
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+
+
+def field_names(model: type[BaseModel]) -> list[str]:
+    """The names under which a user sets the fields of a model."""
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _find_field(
+    model: type[BaseModel], keys: Iterable[str]
+) -> tuple[type[BaseModel], FieldInfo | None]:
+    """The field that `keys` lead to through models within models, and the model that has it."""
+    field: FieldInfo | None = None
+    for key in keys:
+        if field is not None:
+            kinds = [field.annotation, *typing.get_args(field.annotation)]
+            model = next((kind for kind in kinds if hasattr(kind, "model_fields")), model)
+        fields = model.model_fields
+        field = next((f for name, f in fields.items() if key in (name, f.alias)), None)
+    return model, field
+
+
+def value_type(annotation: Any) -> tuple[type, tuple[str, ...], bool]:
+    """Type of the elements, allowed values and whether it is a list, of a field's annotation."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return str, inner, False
+    if origin is list:
+        return inner[0], (), True
+    if origin in (typing.Union, types.UnionType):  # str | None
+        return value_type(inner[0])
+    return annotation, (), False
+
+
+def describe(field: FieldInfo) -> str:
+    """What the value of a field must be, such as ``a whole number of at least 1``."""
+    kind, choices, is_list = value_type(field.annotation)
+    if choices:
+        return " or ".join(map(repr, choices))
+    limits = {}
+    for constraint in field.metadata:
+        for name in ("ge", "gt", "le", "lt", "min_length"):
+            if getattr(constraint, name, None) is not None:
+                limits[name] = getattr(constraint, name)
+    if is_list:
+        return f"a list of {_PLURALS.get(kind, 'values')}"
+    name = _KINDS.get(kind, "a section with keys")
+    if "min_length" in limits:
+        return f"{name} that is not empty"
+    if limits.get("ge") is not None and limits.get("ge") == limits.get("le"):
+        return f"{limits['ge']}"
+    if "ge" in limits and "le" in limits:
+        return f"{name} from {limits['ge']} to {limits['le']}"
+    words = {"ge": "of at least", "gt": "above", "le": "up to", "lt": "below"}
+    return f"{name} " + " and ".join(f"{words[key]} {value}" for key, value in limits.items())
