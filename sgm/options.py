@@ -147,4 +147,5 @@ def describe(field: FieldInfo) -> str:
     if "ge" in limits and "le" in limits:
         return f"{name} from {limits['ge']} to {limits['le']}"
     words = {"ge": "of at least", "gt": "above", "le": "up to", "lt": "below"}
-    return f"{name} " + " and ".join(f"{words[key]} {value}" for key, value in limits.items())
+    bounds = " and ".join(f"{words[key]} {value}" for key, value in limits.items())
+    return f"{name} {bounds}".rstrip()

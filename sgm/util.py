@@ -41,6 +41,13 @@ TARGET_ALIASES = {
 }
 
 
+# Parameters of constructors that the code gives, not a file; no message names them.
+SET_BY_CODE = frozenset(
+    "cached_input data_dir device dtype load lora stream_text streamed text_device tile_decode "
+    "with_embedders".split()
+)
+
+
 def is_number(value: object) -> bool:
     """Whether a value is a real number; true is none here, although an int in Python."""
     return isinstance(value, Real) and not isinstance(value, bool)
@@ -95,7 +102,11 @@ def get_class(target: str) -> type:
     found = getattr(module, class_name, None)
     # A function, or a class that the module merely imported (subprocess.Popen …), is no target.
     if not (inspect.isclass(found) and _is_allowed(found.__module__)):
-        classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
+        classes = [
+            name
+            for name, value in vars(module).items()
+            if inspect.isclass(value) and value.__module__ == module_name and name[0] != "_"
+        ]
         raise UserError(
             f"target {target!r}: {module_name} has no class {class_name!r}; "
             f"{nearest_name(class_name, classes)}"
@@ -120,7 +131,7 @@ def check_params(cls: type, params: Mapping[str, Any], *, where: str) -> dict[st
     known = {parameter.name: parameter for parameter in named}
     for name, value in used.items():
         if name not in known:
-            hint = nearest_name(name, known.keys() | ignored)
+            hint = nearest_name(name, (known.keys() | ignored) - SET_BY_CODE)
             raise UserError(f"{where}: unknown key {name!r} in params; {hint}")
         _check_type(known[name], value, where=where)
     required = [p.name for p in named if p.default is p.empty]
