@@ -311,7 +311,7 @@ class TrainingArgs(CommonArgs):
 
 @dataclass
 class Config:
-    """A checked command line: the arguments and the sections of the YAML files as plain dicts."""
+    """A checked configuration: the arguments, and the other sections as plain dicts."""
 
     args: Any
     model: dict[str, Any]
@@ -321,12 +321,12 @@ class Config:
     allow_target: list[str]
 
     def place(self, section: str) -> str:
-        """Where a section stands, for messages."""
+        """The place of a section in the files, for messages."""
         return f"configuration {' + '.join(self.files)}: {section}"
 
 
 def _calls_resolver(text: str) -> bool:
-    """Whether a value holds a call such as ``${oc.env:HOME}``; ``${args.seed}`` is none."""
+    """Whether a value holds a call such as ``${oc.env:HOME}``; ``${args.seed}`` is not a call."""
     if "${" not in text:
         return False
     nodes = [parse_interpolation(text)]
@@ -338,12 +338,8 @@ def _calls_resolver(text: str) -> bool:
     return False
 
 
-def _check_no_resolvers(value: Any, name: str) -> None:
-    """Refuse resolvers anywhere in what the file `name` holds: a file is to hold values only.
-
-    Raises:
-        UserError: there is one.
-    """
+def _check_no_resolvers(value: object, name: str) -> None:
+    """Raise UserError if a value of the file `name` calls a resolver."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
@@ -352,38 +348,33 @@ def _check_no_resolvers(value: Any, name: str) -> None:
     elif isinstance(value, str) and _calls_resolver(value):
         raise UserError(
             f"configuration {name}: {value!r} is not allowed, no code in YAML: environment "
-            "variables are not read and no functions called; write the value itself"
+            "variables are not read and functions are not called; write the value itself"
         )
 
 
-def _check_containers(before: Any, value: Any, name: str, key: str = "") -> None:
-    """Refuse a list of the file `name` where the files before it have keys, or the other way round.
-
-    Raises:
-        UserError: there is one; says at which key.
-    """
-    kinds = [type(one) for one in (before, value)]
-    if kinds == [dict, dict]:
+def _check_containers(before: object, value: object, name: str, key: str = "") -> None:
+    """Raise UserError if a file has a list where earlier files have keys, or the reverse."""
+    if isinstance(before, dict) and isinstance(value, dict):
         for own in before.keys() & value.keys():
             _check_containers(before[own], value[own], name, f"{key}.{own}" if key else str(own))
-    elif set(kinds) == {dict, list}:
-        found, wanted = ("a list", "keys") if kinds[1] is list else ("keys", "a list")
+    elif {type(before), type(value)} == {dict, list}:
+        found, wanted = ("a list", "keys") if isinstance(value, list) else ("keys", "a list")
         at = f" at {key}" if key else ""
         raise UserError(f"configuration {name}: {found}{at}, where {wanted} should be")
 
 
 def read_yaml(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The merged YAML files as a plain dict with the four sections, and where things come from.
+    """Read and merge YAML files.
 
     Returns:
-        The sections; and for each section and each key in it (``args``, ``args.seed`` …) the last
-        file that has it.
+        The four sections as plain dicts, and the last file that has each section and each key in
+        it (``args``, ``args.seed`` …).
 
     Raises:
-        UserError: a file is absent, not UTF-8, not YAML, calls resolvers or has an unknown
+        UserError: a file is missing, not UTF-8, not YAML, calls a resolver or has an unknown
             section.
     """
-    merged = OmegaConf.create({})
+    merged: Any = OmegaConf.create({})
     sources: dict[str, str] = {}
     for name in files:
         if not Path(name).is_file():
@@ -391,7 +382,7 @@ def read_yaml(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
             raise UserError(f"configuration {name}: no such file{place}; check its path")
         try:
             loaded = OmegaConf.load(name)
-            plain = OmegaConf.to_container(loaded, resolve=False)
+            plain: Any = OmegaConf.to_container(loaded, resolve=False)
             _check_no_resolvers(plain, name)
             _check_containers(OmegaConf.to_container(merged, resolve=False), plain, name)
             check_known(plain, SECTIONS, where=f"configuration {name}")
@@ -403,7 +394,7 @@ def read_yaml(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
             reason = " ".join(str(error).split())
             raise UserError(f"configuration {name} is not valid YAML: {reason}") from None
     try:
-        sections = OmegaConf.to_container(merged, resolve=True)
+        sections: Any = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
         key = ".".join(str(getattr(error, "full_key", "") or "").split(".")[:2])
         place = sources.get(key, " + ".join(files))

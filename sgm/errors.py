@@ -5,28 +5,29 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 
-# Of difflib, from which on a name is another one mistyped; keys that are neighbours, such as
-# latent_height and latent_width, are at 0.78 at most.
+# difflib's ratio from which on a name counts as another one, mistyped. Distinct keys that look
+# alike, such as latent_height and latent_width, reach 0.78.
 _MISTYPED = 0.85
 
 
 class UserError(Exception):
     """A mistake outside the code: a wrong path, key, value or file.
 
-    Its message is one sentence that says what is wrong, where, and what to do. Commands print it
-    as ``error: …`` and exit with code 1; a stack trace would add nothing to it.
+    The message is one sentence that says what is wrong, where, and what to do. Commands print it
+    as ``error: …`` and exit with code 1, without a stack trace.
     """
 
 
 def first_of(names: Sequence[str], most: int = 3) -> str:
-    """The first of `names`, with commas; an ellipsis stands for the rest."""
+    """Join the first of `names` with commas; an ellipsis stands for the rest."""
     return ", ".join([*names[:most], *["…"][: len(names) > most]])
 
 
 def mistyped_as(name: str, present: object) -> str:
-    """A clause for a key that is absent from a mapping, `present`, where it may be mistyped there.
+    """Return a clause for a missing key that may be mistyped in the mapping `present`.
 
-    Returns text to be put after the name of the key, or nothing; `present` may be of any type.
+    The clause follows the name of the key in a message; it is empty if no key is similar, or if
+    `present` is not a mapping.
     """
     keys = [str(key) for key in present] if isinstance(present, Mapping) else []
     close = difflib.get_close_matches(name, keys, n=1, cutoff=_MISTYPED)
@@ -51,10 +52,10 @@ def check_known(keys: Iterable[object], known: Iterable[str], *, where: str) -> 
 
 
 def nearest_name(name: object, valid: Iterable[str]) -> str:
-    """A clause that helps with a mistyped `name`: the closest of `valid`, or all of them.
+    """Return a clause that helps with a mistyped `name`: the closest of `valid`, or all of them.
 
-    `name` may be of any type: the keys of a YAML file may be numbers. Returns text to be put after
-    the statement of the error, e.g. ``did you mean 'load'?``.
+    The clause ends a message, for example ``did you mean 'load'?``. `name` may have any type, since
+    the keys of a YAML file may be numbers.
     """
     names = sorted(valid)
     close = difflib.get_close_matches(str(name), names, n=1)

@@ -14,8 +14,13 @@ from sgm.errors import UserError, nearest_name
 
 Model = TypeVar("Model", bound=BaseModel)
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-_PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
+_KINDS: dict[object, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+}
+_PLURALS: dict[object, str] = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 class Options(BaseModel):
@@ -84,9 +89,11 @@ def explain(
 
 # Kinds of errors that the description of the field explains.
 _DESCRIBED = frozenset(
-    "int_type int_from_float float_type finite_number bool_type string_type list_type dict_type "
-    "string_too_short literal_error greater_than greater_than_equal less_than "
-    "less_than_equal".split()
+    {
+        *("int_type", "int_from_float", "float_type", "finite_number", "bool_type", "string_type"),
+        *("list_type", "dict_type", "string_too_short", "literal_error"),
+        *("greater_than", "greater_than_equal", "less_than", "less_than_equal"),
+    }
 )
 _LONGEST_VALUE = 100  # characters of a wrong value that a message repeats
 
@@ -115,7 +122,7 @@ def _find_field(
     return model, field
 
 
-def value_type(annotation: Any) -> tuple[type, tuple[str, ...], bool]:
+def value_type(annotation: object) -> tuple[object, tuple[str, ...], bool]:
     """Type of the elements, allowed values and whether it is a list, of a field's annotation."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:

@@ -1,4 +1,4 @@
-"""Whether a configuration can work, found out before any weights are loaded."""
+"""Checks of a configuration before PyTorch is imported: sizes of the model, paths of weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from pydantic import Field
 
@@ -18,20 +18,20 @@ from sgm.checkpoint.find import (
     find_t5,
     find_transformer,
 )
-from sgm.config import Config, LoraChoice
+from sgm.config import Config, LoraChoice, SamplingArgs
 from sgm.errors import UserError, check_known, mistyped_as
 from sgm.options import Section, checked
 from sgm.util import TARGET_ALIASES
 
-SPATIAL_FACTOR = 8  # of the autoencoder, in height and width
-TEMPORAL_FACTOR = 4  # in time, where the configuration names none
-_T5_LENGTH = 226  # of texts, where the node of FrozenT5Embedder does not say
+SPATIAL_FACTOR = 8  # pixels of a latent, in height and width
+TEMPORAL_FACTOR = 4  # default of time_compressed_rate
+_T5_LENGTH = 226  # default of FrozenT5Embedder's max_length
 _SIZES = ("num_frames", "latent_height", "latent_width", "in_channels")
 _WIDTHS = ("hidden_size", "num_attention_heads")
 
 
 class _NetworkSizes(Section):
-    """Sizes of the transformer; those that are needed are checked where they are used."""
+    """Sizes of the transformer. `require_sizes` checks that those in use are present."""
 
     num_frames: int = Field(1, ge=1)
     latent_height: int = Field(1, ge=1)
@@ -51,7 +51,7 @@ class _LoraSettings(Section):
 
 
 def check_model_section(model: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The network's params of a `model` section.
+    """Return the network's params of a `model` section, checked.
 
     Raises:
         UserError: the section or the node is missing, a size is not a positive whole number, or
@@ -66,8 +66,8 @@ def check_model_section(model: Mapping[str, Any]) -> Mapping[str, Any]:
     if not params or not isinstance(params, Mapping):
         hint = mistyped_as("network_config", model) or mistyped_as("params", node)
         raise UserError(
-            f"model.network_config.params is absent{hint} or holds no keys; name a configuration "
-            "that has it, before this one if this goes on top of it"
+            f"model.network_config.params is missing{hint} or holds no keys; name a configuration "
+            "that has it, before this one if this one changes a few keys only"
         )
     checked(_NetworkSizes, params, place=lambda key: f"model.network_config.params.{key}")
     _check_text_length(model, params)
@@ -75,13 +75,13 @@ def check_model_section(model: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_text_length(model: Mapping[str, Any], network: Mapping[str, Any]) -> None:
-    """Compare the length of texts as the node of T5 and the network's params give it."""
+    """Raise UserError if T5 and the network disagree about the number of text tokens."""
     try:
         (embedder,) = model["conditioner_config"]["params"]["emb_models"]
         is_t5 = TARGET_ALIASES.get(embedder["target"], embedder["target"]) == T5_EMBEDDER
         given = embedder["params"].get("max_length", _T5_LENGTH)
         wanted = network["modules"]["pos_embed_config"]["params"]["text_length"]
-    except (KeyError, TypeError, ValueError, AttributeError):  # the parts themselves report these
+    except (KeyError, TypeError, ValueError, AttributeError):  # reported when the parts are built
         return
     if is_t5 and given != wanted:
         raise UserError(
@@ -91,16 +91,16 @@ def _check_text_length(model: Mapping[str, Any], network: Mapping[str, Any]) -> 
 
 
 def require_sizes(params: Mapping[str, Any], keys: Sequence[str]) -> None:
-    """Check that sizes are there; what they may be, `check_model_section` has seen to.
+    """Check that sizes are present; `check_model_section` has checked their values.
 
     Raises:
-        UserError: the first one that is absent.
+        UserError: one is missing.
     """
     for key in keys:
         if key not in params:
             raise UserError(
-                f"model.network_config.params lacks {key}{mistyped_as(key, params)}; add it, a "
-                "whole number"
+                f"model.network_config.params.{key} is missing{mistyped_as(key, params)}; add it, "
+                "a whole number"
             )
 
 
@@ -108,7 +108,7 @@ def head_size(model: Mapping[str, Any]) -> int:
     """Width of an attention head of the network in a `model` section.
 
     Raises:
-        UserError: as in `check_model_section`; or a size that decides it is absent.
+        UserError: as in `check_model_section`, or a size is missing.
     """
     params = check_model_section(model)
     require_sizes(params, _WIDTHS)
@@ -116,7 +116,7 @@ def head_size(model: Mapping[str, Any]) -> int:
 
 
 def video_size(params: Mapping[str, Any]) -> list[int]:
-    """Height and width in pixels of the videos that the network's position table is made for."""
+    """Height and width in pixels of the network's videos, which its position table fixes."""
     return [params[key] * SPATIAL_FACTOR for key in ("latent_height", "latent_width")]
 
 
@@ -125,9 +125,9 @@ def _temporal_factor(params: Mapping[str, Any]) -> int:
 
 
 def allowed_num_frames(params: Mapping[str, Any]) -> list[int]:
-    """Numbers of latent frames that can be sampled: odd, up to the position table's.
+    """Numbers of latent frames that can be sampled: odd, up to the size of the position table.
 
-    The decoder takes three latent frames, then two at a time (or a single one), hence odd.
+    The decoder takes three latent frames (or a single one), then two at a time.
     """
     return list(range(1, (params["num_frames"] - 1) // _temporal_factor(params) + 2, 2))
 
@@ -136,7 +136,7 @@ def num_latent_frames(num_frames: int, model: Mapping[str, Any]) -> int:
     """Latent frames of a video of `num_frames` frames.
 
     Raises:
-        UserError: the model does not make videos of that length; the message lists the lengths.
+        UserError: the model does not make videos of this length; the message lists the lengths.
     """
     params = check_model_section(model)
     require_sizes(params, _SIZES)
@@ -150,11 +150,11 @@ def num_latent_frames(num_frames: int, model: Mapping[str, Any]) -> int:
     return lengths[num_frames]
 
 
-def latent_shape(args: Any, model: Mapping[str, Any]) -> tuple[int, int, int, int]:
+def latent_shape(args: SamplingArgs, model: Mapping[str, Any]) -> tuple[int, int, int, int]:
     """Shape (t, c, h, w) of a sample's latents.
 
     Raises:
-        UserError: a size that the model was not made for; says which ones it was.
+        UserError: the model does not make videos of this size; the message says which it makes.
     """
     params = check_model_section(model)
     require_sizes(params, _SIZES)
@@ -170,7 +170,7 @@ def latent_shape(args: Any, model: Mapping[str, Any]) -> tuple[int, int, int, in
     if list(args.sampling_image_size) != size:
         raise UserError(
             f"sampling_image_size={list(args.sampling_image_size)}: this model makes videos of "
-            f"{size} (height, width) only, since its position table is of that size"
+            f"{size} (height, width) only, the size of its position table"
         )
     if args.latent_channels != params["in_channels"]:
         raise UserError(
@@ -190,49 +190,53 @@ AUTOENCODER = "sgm.models.autoencoder.VideoAutoencoderInferenceWrapper"
 _AUTOENCODER = "first_stage_config"
 
 
-class WeightPath(NamedTuple):
-    """Where a configuration names weights: the `node` with the params, and what it gives.
+@dataclass(frozen=True)
+class WeightPath:
+    """A key of the `model` section that names weights.
 
-    `where` is the node's place within the section `model`, and `index` that among the text
-    encoders.
+    Attributes:
+        key: name of the param.
+        where: place of the node within the section.
+        node: the node with the params, of any type until it is checked.
+        value: the value of the param, of any type; None if it is missing.
+        index: number of the text encoder.
     """
 
-    key: Literal["ckpt_path", "model_dir"]
+    key: str
     where: str
-    node: Any
-    value: Any
+    node: object
+    value: object
     index: int = 0
 
     def path(self) -> str:
-        """The path; UserError where none is set."""
+        """The path; raises UserError if the key is not set."""
         if self.value and isinstance(self.value, str):
             return self.value
         params = self.node.get("params") if isinstance(self.node, Mapping) else None
         what = mistyped_as(self.key, params) or f" (it is {self.value!r})"
         raise UserError(
             f"model.{self.where}.params.{self.key} is not set{what}: it must be the path of the "
-            "weights; without them that part of the model would be random"
+            "weights; without them this part of the model would be random"
         )
 
 
 def weight_paths(model: Mapping[str, Any]) -> Iterator[WeightPath]:
-    """Where a `model` section names weights: the autoencoder's, then those of each T5 embedder.
+    """List the keys that name weights in a `model` section.
 
-    A section without an autoencoder gives a path that is not set.
+    The first is the autoencoder's, not set if the section has none; then those of each T5 embedder.
     """
     yield _weight_path(model.get(_AUTOENCODER), "ckpt_path", _AUTOENCODER)
     conditioner = model.get("conditioner_config")
     params = conditioner.get("params") if isinstance(conditioner, Mapping) else None
     embedders = params.get("emb_models") if isinstance(params, Mapping) else None
-    is_list = isinstance(embedders, Sequence) and not isinstance(embedders, str)
-    for index, node in enumerate(embedders if is_list else []):
+    for index, node in enumerate(embedders if isinstance(embedders, list | tuple) else ()):
         target = node.get("target") if isinstance(node, Mapping) else None
         if isinstance(target, str) and TARGET_ALIASES.get(target, target) == T5_EMBEDDER:
             where = f"conditioner_config.params.emb_models[{index}]"
             yield _weight_path(node, "model_dir", where, index=index)
 
 
-def _weight_path(node: Any, key: str, where: str, **place: int) -> WeightPath:
+def _weight_path(node: object, key: str, where: str, **place: int) -> WeightPath:
     params = node.get("params") if isinstance(node, Mapping) else None
     value = params.get(key) if isinstance(params, Mapping) else None
     return WeightPath(key, where, node, value, **place)
@@ -240,7 +244,7 @@ def _weight_path(node: Any, key: str, where: str, **place: int) -> WeightPath:
 
 @dataclass(frozen=True)
 class RunWeights:
-    """The weights of a run, found but not read; None for what the run does not need."""
+    """The weights of a run, found but not read; None for a part that the run does not need."""
 
     transformer: Weights | None
     loras: Sequence[LoraChoice]
@@ -248,10 +252,10 @@ class RunWeights:
     text_encoders: Mapping[int, T5Files]
 
     def within(self, model: Mapping[str, Any]) -> dict[str, Any]:
-        """A copy of a `model` section with these objects in the place of their paths."""
+        """Copy a `model` section with these objects in the place of their paths."""
         changed = copy.deepcopy(dict(model))
-        target = (changed.get(_AUTOENCODER) or {}).get("target")
-        # Another class knows paths only.
+        target = (changed.get(_AUTOENCODER) or {}).get("target", "")
+        # Other classes take paths only.
         if self.autoencoder is not None and TARGET_ALIASES.get(target, target) == AUTOENCODER:
             changed[_AUTOENCODER]["params"]["ckpt_path"] = self.autoencoder
         for index, files in self.text_encoders.items():
@@ -269,8 +273,8 @@ def find_weights(
 ) -> RunWeights:
     """Find `load`, `lora`, the autoencoder's `ckpt_path` and every T5 embedder's `model_dir`.
 
-    A part without a file would start from random weights, and its output would be noise. Nothing
-    but names and JSON files is looked at, so that no mistake in a path waits for PyTorch.
+    A part without a file would start from random weights, and its output would be noise. Only
+    names and JSON files are read, so a mistake in a path is reported before PyTorch is imported.
 
     Args:
         model: the `model` section; with ``latent_input: true`` no autoencoder is needed.
@@ -285,14 +289,14 @@ def find_weights(
         raise UserError(
             "args.load is not set: it must name the folder of the transformer's weights"
         )
-    transformer = None if random_transformer else find_transformer(load)
+    transformer = None if random_transformer or not load else find_transformer(load)
     loras = [replace(choice, path=find_lora(choice.path)) for choice in lora]
     vae, *t5 = weight_paths(model)
     autoencoder = None
     if not model.get("latent_input"):
         if model.get(_AUTOENCODER) is None:
             hint = mistyped_as(_AUTOENCODER, model)
-            raise UserError(f"model lacks {_AUTOENCODER}{hint}; add it")
+            raise UserError(f"model.{_AUTOENCODER} is missing{hint}; add it")
         autoencoder = find_autoencoder(vae.path())
     text_encoders = {}
     for named in t5:
@@ -307,28 +311,32 @@ def find_weights(
 
 
 def check_sampling(config: Config) -> RunWeights:
-    """Check the sizes of the videos that a configuration makes, and find its weights.
+    """Check the sizes of the videos of a configuration, and find its weights.
 
     Raises:
-        UserError: the model does not make videos of that size, or as in `find_weights`.
+        UserError: the model does not make videos of this size, or as in `find_weights`.
     """
     latent_shape(config.args, config.model)
-    model = config.model | {"latent_input": False}  # of training batches; sampling always decodes
+    model = config.model | {"latent_input": False}  # it is for training; sampling always decodes
     return find_weights(model, config.args.load, lora=config.args.lora)
 
 
 _USED_TRANSFORMER_ARGS = ("checkpoint_activations", "skip_init")
-# What these say is the one form of the model that is built here.
+# The model is built in one form; other values are errors.
 _FIXED_TRANSFORMER_ARGS = {"layernorm_order": "pre", "is_decoder": False, "model_parallel_size": 1}
-# Sizes of SAT's embeddings of words and 1D positions, which this model has no use for.
+# Sizes of SAT's embeddings of words and 1D positions, which this model does not have.
 _UNUSED_TRANSFORMER_ARGS = ("vocab_size", "max_sequence_length")
 
 
 def check_divides(name: str, divisor: int, **divided: int) -> None:
-    """Check that one size, `divided`, is a multiple of another; both by their names.
+    """Check that one size is a multiple of another.
+
+    Args:
+        name, divisor: the divisor and its name.
+        divided: the name and value of the other size.
 
     Raises:
-        UserError: it is not, or one of them is below 1.
+        UserError: it is not a multiple, or one of them is below 1.
     """
     ((divided_name, size),) = divided.items()
     if divisor < 1 or size < 1 or size % divisor:
@@ -339,7 +347,7 @@ def check_transformer_args(transformer_args: Mapping[str, Any]) -> None:
     """Check the settings of SAT's transformer.
 
     Raises:
-        UserError: one is unknown, or asks for another form of the model.
+        UserError: one is unknown, or has a value that is not supported.
     """
     known = {*_USED_TRANSFORMER_ARGS, *_FIXED_TRANSFORMER_ARGS, *_UNUSED_TRANSFORMER_ARGS}
     check_known(transformer_args, known, where="transformer_args")
@@ -352,10 +360,10 @@ def check_transformer_args(transformer_args: Mapping[str, Any]) -> None:
 
 
 def check_modules(modules: Mapping[str, Any], *, parts: Iterable[str], num_layers: int) -> None:
-    """Check that there is a node for each of the `parts` of the model, and LoRA's settings.
+    """Check that each of the `parts` of the model has a node, and check LoRA's settings.
 
     Raises:
-        UserError: a node is absent or unknown, or a setting is out of its range.
+        UserError: a node is missing or unknown, or a setting is out of range.
     """
     if num_layers < 1:
         raise UserError(f"num_layers={num_layers}: at least 1 is needed")
@@ -363,7 +371,7 @@ def check_modules(modules: Mapping[str, Any], *, parts: Iterable[str], num_layer
     check_known(modules, [*required, "lora_config"], where="modules")
     for name in required:
         if not modules.get(name):
-            raise UserError(f"modules lacks {name}; add it to network_config.params.modules")
+            raise UserError(f"network_config.params.modules.{name} is missing; add it")
     lora = (modules.get("lora_config") or {}).get("params") or {}
     if modules.get("lora_config"):
         checked(_LoraSettings, lora, place=lambda key: f"lora_config: {key}")

@@ -1,4 +1,4 @@
-"""Objects from ``{target: dotted.path, params: {…}}`` nodes, and checks of numbers in them."""
+"""Build objects from nodes ``{target: dotted.path, params: {…}}``, and check their params."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from sgm.errors import UserError, nearest_name
+from sgm.errors import UserError, check_known, nearest_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +19,7 @@ _TRANSFORMER_PARTS = "sgm.modules.transformer"
 _AUTOENCODER = "sgm.models.autoencoder.VideoAutoencoderInferenceWrapper"
 _REGULARIZER = "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"
 
-# Paths that published YAML files use for what lives elsewhere in this code base.
+# Class paths of published YAML files, and where the classes are in this code base.
 TARGET_ALIASES = {
     "dit_video_concat.DiffusionTransformer": _DIFFUSION_TRANSFORMER,
     "dit_video_concat.Basic3DPositionEmbeddingMixin": (
@@ -48,12 +48,12 @@ SET_BY_CODE = frozenset(
 )
 
 
-def is_number(value: object) -> bool:
-    """Whether a value is a real number; true is none here, although an int in Python."""
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number. A bool is not, although Python counts it as an int."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-# Annotations, as text, of what is checked before a class is built.
+# Annotation, as text → check of a value, and what the value must be.
 _PLAIN_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bool": (lambda value: value in (0, 1), "true or false"),
     "int": (lambda value: is_number(value) and value % 1 == 0, "a whole number"),
@@ -61,13 +61,13 @@ _PLAIN_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "str": (lambda value: isinstance(value, str), "a text"),
 }
 
-# A YAML file from elsewhere names classes to be called, so it may name only what is meant for it.
-# `allow_targets` (the flag --allow-target) is the one way to extend this list.
+# The classes that a YAML file may name are called, so they must come from these packages.
+# `allow_targets` (the flag --allow-target) extends the list.
 _allowed_prefixes = ["sgm", "sat", "data_video", "torch.nn", "torch.optim"]
 
 
 def allow_targets(prefixes: list[str]) -> None:
-    """Let configurations of this process name classes under these dotted prefixes as well."""
+    """Allow configurations of this process to name classes under further dotted prefixes."""
     _allowed_prefixes.extend(prefixes)
 
 
@@ -76,7 +76,7 @@ def _is_allowed(path: str) -> bool:
 
 
 def get_class(target: str) -> type:
-    """The class that `target` names, old names included.
+    """Return the class that `target` names; old names are translated.
 
     Raises:
         UserError: the target is not allowed, does not exist or is not a class.
@@ -86,7 +86,7 @@ def get_class(target: str) -> type:
     path = TARGET_ALIASES.get(target, target)
     if not _is_allowed(path):
         raise UserError(
-            f"target {target!r} is outside {', '.join(_allowed_prefixes)}, so it is not called; "
+            f"target {target!r} is outside {', '.join(_allowed_prefixes)}, so it is not built; "
             f"if you trust this configuration, add --allow-target {path.split('.')[0]}"
         )
     module_name, _, class_name = path.rpartition(".")
@@ -100,7 +100,7 @@ def get_class(target: str) -> type:
             f"check the spelling of the target in the configuration"
         ) from None
     found = getattr(module, class_name, None)
-    # A function, or a class that the module merely imported (subprocess.Popen …), is no target.
+    # Functions, and classes that the module only imports (subprocess.Popen …), are not targets.
     if not (inspect.isclass(found) and _is_allowed(found.__module__)):
         classes = [
             name
@@ -115,97 +115,80 @@ def get_class(target: str) -> type:
 
 
 def check_params(cls: type, params: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """The part of `params` that the constructor of `cls` takes.
+    """Return the `params` that the constructor of `cls` takes.
 
-    Names in ``cls.IGNORED_PARAMS`` are dropped: older files carry them and nothing here needs them.
+    Names in ``cls.IGNORED_PARAMS`` are dropped: older files have them, and they have no effect.
 
     Raises:
-        UserError: a name is unknown, a required one is absent, or a value is none of its type.
+        UserError: a name is unknown, a required one is missing, or a value has another type.
     """
-    ignored = getattr(cls, "IGNORED_PARAMS", frozenset())
+    ignored: frozenset[str] = getattr(cls, "IGNORED_PARAMS", frozenset())
     used = {name: value for name, value in params.items() if name not in ignored}
     signature = list(inspect.signature(cls).parameters.values())
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature):
         return used
     named = [p for p in signature if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     known = {parameter.name: parameter for parameter in named}
+    allowed = [*known.keys() - SET_BY_CODE, *ignored]
+    check_known([name for name in used if name not in known], allowed, where=f"params of {where}")
     for name, value in used.items():
-        if name not in known:
-            hint = nearest_name(name, (known.keys() | ignored) - SET_BY_CODE)
-            raise UserError(f"{where}: unknown key {name!r} in params; {hint}")
-        _check_type(known[name], value, where=where)
-    required = [p.name for p in named if p.default is p.empty]
-    absent = [name for name in required if name not in used]
-    if absent:
-        raise UserError(f"{where}: params lacks {', '.join(absent)}; add it to the configuration")
+        # Other annotations are left to the constructor.
+        has_type, expected = _PLAIN_TYPES.get(known[name].annotation, (None, ""))
+        if has_type is not None and not has_type(value):
+            raise UserError(f"{where}: {name}: {value!r} must be {expected}")
+    for parameter in named:
+        if parameter.default is parameter.empty and parameter.name not in used:
+            raise UserError(f"{where}: params.{parameter.name} is missing; add it")
     return used
 
 
-def _check_type(parameter: inspect.Parameter, value: Any, *, where: str) -> None:
-    """Refuse a value of another type than a plain annotation says; others say it themselves.
-
-    Raises:
-        UserError: it is of another type, such as a number in quotes.
-    """
-    if parameter.annotation not in _PLAIN_TYPES:
-        return
-    is_one, name = _PLAIN_TYPES[parameter.annotation]
-    if not is_one(value):
-        raise UserError(f"{where}: {parameter.name}: {value!r} must be {name}")
-
-
-def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
-    """Build the object that a ``{target: …, params: {…}}`` node describes.
+def instantiate_from_config(config: Mapping[str, Any], **extra: object) -> Any:  # noqa: ANN401 (the configuration chooses the class)
+    """Build the object that a node ``{target: …, params: {…}}`` describes.
 
     Args:
-        config: the node, a plain mapping or an OmegaConf one. Nested nodes are handed on as they
-            are: the class that receives them builds them.
+        config: the node, a plain mapping or an OmegaConf one. Nested nodes are passed to the
+            constructor, which builds them.
         extra: further constructor arguments from the caller; they win over `params`.
 
     Raises:
-        UserError: see `get_class` and `check_params`; also for a node of another form, and for
-            values that the constructor cannot work with.
+        UserError: as in `get_class` and `check_params`; the node has another form; or the
+            constructor cannot use a value.
     """
-    from omegaconf import (  # a decoding process, which never comes here, is spared it
-        DictConfig,
-        OmegaConf,
-    )
+    from omegaconf import DictConfig, OmegaConf  # decoding processes do without it
 
+    node: Any = config
     if isinstance(config, DictConfig):
-        config = OmegaConf.to_container(config, resolve=True)
-    if not isinstance(config, Mapping) or "target" not in config:
-        raise UserError(f"a node with the key 'target' was expected, not {config!r}")
-    for name in config:
-        if name not in ("target", "params"):
-            hint = nearest_name(name, ("target", "params"))
-            raise UserError(f"{config['target']}: unknown key {name!r} beside target; {hint}")
-    cls = get_class(config["target"])
-    params = config.get("params") or {}
+        node = OmegaConf.to_container(config, resolve=True)
+    if not isinstance(node, Mapping) or "target" not in node:
+        raise UserError(f"a node with the key 'target' was expected, not {node!r}")
+    check_known(node, ("target", "params"), where=f"the node of {node['target']}")
+    cls = get_class(node["target"])
+    params = node.get("params") or {}
     if not isinstance(params, Mapping):
-        raise UserError(f"{config['target']}: params must hold keys, not {params!r}")
-    used = check_params(cls, {**params, **extra}, where=config["target"])
+        raise UserError(f"{node['target']}: params must hold keys, not {params!r}")
+    used = check_params(cls, {**params, **extra}, where=node["target"])
     try:
         return cls(**used)
     except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{config['target']} cannot be built: {reason}; check the types of its params"
+            f"{node['target']} cannot be built: {reason}; check the types of its params"
         ) from error
 
 
 def instantiate_part(
-    config: Mapping[str, Any], where: str, *, needs: Sequence[str], **extra: Any
-) -> Any:
-    """As `instantiate_from_config`, for a part of the model of which something is asked.
+    config: Mapping[str, Any], where: str, *, needs: Sequence[str], **extra: object
+) -> Any:  # noqa: ANN401 (as above)
+    """As `instantiate_from_config`, for a part of the model that must have certain attributes.
 
     Args:
         config: the node.
-        where: its key, for messages.
+        where: the key of the node, for messages.
         needs: names that the object must have.
         extra: further constructor arguments.
 
     Raises:
-        UserError: as in `instantiate_from_config`; or the class is of another kind of part.
+        UserError: as in `instantiate_from_config`; or the class is another kind of part.
     """
     part = instantiate_from_config(config, **extra)
     lacking = [name for name in needs if not hasattr(part, name)]
@@ -218,10 +201,10 @@ def instantiate_part(
 
 
 def build_on_meta(node: Mapping[str, Any]) -> nn.Module:
-    """The transformer or autoencoder of a node of the configuration, without values.
+    """Build the transformer or autoencoder of a node on the device "meta", without values.
 
     Raises:
-        UserError: the node is wrong.
+        UserError: the node cannot be built.
     """
     import torch
 
@@ -235,8 +218,8 @@ def build_on_meta(node: Mapping[str, Any]) -> nn.Module:
         return instantiate_from_config({**node, "params": params})
 
 
-def is_finite_number(value: object) -> bool:
-    """The same without infinities and NaN."""
+def is_finite_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number other than infinity and NaN."""
     return is_number(value) and math.isfinite(value)
 
 
@@ -248,14 +231,14 @@ def check_number(
     high: float = math.inf,
     whole: bool = False,
 ) -> None:
-    """Refuse a configuration value that is not a finite number of [`low`, `high`].
+    """Check that a value of a configuration is a finite number in [`low`, `high`].
 
     Args:
-        name: what the user calls the value, for the message, e.g. ``DynamicCFG: exp``.
+        name: the user's name of the value, for the message, e.g. ``DynamicCFG: exp``.
         whole: require a whole number; ``5.0`` counts as one.
 
     Raises:
-        UserError: `value` is no number (a bool is none either), not finite or out of range.
+        UserError: `value` is not a number (a bool is not one), not finite or out of range.
     """
     kind = "a whole number" if whole else "a number"
     if is_finite_number(value) and low <= value <= high and (not whole or value % 1 == 0):

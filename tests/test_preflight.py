@@ -38,19 +38,19 @@ def test_other_sizes_are_refused_with_the_allowed_ones(change, words):
     ("model", "words"),
     [
         ({}, "no section 'model'"),
-        ({"scale_factor": 1}, "network_config.params is absent"),
-        ({"network_config": {"params": PARAMS}}, "lacks in_channels;"),
+        ({"scale_factor": 1}, "network_config.params is missing"),
+        ({"network_config": {"params": PARAMS}}, "params.in_channels is missing;"),
         (
             {"network_config": {"params": PARAMS | {"in_chanels": 16}}},
-            r"lacks in_channels \(is 'in_chanels' mistyped\?\); add it",
+            r"params.in_channels is missing \(is 'in_chanels' mistyped\?\); add it",
         ),
         (
             {"network_confg": {}},
-            r"params is absent \(is 'network_confg' mistyped\?\) or",
+            r"params is missing \(is 'network_confg' mistyped\?\) or",
         ),
-        ({"network_config": {"parms": {}}}, r"params is absent \(is 'parms' mistyped"),
-        ({"network_config": "abc"}, "network_config.params is absent or holds no keys"),
-        ({"network_config": {"params": [1]}}, "network_config.params is absent or holds no keys"),
+        ({"network_config": {"parms": {}}}, r"params is missing \(is 'parms' mistyped"),
+        ({"network_config": "abc"}, "network_config.params is missing or holds no keys"),
+        ({"network_config": {"params": [1]}}, "network_config.params is missing or holds no keys"),
     ],
 )
 def test_an_incomplete_model_section_is_named(model, words):

@@ -403,7 +403,9 @@ def test_a_mistyped_key_of_weights_is_named(placed, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"model_dir is not set \(is 'modeldir' mistyped"):
         find_weights(model, load)
     model["first_stge_config"] = model.pop("first_stage_config")
-    with pytest.raises(UserError, match=r"lacks first_stage_config \(is 'first_stge_config' mis"):
+    with pytest.raises(
+        UserError, match=r"first_stage_config is missing \(is 'first_stge_config' mis"
+    ):
         find_weights(model, load)
 
 

@@ -98,12 +98,12 @@ def test_a_mistyped_class_gets_the_nearest_name():
 
 
 def test_an_unknown_parameter_gets_the_nearest_name():
-    with pytest.raises(UserError, match=r"part: unknown key 'widht' in params; .*'width'"):
+    with pytest.raises(UserError, match=r"unknown key 'widht' in params of part; .*'width'"):
         check_params(Part, {"widht": 1}, where="part")
 
 
 def test_an_absent_parameter_is_named():
-    with pytest.raises(UserError, match="part: params lacks width"):
+    with pytest.raises(UserError, match="part: params.width is missing"):
         check_params(Part, {"depth": 1}, where="part")
 
 
@@ -198,9 +198,9 @@ def test_a_node_of_another_form_is_refused(kind):
 
 
 def test_a_number_as_a_key_is_refused_like_any_unknown_one():
-    with pytest.raises(UserError, match="unknown key 5"):
+    with pytest.raises(UserError, match="unknown key '5'"):
         check_params(Part, {5: 1, "width": 1}, where="part")
-    with pytest.raises(UserError, match="unknown key 7 beside target"):
+    with pytest.raises(UserError, match="unknown key '7' in the node of torch.nn.Identity"):
         instantiate_from_config({"target": "torch.nn.Identity", 7: 1})
 
 

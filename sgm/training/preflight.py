@@ -1,4 +1,4 @@
-"""Whether a training configuration can work, found out before data and weights are read.
+"""Checks of a training configuration before data and weights are read.
 
 PyTorch and DeepSpeed are imported only where a check needs them.
 """
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 VIDEO_DATASET = "data_video.SFTDataset"
 SAT_OPTIMIZER = "sat.ops.FusedEmaAdam"
 
-# Sections of DeepSpeed's settings, which skips in silence what it does not know.
+# Keys of the section `deepspeed`. DeepSpeed itself ignores unknown keys silently.
 _DEEPSPEED_KEYS = """
     activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comm_type
     comms_logger communication_data_type compile compression_training csv_monitor
@@ -44,7 +44,7 @@ _DEEPSPEED_KEYS = """
     use_data_before_expert_parallelism use_node_local_storage wall_clock_breakdown wandb
     zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
 """.split()
-_ALIKE = 0.8  # of difflib, from which on an unknown name is a known one, mistyped
+_ALIKE = 0.8  # difflib's ratio from which on an unknown key counts as a known one, mistyped
 
 
 class _Optimizer(Section):
@@ -115,14 +115,14 @@ def check_data_paths(args: TrainingArgs) -> None:
 
 
 def check_deepspeed(settings: Mapping[str, Any]) -> None:
-    """Check what this code reads of the `deepspeed` section; the rest DeepSpeed checks.
+    """Check the keys of the section `deepspeed` that this code reads, without DeepSpeed.
 
     Raises:
-        UserError: a value is of another form, or not supported.
+        UserError: a key is mistyped, or a value is invalid or not supported.
     """
     if not settings:
         raise UserError(
-            "the configuration has no section deepspeed, which training needs; name one for "
+            "the configuration has no section deepspeed, which training needs; use one for "
             "training, such as configs/cogvideox_2b_sft.yaml, or add the section"
         )
     for key in settings.keys() - set(_DEEPSPEED_KEYS):
@@ -136,28 +136,29 @@ def check_deepspeed(settings: Mapping[str, Any]) -> None:
 
 
 def check_precision(args: TrainingArgs, settings: Mapping[str, Any]) -> None:
-    """Check that `fp16` and `bf16` of `args`, where they are set, agree with `deepspeed`.
+    """Check that `fp16` and `bf16` of `args`, if set, agree with the section `deepspeed`.
 
     Raises:
-        UserError: they do not; the precision of training is DeepSpeed's.
+        UserError: they disagree; the section `deepspeed` decides the precision of training.
     """
     for name in ("fp16", "bf16"):
         older = "bfloat16" if name == "bf16" else name
         enabled = (settings.get(name) or settings.get(older) or {}).get("enabled")
         if getattr(args, name) and not enabled:
             raise UserError(
-                f"{name} is set, but training has the precision of the section deepspeed; set "
-                f"deepspeed.{name}.enabled there instead"
+                f"args.{name} is set, but the section deepspeed decides the precision of training; "
+                f"set deepspeed.{name}.enabled instead"
             )
 
 
 def check_video_data(data: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """Check that clips will have the size that the network's position table was made for.
+    """Check that clips will have the size of the network's position table.
 
-    Other datasets than the one of clips know their sizes themselves; nothing is said about them.
+    Only `data_video.SFTDataset` is checked; other datasets have their own sizes.
 
     Raises:
-        UserError: `video_size` or `max_num_frames` does not fit the network, or there is none.
+        UserError: `video_size` or `max_num_frames` does not fit the network, or the network is
+            missing.
     """
     network = check_model_section(model)
     if data.get("target") != VIDEO_DATASET or not isinstance(data.get("params"), Mapping):
@@ -177,13 +178,13 @@ def check_video_data(data: Mapping[str, Any], model: Mapping[str, Any]) -> None:
         )
 
 
-# What DeepSpeed raises for settings it refuses, besides its own error.
+# Exceptions that DeepSpeed raises for invalid settings, besides its own class.
 REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError)
 _AUTOCAST_KEYS = ("enabled", "dtype", "lower_precision_safe_modules")
 
 
 def weight_dtype(settings: Mapping[str, Any]) -> torch.dtype:
-    """The precision that DeepSpeed's sections ``bf16`` and ``fp16`` give the weights."""
+    """The dtype of the weights, as DeepSpeed's sections ``bf16`` and ``fp16`` set it."""
     import torch
     from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
 
@@ -194,13 +195,13 @@ def weight_dtype(settings: Mapping[str, Any]) -> torch.dtype:
 
 
 def check_sections(settings: Mapping[str, Any]) -> None:
-    """Check sections of the `deepspeed` section by DeepSpeed's own description of them.
+    """Check the section `deepspeed` with DeepSpeed's own models.
 
-    Its engine does so too, but after the weights are read, and without the nearest valid name.
+    DeepSpeed's engine checks it too, but after the weights are read, and without the nearest valid
+    name.
 
     Raises:
-        UserError: a key is unknown, a value is not what it may be, or float16 would be trained
-            wrongly.
+        UserError: a key is unknown, a value is invalid, or float16 would be trained wrongly.
     """
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
@@ -213,7 +214,7 @@ def check_sections(settings: Mapping[str, Any]) -> None:
         "bfloat16": DeepSpeedBF16Config,  # its older name
         "fp16": DeepSpeedFP16Config,
     }
-    deepspeed_logger.disabled = True  # of old names it will warn when it starts
+    deepspeed_logger.disabled = True  # it warns of old names when it starts
     try:
         for name, description in descriptions.items():
             section = settings.get(name) or {}
@@ -243,12 +244,12 @@ def _place(section: str, key: str) -> str:
     return f"deepspeed.{section}.{key}" if key else f"deepspeed.{section}"
 
 
-# Params of Adam that are DeepSpeed's own; PyTorch's classes do not know them.
+# Params of Adam that only DeepSpeed has.
 _DEEPSPEED_ADAM = ("torch_adam", "adam_w_mode", "bias_correction", "fp32_optimizer_states")
 
 
 def _check_optimizer(section: Mapping[str, Any]) -> None:
-    """Check name and params of the optimizer, as far as PyTorch has one of that name."""
+    """Check the name of the optimizer, and its params if PyTorch has an optimizer of that name."""
     import torch
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
@@ -264,7 +265,7 @@ def _check_optimizer(section: Mapping[str, Any]) -> None:
             f"deepspeed.optimizer.type: {name!r} is unknown; {nearest_name(name, known)}"
         )
     kind = by_name.get(name.lower() if is_own else name)
-    if kind is None:  # only DeepSpeed has it, and checks its params
+    if kind is None:  # DeepSpeed's own, which checks its params itself
         return
     params = dict(section.get("params") or {})
     if is_own:
@@ -276,7 +277,7 @@ def _check_optimizer(section: Mapping[str, Any]) -> None:
 
 
 def _check_schedule(section: Mapping[str, Any]) -> None:
-    """Check the name of a schedule of DeepSpeed's."""
+    """Check the name of DeepSpeed's learning rate schedule."""
     from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
 
     name = section.get("type")
@@ -286,7 +287,7 @@ def _check_schedule(section: Mapping[str, Any]) -> None:
 
 
 def _check_half(settings: Mapping[str, Any]) -> None:
-    """Check that float16 is not beside bfloat16, and will be trained with its scale of the loss."""
+    """Check that float16 is not combined with bfloat16, and that its loss will be scaled."""
     import torch
     from deepspeed.runtime.precision_config import get_float16_config
 
@@ -297,15 +298,15 @@ def _check_half(settings: Mapping[str, Any]) -> None:
         raise UserError("deepspeed: bf16 and fp16 are both enabled; leave one")
     stage = (settings.get("zero_optimization") or {}).get("stage", 0)
     if not stage and half.loss_scale != 1:
-        # DeepSpeed 0.19.8 divides gradients by the scale of the loss, which it does not multiply.
+        # DeepSpeed 0.19.8 divides the gradients by the loss scale, but does not multiply the loss.
         raise UserError(
-            "deepspeed.fp16: without ZeRO DeepSpeed does not scale the loss, so that float16 would "
+            "deepspeed.fp16: without ZeRO DeepSpeed does not scale the loss, so float16 would "
             "learn next to nothing; set zero_optimization.stage to 1, 2 or 3, or use bf16"
         )
 
 
 def _check_autocast(section: Mapping[str, Any]) -> None:
-    """Check the section ``torch_autocast``, of which DeepSpeed has no description."""
+    """Check the section ``torch_autocast``, for which DeepSpeed has no model."""
     import torch
     from deepspeed.runtime.config import DtypeEnum
 
@@ -318,18 +319,18 @@ def _check_autocast(section: Mapping[str, Any]) -> None:
     except REFUSALS:
         is_bfloat16 = False
     if not is_bfloat16:
-        # Without a dtype PyTorch's default is float16 on a GPU. There DeepSpeed 0.19.8 clips the
-        # gradients under ZeRO while they are scaled up; without ZeRO the loop would take the
-        # first overflows, with which the scale is found, for gradients that are not finite.
+        # Without a dtype PyTorch uses float16 on a GPU. With ZeRO, DeepSpeed 0.19.8 then clips the
+        # gradients while they are still scaled; without ZeRO, the first overflows, by which the
+        # scale is found, would count as gradients that are not finite.
         raise UserError(
-            f"deepspeed.torch_autocast.dtype: {name!r} must be bfloat16; float16 is for the "
+            f"deepspeed.torch_autocast.dtype: {name!r} must be bfloat16; for float16 use the "
             "section fp16"
         )
 
 
 def reason_of(error: Exception) -> str:
-    """What DeepSpeed says of its settings, on one line; of a faulty key, where it is."""
-    if hasattr(error, "errors"):  # pydantic's, which checks the sections
+    """One line about an error that DeepSpeed raised for its settings."""
+    if isinstance(error, ValidationError):
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         return f"{error.title}: {place}: {first['msg']}"

@@ -424,7 +424,7 @@ def test_unknown_and_absent_nodes(small_config: Config) -> None:
         DiffusionTransformer(**config)
     config = small_config()
     del config["modules"]["final_layer_config"]
-    with pytest.raises(UserError, match="modules lacks final_layer_config"):
+    with pytest.raises(UserError, match="modules.final_layer_config is missing"):
         DiffusionTransformer(**config)
 
 

@@ -98,7 +98,7 @@ def test_a_configuration_that_lacks_a_part(
 def test_mistakes_of_the_user(overlay: dict, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--t5-layers must be at least 1"):
         run(overlay, tmp_path, "--t5-layers", "0")
-    with pytest.raises(UserError, match="model.network_config.params is absent"):
+    with pytest.raises(UserError, match="model.network_config.params is missing"):
         main(["--base", str(tmp_path / "overlay.yaml")])
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "vae.pt").touch()
