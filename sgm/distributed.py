@@ -139,7 +139,7 @@ def exchange(
 
 
 @dataclass(frozen=True)
-class SequenceShare:
+class SequenceShard:
     """This process's consecutive tokens of a sequence, and its heads within attention.
 
     Everything but attention treats tokens one by one. Attention treats heads one by one, so before
@@ -162,7 +162,7 @@ class SequenceShare:
     @classmethod
     def of(
         cls, group: distributed.ProcessGroup, *, num_tokens: int, num_heads: int
-    ) -> SequenceShare:
+    ) -> SequenceShard:
         """The share of this process, a member of `group`."""
         return cls(
             group=group,

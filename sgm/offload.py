@@ -13,7 +13,7 @@ from torch import Tensor, nn
 DtypeOf = Callable[[str], torch.dtype]
 
 
-class VisitingWeights:
+class OffloadedWeights:
     """The weights of a module that are on a device between `arrive` and `leave` only.
 
     As a context manager it does both. Parameters and buffers stay the same objects and only their
@@ -107,14 +107,14 @@ def stream_weights(
 
     Args:
         modules: none of them within another.
-        device, dtype_of: as of `VisitingWeights`.
+        device, dtype_of: as of `OffloadedWeights`.
     """
     for module in modules:
-        weights = VisitingWeights(module, device, dtype_of=dtype_of)
+        weights = OffloadedWeights(module, device, dtype_of=dtype_of)
         module.forward = _visited(module.forward, weights)
 
 
-def _visited(forward: Callable[..., Any], weights: VisitingWeights) -> Callable[..., Any]:
+def _visited(forward: Callable[..., Any], weights: OffloadedWeights) -> Callable[..., Any]:
     """`forward` with `weights` on their device."""
 
     @functools.wraps(forward)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from sgm.offload import VisitingWeights, host_copy, move_to_host, stream_weights
+from sgm.offload import OffloadedWeights, host_copy, move_to_host, stream_weights
 
 
 class Tied(nn.Module):
@@ -36,7 +36,7 @@ def places(module):
 
 def test_visiting_weights_are_elsewhere_equal_and_shared_as_before(module):
     tensors, homes, expected = [*module.parameters(), *module.buffers()], places(module), module(X)
-    with VisitingWeights(module, "cpu"):
+    with OffloadedWeights(module, "cpu"):
         assert not set(places(module)) & set(homes)
         assert module.first.weight.data_ptr() == module.second.weight.data_ptr()
         assert torch.equal(module(X), expected)
@@ -49,7 +49,7 @@ def test_a_visit_may_change_the_type_but_not_the_home(module):
     def dtype_of(name):
         return torch.float64 if name == "first.weight" else torch.bfloat16
 
-    with VisitingWeights(module, "cpu", dtype_of=dtype_of):
+    with OffloadedWeights(module, "cpu", dtype_of=dtype_of):
         assert module.first.weight.dtype == torch.float64
         assert module.table.dtype == torch.bfloat16
     assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.float32}
@@ -57,7 +57,7 @@ def test_a_visit_may_change_the_type_but_not_the_home(module):
 
 def test_weights_are_home_again_after_a_failure_within(module):
     homes = places(module)
-    with pytest.raises(ZeroDivisionError), VisitingWeights(module, "cpu"):
+    with pytest.raises(ZeroDivisionError), OffloadedWeights(module, "cpu"):
         raise ZeroDivisionError
     assert places(module) == homes
 
@@ -72,7 +72,7 @@ def test_weights_are_home_again_if_only_some_of_them_arrive(module, monkeypatch)
         return home.clone()
 
     monkeypatch.setattr("sgm.offload._copied", fail_at_the_third)
-    with pytest.raises(torch.OutOfMemoryError), VisitingWeights(module, "cpu"):
+    with pytest.raises(torch.OutOfMemoryError), OffloadedWeights(module, "cpu"):
         pass
     assert places(module) == homes and len(copied) == 3
 
@@ -97,7 +97,7 @@ def test_compiled_code_stays_valid_over_visits(module):
     move_to_host(module)
     expected = module(X)
     for _ in range(3):
-        with VisitingWeights(module, "cpu"), torch.no_grad():
+        with OffloadedWeights(module, "cpu"), torch.no_grad():
             assert torch.equal(compiled(X), expected)
     assert counter.frame_count == 1
 

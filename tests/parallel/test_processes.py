@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arguments import parse_config
 from sgm.config import SamplingArgs
-from sgm.distributed import SequenceShare
+from sgm.distributed import SequenceShard
 from sgm.errors import UserError
 from sgm.models.transformer import DiffusionTransformer
 from sgm.modules.diffusionmodules.guiders import IdentityGuider
@@ -40,7 +40,9 @@ def sample(network: DiffusionTransformer, sampler: Sampler, denoiser: Any) -> Te
 
     cond, uncond = ({"crossattn": draw(1, NUM_TEXT, 48)} for _ in range(2))
     noise = draw(3, 1, 3, 16, 8, 12)
-    return sampler(double, denoiser, noise[0], cond, uncond, noise=lambda index: noise[index + 1])
+    inputs = (double, denoiser, noise[0], cond, uncond)
+    *_, last = sampler.steps(*inputs, noise=lambda index: noise[index + 1])
+    return last.x
 
 
 def compare(rank: int, world_size: int, guided: bool, compiled: bool, kernel: Kernel) -> int:
@@ -101,8 +103,8 @@ def test_latents_equal_those_of_one_process(
 
 def test_text_may_end_in_any_process() -> None:
     def own_text(length: int) -> list[int]:
-        shares = (SequenceShare(None, rank, (4, 3, 3), (2, 1, 1)) for rank in range(3))
-        return [share.own_text_length(length) for share in shares]
+        shards = (SequenceShard(None, rank, (4, 3, 3), (2, 1, 1)) for rank in range(3))
+        return [shard.own_text_length(length) for shard in shards]
 
     assert own_text(2) == [2, 0, 0]
     assert own_text(6) == [4, 2, 0]

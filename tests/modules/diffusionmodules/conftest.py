@@ -53,6 +53,17 @@ def make_sampler() -> Callable[..., Any]:
 
 
 @pytest.fixture
+def sample() -> Callable[..., Tensor]:
+    """Runs all steps of a sampler; returns the latents after the last one."""
+
+    def run(sampler: Any, *inputs: Any, **named_inputs: Any) -> Tensor:
+        *_, last = sampler.steps(*inputs, **named_inputs)
+        return last.x
+
+    return run
+
+
+@pytest.fixture
 def denoiser() -> DiscreteDenoiser:
     """The denoiser of the 2B configuration."""
     return instantiate_from_config(

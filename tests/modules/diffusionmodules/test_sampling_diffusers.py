@@ -80,16 +80,15 @@ def run_both(
         stored = golden("sampler_dpmpp_10")
         x, cond, uncond = stored["in.x"], stored["in.cond"], stored["in.uc"]
         noise = torch.randn(NUM_STEPS, *x.shape, generator=torch.Generator().manual_seed(0))
-        ours: list[Tensor] = []
-        sampler(
+        steps = sampler.steps(
             network,
             denoiser,
             x,
             {"crossattn": cond},
             {"crossattn": uncond},
             noise=lambda step_index: noise[step_index],
-            callback=lambda step_index, num_steps, state: ours.append(state),
         )
+        ours = [step.x for step in steps]
 
         # The scheduler draws its noise itself, mostly twice a step, and uses what it drew last.
         calls: list[Tensor] = []
