@@ -1,4 +1,4 @@
-"""Weights that come to a device and leave it; here both are memory of the host, and tell apart."""
+"""Offloaded weights; here both places are host memory, told apart by their addresses."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def places(module):
     return [tensor.data_ptr() for tensor in [*module.parameters(), *module.buffers()]]
 
 
-def test_visiting_weights_are_elsewhere_equal_and_shared_as_before(module):
+def test_loaded_weights_are_elsewhere_equal_and_shared_as_before(module):
     tensors, homes, expected = [*module.parameters(), *module.buffers()], places(module), module(X)
     with OffloadedWeights(module, "cpu"):
         assert not set(places(module)) & set(homes)
@@ -45,7 +45,7 @@ def test_visiting_weights_are_elsewhere_equal_and_shared_as_before(module):
     assert all(before is after for before, after in same)
 
 
-def test_a_visit_may_change_the_type_but_not_the_home(module):
+def test_loading_may_change_the_type_but_not_the_home(module):
     def dtype_of(name):
         return torch.float64 if name == "first.weight" else torch.bfloat16
 
@@ -91,7 +91,7 @@ def test_a_host_copy_is_another_tensor():
     assert copy.stride() == x.stride()
 
 
-def test_compiled_code_stays_valid_over_visits(module):
+def test_compiled_code_stays_valid_over_several_loads(module):
     counter = CompileCounter()
     compiled = torch.compile(module, backend=counter)
     move_to_host(module)

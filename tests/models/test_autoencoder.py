@@ -256,17 +256,17 @@ def test_half_precision_weights_take_float32_input(dtype):
 
 @pytest.mark.parametrize("count", [2, 4, 12])
 def test_an_even_number_of_latent_frames_is_refused(count):
-    with pytest.raises(ValueError, match=f"odd number of latent frames, not {count}"):
+    with pytest.raises(ValueError, match=rf"an odd t, not \(1, 4, {count}, 2, 2\)"):
         tiny_vae().decode_streamed(torch.zeros(1, 4, count, 2, 2))
 
 
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 3, 8, 16, 16), r"4k\+1 frames \(1, 5, 9, …\), not 8"),
-        ((1, 3, 5, 16, 20), "divisible by 8, not 16x20"),
-        ((1, 5, 3, 16, 16), r"shape \(b, 3, t, h, w\), not \(1, 5, 3, 16, 16\)"),
-        ((3, 5, 16, 16), r"shape \(b, 3, t, h, w\)"),
+        ((1, 3, 8, 16, 16), r"4k\+1, h, w\) .*, not \(1, 3, 8, 16, 16\)"),
+        ((1, 3, 5, 16, 20), r"divisible by 8, not \(1, 3, 5, 16, 20\)"),
+        ((1, 5, 3, 16, 16), r"shape \(b, 3, 4k\+1, h, w\) .*, not \(1, 5, 3, 16, 16\)"),
+        ((3, 5, 16, 16), r"shape \(b, 3, 4k\+1, h, w\)"),
     ],
 )
 def test_videos_of_other_shapes_are_refused(shape, message):
@@ -275,5 +275,5 @@ def test_videos_of_other_shapes_are_refused(shape, message):
 
 
 def test_latents_of_other_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"shape \(b, 4, t, h, w\), not \(1, 3, 4, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"shape \(b, 4, t, h, w\) .*, not \(1, 3, 4, 2, 2\)"):
         tiny_vae().decode(torch.zeros(1, 3, 4, 2, 2))
