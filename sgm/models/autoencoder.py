@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -26,13 +26,6 @@ FIRST_CHUNK_FRAMES, CHUNK_FRAMES = 3, 2
 # For the fit of previews: height and width of its frames in latents, and the ridge as a fraction of
 # the mean square.
 _RGB_LATENTS, _RGB_RIDGE = 4, 1e-3
-
-
-class Reconstruction(NamedTuple):
-    """A reconstructed video, and the moments of its latents."""
-
-    video: torch.Tensor  # (b, c, t, h, w)
-    moments: torch.Tensor  # (b, 2z, t_z, h_z, w_z)
 
 
 class VideoAutoencoderInferenceWrapper(nn.Module):
@@ -88,7 +81,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         *,
         noise: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return latents of a video, drawn from the distribution that the encoder computes.
 
         Args:
@@ -166,18 +159,6 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
                     yield self.decoder(chunk, cache=cache)
 
         return decode_chunks(z.to(_dtype_of(self.decoder)), ConvCache() if cache is None else cache)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        *,
-        noise: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Reconstruction:
-        """Encode and decode a video of 8k+1 frames; arguments and errors are those of `encode`."""
-        moments, _ = self.encode(x, unregularized=True)
-        latents = self.regularization(moments, noise=noise, generator=generator)
-        return Reconstruction(video=self.decode(latents), moments=moments)
 
     def load_weights(
         self, device: str | torch.device = "cpu", *, dtype: torch.dtype | None = None

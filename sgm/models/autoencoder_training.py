@@ -43,12 +43,12 @@ class TrainableVideoAutoencoder(VideoAutoencoderInferenceWrapper, LightningModul
             The loss, a scalar in float32.
         """
         x = rearrange(batch[VIDEO_KEY], "b t c h w -> b c t h w")
-        reconstruction = self(x)
-        video, target = reconstruction.video.float(), x.float()
+        moments, _ = self.encode(x, unregularized=True)
+        video, target = self.decode(self.regularization(moments)).float(), x.float()
         terms = {
             "l1": F.l1_loss(video, target),
             "mse": F.mse_loss(video, target),
-            "kl": self.regularization.kl(reconstruction.moments),
+            "kl": self.regularization.kl(moments),
         }
         loss = terms["l1"] + terms["mse"] + self.kl_weight * terms["kl"]
         if self._trainer is not None:  # without a trainer, self.log warns at every step

@@ -274,7 +274,7 @@ def run_block(
     num_branches: int,
     shard: SequenceShard | None,
 ) -> Tensor:
-    """Run a block on tokens (b, n, d), the first `text_length` of which are text.
+    """Run a block on tokens (b, n, d); the first `text_length` tokens are text.
 
     A function that gets all it needs as arguments: compiled, it is the same graph for every layer.
 
