@@ -1,4 +1,4 @@
-"""Sampling on several processes against one: the same latents, each with its part of the work."""
+"""Sampling by several processes gives the latents of one process, and the work is split."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def sample(network: DiffusionTransformer, sampler: Sampler, denoiser: Any) -> Te
 
 
 def compare(rank: int, world_size: int, guided: bool, compiled: bool, kernel: Kernel) -> int:
-    """0 if this process, among the others, gets what it got alone, with its part of the work."""
+    """Return 0 if this process gets the latents of a single one and does its part of the work."""
     replace_kernels(pytest.MonkeyPatch())
     ensure_process_groups()
-    # Double precision: a product of fewer rows may be summed in another order, which must not show.
+    # Double precision: a product with fewer rows may be summed in another order.
     network = DiffusionTransformer(**small_transformer_config(num_attention_heads=4)).double()
     fill_with_noise(network)
     network.set_attention(kernel)
@@ -76,7 +76,7 @@ def compare(rank: int, world_size: int, guided: bool, compiled: bool, kernel: Ke
     branches = 2 if guided and world_size % 2 else 1
     num_tokens = SHARED_TOKENS[world_size][rank] if guided else 41
     assert shapes == {(branches, num_tokens, 64)}, shapes
-    # One process puts the first block's attention together from parts, with this kernel.
+    # With this kernel, a single process joins the first block's attention from parts.
     tolerance = 1e-10 if kernel != "sdpa" and guided else 0
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     return 0
@@ -87,7 +87,7 @@ def compare(rank: int, world_size: int, guided: bool, compiled: bool, kernel: Ke
     [
         (2, True, False, "sdpa"),  # guidance alone is divided
         (2, False, True, "sdpa"),  # tokens alone, in a block that is one graph
-        (3, True, False, "sdpa"),  # no two equal parts; 82 tokens and 4 heads do not divide evenly
+        (3, True, False, "sdpa"),  # guidance cannot be split; 82 tokens and 4 heads are uneven
         (3, True, False, "hopper"),
         (4, True, False, "sdpa"),  # both
     ],

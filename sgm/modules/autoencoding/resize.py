@@ -70,15 +70,23 @@ class Upsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(b, c, t, h, w) → (b, c, 2t or t, 2h, 2w); 2t - 1 frames where t is odd."""
-        # As nearest neighbour in F.interpolate, which in 3D would change the memory layout.
-        num_frames, height, width = x.shape[2:]
-        doubled = empty_frames(x, channels=x.shape[1], size=(num_frames, 2 * height, 2 * width))
-        quads = doubled.unflatten(4, (width, 2)).unflatten(3, (height, 2))  # (b, c, t, h, 2, w, 2)
-        quads.copy_(x[:, :, :, :, None, :, None])
-        x = convolve(doubled, self.conv.weight.unsqueeze(2), bias=self.conv.bias, padding=1)
+        x = _double_pixels(x)  # (b, c, t, 2h, 2w)
+        x = convolve(x, self.conv.weight.unsqueeze(2), bias=self.conv.bias, padding=1)
         # The convolution treats frames independently, so they are repeated after it: the result is
         # the same for half of the work.
         return _double_frames(x) if self.expand_time else x
+
+
+def _double_pixels(x: torch.Tensor) -> torch.Tensor:
+    """(b, c, t, h, w) → (b, c, t, 2h, 2w), nearest neighbour, without a change of memory layout.
+
+    F.interpolate would change the layout for 3D inputs.
+    """
+    num_frames, height, width = x.shape[2:]
+    result = empty_frames(x, channels=x.shape[1], size=(num_frames, 2 * height, 2 * width))
+    quads = result.unflatten(4, (width, 2)).unflatten(3, (height, 2))  # (b, c, t, h, 2, w, 2)
+    quads.copy_(x[:, :, :, :, None, :, None])
+    return result
 
 
 def _double_frames(x: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,7 @@ def test_golden(
     )
     trajectory = [step.x for step in steps]
     assert torch.equal(sampler.schedule.timesteps, stored["out.timesteps"])
-    # The golden's network is given the clips again for each branch of guidance.
+    # The golden's network got a copy of the clips for each branch of guidance.
     timesteps = torch.stack(network.timesteps).repeat(1, sampler.guider.num_branches)
     assert torch.equal(timesteps.float(), stored["out.network_t"].float())
     # The golden holds float32; ours are doubles rounded to it, so that one rounding remains.
@@ -76,7 +76,7 @@ def test_golden(
     torch.testing.assert_close(levels, stored["out.alphas_cumprod_sqrt"], rtol=0, atol=1e-7)
     if "out.cfg_scale" in stored:
         scales = torch.tensor(sampler.guidance_scales())
-        # The cosine's argument is about 3e10, of which a double keeps 4e-6; times half the scale.
+        # The cosine's argument is about 3e10, where doubles are 4e-6 apart; times half the scale.
         torch.testing.assert_close(scales, stored["out.cfg_scale"], rtol=0, atol=2e-5)
     # Float32 steps in another order of operations: 1e-6 per step, amplified by guidance.
     torch.testing.assert_close(torch.stack(trajectory), stored["out.trajectory"], rtol=0, atol=1e-4)
@@ -193,7 +193,7 @@ def test_one_forward_per_step_with_the_unconditional_half_first(
     assert len({id(seen) for seen in network.conditionings}) == 1
     text = torch.cat([uncond["crossattn"], cond["crossattn"]])
     assert torch.equal(network.conditionings[0]["crossattn"], text[-2 * branches :])
-    # All branches see the same latents, of which the network gets one copy.
+    # All branches use the same latents, and the network gets one copy of them.
     for latents in network.inputs:
         assert latents.dtype == torch.float32 and latents.shape == SHAPE
 
@@ -293,7 +293,7 @@ def test_host_and_device_exchange_nothing_inside_the_loop(
     sample: Callable[..., Tensor],
     denoiser: DiscreteDenoiser,
 ) -> None:
-    """On meta tensors, which hold no values, reading one raises; copies do not grow with steps."""
+    """Reading a value of a meta tensor raises; the number of copies is the same for all steps."""
     latents = torch.empty(SHAPE, device="meta")
     empty = {"crossattn": torch.empty(2, 5, 7, device="meta")}
     copies = []

@@ -1,4 +1,4 @@
-"""The modulation of a block, and what checkpointing of activations computes a second time."""
+"""The modulation of a block, and what activation checkpointing recomputes."""
 
 from __future__ import annotations
 

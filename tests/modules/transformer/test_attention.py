@@ -145,11 +145,11 @@ def test_what_branches_join_is_within_a_unit_of_the_exact_attention(dtype: torch
     found = attend_branches(text, video, kernel="flash").double()
     whole = torch.cat([text, video.repeat(1, 2, 1, 1, 1)], dim=2).double()
     exact, _ = written_out(*whole)
-    # Results are means of values of about 1, and a unit is that of such a value.
+    # Results are means of values of about 1; the tolerance is one unit of such a value.
     assert (found - exact).abs().max() <= torch.finfo(dtype).eps
 
 
-def test_share_of_what_is_computed_twice_counts_from_the_restart(
+def test_fallback_ratio_counts_from_the_restart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention, "_tallies", {})
