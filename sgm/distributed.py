@@ -1,6 +1,6 @@
-"""The processes of a run: rank, world size, groups, and the exchanges between them.
+"""The processes of a run: rank, world size, groups, and the exchange of data between them.
 
-PyTorch is imported where it is needed, since a process knows its rank before it needs that.
+PyTorch is imported inside functions, because a process needs its rank before it needs PyTorch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -17,13 +17,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# One process may have slow clips, so that the others wait for it long after they are done.
+# A process with slow clips may take much longer than the others, which wait for it.
 _PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among those that torchrun started; 0 of 1 without it."""
+    """The rank of this process among those that torchrun started; 0 of 1 without torchrun.
+
+    Attributes:
+        index: rank among all processes.
+        world_size: number of all processes.
+        local_index: rank among the processes of this host.
+    """
 
     index: int
     world_size: int
@@ -31,15 +37,15 @@ class Rank:
 
     @classmethod
     def from_environment(cls) -> Rank:
-        """Read torchrun's environment variables."""
+        """Read the environment variables that torchrun sets."""
         names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
         return cls(*(int(os.environ.get(name, default)) for name, default in names.items()))
 
 
 def any_rank(here: bool, group: torch.distributed.ProcessGroup | None) -> bool:
-    """Whether something is so on any rank of `group`, if there is one; waits for all of them.
+    """Whether `here` is true on any rank of `group` (or here, without a group); waits for all.
 
-    torchrun ends every process once one exits with an error, so none may while others work.
+    torchrun ends every process once one exits with an error, so none may exit while others work.
     """
     if group is None:
         return here
@@ -52,39 +58,39 @@ def any_rank(here: bool, group: torch.distributed.ProcessGroup | None) -> bool:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks for all."""
+    """Whether this is rank 0, the process that writes files and logs."""
     from torch import distributed
 
     return distributed.get_rank() == 0
 
 
 def data_parallel_rank_and_size() -> tuple[int, int]:
-    """This process among those that see different data, and their number; (0, 1) when alone."""
+    """Return rank and number of the processes that get different data; (0, 1) in one process."""
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
-    # Imported here: it loads DeepSpeed, seconds that a single process need not spend.
+    # Imported here: it loads DeepSpeed, which takes seconds that a single process can save.
     from sat import mpu
 
-    # Ranks that share one model by parts see the same data and must draw the same levels.
+    # Ranks that hold parts of one model get the same data and must draw the same noise levels.
     if mpu.model_parallel_is_initialized():
         return mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     return distributed.get_rank(), distributed.get_world_size()
 
 
 class Ranks:
-    """All processes of the run, or this one alone where no others were started.
+    """All processes of the run, or only this one if PyTorch's processes are not initialised.
 
-    A context manager: every process enters and leaves it, and calls `gather` equally often.
+    A context manager. Every process must enter and leave it, and call `gather` equally often.
     """
 
     def __init__(self) -> None:
         from torch import distributed
 
-        together = distributed.is_available() and distributed.is_initialized()
-        self.rank = distributed.get_rank() if together else 0
-        self.world_size = distributed.get_world_size() if together else 1
+        is_parallel = distributed.is_available() and distributed.is_initialized()
+        self.rank = distributed.get_rank() if is_parallel else 0
+        self.world_size = distributed.get_world_size() if is_parallel else 1
         self._group: distributed.ProcessGroup | None = None
 
     def __enter__(self) -> Ranks:
@@ -102,16 +108,16 @@ class Ranks:
             self._group = None
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This process's part of `items`, which all processes have alike."""
+        """Return this process's part of `items`, which must be the same on all processes."""
         return list(items[self.rank :: self.world_size])
 
     def gather(self, value: T) -> list[T]:
-        """The `value` of every process, in the order of ranks; waits for all of them."""
+        """Return the `value` of every process, in the order of ranks; waits for all of them."""
         if self._group is None:
             return [value]
         from torch import distributed
 
-        values: list[Any] = [None] * self.world_size
+        values = [value] * self.world_size
         distributed.all_gather_object(values, value, group=self._group)
         return values
 
@@ -123,15 +129,21 @@ def exchange(
     sent_sizes: Sequence[int],
     received_sizes: Sequence[int],
 ) -> Tensor:
-    """Trade consecutive parts of the flat `sent`, one for each process of `group`, with theirs.
+    """Send one part of `sent` to each process of `group`, and receive one from each.
+
+    Args:
+        sent: (sum of `sent_sizes`,), the parts for all processes, in their order.
+        group: the processes.
+        sent_sizes: size of the part for each process.
+        received_sizes: size of the part from each process.
 
     Returns:
-        What they sent to this process, in their order, joined: (sum of `received_sizes`,).
+        The parts from all processes, in their order: (sum of `received_sizes`,).
     """
     from torch import distributed
 
     received = sent.new_empty(sum(received_sizes))
-    # `torch.compile` knows this call, so that a block with it is one graph.
+    # `torch.compile` supports this call, so a block that contains it is one graph.
     distributed.all_to_all_single(
         received, sent, list(received_sizes), list(sent_sizes), group=group
     )
@@ -139,17 +151,18 @@ def exchange(
 
 
 @dataclass(frozen=True)
-class SequenceShare:
-    """This process's consecutive tokens of a sequence, and its heads within attention.
+class SequenceShard:
+    """This process's shard of a sequence: consecutive tokens, and some heads of the attention.
 
-    Everything but attention treats tokens one by one. Attention treats heads one by one, so before
-    it each process trades its tokens of all heads for all tokens of its heads, and back afterwards.
-    Where tokens or heads do not divide evenly, the first processes have one more; nothing is
-    padded. Source: Jacobs et al., "DeepSpeed Ulysses" (2023), section 3.1.
+    All layers but the attention treat tokens independently. The attention treats heads
+    independently, so before it the processes exchange their tokens of all heads for all tokens of
+    their heads, and afterwards back. If tokens or heads cannot be divided evenly, the first
+    processes have one more; nothing is padded. Source: Jacobs et al., "DeepSpeed Ulysses" (2023),
+    section 3.1.
 
     Attributes:
-        group: the processes that share the sequence.
-        rank: this process's place among them.
+        group: the processes that hold the sequence.
+        rank: rank of this process in the group.
         token_counts: tokens of each process, in order.
         head_counts: heads of each process, in order.
     """
@@ -162,8 +175,8 @@ class SequenceShare:
     @classmethod
     def of(
         cls, group: distributed.ProcessGroup, *, num_tokens: int, num_heads: int
-    ) -> SequenceShare:
-        """The share of this process, a member of `group`."""
+    ) -> SequenceShard:
+        """Return the shard of this process, a member of `group`."""
         return cls(
             group=group,
             rank=group.rank(),
@@ -172,18 +185,18 @@ class SequenceShare:
         )
 
     def take(self, tokens: Tensor) -> Tensor:
-        """This process's part (b, n_own, d) of tokens (b, n, d) that every process has."""
+        """Return this process's part (b, n_own, d) of tokens (b, n, d) that every process has."""
         return tokens.split(self.token_counts, dim=1)[self.rank]
 
     def own_text_length(self, text_length: int) -> int:
-        """How many of its tokens are text, where the first `text_length` of all are."""
+        """Return how many of this process's tokens are among the first `text_length`, the text."""
         before = sum(self.token_counts[: self.rank])
         return min(max(text_length - before, 0), self.token_counts[self.rank])
 
     def gather(self, tokens: Tensor) -> Tensor:
-        """All tokens (b, n, d), on every process, of its own (b, n_own, d)."""
-        batch, num_own, width = tokens.shape
-        sent = tokens.transpose(0, 1).repeat(len(self.token_counts), 1, 1)  # a copy for everyone
+        """Return all tokens (b, n, d), on every process, from each one's own (b, n_own, d)."""
+        batch, _, width = tokens.shape
+        sent = tokens.transpose(0, 1).repeat(len(self.token_counts), 1, 1)  # one copy per process
         received = exchange(
             sent.flatten(),
             self.group,
@@ -197,7 +210,7 @@ class SequenceShare:
         import torch
 
         batch, _, _, size = tokens.shape
-        # Tokens first: then what comes from the others, in their order, is the whole sequence.
+        # Tokens come first, so that the received parts, in rank order, are the whole sequence.
         parts = tokens.transpose(0, 1).split(self.head_counts, dim=2)
         num_heads = self.head_counts[self.rank]
         received = exchange(
@@ -209,7 +222,7 @@ class SequenceShare:
         return received.view(-1, batch, num_heads, size).transpose(0, 1)  # (b, n, own heads, size)
 
     def to_tokens(self, heads: Tensor) -> Tensor:
-        """The way back: (b, n, own heads, size) -> (b, n_own, heads, size)."""
+        """The inverse of `to_heads`: (b, n, own heads, size) -> (b, n_own, heads, size)."""
         import torch
 
         batch, _, num_heads, size = heads.shape
@@ -229,6 +242,6 @@ class SequenceShare:
 
 
 def _even_counts(total: int, num_parts: int) -> tuple[int, ...]:
-    """`total` things in `num_parts` parts, the first of which have one more where need be."""
+    """Divide `total` into `num_parts` counts; the first ones are one larger if needed."""
     quotient, remainder = divmod(total, num_parts)
     return tuple(quotient + (index < remainder) for index in range(num_parts))

@@ -36,7 +36,7 @@ from sgm.models.autoencoder import (
 from sgm.models.tiled_decoding import decode_tiled
 from sgm.modules.autoencoding.causal_conv import ConvCache, HostConvCache
 from sgm.modules.diffusionmodules.sampling import SampledStep, Sampler, StepCallback
-from sgm.offload import VisitingWeights, move_to_host
+from sgm.offload import OffloadedWeights, move_to_host
 from sgm.parallel.decoding import decode_together
 from sgm.util import instantiate_from_config, instantiate_part
 
@@ -336,8 +336,8 @@ class SATVideoDiffusionEngine(nn.Module):
         for part in (self.model, decoder):
             move_to_host(part)
         self.first_stage_model.encoder.to("cpu")  # sampling does not need it
-        self._network_here = VisitingWeights(self.model, device)
-        self._decoder_here = VisitingWeights(decoder, device)
+        self._network_here = OffloadedWeights(self.model, device)
+        self._decoder_here = OffloadedWeights(decoder, device)
         self._make_cache = partial(HostConvCache, device)
 
     @torch.no_grad()
@@ -350,7 +350,7 @@ class SATVideoDiffusionEngine(nn.Module):
         """See `sgm.models.autoencoder.fit_rgb`; an offloaded encoder comes to its device for it."""
         encoder_here: AbstractContextManager[None] = nullcontext()
         if self._offloaded_from is not None:
-            encoder_here = VisitingWeights(self.first_stage_model.encoder, self.device)
+            encoder_here = OffloadedWeights(self.first_stage_model.encoder, self.device)
         with encoder_here:
             return fit_rgb(self.first_stage_model)
 

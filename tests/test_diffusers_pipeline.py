@@ -101,7 +101,8 @@ def sample_here(engine: SATVideoDiffusionEngine, start: Tensor) -> Callable[...,
             denoiser._levels = engine.sampler.schedule.alphas_cumprod_sqrt
         cond = engine.conditioner.encode([PROMPT])
         uncond = engine.conditioner.unconditional(cond)
-        return engine.sampler(model, denoiser, start, cond, uncond, noise=lambda _: start)
+        *_, last = engine.sampler.steps(model, denoiser, start, cond, uncond, noise=lambda _: start)
+        return last.x
 
     return sample
 

@@ -240,7 +240,7 @@ def test_our_kernel_leaves_to_another_what_it_has_to_compute_twice(
         shares.append(len(kernel_calls))
         return computed_twice
 
-    monkeypatch.setattr("sgm.models.transformer.share_computed_twice", share)
+    monkeypatch.setattr("sgm.models.transformer.fallback_ratio", share)
     engine = build().eval()
     cond = engine.conditioner.encode(["a circle"])
     steps = []

@@ -1,11 +1,11 @@
-"""Weights that come to a device and leave it; here both are memory of the host, and tell apart."""
+"""Offloaded weights; here both places are host memory, told apart by their addresses."""
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from sgm.offload import VisitingWeights, host_copy, move_to_host, stream_weights
+from sgm.offload import OffloadedWeights, host_copy, move_to_host, stream_weights
 
 
 class Tied(nn.Module):
@@ -34,9 +34,9 @@ def places(module):
     return [tensor.data_ptr() for tensor in [*module.parameters(), *module.buffers()]]
 
 
-def test_visiting_weights_are_elsewhere_equal_and_shared_as_before(module):
+def test_loaded_weights_are_elsewhere_equal_and_shared_as_before(module):
     tensors, homes, expected = [*module.parameters(), *module.buffers()], places(module), module(X)
-    with VisitingWeights(module, "cpu"):
+    with OffloadedWeights(module, "cpu"):
         assert not set(places(module)) & set(homes)
         assert module.first.weight.data_ptr() == module.second.weight.data_ptr()
         assert torch.equal(module(X), expected)
@@ -45,11 +45,11 @@ def test_visiting_weights_are_elsewhere_equal_and_shared_as_before(module):
     assert all(before is after for before, after in same)
 
 
-def test_a_visit_may_change_the_type_but_not_the_home(module):
+def test_loading_may_change_the_type_but_not_the_home(module):
     def dtype_of(name):
         return torch.float64 if name == "first.weight" else torch.bfloat16
 
-    with VisitingWeights(module, "cpu", dtype_of=dtype_of):
+    with OffloadedWeights(module, "cpu", dtype_of=dtype_of):
         assert module.first.weight.dtype == torch.float64
         assert module.table.dtype == torch.bfloat16
     assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.float32}
@@ -57,7 +57,7 @@ def test_a_visit_may_change_the_type_but_not_the_home(module):
 
 def test_weights_are_home_again_after_a_failure_within(module):
     homes = places(module)
-    with pytest.raises(ZeroDivisionError), VisitingWeights(module, "cpu"):
+    with pytest.raises(ZeroDivisionError), OffloadedWeights(module, "cpu"):
         raise ZeroDivisionError
     assert places(module) == homes
 
@@ -72,7 +72,7 @@ def test_weights_are_home_again_if_only_some_of_them_arrive(module, monkeypatch)
         return home.clone()
 
     monkeypatch.setattr("sgm.offload._copied", fail_at_the_third)
-    with pytest.raises(torch.OutOfMemoryError), VisitingWeights(module, "cpu"):
+    with pytest.raises(torch.OutOfMemoryError), OffloadedWeights(module, "cpu"):
         pass
     assert places(module) == homes and len(copied) == 3
 
@@ -91,13 +91,13 @@ def test_a_host_copy_is_another_tensor():
     assert copy.stride() == x.stride()
 
 
-def test_compiled_code_stays_valid_over_visits(module):
+def test_compiled_code_stays_valid_over_several_loads(module):
     counter = CompileCounter()
     compiled = torch.compile(module, backend=counter)
     move_to_host(module)
     expected = module(X)
     for _ in range(3):
-        with VisitingWeights(module, "cpu"), torch.no_grad():
+        with OffloadedWeights(module, "cpu"), torch.no_grad():
             assert torch.equal(compiled(X), expected)
     assert counter.frame_count == 1
 

@@ -1,1 +1,1 @@
-"""What a configuration builds whole: the diffusion transformer and the video autoencoder."""
+"""The models: the diffusion transformer and the video autoencoder."""

@@ -1,4 +1,4 @@
-"""Decoding tile by tile in space, for GPUs with little memory: not the same video, but close."""
+"""Decoding in spatial tiles, for GPUs with little memory; the video differs slightly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-# In latents. At 60x90, those of 480x720 pixels, six tiles of 34x36.
+# In latents. 60x90 latents, that is 480x720 pixels, make six tiles of 34x36.
 TILE, OVERLAP = 36, 8
 
 
@@ -20,40 +20,56 @@ def decode_tiled(
     tile: int = TILE,
     overlap: int = OVERLAP,
 ) -> Iterator[Tensor]:
-    """The chunks of `decode`, made of overlapping tiles that are blended linearly.
+    """Yield the chunks of `decode`, made from overlapping tiles that are blended linearly.
 
-    Each tile is decoded through the whole video before the next one. So a GPU holds the feature
-    maps of one tile and what its convolutions keep between chunks. Going through all tiles chunk
-    by chunk would keep that of all of them: at 480x720, four times the feature maps of one. What
-    remains to grow with the size is the video itself, float32, in the host's memory, where tiles
-    are added up. A chunk comes when the last tile has been added to it, so that writing can begin
-    while that tile is decoded.
+    Each tile is decoded to the end of the video before the next tile begins. So the GPU holds the
+    feature maps and the cached frames of the convolutions of one tile only. Decoding all tiles
+    chunk by chunk would need the cached frames of all tiles: at 480x720, four times the feature
+    maps of one. Only the video itself, float32 in host memory, where tiles are summed, grows with
+    the size. A chunk is yielded when its last tile has been added, so that writing can begin while
+    the last tile is decoded.
 
-    The decoder's norms take their statistics from a tile, not from all of the frame: this is where
-    the result differs. Latents that fit one tile are decoded as ever, to the last bit.
+    The result differs from decoding without tiles, because the norms of the decoder use the
+    statistics of a tile instead of the whole frame. Latents that fit into one tile are decoded
+    without tiles, with bit-identical results.
 
     Args:
-        decode: latents of a tile, (b, z, t, h, w), to chunks (b, c, t', factor h, factor w) of the
-            video, as they are made; or to none at all, where another process gets them.
-        z: (b, z, t, h, w), of the whole frame.
-        factor: pixels for each latent, in height and width.
+        decode: takes the latents of a tile, (b, z, t, h, w), and yields chunks (b, c, t', factor h,
+            factor w) of its video; or nothing, if another process gets the chunks.
+        z: (b, z, t, h, w), the latents of the whole frame.
+        factor: pixels per latent, in height and width.
         tile: largest height and width of a tile, in latents.
-        overlap: of neighbouring tiles at least, in latents; at most half of `tile`.
+        overlap: smallest overlap of neighbouring tiles, in latents; at most half of `tile`.
 
-    Returns:
-        An iterator over the chunks (b, c, t', factor h, factor w), dtype and device as `decode`'s.
+    Yields:
+        Chunks (b, c, t', factor h, factor w), in the dtype and on the device of `decode`'s.
     """
     assert 0 < 2 * overlap <= tile, f"an overlap of {overlap} for tiles of {tile}"
     rows, columns = (_spans(size, tile=tile, overlap=overlap) for size in z.shape[3:])
     if len(rows) == len(columns) == 1:
-        return iter(decode(z))
-    return _blended(decode, z, rows=rows, columns=columns, factor=factor)
+        yield from decode(z)
+        return
+    sides = []
+    for spans in (rows, columns):
+        pixels = [slice(factor * span.start, factor * span.stop) for span in spans]
+        sides.append(list(zip(spans, pixels, _weights(pixels), strict=True)))
+    size = (factor * z.shape[3], factor * z.shape[4])
+    sums: list[Tensor] = []
+    tiles = list(product(*sides))
+    for index, ((row, y, row_weight), (column, x, column_weight)) in enumerate(tiles):
+        weight = (row_weight[y, None] * column_weight[x]).to(z.device)  # (h, w) of the tile
+        for number, chunk in enumerate(decode(z[:, :, :, row, column])):
+            if index == 0:
+                sums.append(torch.zeros(*chunk.shape[:3], *size))
+            sums[number][..., y, x] += (chunk.float() * weight).cpu()
+            if index == len(tiles) - 1:
+                yield sums[number].to(chunk)
 
 
 def _spans(size: int, *, tile: int, overlap: int) -> list[slice]:
-    """Where the tiles lie along one side: as few as cover it, equally long and evenly spread.
+    """Return the tiles along one side: as few as cover it, of equal length and evenly spread.
 
-    Equal ones need the same memory, which the allocator then hands from one to the next.
+    Equal tiles need the same memory, so the allocator can reuse it for the next tile.
     """
     count = max(1, -(-(size - overlap) // (tile - overlap)))
     length = -(-(size + (count - 1) * overlap) // count)
@@ -61,39 +77,13 @@ def _spans(size: int, *, tile: int, overlap: int) -> list[slice]:
     return [slice(start, start + length) for start in starts]
 
 
-def _shares(spans: list[slice]) -> Tensor:
-    """What each of n tiles gives to each pixel along one side: (n, size), each column's sum is 1.
+def _weights(spans: list[slice]) -> Tensor:
+    """Return the weight of each of n tiles for each pixel along one side, (n, size).
 
-    The weight is a pixel's distance from the nearer end of the tile, over the sum of all tiles'.
-    Where two overlap that is linear; where there is one it is 1.
+    It is the distance of the pixel from the nearer end of the tile, divided by the sum of the
+    distances for all tiles. So it is linear where two tiles overlap, and 1 in a single tile.
     """
     ends = torch.tensor([[span.start, span.stop] for span in spans])  # (n, 2)
     centers = torch.arange(spans[-1].stop) + 0.5
     distances = torch.minimum(centers - ends[:, :1], ends[:, 1:] - centers).clamp_(min=0)
     return distances / distances.sum(dim=0)
-
-
-def _blended(
-    decode: Callable[[Tensor], Iterable[Tensor]],
-    z: Tensor,
-    *,
-    rows: list[slice],
-    columns: list[slice],
-    factor: int,
-) -> Iterator[Tensor]:
-    """See `decode_tiled`; `rows` and `columns` are in latents."""
-    sides = []
-    for spans in (rows, columns):
-        pixels = [slice(factor * span.start, factor * span.stop) for span in spans]
-        sides.append(list(zip(spans, pixels, _shares(pixels), strict=True)))
-    size = (factor * z.shape[3], factor * z.shape[4])
-    sums: list[Tensor] = []
-    tiles = list(product(*sides))
-    for index, ((row, y, row_share), (column, x, column_share)) in enumerate(tiles):
-        share = (row_share[y, None] * column_share[x]).to(z.device)  # (h, w) of the tile
-        for number, chunk in enumerate(decode(z[:, :, :, row, column])):
-            if index == 0:
-                sums.append(torch.zeros(*chunk.shape[:3], *size))
-            sums[number][..., y, x] += (chunk.float() * share).cpu()
-            if index == len(tiles) - 1:
-                yield sums[number].to(chunk)

@@ -19,10 +19,10 @@ from sat.model.base_model import BaseModel
 from sat.model.transformer import BaseTransformer
 from torch import Tensor, distributed, nn
 
-from sgm.distributed import SequenceShare
+from sgm.distributed import SequenceShard
 from sgm.errors import UserError
-from sgm.modules.transformer.adaln import Keep
-from sgm.modules.transformer.attention import Kernel, restart_tally, share_computed_twice
+from sgm.modules.transformer.adaln import CheckpointingPolicy
+from sgm.modules.transformer.attention import Kernel, fallback_ratio, restart_tally
 from sgm.preflight import check_divides, check_modules, check_transformer_args
 from sgm.sat_runtime import ensure_process_groups, quiet_sat
 from sgm.util import instantiate_from_config
@@ -31,61 +31,50 @@ logger = logging.getLogger(__name__)
 
 LAYER_NORM_EPSILON = 1e-5  # of the norms that SAT holds: two in each block, one after the last
 
-# What this project's kernel of attention may compute twice. The second time takes twice as long; at
-# this share FlashAttention-4 is faster already, and PyTorch's attention at a fifth.
-MOST_COMPUTED_TWICE = 0.1
+# If the fallback of this project's Hopper kernel does more than this fraction of the work, the
+# kernel is no longer used: the fallback takes twice as long. At this ratio FlashAttention-4 is
+# faster already, and PyTorch's attention at 0.2.
+MAX_FALLBACK_RATIO = 0.1
 
 # The mixins, by name, and what their constructors take besides the params of their own node.
+_SHARED_SIZES = ("hidden_size", "time_embed_dim", "elementwise_affine")
 _SIZES_OF_PARTS = {
     "pos_embed": ("num_latent_frames", "grid_size", "hidden_size"),
     "patch_embed": ("in_channels", "hidden_size", "patch_size"),
-    "adaln_layer": (
-        "num_layers",
-        "hidden_size",
-        "head_size",
-        "time_embed_dim",
-        "elementwise_affine",
-        "checkpoint_activations",
-    ),
-    "final_layer": (
-        "hidden_size",
-        "out_channels",
-        "patch_size",
-        "time_embed_dim",
-        "elementwise_affine",
-    ),
+    "adaln_layer": ("num_layers", "head_size", "checkpoint_activations", *_SHARED_SIZES),
+    "final_layer": ("out_channels", "patch_size", *_SHARED_SIZES),
 }
 
 
 class DiffusionTransformer(BaseModel):
     """Predicts v of a noisy latent clip, given the diffusion time and a text embedding.
 
-    It is built on the default device, so ``with torch.device("meta")`` allocates nothing. LoRA
-    copies the weights that it wraps; on meta there are none, so there whoever loads the
-    weights calls `add_lora` once they are in place.
+    The model is built on the default device, so ``with torch.device("meta")`` allocates nothing.
+    LoRA copies the weights that it wraps. On the device "meta" there are none, so the code that
+    loads the weights must call `add_lora` afterwards.
 
     Args:
         num_layers: blocks.
         hidden_size: width d of a token.
-        num_attention_heads: heads of a block; they divide d.
+        num_attention_heads: heads of a block; a divisor of d.
         in_channels: channels c of the noisy clip.
         out_channels: channels of the prediction.
         patch_size: height and width of a patch, in latent pixels.
-        latent_height: height of a latent frame; the position table is fixed to it.
-        latent_width: the same for the width.
+        latent_height: height of a latent frame; the position table is made for it.
+        latent_width: width of a latent frame, likewise.
         num_frames: frames of the longest video, 1 + a multiple of `time_compressed_rate`.
-        time_compressed_rate: video frames per latent frame, after the first.
+        time_compressed_rate: video frames per latent frame, after the first frame.
         time_embed_dim: width of the time embedding.
         modules: the nodes ``{pos_embed,patch_embed,adaln_layer,final_layer}_config`` and, for
             LoRA, ``lora_config``.
-        transformer_args: settings of SAT's transformer; of interest are `checkpoint_activations`
-            (recompute each block in the backward pass; see `set_checkpointing`) and `skip_init`
-            (leave SAT's weights uninitialised).
+        transformer_args: settings of SAT's transformer. Two have an effect:
+            `checkpoint_activations` (recompute each block in the backward pass; see
+            `set_checkpointing`) and `skip_init` (leave SAT's weights uninitialised).
         elementwise_affine: the layer norms have weight and bias.
         dtype: type of all weights.
 
     Raises:
-        UserError: sizes that do not fit together, or an unknown key.
+        UserError: sizes do not fit together, or a key is unknown.
     """
 
     IGNORED_PARAMS = frozenset({"adm_in_channels"})
@@ -132,9 +121,13 @@ class DiffusionTransformer(BaseModel):
         self.grid_size = (latent_height // patch_size, latent_width // patch_size)
         self.num_latent_frames = _latent_frames(num_frames, time_compressed_rate)
         self.lora_config = modules.get("lora_config")
-        self.merged_layers: frozenset[str] = frozenset()  # whose weights hold LoRAs
+        self.merged_layers: frozenset[str] = frozenset()  # layers with LoRAs merged into them
         self._sequence_group: distributed.ProcessGroup | None = None
-        self.time_embed = _time_mlp(hidden_size, time_embed_dim)
+        self.time_embed = nn.Sequential(
+            nn.Linear(hidden_size, time_embed_dim),
+            nn.SiLU(),
+            nn.Linear(time_embed_dim, time_embed_dim),
+        )
         self._add_parts(
             modules,
             num_layers=num_layers,
@@ -153,8 +146,8 @@ class DiffusionTransformer(BaseModel):
         if not self.time_embed[0].weight.is_meta:
             self.add_lora()
 
-    def _add_parts(self, modules: Mapping[str, Any], **sizes: Any) -> None:
-        """Build the mixins: each from the params of its node and those of `sizes` that it takes."""
+    def _add_parts(self, modules: Mapping[str, Any], **sizes: object) -> None:
+        """Build each mixin from the params of its node and the `sizes` that it takes."""
         for part, names in _SIZES_OF_PARTS.items():
             own_sizes = {name: sizes[name] for name in names}
             self.add_mixin(part, instantiate_from_config(modules[f"{part}_config"], **own_sizes))
@@ -165,7 +158,7 @@ class DiffusionTransformer(BaseModel):
 
     @property
     def text_width(self) -> int:
-        """d_text of the text embeddings that the network takes."""
+        """Width d_text of the text embeddings that the network takes."""
         return self.mixins["patch_embed"].text_proj.in_features
 
     @property
@@ -174,60 +167,61 @@ class DiffusionTransformer(BaseModel):
         return self.time_embed[0].weight.dtype
 
     @property
-    def checkpointing(self) -> Keep | None:
-        """What training keeps of each block for the backward pass; None for everything."""
-        return self.mixins["adaln_layer"].checkpoint_keep
+    def checkpointing(self) -> CheckpointingPolicy | None:
+        """What training stores of each block for the backward pass; None for everything."""
+        return self.mixins["adaln_layer"].checkpointing_policy
 
-    def set_checkpointing(self, keep: Keep | None) -> None:
-        """Keep of each block its input ("block"), the attention's result too, or all (None)."""
-        self.mixins["adaln_layer"].checkpoint_keep = keep
+    def set_checkpointing(self, policy: CheckpointingPolicy | None) -> None:
+        """Store of each block its input ("block"), also the attention's output, or all (None)."""
+        self.mixins["adaln_layer"].checkpointing_policy = policy
 
     def set_attention(self, kernel: Kernel | Literal["auto"]) -> None:
-        """Compute attention with this kernel; "auto" (the default) takes the fastest there is."""
+        """Set the kernel of the attention; "auto" (the default) selects the fastest one."""
         self.mixins["adaln_layer"].attention = kernel
 
     @contextmanager
     def watched_attention(self) -> Iterator[Callable[[], None]]:
-        """Within it, for a video, this project's kernel of attention may be found not to pay.
+        """Context for one video, which stops using the Hopper kernel if its fallback is too slow.
+
+        The fallback of this project's kernel does much of the work if scores are spread widely.
 
         Yields:
-            What finds that out, and then goes on without that kernel: it has computed too much
-            twice, as it does where scores are spread widely. To be called after the first step, so
-            that this depends on nothing but the video. Waits for the GPU. A kernel that was set
-            stays.
+            A function that compares the fallback ratio with `MAX_FALLBACK_RATIO`. It must be called
+            after the first step, so that the choice depends on nothing but the video. It waits for
+            the GPU. It has no effect if `set_attention` has set a kernel.
         """
         restart_tally()
         try:
             yield self._review_attention
         finally:
-            self.mixins["adaln_layer"].own_kernel_pays = True
+            self.mixins["adaln_layer"].allow_hopper = True
 
     def _review_attention(self) -> None:
         adaln = self.mixins["adaln_layer"]
         if adaln.attention != "auto":
             return
-        share = share_computed_twice()
-        if share > MOST_COMPUTED_TWICE:
-            adaln.own_kernel_pays = False
+        ratio = fallback_ratio()
+        if ratio > MAX_FALLBACK_RATIO:
+            adaln.allow_hopper = False
             logger.info(
-                "attention goes on by FlashAttention-4 or PyTorch: of the first step the kernel of "
-                "our own computed %.0f%% twice",
-                100 * share,
+                "attention continues with FlashAttention-4 or PyTorch: in the first step, the "
+                "fallback of the Hopper kernel did %.0f%% of the work",
+                100 * ratio,
             )
 
     def split_sequence(self, group: distributed.ProcessGroup) -> None:
-        """Share the tokens, for inference, with the other processes of `group`.
+        """Split the tokens among the processes of `group`, for inference.
 
-        All of them must call `forward` together and with the same inputs; each gets the result.
+        All processes must call `forward` together with the same inputs; each gets the whole result.
         """
         self._sequence_group = group
 
     def compile_blocks(self, *, tune: bool = False) -> None:
-        """Compile the blocks in the first step; `tune` is worth it in training.
+        """Compile the blocks in the first step; `tune` is useful in training.
 
-        On a GPU that step takes some seconds more, with `tune` up to a minute. Where norms are
-        trained nothing is tuned: PyTorch would tune each of their kernels once for every way to
-        divide the sum over the tokens, which takes many minutes.
+        On a GPU this step takes some seconds longer, with `tune` up to a minute. `tune` has no
+        effect if norms are trained: PyTorch would tune each of their kernels once per way to
+        split the sum over the tokens, which takes many minutes.
         """
         modules = self.transformer.layers.modules()
         norms = (module for module in modules if isinstance(module, nn.LayerNorm))
@@ -235,12 +229,12 @@ class DiffusionTransformer(BaseModel):
         self.mixins["adaln_layer"].compile_blocks(tune=tune and not trained)
 
     def add_lora(self) -> None:
-        """Put the LoRA layers around the weights, which are then used as the fixed part.
+        """Wrap the weights with the LoRA layers; the weights become the fixed part.
 
-        Nothing happens without a ``lora_config`` and when the layers are there already.
+        Does nothing without a ``lora_config``, or if the layers exist already.
 
         Raises:
-            RuntimeError: the weights are on meta still; load them first.
+            RuntimeError: the weights are still on the device "meta"; load them first.
         """
         wrapped = any(".matrix_A." in name for name, _ in self.named_parameters())
         if not self.lora_config or wrapped:
@@ -251,21 +245,21 @@ class DiffusionTransformer(BaseModel):
             self.mixins["lora"].reinit(self)
 
     def forward(
-        self, x: Tensor, timesteps: Tensor, *, context: Tensor, **hook_arguments: Any
+        self, x: Tensor, timesteps: Tensor, *, context: Tensor, **hook_arguments: object
     ) -> Tensor:
-        """The prediction (k * b, t, c_out, h, w) for noisy clips, in the type of `x`.
+        """Return the prediction (k * b, t, c_out, h, w) for noisy clips, in the type of `x`.
 
         Args:
-            x: noisy latents (b, t, c, h, w); h and w as in the position table, t at most its
-                frames. A single frame is an image.
+            x: noisy latents (b, t, c, h, w). h and w are those of the position table, t is at most
+                its number of frames. A single frame is an image.
             timesteps: index of the noise level (b,), 0 to 999, 999 the noisiest.
             context: text embedding (k * b, n_text, d_text) of the k branches of guidance, branch
-                after branch; a single one without guidance.
-            hook_arguments: handed to the hooks of the embeddings, the blocks and the head, for
-                mixins that others add to the model.
+                after branch; k is 1 without guidance.
+            hook_arguments: passed to the hooks of the embeddings, the blocks and the head, for
+                mixins that are added to the model.
 
         Raises:
-            UserError: a shape that does not fit the model.
+            UserError: a shape does not fit the model.
         """
         self._check_shapes(x, timesteps=timesteps, context=context)
         time_embedding = self.time_embed(
@@ -274,9 +268,15 @@ class DiffusionTransformer(BaseModel):
         num_branches = len(context) // len(x)
         time_embedding = time_embedding.repeat(num_branches, 1)  # (k * b, time_embed_dim)
         grid = (x.shape[1], *self.grid_size)
+        shard: SequenceShard | None = None
+        if self._sequence_group is not None:
+            num_tokens = context.shape[1] + math.prod(grid)
+            shard = SequenceShard.of(
+                self._sequence_group, num_tokens=num_tokens, num_heads=self.num_heads
+            )
         # SAT's transformer calls the hooks of the mixins in this order: patch_embed makes the
-        # tokens (text first), pos_embed says where they are, adaln_layer runs each block, and after
-        # SAT's last norm final_layer makes frames of the video tokens.
+        # tokens (text first), pos_embed gives their positions, adaln_layer runs each block, and
+        # after SAT's last norm final_layer turns the video tokens into frames.
         prediction, *_ = super().forward(
             x.to(self.dtype),
             position_ids=None,
@@ -286,64 +286,53 @@ class DiffusionTransformer(BaseModel):
             text_length=context.shape[1],
             grid=grid,
             num_branches=num_branches,
-            share=self._share(context.shape[1] + math.prod(grid)),
+            shard=shard,
             **hook_arguments,
         )
         return prediction.to(x.dtype)
 
-    def _share(self, num_tokens: int) -> SequenceShare | None:
-        """This process's part of the tokens; None where it has all of them."""
-        group = self._sequence_group
-        if group is None:
-            return None
-        return SequenceShare.of(group, num_tokens=num_tokens, num_heads=self.num_heads)
-
     def _check_shapes(self, x: Tensor, *, timesteps: Tensor, context: Tensor) -> None:
-        limit = self.num_latent_frames
+        limit, frame = self.num_latent_frames, ", ".join(map(str, self.frame_shape))
         is_clip = x.ndim == 5 and tuple(x.shape[2:]) == self.frame_shape and len(x) > 0
-        if not is_clip or not 1 <= x.shape[1] <= limit:
-            frame = ", ".join(str(size) for size in self.frame_shape)
-            raise UserError(
-                f"latents of shape {tuple(x.shape)}: this model takes (b, t, {frame}) with t from "
-                f"1 to {limit}, the size of its position table; change the sampling size, or "
-                "latent_height, latent_width and num_frames of the model"
-            )
-        batch_size = x.shape[0]
-        text_length = self.mixins["pos_embed"].text_length
-        width = self.mixins["patch_embed"].text_proj.in_features
-        num_texts, *text = context.shape
-        if text != [text_length, width] or num_texts == 0 or num_texts % batch_size:
-            raise UserError(
-                f"text embedding of shape {tuple(context.shape)}: "
-                f"(k * {batch_size}, {text_length}, {width}) is expected, k the branches of "
-                "guidance; compare the text encoder and its max_length with text_hidden_size and "
-                "text_length of the model"
-            )
-        if tuple(timesteps.shape) != (batch_size,):
-            raise UserError(
-                f"timesteps of shape {tuple(timesteps.shape)}: ({batch_size},) is expected"
-            )
+        _expect(
+            is_clip and 1 <= x.shape[1] <= limit,
+            x,
+            "latents",
+            f"this model takes (b, t, {frame}) with t from 1 to {limit}, the size of its position "
+            "table; change the sampling size, or latent_height, latent_width and num_frames of the "
+            "model",
+        )
+        batch_size, num_texts = len(x), len(context)
+        text = [self.mixins["pos_embed"].text_length, self.text_width]
+        _expect(
+            [*context.shape[1:]] == text and num_texts > 0 and num_texts % batch_size == 0,
+            context,
+            "text embedding",
+            f"(k * {batch_size}, {text[0]}, {text[1]}) is expected, k the branches of guidance; "
+            "compare the text encoder and its max_length with text_hidden_size and text_length of "
+            "the model",
+        )
+        fits = tuple(timesteps.shape) == (batch_size,)
+        _expect(fits, timesteps, "timesteps", f"({batch_size},) is expected")
+
+
+def _expect(fits: bool, tensor: Tensor, name: str, expected: str) -> None:
+    """Raise UserError about the shape of `tensor` unless it fits."""
+    if not fits:
+        raise UserError(f"{name} of shape {tuple(tensor.shape)}: {expected}")
 
 
 def sinusoidal_embedding(timesteps: Tensor, width: int) -> Tensor:
     """[cos | sin] of ``timestep * exp(-ln 10000 * i / (width / 2))``, (b,) -> (b, width), float32.
 
     Source: Vaswani et al., "Attention Is All You Need", section 3.5; cosines first, as the
-    released weights expect. Half precision would blur neighbouring timesteps.
+    released weights expect. Half precision could not tell neighbouring timesteps apart.
     """
     half = width // 2
     indices = torch.arange(half, dtype=torch.float32, device=timesteps.device)
     frequencies = torch.exp(-math.log(10000) * indices / half)
     angles = timesteps.float()[:, None] * frequencies  # (b, width/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def _time_mlp(hidden_size: int, time_embed_dim: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(hidden_size, time_embed_dim),
-        nn.SiLU(),
-        nn.Linear(time_embed_dim, time_embed_dim),
-    )
 
 
 def _build_sat_transformer(
@@ -355,7 +344,7 @@ def _build_sat_transformer(
     skip_init: bool,
     dtype: torch.dtype,
 ) -> BaseTransformer:
-    """SAT's stack of layers on the default device, without the embeddings for language models."""
+    """Build SAT's layers on the default device, without its embeddings for language models."""
     ensure_process_groups()
     transformer = BaseTransformer(
         num_layers=num_layers,
@@ -375,7 +364,7 @@ def _build_sat_transformer(
 
 
 def _latent_frames(num_frames: int, time_compressed_rate: int) -> int:
-    """Latent frames of a video: the first alone, then one for each `time_compressed_rate`."""
+    """Return the latent frames of a video: the first alone, then one per `time_compressed_rate`."""
     if num_frames < 1 or time_compressed_rate < 1 or (num_frames - 1) % time_compressed_rate:
         raise UserError(
             f"num_frames={num_frames}: it must be 1 + a multiple of "

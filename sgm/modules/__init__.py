@@ -1,4 +1,4 @@
-"""The parts that configurations wire together."""
+"""Parts of the models, which a configuration combines."""
 
 from sgm.modules.conditioner import GeneralConditioner
 

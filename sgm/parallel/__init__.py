@@ -1,1 +1,1 @@
-"""One video made by several processes: guidance and tokens divided among them."""
+"""Several processes make one video: they divide guidance, tokens and decoding."""

@@ -1,4 +1,4 @@
-"""The chunks of one video decoded on several processes at the same time."""
+"""Decoding of one video by several processes, which decode its chunks at the same time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from sgm.modules.autoencoding.causal_conv import CausalConv3d, ConvCache, fill_r
 
 
 class RelayCache(ConvCache):
-    """What convolutions carry between chunks, where each process decodes one chunk of a round.
+    """The cache of convolutions if, in each round, every process decodes one chunk.
 
-    All are in the same convolution at the same time. The chunk before is that of the process
-    before; for the first process, that of the last one in the round before.
+    All processes run the same convolution at the same time. The previous chunk is that of the
+    previous process; for the first process, that of the last process in the previous round.
     """
 
     def __init__(self, group: distributed.ProcessGroup) -> None:
@@ -21,11 +21,11 @@ class RelayCache(ConvCache):
         self.group = group
 
     def fill(self, conv: CausalConv3d, frames: Tensor) -> None:
-        """As in one process; t may differ between processes but is at least k-1.
+        """As `ConvCache.fill`; t may differ between processes but is at least k-1.
 
-        Shorter is only the single chunk of a single frame, whose end nobody needs.
+        A shorter chunk is only the single one of a single frame, and its end is not used.
         """
-        # As pixels lie in memory (`layout.memory_format`), or each would be copied on its own.
+        # In memory order (`convolve.memory_format`), or else each pixel would be copied alone.
         last = frames[:, :, -conv.room :].movedim(1, -1)  # (b, k-1, h, w, c)
         rank, size = self.group.rank(), self.group.size()
         sent_sizes, received_sizes = [0] * size, [0] * size
@@ -44,11 +44,16 @@ class RelayCache(ConvCache):
 def decode_together(
     first_stage: VideoAutoencoderInferenceWrapper, z: Tensor, *, group: distributed.ProcessGroup
 ) -> list[Tensor]:
-    """The chunks of `decode_streamed`, to the last bit, on the first process; none on the others.
+    """Return the chunks of `decode_streamed`, bit-identical, on the first process; [] on others.
 
-    Every process of `group` calls this with the same latents (b, z, t, h, w), t odd. A chunk needs
-    of the one before no more than a convolution's last input frames, when it comes to that
-    convolution itself. So the processes decode consecutive chunks side by side.
+    Every process of `group` calls this with the same latents. The processes decode consecutive
+    chunks at the same time: from the previous chunk, a convolution needs only its last input
+    frames, and only when the decoder has come to that convolution.
+
+    Args:
+        first_stage: the autoencoder, with the same weights on all processes.
+        z: (b, z, t, h, w), t odd.
+        group: the processes.
     """
     rank, size = group.rank(), group.size()
     chunks = chunks_of(z)
@@ -56,22 +61,23 @@ def decode_together(
     with RelayCache(group) as cache:
         for start in range(0, len(chunks), size):
             of_round = chunks[start : start + size]
-            # Past the end a process decodes the last one again: the others count on its exchanges.
+            # Past the end, a process decodes the last chunk again, because all processes must take
+            # part in the exchanges.
             padded = of_round + of_round[-1:] * (size - len(of_round))
             own = first_stage.decoder(padded[rank], cache=cache)
-            num_frames = [_num_frames(first_stage, chunk) for chunk in padded]
+            # With an odd number of latent frames, the first one is the video's first frame alone.
+            factor = first_stage.encoder.time_factor
+            latent_frames = [chunk.shape[2] for chunk in padded]
+            num_frames = [factor * n - (factor - 1) * (n % 2) for n in latent_frames]
             decoded += _gather(own, group, num_frames=num_frames)[: len(of_round)]
     return decoded
 
 
-def _num_frames(first_stage: VideoAutoencoderInferenceWrapper, chunk: Tensor) -> int:
-    """Of a decoded chunk: the video's first frame, which is in an odd one, stands alone."""
-    factor, num_latent_frames = first_stage.encoder.time_factor, chunk.shape[2]
-    return factor * num_latent_frames - (factor - 1) * (num_latent_frames % 2)
-
-
 def _gather(own: Tensor, group: distributed.ProcessGroup, *, num_frames: list[int]) -> list[Tensor]:
-    """On the first process the (b, c, t, h, w) of all, with `num_frames` t; none on the others."""
+    """Return the chunks (b, c, t, h, w) of all processes on the first one; [] on the others.
+
+    `num_frames` holds the t of each process.
+    """
     batch, channels, num_own, height, width = own.shape
     nothing = [0] * (group.size() - 1)
     sizes = [own.numel() // num_own * count for count in num_frames]

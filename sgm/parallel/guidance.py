@@ -1,4 +1,4 @@
-"""Guidance whose branches are evaluated by a process each."""
+"""Guidance in which each process evaluates one branch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from sgm.modules.diffusionmodules.guiders import Guider
 
 
 class SplitGuider(Guider):
-    """A guider of which this process denoises one branch and learns the others from its group.
+    """A guider for a process that denoises one branch and receives the others from its group.
 
-    To a sampler it is a guider of a single branch, whose `combine` gives every process the same.
+    For a sampler it is a guider with a single branch. `combine` returns the same on all processes.
 
     Args:
-        guider: what says how branches are made and combined.
-        group: as many processes as it has branches; the first takes the first branch.
+        guider: the guider that defines the branches and how they are combined.
+        group: one process per branch, in the order of the branches.
     """
 
     num_branches = 1
@@ -28,26 +28,26 @@ class SplitGuider(Guider):
 
     @property
     def num_steps(self) -> int:
-        """The guider's own number of steps, if it has one."""
+        """The number of steps of the guider, if it has one."""
         return self.guider.num_steps
 
     def prepare(self, cond: Conditioning, uncond: Conditioning | None) -> Conditioning:
-        """The conditioning of this process's branch."""
+        """Return the conditioning of this process's branch."""
         rank, size = self.group.rank(), self.group.size()
         batched = self.guider.prepare(cond, uncond)
         return {name: value.chunk(size)[rank] for name, value in batched.items()}
 
     def scale_at(self, timestep: int, num_steps: int) -> float:
-        """The guider's scale."""
+        """Return the scale of the guider."""
         return self.guider.scale_at(timestep, num_steps)
 
     def combine(self, denoised: Tensor, scale: float) -> Tensor:
-        """This process's branch (b, t, c, h, w) -> what the guider makes of all branches."""
+        """Combine the branches of all processes; `denoised` is this process's, (b, t, c, h, w)."""
         denoised = denoised.contiguous()
         branches = [torch.empty_like(denoised) for _ in range(self.group.size())]
         distributed.all_gather(branches, denoised, group=self.group)
         return self.guider.combine(torch.cat(branches), scale)
 
     def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
-        """The adjusted guider, divided among the same processes."""
+        """Return the adjusted guider, split among the same processes."""
         return SplitGuider(self.guider.adjusted(scale=scale, num_steps=num_steps), self.group)

@@ -1,4 +1,4 @@
-"""The processes that make a video together: who does what, and what happens if one fails."""
+"""Processes that make a video together: how they divide the work, and what an error does."""
 
 from __future__ import annotations
 
@@ -14,33 +14,34 @@ from sgm.models.transformer import DiffusionTransformer
 from sgm.modules.diffusionmodules.sampling import Sampler
 from sgm.parallel.guidance import SplitGuider
 
-# The first process decodes and writes a video while the others wait in the next one's first step.
+# While the first process decodes and writes a video, the others wait in the next one's first step.
 _PATIENCE = timedelta(hours=12)
 
 
 class LostProcess(UserError):
-    """This process failed in work that the others cannot do without it."""
+    """Work that needs all processes failed in this one."""
 
 
 def share_sampling(network: DiffusionTransformer, sampler: Sampler) -> None:
-    """Divide each step of `sampler` with `network` among all processes of the default group.
+    """Split each step of `sampler` with `network` among all processes of the default group.
 
-    Every process calls this, and afterwards the sampler, with the same arguments and noise; the
-    result is the same on all. The branches of guidance go to a part of the processes each, if their
-    number allows it, and within such a part the processes share the tokens.
+    Every process must call this, and then the sampler, with the same arguments and noise. All get
+    the same result. If the number of processes is divisible by the number of branches of guidance,
+    each branch is computed by an equal part of the processes. Within a part, the processes split
+    the tokens.
 
     Raises:
-        UserError: a process would have no head of the attention.
+        UserError: there are more processes in a part than attention heads.
     """
     size = distributed.get_world_size()
     branches = sampler.guider.num_branches
     if size % branches:
         branches = 1
-    parts = torch.arange(size).view(branches, -1).tolist()  # neighbours share tokens
+    parts = torch.arange(size).view(branches, -1).tolist()  # neighbours split the tokens
     if len(parts[0]) > network.num_heads:
         raise UserError(
-            f"parallel: video divides {network.num_heads} attention heads among the processes, too "
-            f"few for {size}; start {branches * network.num_heads} at most"
+            f"parallel: video divides {network.num_heads} attention heads among the processes, "
+            f"which are too few for {size}; start {branches * network.num_heads} at most"
         )
     if branches > 1:
         pairs = list(zip(*parts, strict=True))
@@ -52,7 +53,7 @@ def share_sampling(network: DiffusionTransformer, sampler: Sampler) -> None:
 
 
 def group_of_all() -> distributed.ProcessGroup:
-    """All processes, as a group with the patience that making videos takes."""
+    """Return a group of all processes with a timeout that is long enough for making videos."""
     everyone = [list(range(distributed.get_world_size()))]
     group, _ = distributed.new_subgroups_by_enumeration(everyone, timeout=_PATIENCE)
     return group
@@ -60,12 +61,12 @@ def group_of_all() -> distributed.ProcessGroup:
 
 @contextmanager
 def in_step(*, together: bool) -> Iterator[None]:
-    """Work that all processes do at the same time, if they work `together`.
+    """Context for work that all processes do at the same time, if they work `together`.
 
-    Whichever fails there must end, upon which torchrun ends the others: they would wait for it.
+    A process that fails here must exit, so that torchrun ends the others, which wait for it.
 
     Raises:
-        LostProcess: anything was raised within.
+        LostProcess: an error was raised within the context.
     """
     try:
         yield

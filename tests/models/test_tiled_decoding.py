@@ -1,4 +1,4 @@
-"""Decoding in tiles: where they lie, how they are blended, and what stays as without them."""
+"""Decoding in tiles: their places, how they are blended, and what equals decoding without."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def latents(*size: int) -> Tensor:
 
 
 class Enlarging:
-    """A decoder of no reach: 8 pixels for each latent, a frame in each chunk. Notes the order."""
+    """A decoder that repeats each latent as 8x8 pixels, one frame per chunk; records the order."""
 
     def __init__(self) -> None:
         self.sizes: list[tuple[int, int]] = []
@@ -57,7 +57,7 @@ def test_tiles_are_alike_and_together_give_every_pixel_its_whole_value(size, num
     decode, z = Enlarging(), latents(3, *size)
     chunks = list(decode_tiled(decode, z, factor=8))
     assert decode.sizes == [tile] * number
-    # Shares of a pixel add up to 1 within a rounding of each of four.
+    # The weights of a pixel add up to 1 within four rounding errors.
     expected = torch.cat(list(Enlarging()(z)), dim=2)
     torch.testing.assert_close(torch.cat(chunks, dim=2), expected, rtol=1e-6, atol=1e-6)
 

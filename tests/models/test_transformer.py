@@ -13,7 +13,7 @@ from torch import Tensor
 from sgm.errors import UserError
 from sgm.models.transformer import DiffusionTransformer, sinusoidal_embedding
 from sgm.modules.transformer import adaln
-from sgm.modules.transformer.adaln import Keep
+from sgm.modules.transformer.adaln import CheckpointingPolicy
 from sgm.util import instantiate_from_config
 
 TABLE = "mixins.pos_embed.pos_embedding"
@@ -180,36 +180,36 @@ def trained_model(
     return model
 
 
-@pytest.mark.parametrize("keep", ["block", "attention"])
+@pytest.mark.parametrize("policy", ["block", "attention"])
 @pytest.mark.parametrize("lora", [None, {"r": 4, "lora_dropout": 0.3}])
 def test_checkpointing_gives_the_same_gradients(
     small_config: Config,
     randomize: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     lora: dict[str, Any] | None,
-    keep: Keep,
+    policy: CheckpointingPolicy,
 ) -> None:
     kept = []
     original = adaln.run_checkpointed
 
-    def counting(*args: Any, keep: Keep) -> Any:
-        kept.append(keep)
-        return original(*args, keep=keep)
+    def counting(*args: Any, policy: CheckpointingPolicy) -> Any:
+        kept.append(policy)
+        return original(*args, policy=policy)
 
     monkeypatch.setattr(adaln, "run_checkpointed", counting)
     model = trained_model(small_config(lora=lora), randomize, lora=lora is not None)
     found = {}
-    for setting in (None, keep):
+    for setting in (None, policy):
         model.set_checkpointing(setting)
         torch.manual_seed(0)  # of the dropout
         found[setting] = gradients(model)
-    assert kept == [keep] * 2  # the layers
+    assert kept == [policy] * 2  # the layers
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert found[keep].keys() == found[None].keys() == trainable
+    assert found[policy].keys() == found[None].keys() == trainable
     for name, gradient in found[None].items():
         assert gradient.any(), name
         # The same operations on the same numbers.
-        torch.testing.assert_close(found[keep][name], gradient, rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(found[policy][name], gradient, rtol=0, atol=0, msg=name)
 
     with torch.no_grad():
         model(**inputs(model))

@@ -1,4 +1,4 @@
-"""Runs a function in several processes that know each other, as torchrun would."""
+"""Runs a function in several processes of one group, as torchrun would."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 
 from sgm.cli import run_command
 
-SECONDS = 300  # far more than any of these takes, also beside other work
+SECONDS = 300  # far more than any test needs, also on a busy machine
 
-# Imported once, not by each process; without effect where another test has started the server.
+# Imported once, not by each process; no effect if another test has started the server already.
 PRELOADED = [
     "sgm.engine",
     "sgm.models.autoencoder",
@@ -28,9 +28,9 @@ PRELOADED = [
 def run_ranks(
     work: Callable[..., int], world_size: int, *arguments: Any, log: Path
 ) -> list[int | None]:
-    """``work(rank, *arguments)`` in each process; their exit codes, None for one that hung.
+    """Run ``work(rank, *arguments)`` in each process; return exit codes, None for one that hung.
 
-    What they say goes to files beside `log`, whose names end in the rank.
+    Their output goes to files whose names are `log` followed by the rank.
     """
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(PRELOADED)

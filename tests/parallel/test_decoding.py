@@ -17,7 +17,7 @@ from tests.parallel.processes import run_ranks
 
 
 def compare(rank: int, world_size: int, num_latent_frames: int) -> int:
-    """0 if the first process has what it decodes alone, and the others have nothing."""
+    """Return 0 if the first process gets the chunks of a single process, and the others none."""
     ensure_process_groups()
     torch.manual_seed(0)
     node = parse_config(SamplingArgs, "", ["--base", str(OLD_NAMES)]).model["first_stage_config"]
@@ -36,7 +36,7 @@ def compare(rank: int, world_size: int, num_latent_frames: int) -> int:
 @pytest.mark.parametrize(
     ("world_size", "num_latent_frames"),
     [
-        (2, 7),  # 3 chunks in two rounds, the second of which leaves a process over
+        (2, 7),  # 3 chunks in two rounds; one process has no chunk in the second
         (2, 1),
         (4, 13),  # 6 chunks
     ],

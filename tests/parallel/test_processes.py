@@ -1,4 +1,4 @@
-"""Sampling on several processes against one: the same latents, each with its part of the work."""
+"""Sampling by several processes gives the latents of one process, and the work is split."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arguments import parse_config
 from sgm.config import SamplingArgs
-from sgm.distributed import SequenceShare
+from sgm.distributed import SequenceShard
 from sgm.errors import UserError
 from sgm.models.transformer import DiffusionTransformer
 from sgm.modules.diffusionmodules.guiders import IdentityGuider
@@ -40,14 +40,16 @@ def sample(network: DiffusionTransformer, sampler: Sampler, denoiser: Any) -> Te
 
     cond, uncond = ({"crossattn": draw(1, NUM_TEXT, 48)} for _ in range(2))
     noise = draw(3, 1, 3, 16, 8, 12)
-    return sampler(double, denoiser, noise[0], cond, uncond, noise=lambda index: noise[index + 1])
+    inputs = (double, denoiser, noise[0], cond, uncond)
+    *_, last = sampler.steps(*inputs, noise=lambda index: noise[index + 1])
+    return last.x
 
 
 def compare(rank: int, world_size: int, guided: bool, compiled: bool, kernel: Kernel) -> int:
-    """0 if this process, among the others, gets what it got alone, with its part of the work."""
+    """Return 0 if this process gets the latents of a single one and does its part of the work."""
     replace_kernels(pytest.MonkeyPatch())
     ensure_process_groups()
-    # Double precision: a product of fewer rows may be summed in another order, which must not show.
+    # Double precision: a product with fewer rows may be summed in another order.
     network = DiffusionTransformer(**small_transformer_config(num_attention_heads=4)).double()
     fill_with_noise(network)
     network.set_attention(kernel)
@@ -74,7 +76,7 @@ def compare(rank: int, world_size: int, guided: bool, compiled: bool, kernel: Ke
     branches = 2 if guided and world_size % 2 else 1
     num_tokens = SHARED_TOKENS[world_size][rank] if guided else 41
     assert shapes == {(branches, num_tokens, 64)}, shapes
-    # One process puts the first block's attention together from parts, with this kernel.
+    # With this kernel, a single process joins the first block's attention from parts.
     tolerance = 1e-10 if kernel != "sdpa" and guided else 0
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     return 0
@@ -85,7 +87,7 @@ def compare(rank: int, world_size: int, guided: bool, compiled: bool, kernel: Ke
     [
         (2, True, False, "sdpa"),  # guidance alone is divided
         (2, False, True, "sdpa"),  # tokens alone, in a block that is one graph
-        (3, True, False, "sdpa"),  # no two equal parts; 82 tokens and 4 heads do not divide evenly
+        (3, True, False, "sdpa"),  # guidance cannot be split; 82 tokens and 4 heads are uneven
         (3, True, False, "hopper"),
         (4, True, False, "sdpa"),  # both
     ],
@@ -101,8 +103,8 @@ def test_latents_equal_those_of_one_process(
 
 def test_text_may_end_in_any_process() -> None:
     def own_text(length: int) -> list[int]:
-        shares = (SequenceShare(None, rank, (4, 3, 3), (2, 1, 1)) for rank in range(3))
-        return [share.own_text_length(length) for share in shares]
+        shards = (SequenceShard(None, rank, (4, 3, 3), (2, 1, 1)) for rank in range(3))
+        return [shard.own_text_length(length) for shard in shards]
 
     assert own_text(2) == [2, 0, 0]
     assert own_text(6) == [4, 2, 0]

@@ -1,10 +1,9 @@
-"""Residual blocks, and the stacks of them that encoder and decoder share."""
+"""Residual blocks of encoder and decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +16,12 @@ from sgm.modules.autoencoding.norms import fused_kernels, needs_grad, norm_silu
 MakeNorm = Callable[[int], nn.Module]
 
 
-# Keys of published configurations that no part of this model reads; double_z is always so.
+# Keys of published configurations that have no effect; double_z is always true.
 UNREAD_PARAMS = frozenset({"double_z", "resolution", "attn_resolutions", "gather_norm"})
 
 
 class CausalResnetBlock(nn.Module):
-    """Two causal 3×3×3 convolutions, each after norm and SiLU, beside a shortcut."""
+    """Two causal 3x3x3 convolutions, each after norm and SiLU, and a shortcut around them."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, dropout: float, make_norm: MakeNorm
@@ -50,13 +49,14 @@ class CausalResnetBlock(nn.Module):
         Args:
             x: the feature map.
             latents: (b, z, t_z, h_z, w_z) for the decoder's norms.
-            cache: of the convolutions, where a video comes in chunks.
+            cache: cache of the convolutions, if a video is processed in chunks.
         """
         step = frames_per_call(x, max(x.shape[1], self.conv1.conv.out_channels))
         with_grad = needs_grad(self, x)
         fused = None if with_grad else fused_kernels(x)
         if step < x.shape[2] and not with_grad:
             return self._in_place(x, latents=latents, cache=cache, step=step, fused=fused)
+        # With the fused kernels, the bias of a convolution is left to the next operation.
         add_bias = fused is None
         h = norm_silu(self.norm1, x, latents, room=self.conv1.room)
         h = self.conv1.slide(h, cache=cache, add_bias=add_bias)
@@ -74,8 +74,8 @@ class CausalResnetBlock(nn.Module):
         step: int,
         fused: ModuleType | None,
     ) -> torch.Tensor:
-        """The same for long inputs: beside `x` there is one tensor of its size, which all steps
-        but the shortcut change in place, and `step` frames.
+        """The same for long inputs, with little memory: besides `x` one tensor of its size, which
+        all operations but the shortcut change in place, and `step` frames.
         """
         room, size = self.conv1.room, (self.conv1.room + x.shape[2], *x.shape[3:])
         add_bias = fused is None
@@ -94,11 +94,11 @@ class CausalResnetBlock(nn.Module):
         return h
 
     def _offset(self, fused: ModuleType | None) -> torch.Tensor | None:
-        """What the first convolution leaves to the norm after it."""
+        """Return the bias that the first convolution leaves to the norm after it."""
         return None if fused is None else self.conv1.conv.bias
 
     def _add_shortcut(self, h: torch.Tensor, x: torch.Tensor, *, fused: ModuleType | None) -> None:
-        """h += shortcut of x, (b, c_out, t, h, w) each; and with `fused` what was left out of h."""
+        """Add the shortcut of x to h, (b, c_out, t, h, w); with `fused` also the missing bias."""
         if fused is None:
             h += self.nin_shortcut(x)
             return
@@ -110,14 +110,14 @@ class CausalResnetBlock(nn.Module):
 
 
 class MiddleBlocks(nn.Module):
-    """The two residual blocks at the smallest size. Attention, usual here, is not in this model."""
+    """Two residual blocks at the lowest resolution, without attention between them."""
 
     def __init__(self, channels: int, *, dropout: float, make_norm: MakeNorm) -> None:
         super().__init__()
         self.block_1 = CausalResnetBlock(channels, channels, dropout=dropout, make_norm=make_norm)
         self.block_2 = CausalResnetBlock(channels, channels, dropout=dropout, make_norm=make_norm)
 
-    def forward(self, x: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, **inputs: object) -> torch.Tensor:
         """(b, c, t, h, w) → the same shape; `inputs` as in `CausalResnetBlock.forward`."""
         return self.block_2(self.block_1(x, **inputs), **inputs)
 
@@ -125,7 +125,7 @@ class MiddleBlocks(nn.Module):
 def residual_stack(
     in_channels: int, out_channels: int, *, num_blocks: int, dropout: float, make_norm: MakeNorm
 ) -> nn.ModuleList:
-    """`num_blocks` residual blocks, the first of which changes the number of channels."""
+    """Return `num_blocks` residual blocks; the first one changes the number of channels."""
     return nn.ModuleList(
         CausalResnetBlock(
             out_channels if index else in_channels,

@@ -1,4 +1,4 @@
-"""Convolution that sees no later frame, and what it keeps between chunks of a video, and where."""
+"""Causal convolution in time, and its cache of frames between the chunks of a video."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sgm.offload import host_copy
 class ConvCache:
     """The last input frames of every causal convolution, for the next chunk of the same video.
 
-    A context manager: it starts empty and is empty again when the block is left, so that no frame
-    of one video reaches another. The frames stay on their device and in the autograd graph.
+    A context manager that clears the cache on exit, so that no frame of one video reaches another.
+    The frames stay on their device and in the autograd graph.
     """
 
     def __init__(self) -> None:
@@ -29,31 +29,31 @@ class ConvCache:
         return len(self._frames)
 
     def recall(self, conv: nn.Module) -> torch.Tensor | None:
-        """What `conv` carried out of the previous chunk, (b, c, k-1, h, w); None at the first."""
+        """Return the frames of `conv` from the previous chunk, (b, c, k-1, h, w); None at first."""
         return self._frames.get(conv)
 
     def fill(self, conv: CausalConv3d, frames: torch.Tensor) -> None:
-        """Put what precedes a chunk in front of it, and keep its end for the next one.
+        """Write the end of the previous chunk before this one, and keep the end of this one.
 
         Args:
-            conv: whose input the chunk is.
-            frames: (b, c, k-1 + t, h, w), the chunk behind the room that is filled.
+            conv: the convolution whose input the chunk is.
+            frames: (b, c, k-1 + t, h, w), the chunk after the k-1 frames that are written.
         """
         fill_room(frames, self.recall(conv), room=conv.room)
-        # A copy, because a view of a few frames would hold the whole chunk in memory.
+        # A copy, because a view of a few frames would keep the whole chunk in memory.
         self._frames[conv] = frames[:, :, -conv.room :].clone()
 
 
 def fill_room(frames: torch.Tensor, head: torch.Tensor | None, *, room: int) -> None:
-    """Put `head`, (b, c, room, h, w), at the start of `frames`; without it repeat their first."""
+    """Write `head`, (b, c, room, h, w), before `frames`; without it repeat their first frame."""
     frames[:, :, :room] = frames[:, :, room : room + 1] if head is None else head
 
 
 class CausalConv3d(nn.Module):
-    """Cubic 3D convolution, stride 1, whose output frame i depends on input frames up to i only.
+    """Cubic 3D convolution, stride 1. Output frame i depends only on input frames up to i.
 
-    Time is padded on the left: with the frames of the cache, or by repeating the first frame where
-    a video starts. Space is padded with zeros. The size does not change.
+    Time is padded on the left: with the frames of the cache, or at the start of a video with its
+    first frame. Space is padded with zeros. The size does not change.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int) -> None:
@@ -62,11 +62,11 @@ class CausalConv3d(nn.Module):
 
     @property
     def room(self) -> int:
-        """Frames in front of a chunk that its first output frame depends on: k - 1."""
+        """Number of frames before a chunk on which its first output frame depends: k - 1."""
         return self.conv.kernel_size[0] - 1
 
     def forward(self, x: torch.Tensor, *, cache: ConvCache | None = None) -> torch.Tensor:
-        """(b, c, t, h, w) → (b, c_out, t, h, w); reads and refreshes `cache` where one is given."""
+        """(b, c, t, h, w) → (b, c_out, t, h, w); reads and updates `cache` if there is one."""
         return self.slide(with_room(x, self.room) if self.room else x, cache=cache)
 
     def slide(
@@ -77,13 +77,13 @@ class CausalConv3d(nn.Module):
         into: torch.Tensor | None = None,
         add_bias: bool = True,
     ) -> torch.Tensor:
-        """The same over frames that have `room` in front, which is filled here: nothing is copied.
+        """As `forward`, for frames with `room` before them, which avoids a copy.
 
         Args:
-            frames: (b, c, k-1 + t, h, w), changed in place.
-            cache: read and refreshed where one is given.
-            into: (b, c_out, t, h, w) that takes the result; it may be the last t of `frames`.
-            add_bias: false leaves the bias to the caller.
+            frames: (b, c, k-1 + t, h, w); the first k-1 are overwritten.
+            cache: read and updated if there is one.
+            into: (b, c_out, t, h, w) for the result; it may be the last t of `frames`.
+            add_bias: False leaves the bias to the caller.
 
         Returns:
             (b, c_out, t, h, w): `into`, or a new tensor.
@@ -98,12 +98,12 @@ class CausalConv3d(nn.Module):
 
 
 class HostConvCache(ConvCache):
-    """A `ConvCache` whose frames are in the host's memory while they are not used.
+    """A `ConvCache` whose frames are in host memory while they are not used.
 
-    Those of all convolutions together are more than a third of what a GPU needs to decode.
+    The frames of all convolutions are more than a third of the GPU memory that decoding needs.
 
     Args:
-        device: of the chunks.
+        device: device of the chunks.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -111,15 +111,15 @@ class HostConvCache(ConvCache):
         self._device = device
 
     def recall(self, conv: torch.nn.Module) -> torch.Tensor | None:
-        """As in `ConvCache`: on the device."""
+        """As in `ConvCache`; the frames are copied to the device."""
         frames = super().recall(conv)
         return None if frames is None else frames.to(self._device, non_blocking=True)
 
     def fill(self, conv: CausalConv3d, frames: torch.Tensor) -> None:
         """As in `ConvCache`.
 
-        A convolution has one place on the host. Only the GPU reads and writes there, in the order
-        of its stream, so that nobody waits for the copies.
+        Each convolution has one buffer on the host. Only the GPU reads and writes it, in the order
+        of its stream, so that the host need not wait for the copies.
         """
         home = self._frames.get(conv)
         super().fill(conv, frames)

@@ -1,4 +1,4 @@
-"""Convolutions over a video, within the limits of PyTorch's backends, and their memory layout."""
+"""Convolutions over a video within the limits of PyTorch's backends, and their memory layout."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The layout in which convolutions of `x`'s device and dtype are fastest.
+    """Return the layout in which convolutions are fastest on the device and in the dtype of `x`.
 
-    With channels last a frame's pixels are rows of channels: tensor cores and oneDNN read them as
-    they are, and frames follow each other without gaps. cuDNN has no such kernels for float32.
+    With channels last, the pixels of a frame are rows of channels. Tensor cores and oneDNN read
+    them directly, and frames follow each other without gaps. cuDNN has no such kernels for float32.
     """
     if x.is_cuda and x.dtype not in (torch.float16, torch.bfloat16):
         return torch.contiguous_format
@@ -19,7 +19,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def empty_frames(x: Tensor, *, channels: int, size: tuple[int, int, int]) -> Tensor:
-    """(b, channels, t, h, w) of `size` (t, h, w), not initialised; the rest is as in `x`."""
+    """Return an uninitialised (b, channels, t, h, w) of `size` (t, h, w), otherwise as `x`."""
     return torch.empty(
         (x.shape[0], channels, *size),
         dtype=x.dtype,
@@ -29,7 +29,7 @@ def empty_frames(x: Tensor, *, channels: int, size: tuple[int, int, int]) -> Ten
 
 
 def with_room(x: Tensor, room: int) -> Tensor:
-    """A copy of `x`, (b, c, t, h, w), with `room` frames of no meaning in front of it."""
+    """Return a copy of `x`, (b, c, t, h, w), after `room` frames with arbitrary values."""
     if x.requires_grad:
         return F.pad(x, (0, 0, 0, 0, room, 0))  # (b, c, room + t, h, w)
     frames = empty_frames(x, channels=x.shape[1], size=(room + x.shape[2], *x.shape[3:]))
@@ -38,16 +38,16 @@ def with_room(x: Tensor, room: int) -> Tensor:
 
 
 # Longer inputs are convolved part by part along time. cuDNN counts the elements of a tensor in 32
-# bits, which 49 frames of 480 x 720 with 128 channels exceed; and the parts bound the memory beside
-# tensors of that size, so that they are smaller than what one call may take.
+# bits, which 49 frames of 480 x 720 with 128 channels exceed. The parts are smaller than this limit
+# allows, to bound the memory that is needed besides tensors of that size.
 MAX_ELEMENTS_PER_CALL = 2**30
 ELEMENTS_PER_PART = 3 * 2**25  # two frames of 480 x 720 with 128 channels
 
-CPU_ELEMENTS = 2**19  # that stay in a CPU's cache
+CPU_ELEMENTS = 2**19  # elements that fit into the cache of a CPU
 
 
 def frames_per_call(x: torch.Tensor, channels: int) -> int:
-    """How many frames of `x`, (b, c, t, h, w), to treat at once with up to `channels` channels."""
+    """Return how many frames of `x`, (b, c, t, h, w), to convolve at once with `channels`."""
     elements_per_frame = x[:, 0, 0].numel() * channels
     if elements_per_frame * x.shape[2] <= MAX_ELEMENTS_PER_CALL:
         return x.shape[2]
@@ -63,15 +63,15 @@ def convolve(
     stride: int = 1,
     into: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """3D convolution that pads space with zeros and time not at all.
+    """3D convolution that pads space with zeros and does not pad time.
 
     Args:
         frames: (b, c, t + k-1, h, w), t at least 1.
         weight: (c_out, c, k, p, q).
         bias: (c_out,).
         padding: zeros on each of the four spatial sides.
-        stride: in space; time is never strided.
-        into: (b, c_out, t, h_out, w_out) that takes the result; it may be the last t of `frames`.
+        stride: stride in space; the stride in time is 1.
+        into: (b, c_out, t, h_out, w_out) for the result; it may be the last t of `frames`.
 
     Returns:
         (b, c_out, t, h_out, w_out): `into`, or a new tensor.
@@ -79,8 +79,8 @@ def convolve(
     overlap = weight.shape[2] - 1
     num_frames = frames.shape[2] - overlap
     step = frames_per_call(frames, max(weight.shape[:2]))
-    # From the last frames to the first, since a result may replace the latest of those it is made
-    # of, but none that an earlier one needs.
+    # From the last frames to the first, because a result may overwrite the last of its own input
+    # frames, but no input of an earlier result.
     for stop in range(num_frames, 0, -step):
         start = max(0, stop - step)
         part = _convolve_frames(
@@ -91,7 +91,7 @@ def convolve(
                 return part
             into = empty_frames(part, channels=part.shape[1], size=(num_frames, *part.shape[3:]))
         into[:, :, start:stop] = part
-        del part  # before the next one is made
+        del part  # free it before the next one is computed
     return into
 
 
@@ -108,7 +108,7 @@ def _convolve_frames(
         result = F.conv3d(
             frames, weight, bias, stride=(1, stride, stride), padding=(0, padding, padding)
         )
-        return result.contiguous(memory_format=memory_format(result))  # as it is, if cuDNN did it
+        return result.contiguous(memory_format=memory_format(result))  # no copy after cuDNN
     samples = [
         _convolve_by_taps(sample, weight, bias=bias, padding=padding, stride=stride)
         for sample in frames
@@ -126,10 +126,11 @@ def _convolve_by_taps(
     padding: int,
     stride: int,
 ) -> torch.Tensor:
-    """(c, t + k - 1, h, w) → (c_out, t, h_out, w_out): 2D convolutions for each place in time.
+    """(c, t + k - 1, h, w) → (c_out, t, h_out, w_out), as a sum of k 2D convolutions.
 
-    On a CPU, in float32, this is up to ten times faster than conv3d, which leaves oneDNN when asked
-    to pad; and its shorter sums lose fewer digits. A few frames at a time stay in the cache.
+    On a CPU, in float32, this is up to ten times faster than conv3d, which does not use oneDNN with
+    padding. Its shorter sums also have a smaller rounding error. The input of a few frames at a
+    time fits into the cache of the CPU.
     """
     taps = weight.shape[2]
     rows = sample.transpose(0, 1)  # (t + k - 1, c, h, w)
@@ -138,7 +139,7 @@ def _convolve_by_taps(
     pieces = []
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
-        # As planes: oneDNN's sums over pixels that are rows of channels lose more digits.
+        # Contiguous planes: with channels last, oneDNN's sums have a larger rounding error.
         planes = rows[start : stop + taps - 1].contiguous()
         piece: torch.Tensor | None = None
         for tap in range(taps):

@@ -1,4 +1,4 @@
-"""Latents → video."""
+"""The decoder: latents → video."""
 
 from __future__ import annotations
 
@@ -14,38 +14,22 @@ from sgm.modules.autoencoding.norms import LatentModulatedNorm, norm_silu
 from sgm.modules.autoencoding.resize import NUM_TIME_LEVELS, Upsample
 
 
-class DecoderLevel(nn.Module):
-    """Residual blocks at one size, then the step to twice of it, except at level 0."""
-
-    def __init__(self, blocks: nn.ModuleList, *, upsample: Upsample | None) -> None:
-        super().__init__()
-        self.block = blocks
-        self.upsample = upsample
-
-    def forward(
-        self, x: torch.Tensor, *, latents: torch.Tensor, cache: ConvCache | None = None
-    ) -> torch.Tensor:
-        """(b, c, t, h, w) → (b, c_out, t', h', w')."""
-        for block in self.block:
-            x = block(x, latents=latents, cache=cache)
-        return x if self.upsample is None else self.upsample(x)
-
-
 class ContextParallelDecoder3D(nn.Module):
     """The causal 3D decoder of CogVideoX (Yang et al. 2024, section 2.1), the encoder's mirror.
 
     Args:
         z_channels: channels of the latents.
         out_ch: channels of the video.
-        ch: channels of the last level to run, which is number 0.
-        ch_mult: factor on `ch` at each level, as in the encoder.
-        num_res_blocks: the encoder's number; a level here has one block more.
-        dropout: rate inside the residual blocks, in training.
+        ch: channels of resolution level 0, which runs last.
+        ch_mult: factor of `ch` at each resolution level, as in the encoder.
+        num_res_blocks: residual blocks per resolution level of the encoder; the decoder has one
+            more per level.
+        dropout: dropout rate inside the residual blocks, in training.
 
-    As with the encoder, the name is the configurations'.
+    Configurations use this name of the class; the work is not split over processes.
     """
 
-    IGNORED_PARAMS = UNREAD_PARAMS | {"in_channels"}  # which is the encoder's
+    IGNORED_PARAMS = UNREAD_PARAMS | {"in_channels"}  # a param of the encoder
 
     def __init__(
         self,
@@ -66,9 +50,6 @@ class ContextParallelDecoder3D(nn.Module):
         self.mid = MiddleBlocks(widths[-1], dropout=dropout, make_norm=make_norm)
         self.up = nn.ModuleList()
         for index, width in enumerate(widths):
-            upsample = None
-            if index > 0:
-                upsample = Upsample(width, expand_time=index > deepest - NUM_TIME_LEVELS)
             blocks = residual_stack(
                 widths[min(index + 1, deepest)],
                 width,
@@ -76,24 +57,29 @@ class ContextParallelDecoder3D(nn.Module):
                 dropout=dropout,
                 make_norm=make_norm,
             )
-            self.up.append(DecoderLevel(blocks, upsample=upsample))
+            upsample: nn.Module = nn.Identity()
+            if index > 0:
+                upsample = Upsample(width, expand_time=index > deepest - NUM_TIME_LEVELS)
+            self.up.append(nn.ModuleDict({"block": blocks, "upsample": upsample}))
         self.norm_out = make_norm(widths[0])
         self.conv_out = CausalConv3d(widths[0], out_ch, kernel_size=3)
 
     def forward(self, z: torch.Tensor, *, cache: ConvCache | None = None) -> torch.Tensor:
-        """Decode one chunk of latents; its own frames make the statistics of the norms.
+        """Decode one chunk of latents; the norms use the statistics of this chunk.
 
         Args:
-            z: (b, z, t, h, w). An odd t means that the video begins here, with a frame of its own.
-            cache: frames carried over from the chunk before, refreshed here; None for a whole video
-                in one pass.
+            z: (b, z, t, h, w). An odd t means that the video begins here: its first latent frame
+                is the first frame alone.
+            cache: frames from the previous chunk, updated here; None for a whole video in one pass.
 
         Returns:
-            (b, c, 4t, 8h, 8w), or 4t - 3 frames where t is odd; about [-1, 1], not clamped.
+            (b, c, 4t, 8h, 8w), or 4t - 3 frames if t is odd; about [-1, 1], not clamped.
         """
         h = self.conv_in(z, cache=cache)
         h = self.mid(h, latents=z, cache=cache)
         for level in reversed(self.up):
-            h = level(h, latents=z, cache=cache)
+            for block in level["block"]:
+                h = block(h, latents=z, cache=cache)
+            h = level["upsample"](h)
         h = norm_silu(self.norm_out, h, z, room=self.conv_out.room)
         return self.conv_out.slide(h, cache=cache)

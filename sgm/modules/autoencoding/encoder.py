@@ -1,8 +1,8 @@
-"""Video → moments of its latents."""
+"""The encoder: video → moments of its latents."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -13,39 +13,21 @@ from sgm.modules.autoencoding.norms import group_norm, norm_silu
 from sgm.modules.autoencoding.resize import NUM_TIME_LEVELS, Downsample
 
 
-class EncoderLevel(nn.Module):
-    """Residual blocks at one size, then the step to half of it, except at the last level."""
-
-    def __init__(self, blocks: nn.ModuleList, *, downsample: Downsample | None) -> None:
-        super().__init__()
-        self.block = blocks
-        self.downsample = downsample
-
-    def steps(self) -> Iterator[nn.Module]:
-        """What to apply one after the other: (b, c, t, h, w) → (b, c_out, t', h', w') in the end.
-
-        A `forward` would keep its input, as long as all of a clip may be, until its end.
-        """
-        yield from self.block
-        if self.downsample is not None:
-            yield self.downsample
-
-
 class ContextParallelEncoder3D(nn.Module):
-    """The causal 3D encoder of CogVideoX (Yang et al. 2024, section 2.1), 8× in space, 4× in time.
+    """The causal 3D encoder of CogVideoX (Yang et al. 2024, section 2.1), 8x in space, 4x in time.
 
     Args:
-        ch: channels of the first level.
-        ch_mult: factor on `ch` at each level; every level but the last halves the size.
-        num_res_blocks: residual blocks a level.
-        z_channels: channels of the latents; twice as many come out.
+        ch: channels of the first resolution level.
+        ch_mult: factor of `ch` at each resolution level; each but the last one halves the size.
+        num_res_blocks: residual blocks per resolution level.
+        z_channels: channels of the latents; the output has twice as many.
         in_channels: channels of the video.
-        dropout: rate inside the residual blocks, in training.
+        dropout: dropout rate inside the residual blocks, in training.
 
-    The name is what configurations call it; the work is not split over processes.
+    Configurations use this name of the class; the work is not split over processes.
     """
 
-    IGNORED_PARAMS = UNREAD_PARAMS | {"out_ch"}  # which is the decoder's
+    IGNORED_PARAMS = UNREAD_PARAMS | {"out_ch"}  # a param of the decoder
 
     def __init__(
         self,
@@ -66,9 +48,6 @@ class ContextParallelEncoder3D(nn.Module):
         self.conv_in = CausalConv3d(in_channels, ch, kernel_size=3)
         self.down = nn.ModuleList()
         for index, width in enumerate(widths):
-            downsample = None
-            if index < num_resizes:
-                downsample = Downsample(width, compress_time=index < NUM_TIME_LEVELS)
             blocks = residual_stack(
                 widths[index - 1] if index else ch,
                 width,
@@ -76,7 +55,10 @@ class ContextParallelEncoder3D(nn.Module):
                 dropout=dropout,
                 make_norm=group_norm,
             )
-            self.down.append(EncoderLevel(blocks, downsample=downsample))
+            downsample: nn.Module = nn.Identity()
+            if index < num_resizes:
+                downsample = Downsample(width, compress_time=index < NUM_TIME_LEVELS)
+            self.down.append(nn.ModuleDict({"block": blocks, "downsample": downsample}))
         self.mid = MiddleBlocks(widths[-1], dropout=dropout, make_norm=group_norm)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 2 * z_channels, kernel_size=3)
@@ -92,8 +74,8 @@ class ContextParallelEncoder3D(nn.Module):
         """
         h = self.conv_in(x)
         for level in self.down:
-            for step in level.steps():
-                h = step(h)
+            for layer in (*level["block"], level["downsample"]):
+                h = layer(h)
         h = self.mid(h)
         h = norm_silu(self.norm_out, h, None, room=self.conv_out.room)
         return self.conv_out.slide(h)

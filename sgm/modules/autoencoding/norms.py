@@ -1,9 +1,8 @@
 """Norms of the autoencoder, and norm, modulation and SiLU fused into two passes over memory.
 
-The fused form reads once and writes once. Statistics are merged from parts (Chan, Golub and
-LeVeque 1979), so that nothing of a feature map's size is held beside input and output. Norm and
-modulation together are a·x + b, and a and b vary only where the latents do, so that they are as
-small as these.
+The first pass computes statistics, merged from parts (Chan, Golub and LeVeque 1979); the second one
+writes the result. So no tensor of the size of a feature map is needed besides input and output.
+Norm and modulation together are a·x + b, where a and b have the size of the latents.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ EPSILON = 1e-6
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm (Wu and He 2018) with statistics over all frames that it is given.
+    """Return a GroupNorm (Wu and He 2018) with statistics over all frames of its input.
 
     Raises:
         UserError: `channels` is not a multiple of the number of groups.
     """
     if channels % NUM_GROUPS:
         raise UserError(
-            f"a level of the autoencoder has {channels} channels, but they must be a multiple of "
-            f"{NUM_GROUPS}; change ch or ch_mult in encoder_config and decoder_config"
+            f"a resolution level of the autoencoder has {channels} channels, which is not a "
+            f"multiple of {NUM_GROUPS}; change ch or ch_mult in encoder_config and decoder_config"
         )
     return nn.GroupNorm(NUM_GROUPS, channels, eps=EPSILON)
 
 
 class LatentModulatedNorm(nn.Module):
-    """GroupNorm whose scale and shift at each place are linear in the latents there.
+    """GroupNorm with scale and shift that are linear in the latents at the same place.
 
-    The decoder's norm: spatially conditional normalisation of MoVQ (Zheng et al. 2022, section 3.2)
-    over video.
+    It is the norm of the decoder: the spatially conditional normalisation of MoVQ (Zheng et al.
+    2022, section 3.2), applied to video.
     """
 
     def __init__(self, channels: int, latent_channels: int) -> None:
@@ -53,19 +52,19 @@ class LatentModulatedNorm(nn.Module):
         self.conv_b = CausalConv3d(latent_channels, channels, kernel_size=1)
 
     def forward(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """GroupNorm(x) · conv_y(z) + conv_b(z), with z stretched to the size of `x`.
+        """Return GroupNorm(x) · conv_y(z) + conv_b(z), with z stretched to the size of `x`.
 
         Args:
-            x: (b, c, t, h, w), sizes being multiples of those of `latents` (see `stretch_time`).
-            latents: (b, z, t_z, h_z, w_z)
+            x: (b, c, t, h, w); its sizes are multiples of those of `latents` (see `stretch_time`).
+            latents: (b, z, t_z, h_z, w_z).
 
         Returns:
             (b, c, t, h, w), newly allocated.
         """
         num_frames = x.shape[2]
         rows, columns = x.shape[3] // latents.shape[3], x.shape[4] // latents.shape[4]
-        # Convolutions of one pixel commute with repeating pixels. They run at the latents' size and
-        # only broadcasting brings their result to the size of x, which may be 64 times as large.
+        # Convolutions of one pixel commute with repeating pixels. They run at the size of the
+        # latents, and broadcasting repeats their result: x may be 64 times as large.
         scale, shift = (
             rearrange(stretch_time(conv(latents), num_frames), "b c t h w -> b c t h 1 w 1")
             for conv in (self.conv_y, self.conv_b)
@@ -77,7 +76,7 @@ class LatentModulatedNorm(nn.Module):
         return rearrange(modulated, "b c t h i w j -> b c t (h i) (w j)")
 
 
-# Elements of a feature map that are treated at once without Triton. On a CPU they fit its cache.
+# Elements of a feature map that are processed at once without Triton; a CPU's cache holds them.
 CPU_PART, GPU_PART = 2**18, 2**26
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 
@@ -91,16 +90,16 @@ def norm_silu(
     into: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
-    """SiLU(norm(x + offset)), where norm takes the latents too if there are any (in the decoder).
+    """Return SiLU(norm(x + offset)); with latents (in the decoder), norm takes them too.
 
     Args:
         norm: a `GroupNorm` or, with latents, a `LatentModulatedNorm`.
         x: (b, c, t, h, w).
         latents: (b, z, t_z, h_z, w_z), as `LatentModulatedNorm` takes them.
-        room: frames of no meaning to leave in front.
-        into: (b, c, t, h, w) that takes the result, which may be `x`; only without gradients.
-        offset: (c,), the bias that the convolution before has left out, which costs nothing here;
-            only where there are `fused_kernels`.
+        room: frames with arbitrary values to leave before the result.
+        into: (b, c, t, h, w) for the result; may be `x`. Only without gradients.
+        offset: (c,), the bias that the previous convolution has left out, which costs no time
+            here. Only with `fused_kernels`.
 
     Returns:
         `into`, or a new tensor (b, c, room + t, h, w). Half types are computed in float32.
@@ -134,16 +133,17 @@ def norm_silu(
 
 
 def needs_grad(module: nn.Module, x: Tensor) -> bool:
-    """Whether a result of `module` on `x` must be differentiable, so that `x` is to be kept."""
+    """Whether `module(x)` must be differentiable, so that `x` must be kept unchanged."""
     if not torch.is_grad_enabled():
         return False
     return x.requires_grad or any(weight.requires_grad for weight in module.parameters())
 
 
 def fused_kernels(x: Tensor) -> ModuleType | None:
-    """The module of Triton kernels where they serve for `x`, else None.
+    """Return the module of Triton kernels if they support `x`, else None.
 
-    Convolutions then leave their bias to what follows, since cuDNN adds it in a pass of its own.
+    With these kernels, convolutions leave their bias to the next operation, because cuDNN would
+    add it in a separate pass.
     """
     if not x.is_cuda or x.dtype not in _HALF_TYPES or not can_compile_kernels():
         return None
@@ -153,19 +153,19 @@ def fused_kernels(x: Tensor) -> ModuleType | None:
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:
-    """Float32, or float64 for `x` of that."""
+    """Return float32, or float64 for `x` of this type."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _parts(x: Tensor) -> list[slice]:
-    """Runs of frames of `x`, (b, c, t, h, w), with a bounded number of elements of a sample."""
+    """Split the frames of `x`, (b, c, t, h, w), into parts with a bounded size per sample."""
     limit = GPU_PART if x.is_cuda else CPU_PART
     step = max(1, limit // x[0, :, 0].numel())
     return [slice(start, start + step) for start in range(0, x.shape[2], step)]
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts (p,), means and sums of squared deviations (p, b, c) of each channel in p parts."""
+    """Return counts (p,), means and sums of squared deviations (p, b, c) per channel in p parts."""
     counts, means, squares = zip(
         *(_moments_of_part(x[:, :, part]) for part in _parts(x)), strict=True
     )
@@ -186,13 +186,13 @@ def _moments_of_part(x: Tensor) -> tuple[int, Tensor, Tensor]:
 def _merge(
     counts: Tensor, means: Tensor, squares: Tensor, *, num_groups: int
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel's group, (b, c) each in float64, from those of parts.
+    """Merge the moments of parts to mean and variance of each channel's group, (b, c), float64.
 
     Args:
         counts: (p,), elements of a channel in each part.
         means: (p, b, c).
         squares: (p, b, c), sums of squared deviations from these means.
-        num_groups: into which the channels are divided.
+        num_groups: number of groups of channels.
     """
     counts = counts.double()[:, None, None, None]  # (p, 1, 1, 1)
     means, squares = (
@@ -208,11 +208,11 @@ def _merge(
 
 
 def _affine_silu(x: Tensor, *, scale: Tensor, shift: Tensor, into: Tensor) -> None:
-    """into = SiLU(scale · x + shift), with scale and shift, (b, c, t_z, h_z, w_z), stretched."""
+    """Write SiLU(scale · x + shift), scale and shift (b, c, t_z, h_z, w_z) stretched, to `into`."""
     if scale.shape[2] > 1:
         scale, shift = (stretch_time(factor, x.shape[2]) for factor in (scale, shift))
     rows, columns = x.shape[3] // scale.shape[3], x.shape[4] // scale.shape[4]
-    # (b, c, t, h_z, 1, w_z, 1): broadcasting repeats it over the places of a latent.
+    # (b, c, t, h_z, 1, w_z, 1): broadcasting repeats them for all pixels of a latent.
     scale, shift = (factor[:, :, :, :, None, :, None] for factor in (scale, shift))
     for part in _parts(x):
         at = part if scale.shape[2] > 1 else slice(None)
@@ -226,4 +226,4 @@ def _affine_silu(x: Tensor, *, scale: Tensor, shift: Tensor, into: Tensor) -> No
         else:
             modulated = places.to(scale).mul_(scale[:, :, at]).add_(shift[:, :, at])
             target.copy_(F.silu(modulated, inplace=True))
-            del modulated  # before the next one is made
+            del modulated  # free it before the next one is computed

@@ -1,16 +1,16 @@
-"""From moments to latents, and what it costs to be far from the prior."""
+"""The regularizer: draws latents from their moments; KL divergence from the prior."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-# Range of the log-variance; beyond it exp() leaves float16 or the variance means nothing.
+# Range of the log-variance. Beyond it, exp() overflows in float16, or the variance is negligible.
 MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0
 
 
 class DiagonalGaussianRegularizer(nn.Module):
-    """The latents' distribution: independent Gaussians, pulled towards N(0, 1) in training.
+    """Distribution of the latents: independent Gaussians, pulled towards N(0, 1) in training.
 
     Kingma and Welling, "Auto-Encoding Variational Bayes" (2013), section 3 and appendix B.
     """
@@ -25,9 +25,9 @@ class DiagonalGaussianRegularizer(nn.Module):
         """Draw latents: mean + standard deviation · noise.
 
         Args:
-            moments: (b, 2z, t, h, w), mean and then log-variance.
-            noise: (b, z, t, h, w), standard normal; drawn here where it is None.
-            generator: to draw from, on any device. None means the global one.
+            moments: (b, 2z, t, h, w), mean, then log-variance.
+            noise: (b, z, t, h, w), standard normal; None draws it here.
+            generator: for the noise, on any device; None means the global one.
 
         Returns:
             (b, z, t, h, w) in the dtype of `moments`; computed in float32.
@@ -40,7 +40,7 @@ class DiagonalGaussianRegularizer(nn.Module):
         return (mean + torch.exp(0.5 * log_variance) * noise).to(moments.dtype)
 
     def kl(self, moments: torch.Tensor) -> torch.Tensor:
-        """KL divergence of the latents from N(0, 1), mean over all their elements, in nats."""
+        """Return the KL divergence of the latents from N(0, 1), mean over all elements, in nats."""
         mean, log_variance = split_moments(moments)
         return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
 

@@ -1,4 +1,4 @@
-"""Halving and doubling of space and time between the levels of the autoencoder."""
+"""Halving and doubling of space and time between resolution levels of the autoencoder."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from torch import nn
 
 from sgm.modules.autoencoding.convolve import convolve, empty_frames, frames_per_call
 
-# Time is compressed 4 times, at the first two of the levels that also halve space.
+# Time is halved at the first two resolution levels, so it is compressed by 4 in total.
 NUM_TIME_LEVELS = 2
 
 
 def stretch_time(x: torch.Tensor, num_frames: int) -> torch.Tensor:
     """Repeat frames until there are `num_frames`: nearest neighbour in time.
 
-    An odd number (4k+1 and 2k+1 frames) means that the video's first frame is in `x`. It stands
-    alone and only the others are repeated.
+    An odd number (4k+1 or 2k+1 frames) means that `x` contains the first frame of the video. This
+    frame is not repeated, only the others are.
 
     Args:
-        x: (b, c, t, h, w). t divides `num_frames`; where that is odd, t-1 divides `num_frames` - 1.
+        x: (b, c, t, h, w). t divides `num_frames`; if that is odd, t-1 divides `num_frames` - 1.
+        num_frames: frames of the result.
 
     Returns:
         (b, c, num_frames, h, w)
@@ -36,7 +37,7 @@ def stretch_time(x: torch.Tensor, num_frames: int) -> torch.Tensor:
 
 
 class Downsample(nn.Module):
-    """Halve space by a strided convolution, and time, if asked to, by averaging pairs of frames."""
+    """Halve space by a strided convolution; optionally halve time by averaging pairs of frames."""
 
     def __init__(self, channels: int, *, compress_time: bool) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(b, c, t, h, w) → (b, c, ⌈t/2⌉ or t, ⌊h/2⌋, ⌊w/2⌋)."""
-        # Parts of an even number of frames, but for a first one that is averaged with no other.
+        # Parts have an even number of frames. With an odd total, the first frame is not averaged.
         step = frames_per_call(x, x.shape[1]) // 2 * 2 or 2
         num_frames = x.shape[2]
         bounds = [0, *range(step + num_frames % 2, num_frames, step), num_frames]
@@ -60,7 +61,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double space, and time, if asked to, by repeating; then smooth space by a convolution."""
+    """Double space, and optionally time, by repeating; then smooth space by a convolution."""
 
     def __init__(self, channels: int, *, expand_time: bool) -> None:
         super().__init__()
@@ -71,14 +72,15 @@ class Upsample(nn.Module):
         """(b, c, t, h, w) → (b, c, 2t or t, 2h, 2w); 2t - 1 frames where t is odd."""
         x = _double_pixels(x)  # (b, c, t, 2h, 2w)
         x = convolve(x, self.conv.weight.unsqueeze(2), bias=self.conv.bias, padding=1)
-        # The convolution treats frames one by one, so repeating them after it is the same and
-        # spares half of the work.
+        # The convolution treats frames independently, so they are repeated after it: the result is
+        # the same for half of the work.
         return _double_frames(x) if self.expand_time else x
 
 
 def _double_pixels(x: torch.Tensor) -> torch.Tensor:
-    """(b, c, t, h, w) → (b, c, t, 2h, 2w): nearest neighbour, which interpolate does in 3D only
-    after a change of layout.
+    """(b, c, t, h, w) → (b, c, t, 2h, 2w), nearest neighbour, without a change of memory layout.
+
+    F.interpolate would change the layout for 3D inputs.
     """
     num_frames, height, width = x.shape[2:]
     result = empty_frames(x, channels=x.shape[1], size=(num_frames, 2 * height, 2 * width))
@@ -88,7 +90,7 @@ def _double_pixels(x: torch.Tensor) -> torch.Tensor:
 
 
 def _double_frames(x: torch.Tensor) -> torch.Tensor:
-    """What `stretch_time` gives for 2t frames, or 2t - 1 where t is odd, in the layout of `x`."""
+    """Return the result of `stretch_time` for 2t frames, or 2t - 1 if t is odd, in `x`'s layout."""
     num_frames = x.shape[2]
     first_alone = num_frames % 2
     result = empty_frames(x, channels=x.shape[1], size=(2 * num_frames - first_alone, *x.shape[3:]))
@@ -99,9 +101,9 @@ def _double_frames(x: torch.Tensor) -> torch.Tensor:
 
 
 def _average_pairs(x: torch.Tensor) -> torch.Tensor:
-    """Mean of each pair of frames; where their number is odd the first one stays as it is."""
+    """Return the mean of each pair of frames; if their number is odd, the first is unchanged."""
     first_alone = x.shape[2] % 2
     even, odd = x[:, :, first_alone::2], x[:, :, first_alone + 1 :: 2]  # (b, c, ⌊t/2⌋, h, w)
-    # Halved before they are added: the range of float16 is small. mean() is five times slower.
+    # Halved before the sum, because the range of float16 is small. mean() is five times slower.
     means = torch.add(0.5 * even, odd, alpha=0.5)
     return torch.cat([x[:, :, :first_alone], means], dim=2)  # (b, c, ⌈t/2⌉, h, w)

@@ -1,4 +1,4 @@
-"""The passes of `fused_norm` as Triton kernels, for half types whose channels are last."""
+"""The passes of `norms.norm_silu` as Triton kernels, for half types with channels last."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-TILE_ELEMENTS = 4096  # of a feature map that a program holds in registers
-MAX_PROGRAMS = 1024  # for the statistics of a sample: a few waves on the largest GPU
+TILE_ELEMENTS = 4096  # elements of a feature map that a program holds in registers
+MAX_PROGRAMS = 1024  # programs for the statistics of a sample: a few waves on the largest GPU
 
 
 @triton.jit
 def _tile_places(rows, last_row, channels, NUM_CHANNELS: tl.constexpr):
-    """Where the elements of a tile are, (rows, channels), and which of them there are."""
+    """Return the places of the elements of a tile, (rows, channels), and a mask of valid ones."""
     mask = (rows < last_row)[:, None] & (channels < NUM_CHANNELS)[None, :]
     return rows.to(tl.int64)[:, None] * NUM_CHANNELS + channels[None, :], mask
 
@@ -32,9 +32,9 @@ def _moments_kernel(
     CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Mean and sum of squared deviations of each channel over a program's rows.
+    """Compute mean and sum of squared deviations of each channel over a program's rows.
 
-    Sums are of differences from the first row, so that little of them cancels in the end.
+    Differences from the first row are summed, which avoids cancellation.
     """
     program, sample = tl.program_id(0), tl.program_id(1)
     channels = tl.arange(0, CHANNELS)
@@ -80,7 +80,7 @@ def _factors_kernel(
     PARTS: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
 ):
-    """Scale and shift that normalise the channels of one group, from the parts' statistics."""
+    """Compute scale and shift that normalise the channels of one group, from the parts' moments."""
     group, sample = tl.program_id(0), tl.program_id(1)
     parts = tl.arange(0, PARTS)
     within = tl.arange(0, GROUP_SIZE)
@@ -95,7 +95,7 @@ def _factors_kernel(
     if HAS_OFFSET:
         offset = tl.load(offset_ptr + channels, mask=is_channel, other=0.0).to(tl.float32)
         means += offset[None, :]
-    total = 1.0 * num_rows * GROUP  # Triton makes a plain number of an argument that is 1
+    total = 1.0 * num_rows * GROUP  # Triton turns an argument of 1 into a plain number
     mean = tl.sum(tl.sum(tl.where(mask, means * (counts / total)[:, None], 0.0), axis=0), axis=0)
     deviations = tl.where(mask, means - mean, 0.0)
     squares += counts[:, None] * deviations * deviations
@@ -131,7 +131,7 @@ def _affine_silu_kernel(
     ROWS: tl.constexpr,
     HAS_LATENTS: tl.constexpr,
 ):
-    """into = SiLU(scale · x + shift), times and plus what the nearest latent says, if there is."""
+    """into = SiLU(scale · x + shift), before SiLU modulated by the nearest latent, if any."""
     sample = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channels = tl.arange(0, CHANNELS)
@@ -185,19 +185,19 @@ def _add_kernel(
 
 
 class Factors(NamedTuple):
-    """What normalises a feature map when it is multiplied and added: (b, c) each, float32."""
+    """Factor and summand that normalise a feature map, (b, c) each, float32."""
 
     scale: Tensor
     shift: Tensor
 
 
 def norm_factors(x: Tensor, layer: nn.GroupNorm, *, offset: Tensor | None) -> Factors:
-    """`layer` applied to ``x + offset`` as a factor and a summand of x.
+    """Return `layer` of ``x + offset`` as a factor and a summand of x.
 
     Args:
         x: (b, c, t, h, w), half type.
         layer: the norm.
-        offset: (c,), or None for nothing.
+        offset: (c,), or None for no offset.
     """
     rows, sizes = _as_rows(x), _tile(x.shape[1])
     batch, num_rows, num_channels = rows.shape
@@ -225,12 +225,12 @@ def norm_factors(x: Tensor, layer: nn.GroupNorm, *, offset: Tensor | None) -> Fa
 def affine_silu(
     x: Tensor, factors: Factors, *, modulation: tuple[Tensor, Tensor] | None, into: Tensor
 ) -> None:
-    """into = SiLU(factors of x, then scaled and shifted by the modulation), in float32.
+    """Write SiLU of `x`, normalised and then modulated, to `into`; computed in float32.
 
     Args:
         x: (b, c, t, h, w), half type.
         factors: see `norm_factors`.
-        modulation: scale and shift, (b, c, t_z, h_z, w_z) each, stretched to the size of `x`.
+        modulation: scale and shift, (b, c, t_z, h_z, w_z) each; stretched to the size of `x`.
         into: (b, c, t, h, w) with channels last; it may be `x`.
     """
     num_frames, height, width = x.shape[2:]
@@ -239,7 +239,8 @@ def affine_silu(
     if modulation is not None:
         latent_size = modulation[0].shape[2:]
         scale, shift = (factor.permute(0, 2, 3, 4, 1).contiguous() for factor in modulation)
-        # As `stretch_time`: of an odd number of frames the first stands alone, and one is for all.
+        # As `stretch_time`: with an odd number of frames the first is not repeated. A single latent
+        # frame is for all frames.
         first_alone = num_frames % 2 if latent_size[0] > 1 else 0
         repeats = (num_frames - first_alone) // (latent_size[0] - first_alone)
     sizes = _tile(x.shape[1])
@@ -254,7 +255,7 @@ def affine_silu(
 
 
 def add_with_bias(into: Tensor, x: Tensor, *, bias: Tensor) -> None:
-    """``into += x + bias``, rounded once; (b, c, t, h, w) with channels last, and (c,)."""
+    """Compute ``into += x + bias``, rounded once; (b, c, t, h, w) with channels last, bias (c,)."""
     sizes = _tile(x.shape[1])
     rows, into_rows = _as_rows(x), _rows_of_result(into)
     grid = (triton.cdiv(rows.shape[1], sizes["ROWS"]), x.shape[0])
@@ -266,7 +267,7 @@ def add_with_bias(into: Tensor, x: Tensor, *, bias: Tensor) -> None:
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """(b, c, t, h, w) → (b, t · h · w, c), rows without gaps: a view where channels are last."""
+    """(b, c, t, h, w) → (b, t · h · w, c), rows without gaps; with channels last a view."""
     rows = x.permute(0, 2, 3, 4, 1).flatten(1, 3)
     return rows if rows.stride()[1:] == (rows.shape[2], 1) else rows.contiguous()
 
@@ -284,5 +285,5 @@ def _tile(num_channels: int) -> dict[str, int]:
 
 
 def _on(x: Tensor) -> torch.cuda.device:
-    """Launches go to the current GPU, which may be another than that of `x`."""
+    """Make the GPU of `x` the current one, because kernels are launched on the current GPU."""
     return torch.cuda.device(x.device if x.is_cuda else -1)

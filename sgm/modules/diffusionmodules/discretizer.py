@@ -1,4 +1,4 @@
-"""How the noise levels of a diffusion run are spaced."""
+"""Schedules of noise levels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from sgm.util import check_number
 
 NUM_TIMESTEPS = 1000
-# Both ends of the linear-in-square-root schedule of latent diffusion (Rombach et al. 2022, app. B).
+# First and last beta of latent diffusion, linear in the square root (Rombach et al. 2022, app. B).
 BETA_START = 0.00085
 BETA_END = 0.012
 
@@ -21,9 +21,9 @@ class NoiseSchedule:
     """The noise levels of a run, from the cleanest to the noisiest.
 
     Attributes:
-        timesteps: (n,) int64, ascending, 0..999: what the network is told.
-        alphas_cumprod_sqrt: (n,) float64, descending within [0, 1); its last entry is 0, that is
-            no signal at all.
+        timesteps: (n,) int64, ascending, 0..999; the network is conditioned on them.
+        alphas_cumprod_sqrt: (n,) float64, descending within [0, 1); the last entry is 0, which
+            means no signal at all.
     """
 
     timesteps: Tensor
@@ -31,18 +31,18 @@ class NoiseSchedule:
 
 
 class ZeroSNRDDPMDiscretization:
-    """DDPM noise levels, shifted towards noise, whose noisiest level holds no signal.
+    """DDPM noise levels, shifted towards noise, with a zero signal-to-noise ratio at the noisiest.
 
     The shift is that of resolution-dependent schedules (Esser et al. 2024, section 5.3.2), written
-    for the cumulative alpha; the zero terminal signal is Lin et al. 2023, algorithm 1. Here the
-    rescaling sees the chosen levels only, as the released weights' own sampler does it: levels of
-    a 10-step run are not a subset of the 1000.
+    for the cumulative alpha. The zero terminal signal is from Lin et al. 2023, algorithm 1. As in
+    the sampler of the released weights, only the selected noise levels are rescaled, so the noise
+    levels of a 10-step run are not a subset of the 1000.
 
     Args:
-        shift_scale: s of alpha <- alpha / (s + (1 - s) alpha), 0.001..1000; 1 shifts nothing.
+        shift_scale: s of alpha <- alpha / (s + (1 - s) alpha), 0.001..1000; 1 means no shift.
 
     Raises:
-        UserError: it is out of range.
+        UserError: `shift_scale` is out of range.
     """
 
     def __init__(self, shift_scale: float = 1.0) -> None:
@@ -52,21 +52,16 @@ class ZeroSNRDDPMDiscretization:
         self._alphas_cumprod = alphas_cumprod / (shift_scale + (1.0 - shift_scale) * alphas_cumprod)
 
     def __call__(self, num_levels: int) -> NoiseSchedule:
-        """The schedule of `num_levels` noise levels, evenly spaced in timestep from 999 down.
+        """Return the schedule of `num_levels` noise levels, evenly spaced in timestep from 999.
 
         Raises:
-            UserError: `num_levels` is not in 2..1000. One level cannot be both free of signal and
-                the cleanest one.
+            UserError: `num_levels` is not in 2..1000. A single noise level cannot be both the
+                cleanest one and free of signal.
         """
-        check_number(
-            "number of noise levels (num_steps or num_idx)",
-            num_levels,
-            low=2,
-            high=NUM_TIMESTEPS,
-            whole=True,
-        )
+        name = "number of noise levels (num_steps or num_idx)"
+        check_number(name, num_levels, low=2, high=NUM_TIMESTEPS, whole=True)
         descending = np.linspace(NUM_TIMESTEPS - 1, 0, int(num_levels), endpoint=False)
-        timesteps = descending.astype(np.int64)[::-1].copy()  # torch wants positive strides
+        timesteps = descending.astype(np.int64)[::-1].copy()  # PyTorch needs positive strides
         signal = np.sqrt(self._alphas_cumprod[timesteps])
         cleanest, noisiest = signal[0], signal[-1]
         signal = (signal - noisiest) * (cleanest / (cleanest - noisiest))

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022): what is evaluated, and how it is combined."""
+"""Classifier-free guidance (Ho & Salimans 2022)."""
 
 from __future__ import annotations
 
@@ -15,30 +15,33 @@ from sgm.util import check_number
 
 
 class Guider(ABC):
-    """What a sampler needs of guidance.
+    """The interface of guidance.
 
-    A sampler calls `prepare` once, then at every step denoises its latents under all branches in
-    one forward and hands the result to `combine`.
+    A sampler calls `prepare` once. At every step it denoises its latents for all branches in one
+    forward pass and passes the result to `combine`.
+
+    Attributes:
+        num_branches: conditionings for which each sample is denoised.
     """
 
     num_branches: int
 
     @abstractmethod
     def prepare(self, cond: Conditioning, uncond: Conditioning | None) -> Conditioning:
-        """The conditioning of the batched forward, `num_branches` times as many samples."""
+        """Return the conditioning of the forward pass, for `num_branches` times as many samples."""
 
     @abstractmethod
     def scale_at(self, timestep: int, num_steps: int) -> float:
-        """The guidance scale at `timestep` (0..999) of a run of `num_steps` steps."""
+        """Return the guidance scale at `timestep` (0..999) of a run of `num_steps` steps."""
 
     @abstractmethod
     def combine(self, denoised: Tensor, scale: float) -> Tensor:
-        """(num_branches * b, t, c, h, w) -> (b, t, c, h, w)."""
+        """Combine the branches' estimates, (num_branches * b, t, c, h, w) -> (b, t, c, h, w)."""
 
     def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
-        """A copy with another scale, or for runs of another number of steps.
+        """Return a copy with another scale, or for runs with another number of steps.
 
-        This one is for guiders that have neither.
+        The base class is for guiders that have neither, so it returns the guider itself.
 
         Raises:
             UserError: a value is out of range, or the guider has no scale.
@@ -52,31 +55,31 @@ class Guider(ABC):
 
 
 class IdentityGuider(Guider):
-    """No guidance: the conditional estimate alone, for half the work."""
+    """No guidance: only the conditional estimate is computed, which is half the work."""
 
     num_branches = 1
 
     def prepare(self, cond: Conditioning, uncond: Conditioning | None) -> Conditioning:
-        """`cond` as it is; `uncond` is not looked at."""
+        """Return `cond` unchanged; `uncond` is not used."""
         return cond
 
     def scale_at(self, timestep: int, num_steps: int) -> float:
-        """1, the scale at which guidance is the conditional estimate."""
+        """Return 1, the scale at which guidance is the conditional estimate."""
         return 1.0
 
     def combine(self, denoised: Tensor, scale: float) -> Tensor:
-        """`denoised` as it is."""
+        """Return `denoised` unchanged."""
         return denoised
 
 
 class VanillaCFG(Guider):
-    """uncond + scale * (cond - uncond) with a constant scale, both from one batched forward.
+    """Guidance with a constant scale: uncond + scale * (cond - uncond).
 
     Args:
         scale: 0 ignores the prompt, 1 is no guidance.
 
     Raises:
-        UserError: it is not a finite number.
+        UserError: `scale` is not a finite number.
     """
 
     num_branches = 2
@@ -86,10 +89,10 @@ class VanillaCFG(Guider):
         self.scale = float(scale)
 
     def prepare(self, cond: Conditioning, uncond: Conditioning | None) -> Conditioning:
-        """Both conditionings as one batch, the unconditional one first.
+        """Return both conditionings as one batch, the unconditional one first.
 
         Raises:
-            ValueError: `uncond` is absent or differs from `cond` in its keys or shapes.
+            ValueError: `uncond` is missing, or its keys or shapes differ from those of `cond`.
         """
         if uncond is None:
             raise ValueError(f"{type(self).__name__} needs an unconditional conditioning")
@@ -100,16 +103,16 @@ class VanillaCFG(Guider):
         return {name: torch.cat([uncond[name], cond[name]]) for name in cond}
 
     def scale_at(self, timestep: int, num_steps: int) -> float:
-        """The constant scale."""
+        """Return the constant scale."""
         return self.scale
 
     def combine(self, denoised: Tensor, scale: float) -> Tensor:
-        """(2b, t, c, h, w), unconditional first -> (b, t, c, h, w)."""
+        """Combine both estimates, (2b, t, c, h, w), unconditional first -> (b, t, c, h, w)."""
         uncond, cond = denoised.chunk(2)
         return uncond + scale * (cond - uncond)
 
     def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
-        """A copy with another scale; no number of steps changes it."""
+        """Return a copy with another scale; the number of steps has no effect."""
         guider = copy.copy(self)
         if scale is not None:
             check_number("guidance_scale", scale)
@@ -118,17 +121,18 @@ class VanillaCFG(Guider):
 
 
 class DynamicCFG(VanillaCFG):
-    """Guidance whose scale runs along a raised cosine between 1 and 1 + scale.
+    """Guidance with a scale that follows a raised cosine between 1 and 1 + scale.
 
-    Kept as the released weights' sampler has it: the cosine's argument takes the timestep (0..999)
-    where one would expect the step, so the scale is not monotone over a run but jumps between the
-    bounds, and depends on both step numbers: the run's and the guider's own.
+    The formula is that of the released weights' sampler. The argument of the cosine takes the
+    timestep (0..999) where one would expect the step index. So the scale is not monotone over a
+    run but jumps between its bounds, and it depends on the number of steps of both the run and the
+    guider.
 
     Args:
         scale: the height of the cosine; 0 means no guidance.
-        exp: its exponent, a whole number 1..100; its base is negative at most timesteps, so that a
-            fraction would have no real power.
-        num_steps: the guider's own number of steps, usually the sampler's.
+        exp: the exponent, a whole number 1..100. Its base is negative at most timesteps, where a
+            fractional power is not a real number.
+        num_steps: the guider's number of steps, usually the same as the sampler's.
 
     Raises:
         UserError: a value is out of range.
@@ -142,15 +146,16 @@ class DynamicCFG(VanillaCFG):
         self.num_steps = int(num_steps)
 
     def scale_at(self, timestep: int, num_steps: int) -> float:
-        """1 + scale (1 - cos(pi ((num_steps - timestep) / own num_steps)^exp)) / 2.
+        """Return 1 + scale (1 - cos(pi ((num_steps - timestep) / self.num_steps)^exp)) / 2.
 
-        In double precision: the argument reaches 1e10 half turns, of which float32 keeps nothing.
+        It is computed in double precision: the argument reaches 1e10 half turns, and float32 has
+        no digits left for their fraction.
         """
         progress = (num_steps - timestep) / self.num_steps
         return 1.0 + self.scale * (1.0 - math.cos(math.pi * progress**self.exp)) / 2.0
 
     def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
-        """A copy with another height of the cosine, or another own number of steps."""
+        """Return a copy with another height of the cosine, or another number of steps."""
         guider = super().adjusted(scale=scale)
         if num_steps is not None:
             guider.num_steps = num_steps

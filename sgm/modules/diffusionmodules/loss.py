@@ -15,16 +15,16 @@ from sgm.util import check_number, instantiate_from_config
 
 
 class VideoDiffusionLoss:
-    """Squared error of the denoised latent over 1 - a^2, which is the squared error in v.
+    """Squared error of the denoised latent divided by 1 - a^2, which is the squared error in v.
 
     Args:
         sigma_sampler_config: node of a configuration.
-        offset_noise_level: standard deviation of a further noise that is one value per sample and
-            channel over all frames and pixels ("offset noise", N. Guttenberg 2023: lets training
-            reach the mean brightness); 0 for the released weights.
+        offset_noise_level: standard deviation of an additional noise with one value per sample and
+            channel, the same in all frames and pixels ("offset noise", N. Guttenberg 2023; with it
+            the model learns the mean brightness); 0 for the released weights.
 
     Raises:
-        UserError: a value is out of range or a node is faulty.
+        UserError: a value is out of range or a node is invalid.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class VideoDiffusionLoss:
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The loss at drawn noise levels.
+        """Return the loss at random noise levels.
 
         Args:
-            x: (b, t, c, h, w) clean latents, scaled; brought to float32.
+            x: (b, t, c, h, w) clean latents, scaled; cast to float32.
             cond: tensors of b samples.
-            generator: source of all draws; without one, torch's default ones.
+            generator: for all random numbers; None means PyTorch's default generators.
 
         Returns:
             (b,) float32, one mean per sample.
@@ -68,21 +68,27 @@ class VideoDiffusionLoss:
         levels: NoiseLevels,
         noise: Tensor,
     ) -> Tensor:
-        """The loss at given noise levels of b samples and given noise, both like `x` in float32.
+        """Return the loss at given noise levels and with given noise.
+
+        Args:
+            x: (b, t, c, h, w) clean latents, scaled, float32.
+            cond: tensors of b samples.
+            levels: noise levels of the b samples.
+            noise: standard normal, like `x`.
 
         Returns:
             (b,) float32, one mean per sample.
         """
         timesteps, signal = (drawn.to(x.device) for drawn in levels)
-        noise_power = 1.0 - signal**2  # (b,) float64: near 0 at the cleanest levels
+        noise_power = 1.0 - signal**2  # (b,) float64: near 0 at the cleanest noise levels
         x_noisy = _per_sample(signal, x) * x + _per_sample(noise_power**0.5, x) * noise
         denoised = denoiser(network, x_noisy, timesteps, cond, alpha_cumprod_sqrt=signal)
-        assert denoised.shape == x.shape, (denoised.shape, x.shape)  # one text for each clip
+        assert denoised.shape == x.shape, (denoised.shape, x.shape)  # one text per clip
         error = (denoised - x) ** 2 * _per_sample(1.0 / noise_power, x)
         return reduce(error, "b t c h w -> b", "mean")
 
     def draw_noise(self, x: Tensor, *, generator: torch.Generator | None) -> Tensor:
-        """Noise like `x`, the offset included; drawn on the generator's device."""
+        """Return noise like `x`, with the offset noise; drawn on the generator's device."""
         b, _, c, _, _ = x.shape
         device = x.device if generator is None else generator.device
         noise = torch.randn(x.shape, generator=generator, device=device)

@@ -24,12 +24,12 @@ StepCallback = Callable[[int, int, Tensor], None]
 
 
 class SampledStep(NamedTuple):
-    """One step of a run that is done.
+    """The state after one step of a run.
 
     Attributes:
         step_index: 0..num_steps-1.
-        x: (b, t, c, h, w) float32, the latents after the step; after the last one the result.
-        denoised: the same shape, this step's estimate of the result.
+        x: (b, t, c, h, w) float32, the latents after the step; after the last step the result.
+        denoised: the same shape, the estimate of the result at this step.
     """
 
     step_index: int
@@ -40,8 +40,8 @@ class SampledStep(NamedTuple):
 class StepCoefficients(NamedTuple):
     """Factors c of one step: x <- c.x x + c.denoised D + c.previous D_1 + c.noise n.
 
-    D is the estimate of the clean latent at this step, D_1 that of the step before, n fresh
-    noise, which is not drawn where its coefficient is 0.
+    D is the estimate of the clean latent at this step, D_1 the estimate at the previous step, and
+    n is new noise, which is not drawn if its coefficient is 0.
     """
 
     x: float
@@ -50,12 +50,12 @@ class StepCoefficients(NamedTuple):
     noise: float = 0.0
 
 
-# The last step of every sampler: no noise is left, so the estimate is the result.
+# The last step of every sampler: no noise remains, so the estimate is the result.
 _FINAL_STEP = StepCoefficients(x=0.0, denoised=1.0)
 
 
 class Sampler(ABC):
-    """A linear update rule per step, which subclasses give as coefficients, and the one loop.
+    """The loop of a sampler. Each step is a linear update; subclasses give its coefficients.
 
     Args:
         num_steps: steps of a run, 2..1000.
@@ -66,10 +66,10 @@ class Sampler(ABC):
         guider: the guidance.
 
     Raises:
-        UserError: `num_steps` is out of range or a node is faulty.
+        UserError: `num_steps` is out of range or a node is invalid.
     """
 
-    # Older files ask for a printed progress bar; here a step at a time is handed out.
+    # In older files it turns on a printed progress bar; here the caller of `steps` reports.
     IGNORED_PARAMS = frozenset({"verbose"})
 
     def __init__(
@@ -82,17 +82,15 @@ class Sampler(ABC):
         self._discretization = instantiate_from_config(discretization_config)
         self.schedule: NoiseSchedule = self._discretization(num_steps)
         self.num_steps = len(self.schedule.timesteps)
-        needs = ("prepare", "scale_at", "combine")
-        self.guider: Guider = instantiate_part(
-            guider_config, "sampler_config.params.guider_config", needs=needs
-        )
+        where, needs = "sampler_config.params.guider_config", ("prepare", "scale_at", "combine")
+        self.guider: Guider = instantiate_part(guider_config, where, needs=needs)
 
     def adjusted(
         self, *, num_steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampler:
-        """A copy for another number of steps, or with another guidance scale.
+        """Return a copy with another number of steps or another guidance scale.
 
-        The copy's guider gets the number of steps too.
+        The guider of the copy gets the number of steps too.
 
         Raises:
             UserError: a value is out of range, or the guider has no scale.
@@ -106,14 +104,14 @@ class Sampler(ABC):
 
     @abstractmethod
     def coefficients(self) -> list[StepCoefficients]:
-        """The update rule of every step, in sampling order; double precision."""
+        """Return the coefficients of every step, in sampling order, in double precision."""
 
-    def levels(self) -> list[float]:
-        """The square root of the cumulative alpha per step, in sampling order: 0 first."""
+    def noise_levels(self) -> list[float]:
+        """Return the square root of the cumulative alpha per step, in sampling order: 0 first."""
         return self.schedule.alphas_cumprod_sqrt.flip(0).tolist()
 
     def guidance_scales(self) -> list[float]:
-        """The guider's scale per step, in sampling order."""
+        """Return the guidance scale of each step, in sampling order."""
         timesteps = self.schedule.timesteps.flip(0).tolist()
         return [self.guider.scale_at(timestep, self.num_steps) for timestep in timesteps]
 
@@ -128,19 +126,20 @@ class Sampler(ABC):
         *,
         noise: NoiseSource,
     ) -> Iterator[SampledStep]:
-        """Sample latents, a step each time the next one is asked for.
+        """Sample latents, one step per iteration of the generator.
 
-        Nothing in the loop reads a value back from the device, so that the host runs ahead of it.
+        The loop never reads a value from the device, so that the host can run ahead of it.
 
         Args:
             network: called once per step, with the same conditioning object every time.
-            x: (b, t, c, h, w) standard normal; carried in float32 whatever its dtype.
+            denoiser: turns the output of the network into an estimate of the clean latent.
+            x: (b, t, c, h, w) standard normal; converted to float32.
             cond: tensors of b samples.
-            uncond: the same for the unconditional branch; only a guider without one does without.
+            uncond: the same for the unconditional branch; None only if the guider has none.
             noise: called with the index of each step that adds noise, in ascending order.
 
         Yields:
-            Each step; its tensors must not be changed in place.
+            The state after each step; its tensors must not be changed in place.
         """
         conditioning = self.guider.prepare(cond, uncond)
         x = x.to(torch.float32)
@@ -168,33 +167,25 @@ class Sampler(ABC):
             previous = denoised
             yield SampledStep(step_index, x, denoised)
 
-    def __call__(
-        self, *inputs: Any, callback: StepCallback | None = None, **named_inputs: Any
-    ) -> Tensor:
-        """Sample latents (b, t, c, h, w), float32: all of `steps`, with a callback after each."""
-        for step in self.steps(*inputs, **named_inputs):
-            if callback is not None:
-                callback(step.step_index, self.num_steps, step.x)
-        return step.x
-
 
 class VPSDEDPMPP2MSampler(Sampler):
     """SDE-DPM-Solver++(2M) (Lu et al. 2022, DPM-Solver++, section 5 and appendix).
 
-    Second order in the estimates, stochastic: every step but the last adds noise.
+    It is of second order in the estimates and stochastic: every step but the last adds noise.
     """
 
     def coefficients(self) -> list[StepCoefficients]:
-        """Second-order steps, with two exceptions that follow from the formulas unclamped.
+        """Return coefficients of second order, except for the first two steps.
 
-        The first step leaves pure noise, log-SNR minus infinity, so its h is infinite: x has no
-        part in it, and the second step gives no weight to its estimate.
+        The exceptions follow from the formulas without clamping. The first step starts from pure
+        noise, where the log-SNR is minus infinity. So its h is infinite: the coefficient of x is 0,
+        and the second step gives its estimate no weight.
         """
         steps = []
         h_last: float | None = None
-        for level, level_next in pairwise(self.levels()):
+        for level, level_next in pairwise(self.noise_levels()):
             h = _half_log_snr(level_next) - _half_log_snr(level)
-            noise_ratio = _noise_share(level_next) / _noise_share(level)
+            noise_ratio = _noise_factor(level_next) / _noise_factor(level)
             weight = -math.expm1(-2.0 * h) * level_next
             extrapolation = 0.0 if h_last is None else h / (2.0 * h_last)  # 1 / 2r, r = h_last / h
             steps.append(
@@ -202,7 +193,7 @@ class VPSDEDPMPP2MSampler(Sampler):
                     x=noise_ratio * math.exp(-h),
                     denoised=weight * (1.0 + extrapolation),
                     previous=-weight * extrapolation,
-                    noise=_noise_share(level_next) * math.sqrt(-math.expm1(-2.0 * h)),
+                    noise=_noise_factor(level_next) * math.sqrt(-math.expm1(-2.0 * h)),
                 )
             )
             h_last = h
@@ -210,24 +201,24 @@ class VPSDEDPMPP2MSampler(Sampler):
 
 
 class VideoDDIMSampler(Sampler):
-    """DDIM without noise (Song et al. 2020, eq. 12 with sigma = 0).
+    """Deterministic DDIM (Song et al. 2020, eq. 12 with sigma = 0).
 
-    The noise that x and the estimate imply is kept and mixed at the next noise level.
+    The noise implied by x and the estimate is kept, and mixed again at the next noise level.
     """
 
     def coefficients(self) -> list[StepCoefficients]:
-        """The last step is the same rule at a next level of 1: it returns the estimate."""
+        """Return the coefficients; the last step has a next noise level of 1: the estimate."""
         steps = []
-        for level, level_next in pairwise(self.levels()):
-            kept = _noise_share(level_next) / _noise_share(level)
+        for level, level_next in pairwise(self.noise_levels()):
+            kept = _noise_factor(level_next) / _noise_factor(level)
             steps.append(StepCoefficients(x=kept, denoised=level_next - level * kept))
         return [*steps, _FINAL_STEP]
 
 
-def _noise_share(level: float) -> float:
+def _noise_factor(level: float) -> float:
     return math.sqrt(1.0 - level * level)
 
 
 def _half_log_snr(level: float) -> float:
-    """Lambda of the DPM-Solver papers: log(sqrt(alpha) / sqrt(1 - alpha)), -inf without signal."""
-    return math.log(level / _noise_share(level)) if level > 0.0 else -math.inf
+    """Lambda of the DPM-Solver papers: log(sqrt(alpha) / sqrt(1 - alpha)); -inf without signal."""
+    return math.log(level / _noise_factor(level)) if level > 0.0 else -math.inf

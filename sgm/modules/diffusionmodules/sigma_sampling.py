@@ -1,4 +1,4 @@
-"""Which noise levels a training step sees."""
+"""Random noise levels for training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from sgm.util import instantiate_from_config
 
 
 class NoiseLevels(NamedTuple):
-    """Drawn noise levels of b samples: timesteps (b,) int64, 0..999; levels (b,) float64, 0..1."""
+    """Random noise levels of b samples.
+
+    Attributes:
+        timesteps: (b,) int64, 0..999.
+        alphas_cumprod_sqrt: (b,) float64, 0..1.
+    """
 
     timesteps: Tensor
     alphas_cumprod_sqrt: Tensor
@@ -23,9 +28,9 @@ class NoiseLevels(NamedTuple):
 class DiscreteSampling:
     """Draws noise levels uniformly.
 
-    With `uniform_sampling`, of R data-parallel ranks each draws from its own R-th of the range:
-    together still uniform, but every step sees all noise levels alike, so that its loss and
-    gradient vary less. The part of a rank is fixed, so data must be shuffled over the ranks.
+    With `uniform_sampling`, each of R data-parallel ranks draws from its own R-th of the range.
+    Together they still draw uniformly, and every step covers the whole range, so that its loss and
+    gradient vary less. The part of a rank is fixed, so the data must be shuffled over the ranks.
 
     Args:
         num_idx: number of noise levels, 2..1000; 1000 for the released weights.
@@ -33,7 +38,7 @@ class DiscreteSampling:
         uniform_sampling: split the range over data-parallel ranks.
 
     Raises:
-        UserError: `num_idx` is out of range or the node is faulty.
+        UserError: `num_idx` is out of range or the node is invalid.
     """
 
     def __init__(
@@ -47,14 +52,14 @@ class DiscreteSampling:
         self.uniform_sampling = uniform_sampling
 
     def __call__(self, batch_size: int, *, generator: torch.Generator | None = None) -> NoiseLevels:
-        """Levels for `batch_size` samples, on the generator's device (CPU without one)."""
+        """Draw noise levels for `batch_size` samples, on the generator's device (default: CPU)."""
         device = torch.device("cpu") if generator is None else generator.device
         rank, num_ranks = data_parallel_rank_and_size() if self.uniform_sampling else (0, 1)
         num_idx = len(self.schedule.timesteps)
-        # float64: float32 has too few values in [0, 1) to give 1000 levels the same chance.
+        # float64: float32 has too few values in [0, 1) to draw 1000 levels with equal probability.
         draws = torch.rand(batch_size, generator=generator, device=device, dtype=torch.float64)
         positions = ((rank + draws) * num_idx / num_ranks).long()
-        # rank + draw can round up to rank + 1, which for the last rank is outside the table.
+        # rank + draw can be rounded up to rank + 1, which for the last rank is outside the table.
         positions = positions.clamp(max=num_idx - 1)
         return NoiseLevels(
             timesteps=self.schedule.timesteps.to(device)[positions],

@@ -1,1 +1,1 @@
-"""The parts of the diffusion transformer, each a mixin for SwissArmyTransformer's BaseModel."""
+"""Parts of the diffusion transformer: mixins for SwissArmyTransformer's BaseModel, and layers."""

@@ -1,11 +1,11 @@
-"""A transformer block whose norms are steered by the diffusion time, apart for text and video."""
+"""A transformer block with adaptive norms, with separate modulation of text and video tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from sgm.distributed import SequenceShare
+from sgm.distributed import SequenceShard
 from sgm.modules.transformer.attention import (
     ATTENTION_OPERATORS,
     Kernel,
@@ -27,27 +27,32 @@ from sgm.modules.transformer.attention import (
 )
 from sgm.modules.transformer.linear import activated, project
 
-# "block": its input alone. "attention": the attention's result too, which takes as much memory
-# again and is the dearest to compute: its work grows with the square of the number of tokens.
-Keep = Literal["block", "attention"]
+# What is stored of a block for the backward pass. "block": only its input. "attention": also the
+# output of the attention, which takes as much memory again. It is the most expensive part to
+# recompute: its work grows with the square of the number of tokens.
+CheckpointingPolicy = Literal["block", "attention"]
 
 
-def run_checkpointed(block: Callable[..., Tensor], *inputs: Tensor, keep: Keep) -> Tensor:
-    """``block(*inputs)``, of which the backward pass computes again what is not kept.
+def run_checkpointed(
+    block: Callable[..., Tensor], *inputs: Tensor, policy: CheckpointingPolicy
+) -> Tensor:
+    """Return ``block(*inputs)``; the backward pass recomputes what the policy does not store.
 
-    Dropout draws the same the second time. SAT has checkpointing of its own, but it is re-entrant
-    (it needs an input with gradient), and where DeepSpeed is imported first it is DeepSpeed's,
-    which recomputes outside autocast and moves a CPU model's tensors to the GPU.
+    Dropout draws the same mask again. SAT's own checkpointing is not used: it is re-entrant (it
+    needs an input with gradient), and if DeepSpeed is imported first it is DeepSpeed's, which
+    recomputes outside autocast and moves the tensors of a CPU model to the GPU.
     """
-    options: dict[str, Any] = {}
-    if keep == "attention":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
-    return checkpoint(block, *inputs, use_reentrant=False, **options)
+    if policy == "attention":
+        contexts = partial(create_selective_checkpoint_contexts, _store_attention)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+    return checkpoint(block, *inputs, use_reentrant=False)
 
 
-def _keep_attention(context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    kept = operator in ATTENTION_OPERATORS
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _store_attention(
+    context: object, operator: object, *_: object, **__: object
+) -> CheckpointPolicy:
+    is_attention = operator in ATTENTION_OPERATORS
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 QK_NORM_EPSILON = 1e-6
@@ -55,16 +60,16 @@ QK_NORM_EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Modulation:
-    """Shift, scale and gate of one sub-layer for one kind of token, each (b, 1, d)."""
+    """Shift, scale and gate of one sub-layer, for text or for video tokens; each (b, 1, d)."""
 
     shift: Tensor
     scale: Tensor
     gate: Tensor
 
     def modulate(self, normed: Tensor) -> Tensor:
-        """The input of the sub-layer, from this kind's tokens of the first samples, (m, n, d).
+        """Return the input of the sub-layer for the normed tokens (m, n, d) of the first m samples.
 
-        Those of other samples may be absent, being the same.
+        m may be less than b, where the video tokens of further samples are the same.
         """
         num_samples = len(normed)
         return modulate(normed, self.shift[:num_samples], scale=self.scale[:num_samples])
@@ -74,8 +79,8 @@ class Modulation:
 class JointModulation:
     """The modulation of one sub-layer; the first `text_length` tokens are text, the rest video.
 
-    One by one, operations are fastest on text and video apart. Compiled, they become one kernel
-    with the norms around them, if each token chooses its values instead.
+    In eager mode it is fastest to modulate text and video separately. Compiled, each token selects
+    its own values, so that the operations are fused with the norms into one kernel.
     """
 
     text: Modulation
@@ -83,7 +88,7 @@ class JointModulation:
     text_length: int
 
     def modulate(self, normed: Tensor) -> Tensor:
-        """The input of the sub-layer: ``normed * (1 + scale) + shift``, (b, n, d)."""
+        """Return the input of the sub-layer, ``normed * (1 + scale) + shift``, (b, n, d)."""
         if torch.compiler.is_compiling():
             shift, scale = self._of_tokens("shift", normed), self._of_tokens("scale", normed)
             return modulate(normed, shift, scale=scale)
@@ -91,7 +96,7 @@ class JointModulation:
         return torch.cat([self.text.modulate(text), self.video.modulate(video)], dim=1)
 
     def add_gated(self, tokens: Tensor, update: Tensor) -> Tensor:
-        """The sub-layer's result: ``tokens + gate * update``, (b, n, d)."""
+        """Return the tokens after the sub-layer, ``tokens + gate * update``, (b, n, d)."""
         if torch.compiler.is_compiling():
             return torch.addcmul(tokens, self._of_tokens("gate", tokens), update)
         text, video = tokens[:, : self.text_length], tokens[:, self.text_length :]
@@ -105,26 +110,26 @@ class JointModulation:
         )
 
     def _of_tokens(self, name: str, tokens: Tensor) -> Tensor:
-        """Shift, scale or gate of each token, (b, n, d)."""
+        """Return the shift, scale or gate of each token, (b, n, d)."""
         is_text = torch.arange(tokens.shape[1], device=tokens.device) < self.text_length
         text, video = getattr(self.text, name), getattr(self.video, name)
         return torch.where(is_text[:, None], text, video)
 
 
 def modulate(normed: Tensor, shift: Tensor, *, scale: Tensor) -> Tensor:
-    """``normed * (1 + scale) + shift``; normed (b, n, d), shift and scale broadcast to it."""
+    """Return ``normed * (1 + scale) + shift``, (b, n, d); shift and scale are broadcast."""
     return torch.addcmul(shift, normed, 1 + scale)
 
 
 class AdaLNMixin(BaseMixin):
     """Expert adaptive LayerNorm around SAT's attention and MLP (CogVideoX, section 2.2).
 
-    Both kinds of token share the weights of a block, norms included, and differ only in shift,
-    scale and gate, which a Linear per layer makes of the time embedding. These Linears start at
-    zero, so that a fresh block is the identity (adaLN-Zero; Peebles and Xie, "Scalable Diffusion
+    Text and video tokens share the weights of a block, norms included. They differ only in shift,
+    scale and gate, which one Linear per layer computes from the time embedding. These Linears start
+    at zero, so that a new block is the identity (adaLN-Zero; Peebles and Xie, "Scalable Diffusion
     Models with Transformers", section 3.2).
 
-    A block calls the Linears of SAT's layer, or the LoRA layers in their place, and none of
+    A block calls the Linears of SAT's layer, or the LoRA layers that replace them, but none of
     SAT's hooks within a layer, so that it compiles as a whole.
 
     Args:
@@ -134,14 +139,14 @@ class AdaLNMixin(BaseMixin):
         time_embed_dim: width of the time embedding.
         qk_ln: normalise the queries and keys of each head.
         elementwise_affine: these norms have weight and bias.
-        checkpoint_activations: keep only the input of each block for the backward pass and
-            compute the rest again there.
+        checkpoint_activations: store only the input of each block for the backward pass, and
+            recompute the rest there.
 
     Attributes:
-        checkpoint_keep: what is kept of a block for the backward pass; None for everything.
-        attention: what computes it, "auto" for the fastest kernel that there is.
-        own_kernel_pays: whether that may be this project's own, as it is until it is found to
-            compute too much twice.
+        checkpointing_policy: what is stored of a block for the backward pass; None for everything.
+        attention: the kernel of the attention; "auto" selects the fastest available one.
+        allow_hopper: whether "auto" may select this project's Hopper kernel. False after its
+            fallback ratio was too high.
     """
 
     def __init__(
@@ -156,10 +161,11 @@ class AdaLNMixin(BaseMixin):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        self.checkpoint_keep: Keep | None = "block" if checkpoint_activations else None
+        self.checkpointing_policy: CheckpointingPolicy | None = None
+        if checkpoint_activations:
+            self.checkpointing_policy = "block"
         self.attention: Kernel | Literal["auto"] = "auto"
-        self.own_kernel_pays = True
-        self.qk_ln = qk_ln
+        self.allow_hopper = True
         self.head_size = head_size
         self._run_block = run_block
         self.adaLN_modulations = nn.ModuleList(
@@ -169,27 +175,28 @@ class AdaLNMixin(BaseMixin):
         for modulation in self.adaLN_modulations:
             nn.init.zeros_(modulation[1].weight)
             nn.init.zeros_(modulation[1].bias)
+        head_norm: Callable[[], nn.Module] = nn.Identity
         if qk_ln:
             head_norm = partial(
                 nn.LayerNorm, head_size, eps=QK_NORM_EPSILON, elementwise_affine=elementwise_affine
             )
-            self.query_layernorm_list = nn.ModuleList(head_norm() for _ in range(num_layers))
-            self.key_layernorm_list = nn.ModuleList(head_norm() for _ in range(num_layers))
+        self.query_layernorm_list = nn.ModuleList(head_norm() for _ in range(num_layers))
+        self.key_layernorm_list = nn.ModuleList(head_norm() for _ in range(num_layers))
 
     def compile_blocks(self, *, tune: bool) -> None:
         """Compile the block, once for all layers, in its first call.
 
-        With `tune` that call also looks for better settings of the kernels, which takes half a
-        minute and makes a training step 1% faster; sampling gains nothing from it. Each shape of
-        the tokens, evaluation beside training, and the first layer where branches of guidance share
-        its video tokens cost a compilation of their own; past PyTorch's limit of 8 further ones run
-        as they are.
+        With `tune`, this call also searches for better settings of the kernels, which takes half a
+        minute and makes a training step 1% faster; sampling gains nothing from it. There is one
+        compilation per shape of the tokens, one for evaluation and one for training, and one for
+        the first layer where branches of guidance share its video tokens. After 8 compilations,
+        PyTorch's limit, further variants run in eager mode.
         """
-        options = {
+        options: dict[str, str | int | bool | Callable[..., object]] = {
             "coordinate_descent_tuning": tune,
-            # What a norm's backward pass needs is cheaper to compute again from tokens in half
-            # precision than to keep in float32, as PyTorch does with what is used twice and reads
-            # more than 4 tensors; no norm here reads 12.
+            # By default PyTorch stores in float32 a value that is used twice and reads more than 4
+            # tensors. For the backward pass of a norm it is cheaper to recompute it from the tokens
+            # in half precision; no norm here reads 12 tensors.
             "realize_reads_threshold": 12,
         }
         self._run_block = torch.compile(run_block, dynamic=False, options=options)
@@ -203,49 +210,46 @@ class AdaLNMixin(BaseMixin):
         time_embedding: Tensor,
         text_length: int,
         num_branches: int = 1,
-        share: SequenceShare | None = None,
-        **_: Any,
+        shard: SequenceShard | None = None,
+        **_: object,
     ) -> Tensor:
-        """Block `layer_id` on tokens (b, n, d) with time embedding (b, time_embed_dim).
+        """Run block `layer_id` on tokens (b, n, d) with time embedding (b, time_embed_dim).
 
-        The tokens are those of `num_branches` branches of guidance, of the same clips: the first
-        block computes once what these share. With a `share`, tokens are this process's. `mask` is
-        what SAT hands on; attention here is full and does not read it.
+        The tokens belong to `num_branches` branches of guidance of the same clips; the first block
+        computes once what these share. With a `shard`, the tokens are this process's. `mask` comes
+        from SAT and is ignored: the attention is full.
         """
         # SAT gives the layer as a CPU tensor; int() of it waits for no GPU.
         layer = int(layer_id)
-        parts = self.block_parts(layer)
+        parts = BlockParts(
+            self.transformer.layers[layer],
+            self.adaLN_modulations[layer],
+            self.query_layernorm_list[layer],
+            self.key_layernorm_list[layer],
+        )
         tokens = hidden_states
         kernel = self.attention
         if kernel == "auto":
-            kernel = choose_kernel(tokens, head_size=self.head_size, own=self.own_kernel_pays)
-        # Before the first block video tokens have not met the text. Not in training, which has one
-        # branch: no gradient goes through the log-sum-exp that joins what is shared.
+            kernel = choose_kernel(tokens, head_size=self.head_size, own=self.allow_hopper)
+        # Before the first block the video tokens do not depend on the text, so all branches share
+        # them. Not in training, which has one branch: the log-sum-exp that joins the parts of the
+        # attention has no gradient.
         has_gradient = torch.is_grad_enabled()
-        is_video_shared = layer == 0 and kernel != "sdpa" and share is None and not has_gradient
+        is_video_shared = layer == 0 and kernel != "sdpa" and shard is None and not has_gradient
         if self._run_block is not run_block and has_gradient:
-            # With LoRA the first layer's input has no gradient; one that is thrown away costs less
-            # than to compile a second graph.
+            # With LoRA the input of the first layer has no gradient. An unused gradient costs less
+            # than the compilation of a second graph.
             tokens = tokens if tokens.requires_grad else tokens.detach().requires_grad_()
         return self._run_block(
             tokens,
             time_embedding,
             parts,
-            text_length=text_length if share is None else share.own_text_length(text_length),
+            text_length=text_length if shard is None else shard.own_text_length(text_length),
             head_size=self.head_size,
             kernel=kernel,
             num_branches=num_branches if is_video_shared else 1,
-            share=share,
-            keep=self.checkpoint_keep if has_gradient else None,
-        )
-
-    def block_parts(self, layer_id: int) -> BlockParts:
-        """The modules of a block: SAT's layer and what this mixin adds to it."""
-        norms = (nn.Identity(), nn.Identity())
-        if self.qk_ln:
-            norms = (self.query_layernorm_list[layer_id], self.key_layernorm_list[layer_id])
-        return BlockParts(
-            self.transformer.layers[layer_id], self.adaLN_modulations[layer_id], *norms
+            shard=shard,
+            policy=self.checkpointing_policy if has_gradient else None,
         )
 
 
@@ -263,63 +267,64 @@ def run_block(
     time_embedding: Tensor,
     parts: BlockParts,
     *,
-    keep: Keep | None,
-    **settings: Any,
-) -> Tensor:
-    """A block on tokens (b, n, d); of its inner results only `keep` stays for the backward pass.
-
-    The settings are those of `_block`. With more than one branch of guidance, video tokens have to
-    be the same in all.
-
-    A function of all that it needs: compiled, it is the same graph for every layer with as many.
-    """
-    block = partial(_block, parts=parts, **settings)
-    if keep is None:
-        return block(tokens, time_embedding)
-    return run_checkpointed(block, tokens, time_embedding, keep=keep)
-
-
-def _block(
-    tokens: Tensor,
-    time_embedding: Tensor,
-    *,
-    parts: BlockParts,
+    policy: CheckpointingPolicy | None,
     text_length: int,
     head_size: int,
     kernel: Kernel,
     num_branches: int,
-    share: SequenceShare | None,
+    shard: SequenceShard | None,
 ) -> Tensor:
-    layer = parts.layer
-    for_attention, for_mlp = modulations(parts.modulation(time_embedding), text_length=text_length)
+    """Run a block on tokens (b, n, d); the first `text_length` tokens are text.
 
-    query_key_value = partial(_query_key_value, parts=parts, head_size=head_size)
-    if num_branches > 1:
-        assert kernel != "sdpa" and share is None, (kernel, share)
-        num_clips = len(tokens) // num_branches
-        text, video = tokens[:, :text_length], tokens[:num_clips, text_length:]
-        attended = attend_branches(
-            query_key_value(for_attention.text.modulate(layer.input_layernorm(text))),
-            query_key_value(for_attention.video.modulate(layer.input_layernorm(video))),
-            kernel=kernel,
-        )
-    else:
-        attention_input = for_attention.modulate(layer.input_layernorm(tokens))
-        attended = attend(*query_key_value(attention_input), kernel=kernel, share=share)
-    (attended,) = project(layer.attention.dense, attended.flatten(-2), num_parts=1)
-    tokens = for_attention.add_gated(tokens, attended)
+    A function that gets all it needs as arguments: compiled, it is the same graph for every layer.
 
-    mlp_input = for_mlp.modulate(layer.post_attention_layernorm(tokens))
-    hidden = activated(  # (b, n, 4d)
-        layer.mlp.dense_h_to_4h, mlp_input, activation=layer.mlp.activation_func
-    )
-    return for_mlp.add_gated(tokens, layer.mlp.dense_4h_to_h(hidden))
+    Args:
+        tokens: (b, n, d). With more than one branch of guidance, the video tokens of all branches
+            must be equal.
+        time_embedding: (b, time_embed_dim).
+        parts: the modules of the block.
+        policy: what is stored for the backward pass; None for everything.
+        text_length: number of text tokens in `tokens`.
+        head_size: width of an attention head.
+        kernel: kernel of the attention.
+        num_branches: branches of guidance whose attention among video tokens is computed once.
+        shard: this process's part of the sequence; None if it has all tokens.
+    """
+
+    def block(tokens: Tensor, time_embedding: Tensor) -> Tensor:
+        layer = parts.layer
+        values = parts.modulation(time_embedding)
+        for_attention, for_mlp = modulations(values, text_length=text_length)
+        query_key_value = partial(_query_key_value, parts=parts, head_size=head_size)
+        if num_branches > 1:
+            assert kernel != "sdpa" and shard is None, (kernel, shard)
+            num_clips = len(tokens) // num_branches
+            text, video = tokens[:, :text_length], tokens[:num_clips, text_length:]
+            attended = attend_branches(
+                query_key_value(for_attention.text.modulate(layer.input_layernorm(text))),
+                query_key_value(for_attention.video.modulate(layer.input_layernorm(video))),
+                kernel=kernel,
+            )
+        else:
+            attention_input = for_attention.modulate(layer.input_layernorm(tokens))
+            attended = attend(*query_key_value(attention_input), kernel=kernel, shard=shard)
+        (attended,) = project(layer.attention.dense, attended.flatten(-2), num_parts=1)
+        tokens = for_attention.add_gated(tokens, attended)
+
+        mlp_input = for_mlp.modulate(layer.post_attention_layernorm(tokens))
+        activation = layer.mlp.activation_func
+        hidden = activated(layer.mlp.dense_h_to_4h, mlp_input, activation=activation)  # (b, n, 4d)
+        return for_mlp.add_gated(tokens, layer.mlp.dense_4h_to_h(hidden))
+
+    if policy is None:
+        return block(tokens, time_embedding)
+    return run_checkpointed(block, tokens, time_embedding, policy=policy)
 
 
 def _query_key_value(
     attention_input: Tensor, *, parts: BlockParts, head_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What tokens (b, n, d) bring to the attention, (b, n, heads, head_size) each."""
+    """Return query, key and value of tokens (b, n, d), (b, n, heads, head_size) each."""
     query, key, value = (
         part.unflatten(-1, (-1, head_size))
         for part in project(parts.layer.attention.query_key_value, attention_input, num_parts=3)
@@ -328,7 +333,7 @@ def _query_key_value(
 
 
 def modulations(values: Tensor, *, text_length: int) -> tuple[JointModulation, JointModulation]:
-    """Modulations of a block's attention and of its MLP, from (b, 12 d)."""
+    """Return the modulations of a block's attention and of its MLP, from values (b, 12 d)."""
     video, text = rearrange(
         values, "b (kind sublayer part d) -> kind sublayer part b 1 d", kind=2, sublayer=2, part=3
     )  # each (2, 3, b, 1, d)

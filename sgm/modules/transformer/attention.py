@@ -1,4 +1,4 @@
-"""Full attention between tokens: PyTorch's, or what is faster on the GPU at hand."""
+"""Full attention between tokens, by PyTorch or by a kernel that is faster on the GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from sgm.distributed import SequenceShare
+from sgm.distributed import SequenceShard
 from sgm.errors import UserError
 from sgm.preflight import head_size
 from sgm.toolchain import can_compile_kernels
@@ -21,8 +21,8 @@ from sgm.toolchain import can_compile_kernels
 logger = logging.getLogger(__name__)
 
 
-# What computes the attention: "hopper" is this project's own, "flash" is FlashAttention-4, "sdpa"
-# is PyTorch.
+# Kernels of the attention: "hopper" is this project's own (hopper_attention.py), "flash" is
+# FlashAttention-4, "sdpa" is PyTorch.
 Kernel = Literal["hopper", "flash", "sdpa"]
 _FASTEST_FIRST: tuple[Kernel, ...] = ("hopper", "flash", "sdpa")
 _NEEDS: dict[Kernel, str] = {
@@ -32,69 +32,81 @@ _NEEDS: dict[Kernel, str] = {
 }
 
 _HOPPER, _BLACKWELL = (9, 0), (10, 0)  # compute capabilities
-_HOPPER_HEAD_SIZE = 64  # HEAD_SIZE of hopper_attention, which imports Triton
+_HOPPER_HEAD_SIZE = 64  # HEAD_SIZE of hopper_attention, whose import needs Triton
 
 
 def choose_kernel(tokens: Tensor, *, head_size: int, own: bool = True) -> Kernel:
-    """The fastest kernel that there is for tokens of this device and type.
+    """Return the fastest kernel for tokens of this device and type.
 
-    While gradients are computed it is one that has a backward pass. Without `own` it is not this
-    project's.
+    While gradients are enabled, it is one with a backward pass. Without `own`, this project's
+    Hopper kernel is left out.
     """
     allowed = [kernel for kernel in _FASTEST_FIRST if own or kernel != "hopper"]
     return next(kernel for kernel in allowed if _runs(kernel, tokens, head_size))
 
 
 def list_kernels(tokens: Tensor, *, head_size: int) -> list[Kernel]:
-    """All kernels of which `choose_kernel` takes the first."""
+    """Return all kernels for these tokens, fastest first; `choose_kernel` takes the first one."""
     return [kernel for kernel in _FASTEST_FIRST if _runs(kernel, tokens, head_size)]
 
 
 def _runs(kernel: Kernel, tokens: Tensor, head_size: int) -> bool:
-    """Whether there is this kernel for tokens of this device and type."""
+    """Whether this kernel runs for tokens of this device and type."""
     if kernel == "sdpa":
         return True
     if not tokens.is_cuda or tokens.dtype not in (torch.float16, torch.bfloat16):
         return False
     if kernel == "flash":
         return _flash_runs_on(tokens.device)
-    # Under autocast norms return float32, so that queries and keys are not what tokens are.
+    # Under autocast, norms return float32, so queries and keys have another type than the tokens.
     is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda")
     fits = head_size == _HOPPER_HEAD_SIZE
     return is_plain and fits and _hopper_runs_on(tokens.device, tokens.dtype)
 
 
 @torch.no_grad()
-def check_kernel(
-    kernel: Kernel, *, head_size: int, device: torch.device, dtype: torch.dtype
+def check_attention(
+    choice: Kernel | Literal["auto"],
+    model: Mapping[str, Any],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> None:
-    """Find out whether a kernel runs, before anything is loaded for it.
+    """Check that the selected kernel runs, before anything is loaded; "auto" always does.
+
+    Args:
+        choice: "auto", or the name of a kernel.
+        model: the `model` section.
+        device: device of the network.
+        dtype: type of the network's weights.
 
     Raises:
-        UserError: it does not; says what it needs.
+        UserError: the kernel does not run; the message says what it needs. Or as in `head_size`.
     """
-    if not _runs(kernel, torch.empty(0, dtype=dtype, device=device), head_size):
-        raise UserError(
-            f"attention: {kernel} does not run here: it needs {_NEEDS[kernel]}; leave attention "
-            "out for the fastest that does"
-        )
+    width = head_size(model)
+    if choice == "auto" or _runs(choice, torch.empty(0, dtype=dtype, device=device), width):
+        return
+    raise UserError(
+        f"attention: {choice} does not run here: it needs {_NEEDS[choice]}; leave attention out "
+        "for the fastest kernel that does"
+    )
 
 
-# How many parts of the queries this project's kernel computed on a GPU, and how many of them twice.
+# Per GPU: how many parts of the queries the Hopper kernel computed, and how many by its fallback.
 _tallies: dict[torch.device, Tensor] = {}
 
 
 def restart_tally() -> None:
-    """Count from here on what this project's kernel computes twice."""
+    """Set the counts of `fallback_ratio` to zero."""
     for tally in _tallies.values():
         tally.zero_()
 
 
-def share_computed_twice() -> float:
-    """Of what this project's kernel computed since the count began; waits for the GPU."""
+def fallback_ratio() -> float:
+    """Return the fraction of the Hopper kernel's work that its fallback did; waits for the GPU."""
     counts = [tally.tolist() for tally in _tallies.values()]
-    computed, twice = map(sum, zip(*counts, strict=True)) if counts else (0, 0)
-    return twice / max(computed, 1)
+    computed, by_fallback = map(sum, zip(*counts, strict=True)) if counts else (0, 0)
+    return by_fallback / max(computed, 1)
 
 
 @functools.lru_cache
@@ -105,37 +117,37 @@ def _flash_runs_on(device: torch.device) -> bool:
 
 @functools.lru_cache
 def _hopper_runs_on(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this project's kernel works, which is tried once: its language is still changing."""
+    """Whether the Hopper kernel works. It is tried once, because its language still changes."""
     if torch.cuda.get_device_capability(device) != _HOPPER or not can_compile_kernels():
         return False
-    generator = torch.Generator().manual_seed(0)  # not the one that something else relies on
+    generator = torch.Generator().manual_seed(0)  # leaves the global one alone
     query, key, value = torch.randn(3, 1, 300, 2, _HOPPER_HEAD_SIZE, generator=generator)
-    query[..., 1, :] *= 1000  # so that most of the second head is computed twice
+    query[..., 1, :] *= 1000  # so that the fallback computes most of the second head
     inputs = [tensor.to(device, dtype) for tensor in (query, key, value)]
-    lacking = None
+    problem = None
     try:
         found, _ = hopper_attention(*inputs)
         expected = attend(*inputs, kernel="sdpa")
-        # Each is off by up to a unit of the values, which are up to 4.
+        # Each has an error of up to one unit in the last place of values up to 4.
         if not torch.allclose(found, expected, rtol=0, atol=8 * torch.finfo(dtype).eps):
-            lacking = "its results are off"
-    except torch.OutOfMemoryError:  # says nothing about the kernel
+            problem = "its results differ from PyTorch's"
+    except torch.OutOfMemoryError:  # says nothing about the kernel itself
         raise
-    except Exception as fault:  # of any kind, from Triton's compiler to the driver
-        lacking = f"{type(fault).__name__}: {fault}".splitlines()[0]
-    restart_tally()  # the trial is none of the video's
-    if lacking:
-        logger.warning("attention without the kernel of our own, so it is slower: %s", lacking)
+    except Exception as error:  # of any kind, from Triton's compiler to the driver
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    restart_tally()  # the trial does not count
+    if problem:
+        logger.warning("attention is slower, because the Hopper kernel does not work: %s", problem)
     else:
-        logger.info("attention by the kernel of our own")
-    return lacking is None
+        logger.info("attention uses the Hopper kernel of this project")
+    return problem is None
 
 
 def flash_is_installed() -> bool:
-    """Whether FlashAttention-4 can be imported; older releases lack this part of the package."""
+    """Whether FlashAttention-4 can be imported; older releases do not have this subpackage."""
     try:
         return importlib.util.find_spec("flash_attn.cute") is not None
-    except ModuleNotFoundError:  # of flash_attn itself
+    except ModuleNotFoundError:  # there is no flash_attn at all
         return False
 
 
@@ -145,34 +157,35 @@ def attend(
     value: Tensor,
     *,
     kernel: Kernel,
-    share: SequenceShare | None = None,
+    shard: SequenceShard | None = None,
 ) -> Tensor:
-    """Attention without mask or dropout, (b, n, heads, head_size) each and for the result.
+    """Return the attention without mask or dropout; all tensors are (b, n, heads, head_size).
 
-    With a `share`, n counts this process's tokens, which attend to those of all processes.
+    With a `shard`, n counts this process's tokens, which attend to the tokens of all processes.
     """
-    if share is not None:
-        own_heads = [share.to_heads(tensor) for tensor in (query, key, value)]
-        return share.to_tokens(attend(*own_heads, kernel=kernel))
+    if shard is not None:
+        own_heads = [shard.to_heads(tensor) for tensor in (query, key, value)]
+        return shard.to_tokens(attend(*own_heads, kernel=kernel))
     if kernel != "sdpa":
         return _OPERATORS[kernel](query, key, value)[0]
-    # Each head is a batch of its own there: (b, heads, n, head_size).
-    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    # PyTorch takes the heads as a batch dimension: (b, heads, n, head_size).
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def attend_branches(
     text: Sequence[Tensor], video: Sequence[Tensor], *, kernel: Literal["hopper", "flash"]
 ) -> Tensor:
-    """Attention where k branches of guidance have a text each, and all the same video tokens.
+    """Return the attention of k branches of guidance with one text each and the same video tokens.
 
-    The attention among video tokens is computed once, and joined with that to each text; without a
-    gradient. Not by PyTorch's function, which does not return the log-sum-exp.
+    The attention among video tokens is computed once and joined with the attention to each text.
+    There is no gradient. PyTorch's kernel cannot do this, because it does not return the
+    log-sum-exp.
 
     Args:
         text: query, key and value (k * b, n_text, heads, head_size), branch after branch.
         video: query, key and value (b, n_video, heads, head_size).
-        kernel: what computes it.
+        kernel: the kernel to use.
 
     Returns:
         (k * b, n_text + n_video, heads, head_size).
@@ -185,7 +198,7 @@ def attend_branches(
         (to_text.unflatten(0, (k, -1)), to_text_sum.unflatten(0, (k, -1))),
         attention(video_query, *video_key_value),
     )  # (k, b, n_video, heads, head_size)
-    # To its video the texts of a clip are as one, so that no branch needs a copy of it.
+    # All texts of a clip attend to its video as one sequence, so that no branch copies the video.
     queries = rearrange(text_query, "(k b) n heads d -> b (k n) heads d", k=k)
     to_video, to_video_sum = attention(queries, *video_key_value)
     of_text = _join(
@@ -199,19 +212,19 @@ def attend_branches(
 
 
 def _join(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention to two sets of keys at once, from the attention to each, (…, n, heads, head_size).
+    """Join the attention to two sets of keys, (…, n, heads, head_size), to that to their union.
 
-    With each comes the log-sum-exp of its scores (…, heads, n), the logarithm of its weight.
+    Each comes with the log-sum-exp of its scores (…, heads, n), the logarithm of its weight.
     Source: Dao et al., "FlashAttention", section 3.1.
     """
     (result, log_sum_exp), (other, other_log_sum_exp) = first, second
-    share = torch.sigmoid(other_log_sum_exp - log_sum_exp).transpose(-1, -2)[..., None]
-    return torch.lerp(result, other, share.to(result.dtype))
+    fraction = torch.sigmoid(other_log_sum_exp - log_sum_exp).transpose(-1, -2)[..., None]
+    return torch.lerp(result, other, fraction.to(result.dtype))
 
 
 @torch.library.custom_op("cogvideox::hopper_attention", mutates_args=())
 def hopper_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """This project's kernel as an operator; like `flash_attention`, but without a gradient."""
+    """This project's Hopper kernel as an operator; as `flash_attention`, but without a gradient."""
     from sgm.modules.transformer.hopper_attention import attend_on_hopper
 
     if query.device not in _tallies:
@@ -223,8 +236,9 @@ def hopper_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
 def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """FlashAttention-4: the result (b, n, heads, head_size), log-sum-exp (b, heads, n) float32.
 
-    An operator of its own, so that `torch.compile` takes it as a whole and checkpointing can keep
-    its result. Source: Shah et al., "FlashAttention-3" (Hopper), and its successor for Blackwell.
+    It is a custom operator, so that `torch.compile` does not trace into it and activation
+    checkpointing can store its result. Source: Shah et al., "FlashAttention-3" (Hopper), and its
+    successor for Blackwell.
     """
     from flash_attn.cute.interface import _flash_attn_fwd
 
@@ -244,7 +258,7 @@ def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 def flash_attention_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, log_sum_exp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, given that of the result."""
+    """Return the gradients of query, key and value, given the gradient of the result."""
     from flash_attn.cute.interface import _flash_attn_bwd
 
     of_query, of_key, of_value = _flash_attn_bwd(
@@ -272,7 +286,7 @@ flash_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 _OPERATORS = {"hopper": hopper_attention, "flash": flash_attention}
 
-# The operators whose results checkpointing can keep; which of them PyTorch calls, it decides.
+# The operators whose results activation checkpointing can store. PyTorch selects one of its own.
 ATTENTION_OPERATORS = frozenset(
     {
         torch.ops.cogvideox.flash_attention.default,
@@ -282,19 +296,3 @@ ATTENTION_OPERATORS = frozenset(
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
 )
-
-
-def check_attention(choice: str, model: Mapping[str, Any], **where: Any) -> None:
-    """Find out whether the kernel of attention that `args` ask for runs; one for "auto" does.
-
-    Args:
-        choice: "auto", or the name of a kernel.
-        model: the `model` section.
-        where: `device` and `dtype` of the network.
-
-    Raises:
-        UserError: it does not; says what it needs. Or as in `head_size`.
-    """
-    width = head_size(model)
-    if choice != "auto":
-        check_kernel(choice, head_size=width, **where)

@@ -1,24 +1,22 @@
-"""From video tokens back to a latent clip."""
+"""The last layer: from video tokens to a latent clip."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from einops import rearrange
 from sat.model.base_model import BaseMixin
 from torch import Tensor, nn
 
-from sgm.distributed import SequenceShare
+from sgm.distributed import SequenceShard
 from sgm.modules.transformer.adaln import modulate
 
 FINAL_NORM_EPSILON = 1e-6
 
 
 class FinalLayerMixin(BaseMixin):
-    """LayerNorm steered by the time embedding, a Linear to patches, and their assembly to frames.
+    """Adaptive LayerNorm, a Linear from tokens to patches, and their assembly to frames.
 
-    The Linears start at zero, so a fresh model predicts zeros (Peebles and Xie, "Scalable
-    Diffusion Models with Transformers", section 3.2).
+    The Linears start at zero, so a new model predicts zeros (Peebles and Xie, "Scalable Diffusion
+    Models with Transformers", section 3.2).
 
     Args:
         hidden_size: width d of a token.
@@ -55,16 +53,16 @@ class FinalLayerMixin(BaseMixin):
         time_embedding: Tensor,
         text_length: int,
         grid: tuple[int, int, int],
-        share: SequenceShare | None = None,
-        **_: Any,
+        shard: SequenceShard | None = None,
+        **_: object,
     ) -> Tensor:
         """Tokens (b, text_length + t * h * w, d) of `grid` = (t, h, w) -> (b, t, c, h * p, w * p).
 
-        In a patch the channel is the slowest index. With a `share`, the tokens are this process's,
-        and every process gets the whole result.
+        The channel is the slowest index within a patch. With a `shard`, the tokens are this
+        process's, and every process gets the whole result.
         """
-        if share is not None:
-            tokens = share.gather(tokens)
+        if shard is not None:
+            tokens = shard.gather(tokens)
         shift, scale = rearrange(
             self.adaLN_modulation(time_embedding), "b (part d) -> part b 1 d", part=2
         )  # (b, 1, d) each

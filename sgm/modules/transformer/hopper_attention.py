@@ -1,25 +1,26 @@
-"""Attention for Hopper GPUs, faster than FlashAttention by not looking for each row's maximum.
+"""Attention for Hopper GPUs, faster than FlashAttention because it skips most of the row maximum.
 
-A softmax subtracts the maximum of a row of scores only to keep its exponentials within the range
-of the numbers; any value near it will do. Here it is the maximum over two blocks of keys, the last
-one and, where tokens attend to themselves, the one in which the queries' own are. So the others go
-without that search, and what is summed already is never scaled again. Where the value was too low,
-so that something overflowed, the result is not finite, and a second kernel computes these queries,
-ROWS at a time, again with care.
+A softmax subtracts the maximum of a row of scores only to keep the exponentials in the range of the
+number type, so any value near the maximum works too. Here it is the maximum over two blocks of
+keys: the last one and, in self-attention, the one that contains the keys of the queries' own
+tokens. So no maximum is computed over the other blocks, and sums are never rescaled. If the value
+is too low and a number overflows, the result is not finite. A second kernel, the fallback, then
+computes these queries again with the true maximum, ROWS queries at a time.
 
-The way of working is that of FlashAttention-3 (Shah et al., 2024, section 3): one warp loads blocks
-of keys and values, three groups of warps take turns with the tensor cores, and in each the scores
-of a block are computed beside the sum over the values of the block before.
+The structure is that of FlashAttention-3 (Shah et al., 2024, section 3): one warp loads blocks of
+keys and values, and three groups of warps take turns with the tensor cores. In each group, the
+scores of a block are computed while the values of the previous block are summed.
 
-It is written in Gluon, the part of Triton in which one says what each warp does. Warps wait for
-each other by barriers, which count arrivals, or bytes that come, and go through phases 0, 1, 0 and
-so on: `wait(barrier, phase)` waits until that phase is complete. Of a fresh barrier, in its phase
-0, phase 1 counts as complete. Rows are tokens of all samples, columns those of all heads.
+The kernel is written in Gluon, the part of Triton that controls each warp. Warps wait for each
+other by barriers, which count arrivals or received bytes and go through phases 0, 1, 0 and so on:
+`wait(barrier, phase)` waits until that phase is complete. A new barrier is in phase 0, and its
+phase 1 counts as complete. Rows are the tokens of all samples, columns the channels of all heads.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -37,39 +38,39 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 HEAD_SIZE = gl.constexpr(64)
-ROWS = gl.constexpr(64)  # queries of a group of four warps, as many as their instruction takes
-GROUPS = gl.constexpr(3)  # for which registers are shared out and `_fast_kernel` is written
+ROWS = gl.constexpr(64)  # queries of a group of four warps: the size of their instruction
+GROUPS = gl.constexpr(3)  # `_fast_kernel` and its split of the registers are made for 3
 KEYS = gl.constexpr(128)  # in a block
-# Blocks of keys, and as many of values, in shared memory: at first the two beside the queries.
+# Blocks of keys in shared memory, and as many of values; first the two beside the queries.
 STAGES = gl.constexpr(2)
 REGISTERS = gl.constexpr(160)  # per thread of the second and third group; the first has the rest
 LOADING_REGISTERS = gl.constexpr(24)
-# A score equal to the maximum of the two blocks gets the weight 2 ** -ROOM. Up to 65504, float16's
-# largest number, there is then room for scores that are higher by (16 + ROOM) ln 2 = 14.5. If none
-# is, the smallest number that float16 holds with all its bits, 2 ** -14, is 2 ** -9 of the largest
-# weight, and what smaller ones lose is at most 2 ** -20 of it.
+# A score equal to the maximum of the two blocks gets the weight 2 ** -ROOM. The largest float16,
+# 65504, then leaves room for scores that are higher by up to (16 + ROOM) ln 2 = 14.5. If no score
+# is higher, the smallest normal float16, 2 ** -14, is 2 ** -9 of the largest weight, and the
+# rounding error of smaller weights is at most 2 ** -20 of it.
 ROOM = gl.constexpr(5)
 LN_2 = gl.constexpr(math.log(2))
-_SCALE = HEAD_SIZE.value**-0.5 / math.log(2)  # makes a product of query and key an exponent of 2
-CAREFUL_PROGRAMS = 512  # somewhat more than a GPU runs at once
-CAREFUL_PARTS = gl.constexpr(64)  # that a program looks at, at most
+_SCALE = HEAD_SIZE.value**-0.5 / math.log(2)  # turns query times key into an exponent of 2
+CAREFUL_PROGRAMS = 512  # slightly more than a GPU runs at once
+CAREFUL_PARTS = gl.constexpr(64)  # largest number of parts per program
 
-# Which thread holds what of the scores, of the result, and of the weights as a factor of it.
+# Layouts over threads of the scores, of the result, and of the weights as its factor.
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS.value, 16]))
 _RESULT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_SIZE.value, 16]))
 _RESULT_ROWS = gl.constexpr(gl.SliceLayout(1, _RESULT.value))
 _WEIGHTS = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=_RESULT.value, k_width=2))
 _SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
-# A Triton after 3.7 gives the function a new name.
+# The function has a new name in Triton after 3.7.
 _load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit
 def _load_blocks(tiles, shared, barriers, place):
-    """The queries and the keys beside them, then keys and values block by block from the end.
+    """Load the queries and the keys beside them, then keys and values by block, from the end.
 
-    One after the other, each as soon as all groups are done with the block whose place it takes.
+    A block is loaded as soon as all groups have finished with the block that it replaces.
     """
     query_tiles, key_tiles, value_tiles = tiles
     queries, keys, values = shared
@@ -80,7 +81,7 @@ def _load_blocks(tiles, shared, barriers, place):
         row = query_row + group * ROWS
         _load_tile(query_tiles, [row, column], query_ready, queries.index(group))
     for near in gl.static_range(STAGES):
-        # Not the last block, which comes by itself, and in which the keys may end.
+        # Not the last block, in which the keys may end: it is loaded below.
         beside = gl.minimum(tile * GROUPS * ROWS // KEYS + near, gl.maximum(num_blocks - 2, 0))
         row = key_row + beside * KEYS
         mbarrier.expect(key_ready.index(near), KEYS * HEAD_SIZE * 2)
@@ -98,13 +99,13 @@ def _load_blocks(tiles, shared, barriers, place):
 
 @gluon.jit
 def _sums(exponentials):
-    """Sums over the keys of a block, (ROWS, 8) of them: each is of what one thread holds."""
+    """Return sums over the keys of a block, (ROWS, 8): each over the values of one thread."""
     return gl.sum(gl.reshape(exponentials, (ROWS, KEYS // 8, 8)), axis=1)
 
 
 @gluon.jit
 def _scores(query, keys):
-    """Scores (ROWS, KEYS) of a block, unscaled."""
+    """Return the scores (ROWS, KEYS) of a block, unscaled."""
     nothing = gl.zeros((ROWS, KEYS), gl.float32, _SCORES)
     scores = warpgroup_mma(query, keys.permute((1, 0)), nothing, use_acc=False, is_async=True)
     return warpgroup_mma_wait(0, [scores])
@@ -112,7 +113,7 @@ def _scores(query, keys):
 
 @gluon.jit
 def _attend_group(outputs, shared, barriers, place, sizes, scale, group: gl.constexpr):
-    """The attention of one group's queries to all keys."""
+    """Compute the attention of one group's queries to all keys."""
     result_ptr, sum_ptr, broken_ptr = outputs
     queries, keys, values = shared
     query_ready, key_ready, value_ready, key_free, value_free, turns = barriers
@@ -142,7 +143,7 @@ def _attend_group(outputs, shared, barriers, place, sizes, scale, group: gl.cons
     result = gl.zeros((ROWS, HEAD_SIZE), gl.float32, _RESULT)
     nothing = gl.zeros((ROWS, KEYS), gl.float32, _SCORES)
     for i in range(1, num_blocks):
-        # The scores of this block beside the sum over the values of the block before.
+        # The scores of this block, while the values of the previous block are summed.
         stage, last = i % STAGES, (i - 1) % STAGES
         mbarrier.wait(key_ready.index(stage), (i // STAGES + 1) & 1)
         mbarrier.wait(turns.index(group), (i - 1) & 1)
@@ -155,7 +156,7 @@ def _attend_group(outputs, shared, barriers, place, sizes, scale, group: gl.cons
         mbarrier.arrive(key_free.index(stage))
         exponentials = gl.exp2(scores * scale - shift[:, None])
         sums += _sums(exponentials)
-        # Both are waited for, or the compiler would put all exponentials after the products.
+        # Waits for both, or else the compiler would put all exponentials after the products.
         result, exponentials = warpgroup_mma_wait(0, [result, exponentials])
         mbarrier.arrive(value_free.index(last))
         weights = gl.convert_layout(exponentials.to(keys.dtype), _WEIGHTS)
@@ -168,7 +169,7 @@ def _attend_group(outputs, shared, barriers, place, sizes, scale, group: gl.cons
     shift = gl.convert_layout(shift, _RESULT_ROWS)
     row = (tile * GROUPS + group) * ROWS + gl.arange(0, ROWS, _RESULT_ROWS)
     is_row = row < num_queries
-    # What is not finite differs from itself less itself.
+    # x - x is not 0 if x is not finite.
     is_broken = (result - result != 0.0) | (total - total != 0.0)[:, None]
     num_broken = gl.sum(gl.sum((is_broken & is_row[:, None]).to(gl.int32), 1), 0)
     head = gl.program_id(1).to(gl.int64)
@@ -195,18 +196,18 @@ def _fast_kernel(
     num_heads,
     scale,
 ):
-    """GROUPS * ROWS queries of a head. Programs are (tiles of queries, samples times heads).
+    """Compute GROUPS * ROWS queries of a head per program; grid (tiles of queries, b * heads).
 
     Args:
         query_tiles: descriptor of (b * num_queries, heads * HEAD_SIZE), in tiles of ROWS.
-        key_tiles: of (b * num_keys, heads * HEAD_SIZE), in tiles of KEYS.
+        key_tiles: descriptor of (b * num_keys, heads * HEAD_SIZE), in tiles of KEYS.
         value_tiles: as `key_tiles`.
-        result_ptr: to as much as the queries.
-        sum_ptr: to the log-sum-exp (b, heads, num_queries), float32.
-        broken_ptr: to how many numbers of the results are not finite (b, heads, parts), int32.
-        num_queries: of a sample; likewise `num_keys`.
-        num_heads: of a sample.
-        scale: what makes a product of query and key an exponent of 2.
+        result_ptr: result, in the shape of the queries.
+        sum_ptr: log-sum-exp (b, heads, num_queries), float32.
+        broken_ptr: counts of results that are not finite (b, heads, parts), int32.
+        num_queries: queries per sample; likewise `num_keys`.
+        num_heads: heads per sample.
+        scale: turns a product of query and key into an exponent of 2.
     """
     tile, head = gl.program_id(0), gl.program_id(1)
     batch = head // num_heads
@@ -273,9 +274,9 @@ def _careful_kernel(
     value_stride,
     scale,
 ):
-    """Compute the broken parts, of ROWS queries each, again, with the true maximum of the scores.
+    """The fallback: compute the broken parts, ROWS queries each, with the true row maximum.
 
-    Each program looks at every so many of all `total_parts`, of which a head has `num_parts`.
+    There are `total_parts`, `num_parts` per head. Each program checks an equal number of them.
     """
     every = tl.num_programs(0)
     if tl.program_id(0) == 0:
@@ -299,7 +300,7 @@ def _careful_kernel(
 
 @triton.jit
 def _attend_carefully(inputs, strides, outputs, sizes, head, first_row, scale):
-    """ROWS queries of a head by the online softmax of FlashAttention (Dao et al., algorithm 1)."""
+    """Compute ROWS queries of a head by an online softmax (FlashAttention, algorithm 1)."""
     query_ptr, key_ptr, value_ptr = inputs
     query_stride, key_stride, value_stride = strides
     result_ptr, sum_ptr = outputs
@@ -339,15 +340,15 @@ def _attend_carefully(inputs, strides, outputs, sizes, head, first_row, scale):
 def attend_on_hopper(
     query: Tensor, key: Tensor, value: Tensor, *, tally: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Attention without mask, dropout or gradient, on a Hopper GPU.
+    """Return the attention without mask, dropout or gradient, on a Hopper GPU.
 
     Args:
-        query: (b, n, heads, 64), float16 or bfloat16, from an address that is a multiple of 16
-            bytes. What is not one row after the other, with equal distances, is copied.
+        query: (b, n, heads, 64), float16 or bfloat16, at an address that is a multiple of 16
+            bytes. Rows that do not have equal strides are copied.
         key: (b, m, heads, 64), of the same type.
         value: as `key`.
-        tally: int64 (2,), to which the number of parts of the queries is added, and of those that
-            were computed a second time.
+        tally: int64 (2,). The number of parts of the queries is added to the first entry, the
+            number of parts that the fallback computes to the second one.
 
     Returns:
         The result (b, n, heads, 64), and the log-sum-exp (b, heads, n) of the scores in float32.
@@ -357,7 +358,7 @@ def attend_on_hopper(
     assert key.shape == value.shape == (b, key.shape[1], heads, head_size), (key.shape, value.shape)
     types = {tensor.dtype for tensor in (query, key, value)}
     assert types in ({torch.float16}, {torch.bfloat16}), types
-    # TMA, which loads the tiles, takes what has its rows in equal distances.
+    # TMA, which loads the tiles, needs rows with equal strides.
     rows = [tensor.flatten(2).flatten(0, 1) for tensor in (query, key, value)]
     tiles = [
         TensorDescriptor.from_tensor(tensor, [size.value, head_size], _SHARED)
@@ -369,48 +370,33 @@ def attend_on_hopper(
     broken = query.new_empty(b, heads, num_tiles * GROUPS.value, dtype=torch.int32)
     sizes = (n, key.shape[1], heads)
     with torch.cuda.device(query.device):
-        # A weight is one fused product and sum and one power of 2.
+        # With fp fusion, a weight is one fused multiply-add and one power of 2.
         _fast_kernel[(num_tiles, b * heads)](
             *tiles, result, log_sum_exp, broken, *sizes, _SCALE, num_warps=4, enable_fp_fusion=True
         )
-        attend_again(*rows, result, log_sum_exp, broken, tally, num_keys=key.shape[1])
+        run_fallback((*rows, result, log_sum_exp), broken, tally, num_keys=key.shape[1])
     return result, log_sum_exp
 
 
-def attend_again(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    result: Tensor,
-    log_sum_exp: Tensor,
-    broken: Tensor,
-    tally: Tensor,
-    *,
-    num_keys: int,
+def run_fallback(
+    tensors: Sequence[Tensor], broken: Tensor, tally: Tensor, *, num_keys: int
 ) -> None:
-    """Compute in place the results (b, n, heads, 64) whose part is `broken`, and their sums.
+    """Compute the results of broken parts again, in place.
 
-    Queries are (b * n, heads * 64), keys and values (b * num_keys, heads * 64); `broken` (b, heads,
-    parts) is not 0 where one of the ROWS queries of a part is. For `tally` see `attend_on_hopper`.
+    Args:
+        tensors: queries (b * n, heads * 64), keys and values (b * num_keys, heads * 64), result
+            (b, n, heads, 64) and log-sum-exp (b, heads, n).
+        broken: (b, heads, parts) int32, not 0 for a part whose ROWS results are computed again.
+        tally: as in `attend_on_hopper`.
+        num_keys: keys per sample.
     """
+    *rows, result, _ = tensors
     _, n, heads, _ = result.shape
     num_parts = broken.numel()
     at_least = triton.cdiv(num_parts, CAREFUL_PARTS.value)
     num_programs = max(min(num_parts, CAREFUL_PROGRAMS), at_least)
+    sizes = (n, num_keys, heads, broken.shape[-1], num_parts)
+    strides = (row.stride(0) for row in rows)
     _careful_kernel[(num_programs,)](
-        query,
-        key,
-        value,
-        result,
-        log_sum_exp,
-        broken,
-        tally,
-        n,
-        num_keys,
-        heads,
-        broken.shape[-1],
-        num_parts,
-        *(tensor.stride(0) for tensor in (query, key, value)),
-        _SCALE,
-        enable_fp_fusion=True,
+        *tensors, broken, tally, *sizes, *strides, _SCALE, enable_fp_fusion=True
     )

@@ -1,13 +1,14 @@
-"""The blocks' linear layers: projections in parts, the MLP's GELU, and products in float8.
+"""Linear layers of the blocks: projections in parts, the MLP's GELU, and float8 products.
 
-Layers are SAT's Linear or the LoRA layers in their place, in a form that is fast when compiled.
+The layers are SAT's Linears, or LoRA layers that replace them, in a form that is fast when
+compiled.
 
-Float8 is for the MLPs' products only, on GPUs that have it, and lossy. Both factors of a product
-are rounded to e4m3 (Micikevicius et al., "FP8 Formats for Deep Learning", 2022), which keeps 4
-significant bits: each weight row (an output channel) and each token has a scale of its own, so that
-its largest value becomes the largest of the format. The MLP has two thirds of a block's products
-with weights. Those of the attention stay as they are: on the bundled model they cost far more of
-the result than the MLP's.
+Float8 is lossy. It is used for the products of the MLPs only, on GPUs that support it. Both factors
+of a product are rounded to e4m3 (Micikevicius et al., "FP8 Formats for Deep Learning", 2022), which
+has 4 significant bits. Each weight row (an output channel) and each token has its own scale, so
+that its largest value becomes the largest one of the format. The MLP does two thirds of the
+multiplications of a block with weights. The projections of the attention are not rounded: on the
+bundled model that changes the result far more.
 """
 
 from __future__ import annotations
@@ -26,18 +27,20 @@ logger = logging.getLogger(__name__)
 
 
 def project(linear: nn.Module, x: Tensor, *, num_parts: int) -> list[Tensor]:
-    """What ``linear(x)`` holds in `num_parts` equal parts along its last axis, x (b, n, d).
+    """Return ``linear(x)`` in `num_parts` equal parts along its last axis.
 
-    Computed part by part: to divide the whole, and to join the gradients of its parts again,
-    would copy them.
+    The parts are computed one by one, because dividing the whole result, and joining the gradients
+    of its parts, would copy it.
 
     Args:
         linear: SAT's Linear, with a bias, or a LoRA layer on one.
+        x: (b, n, d).
+        num_parts: number of parts.
     """
     base = getattr(linear, "original", linear)
     is_lora = base is not linear
-    # ZeRO-3 brings the weights together for a module's call only. Autocast casts for PyTorch's
-    # operators, not for the one of LoRA.
+    # ZeRO-3 gathers the weights only while their module is called. Autocast casts the inputs of
+    # PyTorch's operators, but not of `lora_linear`.
     is_divided = hasattr(base.weight, "ds_id")
     if is_divided or (is_lora and torch.is_autocast_enabled(x.device.type)):
         return list(linear(x).chunk(num_parts, dim=-1))
@@ -63,19 +66,20 @@ def lora_linear(
 ) -> list[Tensor]:
     """A Linear with LoRA (Hu et al., "LoRA", section 4.1): ``W x + bias + B A x``, in parts.
 
-    An operator of its own, because PyTorch's would write each product and read all again for their
-    sum: here each product adds to the one before while it is written. Its gradient has none.
+    PyTorch's operators would write each product to memory and read all of them again for their sum.
+    Here each product is added to the previous one when it is written. There is no second
+    derivative.
 
     Args:
         x: (…, d).
-        dropped: what A is given in place of `x`, if that is something else.
+        dropped: `x` after dropout, as the input of A; None means `x` itself.
         weight, bias: (parts * e, d) and (parts * e,).
-        down: the A of all parts, with their scale, (parts * r, d).
+        down: the A of all parts, multiplied by their scale, (parts * r, d).
         ups: the B of each part, (e, r).
 
     Returns:
-        Each part (…, e); then, without a gradient, ``A x`` for the backward pass,
-        (rows of x, parts * r).
+        Each part (…, e). The last entry is ``A x`` for the backward pass, (rows of x, parts * r);
+        it has no gradient.
     """
     rows = x.flatten(0, -2)
     low = (rows if dropped is None else dropped.flatten(0, -2)) @ down.t()
@@ -130,7 +134,7 @@ lora_linear.register_autograd(_lora_backward, setup_context=_save_for_lora)
 
 @torch.library.custom_op("cogvideox::sum_of_products", mutates_args=())
 def sum_of_products(lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
-    """``lefts[0] rights[0] + lefts[1] rights[1] + …`` of matrices; an operator as the one above."""
+    """Return ``lefts[0] rights[0] + lefts[1] rights[1] + …`` of matrices, as `lora_linear` sums."""
     total = lefts[0] @ rights[0]
     for left, right in zip(lefts[1:], rights[1:], strict=True):
         total.addmm_(left, right)
@@ -146,15 +150,15 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def activated(linear: nn.Module, x: Tensor, *, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """``activation(linear(x))`` of a GELU (tanh approximation), x (b, n, d) → (b, n, 4d).
+    """Return ``activation(linear(x))`` for a GELU (tanh approximation), (b, n, d) → (b, n, 4d).
 
-    On a GPU the GELU is computed on the product's float32 sums before they are rounded, which
-    saves a pass over the largest tensor of a block. Where the weights are trained, the backward
-    pass needs the product itself, so there it would cost more than it saves.
+    On a GPU, the GELU is applied to the float32 sums of the product before they are rounded, which
+    saves a pass over the largest tensor of a block. If the weights are trained, the backward pass
+    needs the product itself, so this would cost more than it saves.
     """
     weight = linear.weight
     is_constant = not (torch.is_grad_enabled() and weight.requires_grad)
-    # ZeRO-3 brings the weights together for a module's call only.
+    # ZeRO-3 gathers the weights only while their module is called.
     is_whole = isinstance(linear.bias, Tensor) and not hasattr(weight, "ds_id")
     if is_constant and is_whole and weight.is_cuda and weight.dtype in _HALF:
         return linear_gelu(x, weight, linear.bias)
@@ -165,9 +169,9 @@ def activated(linear: nn.Module, x: Tensor, *, activation: Callable[[Tensor], Te
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU (tanh approximation) of ``x weight^T + bias``, x (…, d), weight (e, d) → (…, e).
 
-    Has a gradient of x only. An operator of its own, since PyTorch's has none.
+    It has a gradient with respect to x only. PyTorch's own operator has none.
     """
-    if not x.is_cuda:  # PyTorch's operator takes the exact GELU there
+    if not x.is_cuda:  # there PyTorch's operator computes the exact GELU
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
     product = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
     return product.unflatten(0, x.shape[:-1])
@@ -193,20 +197,23 @@ linear_gelu.register_autograd(_gelu_backward, setup_context=_save_for_gelu)
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max  # 448
-_SMALLEST_PEAK = 1e-12  # of a row; keeps the scale of a row of zeros from being zero
-_DIVISOR = 16  # of both sizes of a weight, for a GPU's product
-_CAPABILITY = (8, 9)  # Ada; float8 products exist from there on
+_SMALLEST_PEAK = 1e-12  # of a row, so that the scale of a row of zeros is not zero
+_DIVISOR = 16  # a GPU can multiply weights only if both of their sizes are multiples of it
+_CAPABILITY = (8, 9)  # Ada is the first generation with float8 products
 
 
 class Fp8Linear(nn.Module):
-    """A Linear (k → n channels) whose products are of float8 factors; for inference.
+    """A Linear (k → n channels) that multiplies float8 factors; for inference.
 
-    The product and the bias are bfloat16 whatever the run's type is, since PyTorch offers no other
-    type for scales by row on every GPU. A GPU adds up with fewer bits than float32 (its "fast
-    accumulation"); elsewhere the same factors are multiplied in float32.
+    The product and the bias are bfloat16 for every type of the run, because PyTorch offers no other
+    type with scales per row on all GPUs. A GPU sums with fewer bits than float32 ("fast
+    accumulation"). On a CPU the same factors are multiplied in float32.
+
+    Args:
+        linear: the Linear whose weight (n, k) and bias (n,) are converted.
 
     Raises:
-        UserError: a size of the weight that a GPU cannot multiply.
+        UserError: a size of the weight is not divisible by 16.
     """
 
     def __init__(self, linear: nn.Module) -> None:
@@ -223,52 +230,42 @@ class Fp8Linear(nn.Module):
         self.bias = nn.Parameter(bias, requires_grad=False)  # (n,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The result (…, n) for x (…, k), in its type."""
+        """Return the result (…, n) for x (…, k), in the type of `x`."""
         tokens, token_scale = to_float8(x.flatten(0, -2))  # (m, k), (m, 1)
-        product = scaled_product(
-            tokens, self.weight, token_scale=token_scale, weight_scale=self.scale, bias=self.bias
-        )  # (m, n)
+        if tokens.is_cuda:
+            product = torch._scaled_mm(
+                tokens,
+                self.weight.t(),
+                scale_a=token_scale,
+                scale_b=self.scale.t(),
+                bias=self.bias,
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )  # (m, n)
+        else:
+            product = tokens.float() @ self.weight.float().t()
+            product = (product * token_scale * self.scale.t() + self.bias).bfloat16()
         return product.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
 def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (m, k) as float8 factors (m, k) and float32 scales (m, 1), whose product they are."""
+    """Return float8 factors (m, k) and float32 scales (m, 1) whose product is rows (m, k)."""
     rows = rows.float()
     scale = rows.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST_PEAK) / LARGEST
     return (rows / scale).to(FLOAT8), scale
 
 
-def scaled_product(
-    tokens: Tensor, weight: Tensor, *, token_scale: Tensor, weight_scale: Tensor, bias: Tensor
-) -> Tensor:
-    """``tokens weight^T + bias`` of float8 (m, k) and (n, k) → (m, n) bfloat16.
-
-    Args:
-        tokens, weight: the factors.
-        token_scale, weight_scale: of their rows, (m, 1) and (n, 1), float32.
-        bias: (n,) bfloat16.
-    """
-    if tokens.is_cuda:
-        return torch._scaled_mm(
-            tokens,
-            weight.t(),
-            scale_a=token_scale,
-            scale_b=weight_scale.t(),
-            bias=bias,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
-    product = tokens.float() @ weight.float().t()
-    return (product * token_scale * weight_scale.t() + bias).bfloat16()
-
-
 def fp8_runs_on(device: torch.device) -> bool:
-    """Whether there are float8 products on `device`; a CPU emulates them."""
+    """Whether `device` supports float8 products; a CPU emulates them."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _CAPABILITY
 
 
 def check_fp8(device: torch.device) -> None:
-    """Raise UserError for a GPU without float8 products; tell that a CPU has none either."""
+    """Check that `device` supports float8 products; log that a CPU emulates them.
+
+    Raises:
+        UserError: the GPU does not support them.
+    """
     if device.type == "cpu":
         logger.info("fp8: a CPU emulates float8 products, which is slow")
     if not fp8_runs_on(device):
@@ -280,7 +277,7 @@ def quantize_linears(network: BaseModel) -> None:
     """Replace both Linears of each block's MLP by `Fp8Linear`.
 
     Raises:
-        UserError: their sizes do not allow it.
+        UserError: as in `Fp8Linear`.
     """
     for layer in network.transformer.layers:
         layer.mlp.dense_h_to_4h = Fp8Linear(layer.mlp.dense_h_to_4h)

@@ -1,19 +1,17 @@
-"""From a text embedding and a latent clip to one sequence of tokens."""
+"""Embedding of text and latent clip as one sequence of tokens."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from einops import rearrange
 from sat.model.base_model import BaseMixin
 from torch import Tensor, nn
 
-from sgm.distributed import SequenceShare
+from sgm.distributed import SequenceShard
 
 
 class ImagePatchEmbeddingMixin(BaseMixin):
-    """Text tokens, then the square patches of each frame, all brought to the model's width.
+    """Embeds text tokens and the square patches of each frame, all in the model's width.
 
     Args:
         in_channels: latent channels c.
@@ -35,20 +33,20 @@ class ImagePatchEmbeddingMixin(BaseMixin):
         *,
         context: Tensor,
         num_branches: int = 1,
-        share: SequenceShare | None = None,
-        **_: Any,
+        shard: SequenceShard | None = None,
+        **_: object,
     ) -> Tensor:
         """Clip (b, t, c, h, w) and text (k * b, n_text, d_text) -> tokens (k * b, n_text + n, d).
 
-        Video tokens follow in t, h, w order, the same for all k = `num_branches`. With a `share`,
-        only those of this process.
+        Video tokens follow the text in t, h, w order, the same for all k = `num_branches`. With a
+        `shard`, only this process's tokens are returned.
         """
         frames = rearrange(x, "b t c h w -> (b t) c h w")
-        # With channels last what comes out is a row for each token already.
+        # With channels last, the output is already one row per token.
         frames = frames.contiguous(memory_format=torch.channels_last)
         patches = self.proj(frames)  # ((b t), d, h/p, w/p)
         video = rearrange(patches, "(b t) d h w -> b (t h w) d", b=x.shape[0])  # (b, n, d)
-        # A view, if there is one branch.
+        # With one branch, this is a view.
         video = video.expand(num_branches, *video.shape).flatten(0, 1)
         tokens = torch.cat([self.text_proj(context), video], dim=1)
-        return tokens if share is None else share.take(tokens)
+        return tokens if shard is None else shard.take(tokens)

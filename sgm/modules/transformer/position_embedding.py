@@ -1,23 +1,21 @@
-"""Where a token stands: a fixed 3D sine-cosine table, added to the tokens once."""
+"""Position embedding: a fixed 3D sine-cosine table, added to the tokens once."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from einops import rearrange, repeat
 from sat.model.base_model import BaseMixin, BaseModel
 from torch import Tensor, nn
 
-from sgm.distributed import SequenceShare
+from sgm.distributed import SequenceShard
 from sgm.errors import UserError
 
 
 class Basic3DPositionEmbeddingMixin(BaseMixin):
-    """Adds to each video token a code of its frame, column and row; text tokens get zeros.
+    """Adds an embedding of frame, column and row to each video token; text tokens get zeros.
 
-    The table is fixed to the grid of patches given here. Its frames come first in the token
-    order, so a shorter clip, or an image, uses the beginning of it.
+    The table is made for the grid of patches given here. Frames are the slowest index of the
+    tokens, so a shorter clip, or an image, uses the beginning of the table.
 
     Args:
         num_latent_frames: frames of the longest clip.
@@ -25,11 +23,11 @@ class Basic3DPositionEmbeddingMixin(BaseMixin):
         hidden_size: width d of a token, a multiple of 16.
         text_length: text tokens before the video tokens.
         height_interpolation: rows are divided by this before they are encoded, so that a model
-            trained on fewer rows sees positions in the range it knows.
+            trained on fewer rows gets positions in its training range.
         width_interpolation: the same for columns.
 
     Raises:
-        UserError: `hidden_size` cannot be split over the axes, or a factor is not positive.
+        UserError: `hidden_size` is not divisible by 16, or a factor is not positive.
     """
 
     def __init__(
@@ -43,17 +41,17 @@ class Basic3DPositionEmbeddingMixin(BaseMixin):
         width_interpolation: float = 1.0,
     ) -> None:
         super().__init__()
-        # Time takes d/4, columns and rows 3d/8 each; a width holds as many sines as cosines.
+        # Time takes d/4, columns and rows 3d/8 each; half of each width are sines, half cosines.
         if hidden_size % 16:
             raise UserError(
                 f"hidden_size={hidden_size}: the 3D position table needs a multiple of 16"
             )
-        for name, factor in [
-            ("height_interpolation", height_interpolation),
-            ("width_interpolation", width_interpolation),
-        ]:
+        factors = {"height": height_interpolation, "width": width_interpolation}
+        for side, factor in factors.items():
             if not factor > 0:
-                raise UserError(f"{name}={factor} in pos_embed_config: it must be above 0")
+                raise UserError(
+                    f"{side}_interpolation={factor} in pos_embed_config: it must be above 0"
+                )
         self.num_latent_frames = num_latent_frames
         self.grid_size = grid_size
         self.hidden_size = hidden_size
@@ -65,17 +63,18 @@ class Basic3DPositionEmbeddingMixin(BaseMixin):
     def compute_table(
         self, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> Tensor:
-        """The table (1, text_length + t * h * w, d), tokens in t, h, w order; values in [-1, 1].
+        """Compute the table (1, text_length + t * h * w, d), tokens in t, h, w order.
 
-        What a checkpoint without ``pos_embed.pos_embedding`` (the published ones) is filled with.
-        Of d, the first quarter encodes time, then come columns and rows with 3/8 each.
+        Values are in [-1, 1]. The first quarter of d encodes time, then columns and rows follow
+        with 3/8 each. A checkpoint without ``pos_embed.pos_embedding``, such as the published
+        ones, is completed with this table.
         """
         height, width = self.grid_size
         time_width, space_width = self.hidden_size // 4, self.hidden_size * 3 // 8
         frames = torch.arange(self.num_latent_frames, dtype=torch.float64, device=device)
         rows = torch.arange(height, dtype=torch.float64, device=device) / self.height_interpolation
         columns = torch.arange(width, dtype=torch.float64, device=device) / self.width_interpolation
-        # Cast before they are spread over the grid: the whole table in float64 would be large.
+        # Cast before they are repeated over the grid: the whole table in float64 would be large.
         of_frame = sine_cosine(frames, time_width).to(dtype)  # (t, d/4)
         of_row = sine_cosine(rows, space_width).to(dtype)  # (h, 3d/8)
         of_column = sine_cosine(columns, space_width).to(dtype)  # (w, 3d/8)
@@ -92,7 +91,7 @@ class Basic3DPositionEmbeddingMixin(BaseMixin):
         return torch.cat([text, rearrange(video, "t h w d -> 1 (t h w) d")], dim=1)
 
     def reinit(self, parent_model: BaseModel | None = None) -> None:
-        """Write the computed table into the parameter; SAT's name for "make up what is absent"."""
+        """Write the computed table into the parameter; SAT's hook for weights without a file."""
         table = self.compute_table(dtype=self.pos_embedding.dtype, device=self.pos_embedding.device)
         with torch.no_grad():
             self.pos_embedding.copy_(table)
@@ -102,23 +101,23 @@ class Basic3DPositionEmbeddingMixin(BaseMixin):
         position_ids: None,
         *,
         grid: tuple[int, int, int],
-        share: SequenceShare | None = None,
-        **_: Any,
+        shard: SequenceShard | None = None,
+        **_: object,
     ) -> Tensor:
-        """Positions (1, text_length + t * h * w, d) of a clip of `grid` = (t, h, w) patches.
+        """Return the positions (1, text_length + t * h * w, d) of a clip of (t, h, w) patches.
 
-        With a `share`, those of this process's tokens.
+        With a `shard`, only those of this process's tokens.
         """
         num_frames, height, width = grid
         positions = self.pos_embedding[:, : self.text_length + num_frames * height * width]
-        return positions if share is None else share.take(positions)
+        return positions if shard is None else shard.take(positions)
 
 
 def sine_cosine(positions: Tensor, width: int) -> Tensor:
-    """[sin | cos] of ``position / 10000^(2i / width)``, (n,) -> (n, width), in float64.
+    """Return [sin | cos] of ``position / 10000^(2i / width)``, (n,) -> (n, width), in float64.
 
-    Source: Vaswani et al., "Attention Is All You Need", section 3.5, with the sines of all
-    frequencies before the cosines.
+    Source: Vaswani et al., "Attention Is All You Need", section 3.5; here the sines of all
+    frequencies precede the cosines.
     """
     exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
     angles = positions.double()[:, None] / 10000**exponents  # (n, width/2)

@@ -1,16 +1,15 @@
-"""Reusing most of a sampling step in the next ones: faster, at the price of a slightly other video.
+"""Step cache: steps reuse the output of most blocks, which is faster but changes the video.
 
-Neighbouring steps differ little in what the blocks add to the tokens, and what the first block
-adds tells how little. Source: Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video
-Diffusion Model" (2024), section 3, which estimates the change from the first block's modulated
-input; here it is that block's own contribution, for which no fit to a model is needed.
+The residuals that the blocks add to the tokens differ little between neighbouring steps, and the
+residual of the first block shows how much. Source: Liu et al., "Timestep Embedding Tells: It's Time
+to Cache for Video Diffusion Model" (2024), section 3. There the change is estimated from the
+modulated input of the first block; here from its residual, which needs no fit to a model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from sat.model.base_model import BaseMixin, BaseModel
 from torch import Tensor
@@ -18,12 +17,12 @@ from torch import Tensor
 
 @contextmanager
 def cached_steps(network: BaseModel, threshold: float) -> Iterator[None]:
-    """Within this context, which is one video, `network` may reuse what its blocks did a step ago.
+    """Let `network` reuse the output of its blocks from earlier steps, for one video.
 
     Args:
-        network: all of its tokens are in this process.
-        threshold: largest relative change of what the first block adds, since the last step that
-            ran whole, at which the other blocks are left out; 0 leaves `network` as it is.
+        network: the transformer; all of its tokens are in this process.
+        threshold: largest relative change of the first block's residual, since the last full step,
+            at which the other blocks are skipped; 0 turns the cache off.
     """
     if threshold == 0:
         yield
@@ -33,11 +32,11 @@ def cached_steps(network: BaseModel, threshold: float) -> Iterator[None]:
         yield
     finally:
         network.del_mixin("step_cache")
-        network.transformer.hooks.clear()  # they hold the mixin, and so its tensors
+        network.transformer.hooks.clear()  # they refer to the mixin and its tensors
 
 
 class StepCacheMixin(BaseMixin):
-    """Runs the blocks of a transformer through this hook of SAT's, or only the first of them.
+    """Runs either all blocks of a transformer or only the first one, by a hook of SAT.
 
     Args:
         threshold: see `cached_steps`.
@@ -49,8 +48,8 @@ class StepCacheMixin(BaseMixin):
         self.threshold = threshold
         self.last_layer = num_layers - 1
         self._reusing = False
-        # Of the last step that ran whole, (b, n, d) each: what the first block added to the
-        # tokens, what it gave, and what the other blocks then added.
+        # From the last full step, (b, n, d) each: the residual of the first block, its output, and
+        # the residual of all other blocks.
         self._first: Tensor | None = None
         self._after_first: Tensor | None = None
         self._rest: Tensor | None = None
@@ -63,9 +62,9 @@ class StepCacheMixin(BaseMixin):
         *,
         old_impl: Callable[..., Tensor],
         layer_id: Tensor | int,
-        **arguments: Any,
+        **arguments: object,
     ) -> Tensor:
-        """Block `layer_id`, which `old_impl` computes, on tokens (b, n, d)."""
+        """Run block `layer_id` by `old_impl` on tokens (b, n, d), or reuse the last full step."""
         layer = int(layer_id)
         if layer > 0 and self._reusing:
             return hidden_states + self._rest if layer == self.last_layer else hidden_states
@@ -80,7 +79,7 @@ class StepCacheMixin(BaseMixin):
         return tokens
 
     def _is_close(self, added: Tensor) -> bool:
-        """Whether `added` is close enough to that of the last whole step; waits for the device."""
+        """Whether `added` is close to that of the last full step; waits for the device."""
         if self._first is None:
             return False
         change = (added - self._first).abs().mean() / self._first.abs().mean()

@@ -124,7 +124,7 @@ def test_chunks_are_convolved_as_with_frames_on_the_device():
 
 @torch.no_grad()
 def test_what_is_kept_goes_to_the_host_and_comes_back_to_the_device(monkeypatch):
-    # Here nothing but a meta device is not the host; copies from it are told by their value.
+    # The device is "meta", so that a copy on the host is recognised by its value.
     monkeypatch.setattr(causal_conv, "host_copy", lambda frames: torch.full_like(frames, 7))
     conv = CausalConv3d(3, 4, kernel_size=3)
     cache = HostConvCache(torch.device("meta"))

@@ -1,4 +1,4 @@
-"""What the tests of samplers, guiders and loss share: config nodes and the goldens' network."""
+"""Fixtures of the tests of samplers, guiders and loss: config nodes and the goldens' network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def discretization_node() -> dict[str, Any]:
 
 
 def sampler_node(sampler: str, num_steps: int, guider: dict[str, Any]) -> dict[str, Any]:
-    """A sampler as published files write it, `verbose` included."""
+    """A sampler node as in published files, with `verbose`."""
     return node(
         f"sampling.{sampler}",
         num_steps=num_steps,
@@ -53,6 +53,17 @@ def make_sampler() -> Callable[..., Any]:
 
 
 @pytest.fixture
+def sample() -> Callable[..., Tensor]:
+    """Runs all steps of a sampler; returns the latents after the last one."""
+
+    def run(sampler: Any, *inputs: Any, **named_inputs: Any) -> Tensor:
+        *_, last = sampler.steps(*inputs, **named_inputs)
+        return last.x
+
+    return run
+
+
+@pytest.fixture
 def denoiser() -> DiscreteDenoiser:
     """The denoiser of the 2B configuration."""
     return instantiate_from_config(
@@ -73,7 +84,7 @@ def golden() -> Callable[[str], dict[str, Tensor]]:
 
 
 class RecordingNetwork:
-    """The goldens' network, tanh(x) cos(t / 100) + mean of the sample's text; keeps its inputs."""
+    """The goldens' network, tanh(x) cos(t / 100) + mean of the text; records its inputs."""
 
     def __init__(self) -> None:
         self.timesteps: list[Tensor] = []

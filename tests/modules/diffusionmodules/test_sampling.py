@@ -58,30 +58,29 @@ def test_golden(
         guider = {**guider, "num_steps": guider_steps}
     sampler = make_sampler(sampler_name, num_steps, make_node(f"guiders.{guider_name}", **guider))
     stored = golden(name)
-    trajectory: list[Tensor] = []
-    x = sampler(
+    steps = sampler.steps(
         network,
         denoiser,
         stored["in.x"],
         {"crossattn": stored["in.cond"]},
         {"crossattn": stored["in.uc"]},
         noise=lambda step_index: stored["in.noise"][step_index],
-        callback=lambda step_index, num_steps, x: trajectory.append(x),
     )
+    trajectory = [step.x for step in steps]
     assert torch.equal(sampler.schedule.timesteps, stored["out.timesteps"])
-    # The golden's network is given the clips again for each branch of guidance.
+    # The golden's network got a copy of the clips for each branch of guidance.
     timesteps = torch.stack(network.timesteps).repeat(1, sampler.guider.num_branches)
     assert torch.equal(timesteps.float(), stored["out.network_t"].float())
     # The golden holds float32; ours are doubles rounded to it, so that one rounding remains.
-    levels = torch.tensor(sampler.levels())
+    levels = torch.tensor(sampler.noise_levels())
     torch.testing.assert_close(levels, stored["out.alphas_cumprod_sqrt"], rtol=0, atol=1e-7)
     if "out.cfg_scale" in stored:
         scales = torch.tensor(sampler.guidance_scales())
-        # The cosine's argument is about 3e10, of which a double keeps 4e-6; times half the scale.
+        # The cosine's argument is about 3e10, where doubles are 4e-6 apart; times half the scale.
         torch.testing.assert_close(scales, stored["out.cfg_scale"], rtol=0, atol=2e-5)
     # Float32 steps in another order of operations: 1e-6 per step, amplified by guidance.
     torch.testing.assert_close(torch.stack(trajectory), stored["out.trajectory"], rtol=0, atol=1e-4)
-    torch.testing.assert_close(x, stored["out.x"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(trajectory[-1], stored["out.x"], rtol=0, atol=1e-4)
 
 
 def test_ddim_coefficients_by_hand(
@@ -101,7 +100,7 @@ def test_dpmpp_first_step_forgets_x_and_second_does_not_extrapolate(
 ) -> None:
     sampler = make_sampler("VPSDEDPMPP2MSampler", 4, make_node("guiders.IdentityGuider"))
     first, second, third, last = sampler.coefficients()
-    a = sampler.levels()
+    a = sampler.noise_levels()
     # h is infinite from no signal: e^-h = 0, -expm1(-2h) = 1
     assert first == pytest.approx((0.0, a[1], 0.0, math.sqrt(1 - a[1] ** 2)), abs=1e-15)
     assert second.previous == 0.0
@@ -123,7 +122,7 @@ def test_each_step_lands_on_the_next_noise_level(
 ) -> None:
     """With a perfect estimate, x = a clean + s noise must become the same at the next level."""
     sampler = make_sampler(sampler_name, num_steps, make_node("guiders.IdentityGuider"))
-    levels = [*sampler.levels(), 1.0]
+    levels = [*sampler.noise_levels(), 1.0]
     assert len(sampler.coefficients()) == num_steps
     for step, (a, a_next) in zip(sampler.coefficients(), pairwise(levels), strict=True):
         clean = step.x * a + step.denoised + step.previous
@@ -139,11 +138,12 @@ def test_perfect_network_returns_the_clean_latent(
     guider_node: dict[str, Any],
     num_steps: int,
     make_sampler: Callable[..., Any],
+    sample: Callable[..., Tensor],
     denoiser: DiscreteDenoiser,
 ) -> None:
     sampler = make_sampler(sampler_name, num_steps, guider_node)
     clean = torch.randn(SHAPE)
-    levels = iter(sampler.levels())
+    levels = iter(sampler.noise_levels())
     table = ZeroSNRDDPMDiscretization(3.0)(1000).alphas_cumprod_sqrt
 
     def perfect(x: Tensor, timesteps: Tensor, cond: dict[str, Tensor]) -> Tensor:
@@ -152,7 +152,8 @@ def test_perfect_network_returns_the_clean_latent(
         return torch.cat([velocity] * sampler.guider.num_branches)
 
     cond, uncond = conditionings()
-    x = sampler(
+    x = sample(
+        sampler,
         perfect,
         denoiser,
         torch.randn(SHAPE),
@@ -173,26 +174,26 @@ def test_one_forward_per_step_with_the_unconditional_half_first(
 ) -> None:
     sampler = make_sampler(sampler_name, 4, guider_node)
     cond, uncond = conditionings()
-    progress: list[tuple[int, int, tuple[int, ...]]] = []
-    x = sampler(
-        network,
-        denoiser,
-        torch.randn(SHAPE),
-        cond,
-        uncond,
-        noise=lambda step_index: torch.randn(SHAPE),
-        callback=lambda *state: progress.append((*state[:2], tuple(state[2].shape))),
+    steps = list(
+        sampler.steps(
+            network,
+            denoiser,
+            torch.randn(SHAPE),
+            cond,
+            uncond,
+            noise=lambda step_index: torch.randn(SHAPE),
+        )
     )
     branches = sampler.guider.num_branches
-    assert x.shape == SHAPE and x.dtype == torch.float32
-    assert progress == [(i, 4, SHAPE) for i in range(4)]
+    assert steps[-1].x.dtype == torch.float32
+    assert [(step.step_index, step.x.shape) for step in steps] == [(i, SHAPE) for i in range(4)]
     assert [t.tolist() for t in network.timesteps] == [[t, t] for t in (999, 749, 499, 249)]
     assert network.timesteps[0].dtype == torch.int64
     # One conditioning object for the whole run: nothing is concatenated again per step.
     assert len({id(seen) for seen in network.conditionings}) == 1
     text = torch.cat([uncond["crossattn"], cond["crossattn"]])
     assert torch.equal(network.conditionings[0]["crossattn"], text[-2 * branches :])
-    # All branches see the same latents, of which the network gets one copy.
+    # All branches use the same latents, and the network gets one copy of them.
     for latents in network.inputs:
         assert latents.dtype == torch.float32 and latents.shape == SHAPE
 
@@ -201,14 +202,17 @@ def test_guided_by_scale_one_equals_identity(
     sampler_name: str,
     make_node: Callable[..., dict],
     make_sampler: Callable[..., Any],
+    sample: Callable[..., Tensor],
     denoiser: DiscreteDenoiser,
     network: Any,
 ) -> None:
     cond, uncond = conditionings()
     start, noises = torch.randn(SHAPE), torch.randn(5, *SHAPE)
     results = [
-        make_sampler(sampler_name, 5, guider)(
-            network, denoiser, start, cond, uncond, noise=lambda step_index: noises[step_index]
+        sample(
+            make_sampler(sampler_name, 5, guider),
+            *(network, denoiser, start, cond, uncond),
+            noise=lambda step_index: noises[step_index],
         )
         for guider in (
             make_node("guiders.VanillaCFG", scale=1),
@@ -227,6 +231,7 @@ def test_noise_is_asked_for_only_where_it_is_added(
     drawn: list[int],
     make_node: Callable[..., dict],
     make_sampler: Callable[..., Any],
+    sample: Callable[..., Tensor],
     denoiser: DiscreteDenoiser,
     network: Any,
 ) -> None:
@@ -237,7 +242,7 @@ def test_noise_is_asked_for_only_where_it_is_added(
         return torch.randn(SHAPE)
 
     run = make_sampler(sampler, 4, make_node("guiders.IdentityGuider"))
-    run(network, denoiser, torch.randn(SHAPE), conditionings()[0], noise=noise)
+    sample(run, network, denoiser, torch.randn(SHAPE), conditionings()[0], noise=noise)
     assert asked == drawn
 
 
@@ -254,14 +259,14 @@ def test_half_precision_latents_and_network_are_stepped_in_float32(
         seen.append(x)
         return torch.tanh(x).to(torch.bfloat16)
 
-    sampler(
+    steps = sampler.steps(
         half_network,
         denoiser,
         torch.randn(SHAPE, dtype=torch.float16),
         conditionings()[0],
         noise=lambda step_index: torch.randn(SHAPE, dtype=torch.float16),
-        callback=lambda step_index, num_steps, x: seen.append(x),
     )
+    seen += [step.x for step in steps]
     assert {x.dtype for x in seen} == {torch.float32}
 
 
@@ -285,15 +290,17 @@ def test_host_and_device_exchange_nothing_inside_the_loop(
     sampler_name: str,
     guider_node: dict[str, Any],
     make_sampler: Callable[..., Any],
+    sample: Callable[..., Tensor],
     denoiser: DiscreteDenoiser,
 ) -> None:
-    """On meta tensors, which hold no values, reading one raises; copies do not grow with steps."""
+    """Reading a value of a meta tensor raises; the number of copies is the same for all steps."""
     latents = torch.empty(SHAPE, device="meta")
     empty = {"crossattn": torch.empty(2, 5, 7, device="meta")}
     copies = []
     for num_steps in (2, 3, 9):  # the first run moves the denoiser's table
         with CopyCounter() as counter:
-            x = make_sampler(sampler_name, num_steps, guider_node)(
+            x = sample(
+                make_sampler(sampler_name, num_steps, guider_node),
                 lambda x, timesteps, cond: x * timesteps.reshape(-1, 1, 1, 1, 1),
                 denoiser,
                 latents,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 diffusers = pytest.importorskip("diffusers")
 
-NUM_STEPS = 50  # with 10, 20, 25, 40 and 100 one of the few at which diffusers takes our timesteps
+NUM_STEPS = 50  # diffusers has the same timesteps only for 10, 20, 25, 40, 50 and 100 steps
 GUIDER = {"target": "sgm.modules.diffusionmodules.guiders.DynamicCFG"}
 GUIDER["params"] = {"scale": 6, "exp": 5, "num_steps": NUM_STEPS}
 
@@ -43,8 +43,8 @@ def steps_of(
 
     Args:
         predict: (x, timesteps) → the network's output, unconditional and conditional in one.
-        x: what the run starts from.
-        starts: what each step starts from, instead of the result of the one before.
+        x: the first latents.
+        starts: the latents before each step, instead of the result of the previous step.
     """
     states, estimate, previous = [], None, None
     for i, (t, scale) in enumerate(
@@ -80,16 +80,15 @@ def run_both(
         stored = golden("sampler_dpmpp_10")
         x, cond, uncond = stored["in.x"], stored["in.cond"], stored["in.uc"]
         noise = torch.randn(NUM_STEPS, *x.shape, generator=torch.Generator().manual_seed(0))
-        ours: list[Tensor] = []
-        sampler(
+        steps = sampler.steps(
             network,
             denoiser,
             x,
             {"crossattn": cond},
             {"crossattn": uncond},
             noise=lambda step_index: noise[step_index],
-            callback=lambda step_index, num_steps, state: ours.append(state),
         )
+        ours = [step.x for step in steps]
 
         # The scheduler draws its noise itself, mostly twice a step, and uses what it drew last.
         calls: list[Tensor] = []

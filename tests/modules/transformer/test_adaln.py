@@ -1,4 +1,4 @@
-"""The modulation of a block, and what checkpointing of activations computes a second time."""
+"""The modulation of a block, and what activation checkpointing recomputes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgm.modules.transformer.adaln import (
     AdaLNMixin,
+    CheckpointingPolicy,
     JointModulation,
-    Keep,
     Modulation,
     modulations,
     run_checkpointed,
@@ -61,14 +61,16 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("keep", "num_attentions"), [("block", 2), ("attention", 1)])
-def test_only_a_kept_attention_is_not_computed_again(keep: Keep, num_attentions: int) -> None:
+@pytest.mark.parametrize(("policy", "num_attentions"), [("block", 2), ("attention", 1)])
+def test_only_a_kept_attention_is_not_computed_again(
+    policy: CheckpointingPolicy, num_attentions: int
+) -> None:
     def block(tokens: Tensor) -> Tensor:
         heads = tokens.exp().unflatten(-1, (2, 4))
         return attend(heads, heads, heads, kernel="sdpa").flatten(-2).sin()
 
     tokens = torch.randn(1, 5, 8, requires_grad=True)
     with Counting() as counting:
-        run_checkpointed(block, tokens, keep=keep).sum().backward()
+        run_checkpointed(block, tokens, policy=policy).sum().backward()
     assert counting.calls["_scaled_dot_product_flash_attention_for_cpu"] == num_attentions
     assert counting.calls["exp"] == 2

@@ -13,13 +13,15 @@ from sgm.modules.transformer import attention
 from sgm.modules.transformer.attention import (
     attend,
     attend_branches,
-    check_kernel,
+    check_attention,
     choose_kernel,
     flash_attention,
     hopper_attention,
     list_kernels,
 )
 from tests.plain_attention import written_out
+
+HEADS_OF_64 = {"network_config": {"params": {"hidden_size": 128, "num_attention_heads": 2}}}
 
 
 def tokens() -> tuple[Tensor, Tensor, Tensor]:
@@ -98,9 +100,10 @@ def test_own_kernel_is_not_for_training(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_a_kernel_that_does_not_run_is_refused_with_what_it_needs(kernel: str, needed: str) -> None:
     half = {"device": torch.device("cpu"), "dtype": torch.float16}
-    check_kernel("sdpa", **half, head_size=4)
+    check_attention("sdpa", HEADS_OF_64, **half)
+    check_attention("auto", HEADS_OF_64, **half)
     with pytest.raises(UserError, match=f"{kernel} does not run here: it needs .*{needed}"):
-        check_kernel(kernel, **half, head_size=64)
+        check_attention(kernel, HEADS_OF_64, **half)
 
 
 def test_own_kernel_is_not_tried_where_another_is_asked_for(
@@ -111,7 +114,7 @@ def test_own_kernel_is_not_tried_where_another_is_asked_for(
     half = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=SimpleNamespace(type="cuda"))
     monkeypatch.setattr(torch, "empty", lambda *_, **__: half)
     for kernel in ("sdpa", "flash"):
-        check_kernel(kernel, device=half.device, dtype=half.dtype, head_size=64)
+        check_attention(kernel, HEADS_OF_64, device=half.device, dtype=half.dtype)
     with torch.no_grad():
         assert choose_kernel(half, head_size=64, own=False) == "flash"
 
@@ -142,18 +145,18 @@ def test_what_branches_join_is_within_a_unit_of_the_exact_attention(dtype: torch
     found = attend_branches(text, video, kernel="flash").double()
     whole = torch.cat([text, video.repeat(1, 2, 1, 1, 1)], dim=2).double()
     exact, _ = written_out(*whole)
-    # Results are means of values of about 1, and a unit is that of such a value.
+    # Results are means of values of about 1; the tolerance is one unit of such a value.
     assert (found - exact).abs().max() <= torch.finfo(dtype).eps
 
 
-def test_share_of_what_is_computed_twice_counts_from_the_restart(
+def test_fallback_ratio_counts_from_the_restart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention, "_tallies", {})
     attention.restart_tally()
-    assert attention.share_computed_twice() == 0
+    assert attention.fallback_ratio() == 0
     attention._tallies[torch.device("cpu")] = tally = torch.tensor([5, 5])
     attention.restart_tally()
-    assert attention.share_computed_twice() == 0
+    assert attention.fallback_ratio() == 0
     tally += torch.tensor([8, 2])
-    assert attention.share_computed_twice() == 0.25
+    assert attention.fallback_ratio() == 0.25

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -35,7 +35,7 @@ for num_queries, num_keys, scale in ((70, 100, 1.0), (130, 1, 1.0), (5, 131, 30.
     broken = torch.randint(0, 2, (2, 3, num_parts), generator=generator, dtype=torch.int32)
     rows = (tensor.flatten(2).flatten(0, 1) for tensor in (query, key, value))
     tally = torch.zeros(2, dtype=torch.int64)
-    hopper_attention.attend_again(*rows, result, log_sum_exp, broken, tally, num_keys=num_keys)
+    hopper_attention.run_fallback((*rows, result, log_sum_exp), broken, tally, num_keys=num_keys)
     assert tally.tolist() == [broken.numel(), broken.sum()]
     is_done = broken.bool().repeat_interleave(64, dim=2)[..., :num_queries]
     assert 0 < is_done.sum() < is_done.numel()
@@ -103,8 +103,8 @@ def test_a_kernel_that_works_is_taken(
     monkeypatch.setattr(attention, "_tallies", {torch.device("cpu"): tally})
     with caplog.at_level("INFO"):
         assert try_kernel()
-    assert caplog.messages == ["attention by the kernel of our own"]
-    assert attention.share_computed_twice() == 0
+    assert caplog.messages == ["attention uses the Hopper kernel of this project"]
+    assert attention.fallback_ratio() == 0
 
 
 def test_a_kernel_that_fails_is_left_out_with_a_warning(
@@ -112,7 +112,9 @@ def test_a_kernel_that_fails_is_left_out_with_a_warning(
 ) -> None:
     assert not try_kernel()  # there is no GPU
     (record,) = caplog.records
-    reason = record.message.removeprefix("attention without the kernel of our own, so it is slower")
+    reason = record.message.removeprefix(
+        "attention is slower, because the Hopper kernel does not work"
+    )
     assert re.match(r": \w+", reason)
     assert "\n" not in reason
 
@@ -124,7 +126,7 @@ def test_a_kernel_with_other_results_is_left_out_with_a_warning(
 ) -> None:
     monkeypatch.setattr(attention, "hopper_attention", lambda q, k, v: (q.new_zeros(q.shape), q))
     assert not try_kernel()
-    assert caplog.records[0].message.endswith(": its results are off")
+    assert caplog.records[0].message.endswith(": its results differ from PyTorch's")
 
 
 def test_a_lack_of_memory_says_nothing_about_the_kernel(
@@ -223,18 +225,18 @@ def test_gpu_result_where_scores_are_too_high_for_the_guess(
     from sgm.modules.transformer import hopper_attention as kernels
 
     broken = []
-    again = kernels.attend_again
+    again = kernels.run_fallback
 
-    def look(*tensors: Tensor, num_keys: int) -> None:
-        broken.append(int((tensors[-2] != 0).sum()))
-        again(*tensors, num_keys=num_keys)
+    def look(tensors: Sequence[Tensor], parts: Tensor, tally: Tensor, *, num_keys: int) -> None:
+        broken.append(int((parts != 0).sum()))
+        again(tensors, parts, tally, num_keys=num_keys)
 
-    monkeypatch.setattr(kernels, "attend_again", look)
+    monkeypatch.setattr(kernels, "run_fallback", look)
     query, key, value = draw(1, 1000, 1000, dtype)
     attention.restart_tally()
     check(scale * query, scale * key, value)
     # Two heads with six tiles of three parts each.
-    assert attention.share_computed_twice() == broken[-1] / 36
+    assert attention.fallback_ratio() == broken[-1] / 36
     # bfloat16 has room for scores that are higher by (128 + 5) ln 2 = 92.
     assert (broken[-1] > 0) == (dtype == torch.float16 or scale == 40)
 
