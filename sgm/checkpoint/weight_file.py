@@ -165,10 +165,23 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     with open_file(path) as file:
         text = file.read(_LARGEST_JSON + 1)
+    return json_object(text if len(text) <= _LARGEST_JSON else "", path)
+
+
+def json_object(text: str | bytes, where: str | Path) -> dict[str, Any]:
+    """The object in a text of JSON.
+
+    Args:
+        text: the JSON, in UTF-8 if it is bytes.
+        where: the file, or what messages call the place of the text.
+
+    Raises:
+        UserError: the text is damaged, or does not hold an object.
+    """
     try:
-        found = json.loads(text.decode("utf-8")) if len(text) <= _LARGEST_JSON else None
-    except (ValueError, RecursionError):  # not UTF-8 and not JSON are ValueErrors
+        found = json.loads(text)
+    except (ValueError, RecursionError):  # also of bytes that are not UTF-8
         found = None
     if not isinstance(found, dict):
-        raise damaged(path, "is damaged: it is not an object in JSON")
+        raise damaged(where, "is damaged: it is not an object in JSON")
     return found

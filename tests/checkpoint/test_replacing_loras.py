@@ -7,13 +7,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sgm.checkpoint.lora import merge_loras, replace_loras
+from sgm.checkpoint.lora import replace_loras
 from sgm.checkpoint.lora_formats import expected_matrices, lora_layers
 from sgm.checkpoint.transformer import MODEL_PREFIX, load_transformer, read_transformer
 from sgm.config import LoraChoice
 from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError
 from sgm.util import build_on_meta, check_params
+from tests.lora_models import merge_loras
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "cogvideox_tiny_infer.yaml"
