@@ -36,6 +36,16 @@ def damaged(path: str | Path, reason: str) -> UserError:
     return UserError(f"{path} {reason}; download or copy it again")
 
 
+def incomplete(folder: str | Path, what: str) -> UserError:
+    """The error for a folder that was not copied completely.
+
+    Args:
+        folder: the folder, or what messages call it.
+        what: the missing file, folder or contents.
+    """
+    return UserError(f"{folder} lacks {what}; copy it there from the original")
+
+
 class Contents(NamedTuple):
     """The contents of a weight file.
 
