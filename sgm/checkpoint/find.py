@@ -40,6 +40,7 @@ _LORA_FILES = (
     "pytorch_lora_weights.bin",
     "adapter_model.bin",
 )
+_LARGEST_POINTER = 1024  # bytes, by the specification of git-lfs
 _LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
 _FOREIGN_FILES = "pytorch_lora_weights.safetensors or adapter_model.safetensors"
 Kind = Literal["load", "lora", "autoencoder", "t5"]
@@ -326,7 +327,9 @@ def find_t5(model_dir: str | Path | T5Files, *, option: str = "model_dir") -> T5
         if not weights:
             names = "*.safetensors or pytorch_model*.bin; tf_model.h5 is not used"
             raise no_weights(here, names)
-        for path in (tokenizer, *weights):
+        # A pointer of git-lfs is small. Large files are opened later, when they are read.
+        small = [path for path in weights if path.stat().st_size <= _LARGEST_POINTER]
+        for path in (tokenizer, *small):
             check_kind(path)
         files = T5Files(
             files=tuple(map(WeightFile, weights)),

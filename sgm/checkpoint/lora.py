@@ -127,9 +127,8 @@ def _read_sat_lora(
         stored = {"r": rank, "base": fingerprint(base) if base else None}
     rules = {**SAT_RULES, "r": lambda value: SAT_RULES["r"](value) and value == rank}
     check_settings(stored, rules, f"{file}: the record of its LoRA")
-    return matrices, LoraRecord(
-        **{field.name: stored.get(field.name) for field in fields(LoraRecord)}
-    )
+    values: list[Any] = [stored.get(field.name) for field in fields(LoraRecord)]
+    return matrices, LoraRecord(*values)
 
 
 def is_sat_lora(lora: Weights) -> bool:

@@ -52,8 +52,6 @@ _OTHER_NAMES = {
     "without these matrices",
     r".*(lora_magnitude_vector|dora_scale)": "is a DoRA ({!r}), not a plain LoRA; " + _MERGE_FIRST,
     r".*\.bias$": "changes biases too ({!r}), which SAT's LoRA cannot; " + _MERGE_FIRST,
-    rf"(?!{_MATRIX.pattern}\Z)": "holds {!r}, which is not a matrix of a LoRA as diffusers and "
-    "peft name them (… .lora_A.weight, … .lora_B.weight); load and save it with diffusers first",
 }
 
 
@@ -63,8 +61,9 @@ def _is_rank(value: object) -> bool:
 
 def is_alpha(value: object) -> bool:
     """Whether `value` is a number that a lora_alpha may be."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= LARGEST_ALPHA  # false for nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= LARGEST_ALPHA  # false for nan
 
 
 def _is_patterns(value: object, is_valid: Callable[[object], bool]) -> bool:
@@ -246,7 +245,7 @@ def to_sat_lora(
     padded = {layer: _padded(pair, rank, common) for layer, pair in pairs.items()}
     first = next(iter(padded.values()))
     blocks = sorted({int(layer.split(".")[1]) for layer in padded})
-    complete = {}
+    complete: dict[str, Tensor] = {}
     for layer in (f"transformer_blocks.{i}.attn1.{part}" for i in blocks for part in _PARTS):
         both = padded.get(layer) or map(torch.zeros_like, first)
         complete |= {f"{layer}.lora_{kind}.weight": m for kind, m in zip("AB", both, strict=True)}
@@ -265,6 +264,12 @@ def _named_matrices(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = _MATRIX.fullmatch(name)
+        if match is None:
+            raise UserError(
+                f"{path} holds {name!r}, which is not a matrix of a LoRA as diffusers and peft "
+                "name them (….lora_A.weight, ….lora_B.weight); load and save it with diffusers "
+                "first"
+            )
         own = layers.setdefault(match["layer"], {})
         if match["kind"] in own:
             raise UserError(

@@ -286,6 +286,12 @@ def test_a_broken_folder_is_refused_in_one_sentence(broken, kind):
     assert str(broken) in str(failure.value) and "\n" not in str(failure.value)
 
 
+def test_pointers_of_git_lfs_are_named_when_the_files_are_found(broken):
+    (broken / "model.safetensors").write_text(POINTER)
+    with pytest.raises(UserError, match="model.safetensors is a pointer of git-lfs"):
+        find_t5(broken)
+
+
 def test_pickled_code_in_a_bin_file_is_not_run(broken, tmp_path):
     class Evil:
         def __reduce__(self):
