@@ -33,7 +33,7 @@ diffusers = pytest.importorskip("diffusers")
 STEM = "diffusion_pytorch_model"
 SHARD = f"{STEM}-00001-of-00003.safetensors"
 INDEX = f"{STEM}.safetensors.index.json"
-# How diffusers is told to write, and a file that it writes then.
+# Options with which diffusers writes, and a file that it writes with them.
 LAYOUTS = {
     "one file": ({}, f"{STEM}.safetensors"),
     "shards": ({"max_shard_size": "40KB"}, INDEX),
