@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sgm.checkpoint.find import MODEL_FILES
-from sgm.checkpoint.lora import lora_record
+from sgm.checkpoint.lora import lora_record, merge_updates, read_updates
 from sgm.checkpoint.table import to_diffusers
-from sgm.checkpoint.transformer import MODEL_PREFIX, is_lora_matrix
+from sgm.checkpoint.transformer import MODEL_PREFIX, fingerprint, is_lora_matrix
+from sgm.config import LoraChoice
 from sgm.models.transformer import DiffusionTransformer
 from tests.models.conftest import small_transformer_config
 
@@ -63,6 +65,15 @@ def build_theirs(network: DiffusionTransformer) -> nn.Module:
     weights = to_diffusers(network.state_dict(), "transformer", where="ours")
     theirs.load_state_dict(dict(weights), strict=True)
     return theirs
+
+
+def merge_loras(
+    network: DiffusionTransformer, loras: Sequence[LoraChoice], *, base: str | None = None
+) -> None:
+    """Merge LoRAs into a network; None for `base` takes the fingerprint of its own weights."""
+    weights = dict(network.named_parameters())
+    updates = read_updates(loras, weights)
+    merge_updates(network, updates, base=base or fingerprint(weights))
 
 
 def predict(network: nn.Module) -> Tensor:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from arguments import parse_config
-from sgm.checkpoint.lora import merge_loras
 from sgm.checkpoint.transformer import MODEL_PREFIX
 from sgm.config import LoraChoice, SamplingArgs
 from sgm.engine import SATVideoDiffusionEngine
 from sgm.loading import load_engine
+from tests.lora_models import merge_loras
 from tools import convert_weight_sat2hf, export_sat_lora_weight, import_lora
 
 diffusers = pytest.importorskip("diffusers")

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 
 import train_video
 from arguments import parse_config
-from sgm.checkpoint.lora import merge_loras
 from sgm.checkpoint.transformer import load_transformer
 from sgm.config import LoraChoice, TrainingArgs
 from sgm.data.loader import check_lengths, checked_batches, collate
@@ -27,6 +26,7 @@ from sgm.preflight import RunWeights, find_weights
 from sgm.training.deepspeed_engine import sat_optimizer, start_deepspeed
 from sgm.training.preflight import check_deepspeed, check_sections, weight_dtype
 from sgm.util import instantiate_from_config
+from tests.lora_models import merge_loras
 from tools import make_random_weights
 from tools.tiny.draw_clips import write_clips
 from tools.tiny.shapes import ShapeClips

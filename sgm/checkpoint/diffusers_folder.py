@@ -1,4 +1,4 @@
-"""Folders in diffusers' layout: where a part is, and its tensors, each read when asked for.
+"""Folders in diffusers' layout: finding a part, and its tensors, each read on access.
 
 PyTorch is imported only where tensors are read.
 
@@ -9,13 +9,13 @@ A pipeline's folder has ``model_index.json`` and a folder for each part; a part'
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sgm.checkpoint.weight_file import WeightFile, read_json
+from sgm.checkpoint.weight_file import WeightFile, damaged, incomplete, read_json
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ PART_CLASSES: Mapping[DiffusersPart, str] = {
     "transformer": "CogVideoXTransformer3DModel",
     "vae": "AutoencoderKLCogVideoX",
 }
-_PIPELINES = "CogVideoX"  # how the names of the pipelines that share these parts begin
+_PIPELINES = "CogVideoX"  # the beginning of the names of the pipelines that share these parts
 _WEIGHTS = "diffusion_pytorch_model"
-_VARIANTS = ("", ".fp32", ".fp16", ".bf16")  # the first that is there is read
+_VARIANTS = ("", ".fp32", ".fp16", ".bf16")  # in the order of preference
 
-# What shapes do not show: key of config.json → its value in the 2B model, which is also what an
-# absent key means, and what another value says of the model.
+# Settings that shapes do not show: key of config.json → its value in the 2B model, which is also
+# the value of a missing key, and the models that have another value.
 _OTHER_CONTEXT = "the image-to-video models"
 _SETTINGS: Mapping[DiffusersPart, Mapping[str, tuple[Any, str]]] = {
     "transformer": {
@@ -62,10 +62,10 @@ _LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
 
 @dataclass(frozen=True, eq=False)
 class PartFolder:
-    """The folder of a part: its ``config.json``, and its files of weights, none of them read yet.
+    """The folder of a part: its ``config.json``, and its files of weights, which are not read yet.
 
-    `weight_map` is name of a tensor → file, as the `index` of shards lists them; it is empty where
-    there is one file without an index.
+    `weight_map` is name of a tensor → file, from the `index` of shards; it is empty if there is
+    one file without an index.
     """
 
     folder: Path
@@ -77,6 +77,18 @@ class PartFolder:
 
 def _quoted(value: object) -> str:
     return repr(value)[:_LONGEST_QUOTE]
+
+
+def no_weights(folder: str | Path, names: str) -> UserError:
+    """The error for a folder without weights.
+
+    Args:
+        folder: the folder, or what messages call it.
+        names: the names that weights may have.
+    """
+    return UserError(
+        f"{folder} holds no weights ({names}); copy it whole, or in a git clone run 'git lfs pull'"
+    )
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -91,22 +103,22 @@ def is_pipeline(folder: Path) -> bool:
     pipeline = read_json(index).get("_class_name")
     if not (isinstance(pipeline, str) and pipeline.startswith(_PIPELINES)):
         raise UserError(
-            f"{folder} is the diffusers folder of another pipeline ({_quoted(pipeline)}); needed "
-            "is that of a CogVideoXPipeline, CogVideoX-2B's"
+            f"{folder} is the diffusers folder of another pipeline ({_quoted(pipeline)}); it must "
+            "be that of a CogVideoXPipeline, CogVideoX-2B's"
         )
     return True
 
 
 def find_in_pipeline(folder: Path, part: str) -> Path | None:
-    """The folder of a part in a diffusers pipeline's `folder`; None where that is no pipeline.
+    """The folder of a part in a diffusers pipeline's `folder`; None if that is not a pipeline.
 
     Raises:
-        UserError: as `is_pipeline`, or it lacks the part.
+        UserError: as in `is_pipeline`, or the part is missing.
     """
     if not is_pipeline(folder):
         return None
     if not (folder / part).is_dir():
-        raise UserError(f"the diffusers folder {folder} lacks the folder {part}; copy it whole")
+        raise incomplete(f"the diffusers folder {folder}", f"the folder {part}")
     return folder / part
 
 
@@ -118,8 +130,8 @@ def find_diffusers_part(path: str | Path, part: DiffusersPart) -> PartFolder | N
         part: the folder's name in a pipeline.
 
     Raises:
-        UserError: it is another model's pipeline or part, lacks the part or a file of it, or its
-            JSON is damaged.
+        UserError: it is another model's pipeline or part, the part or a file of it is missing, or
+            its JSON is damaged.
     """
     folder = Path(os.path.expanduser(path))
     if found := find_in_pipeline(folder, part):
@@ -132,6 +144,10 @@ def find_diffusers_part(path: str | Path, part: DiffusersPart) -> PartFolder | N
 def find_part(folder: Path, part: DiffusersPart) -> PartFolder:
     """The part whose own `folder` this is.
 
+    Args:
+        folder: the folder of ``config.json`` and the weights.
+        part: the folder's name in a pipeline.
+
     Raises:
         UserError: as in `find_diffusers_part`.
     """
@@ -140,24 +156,19 @@ def find_part(folder: Path, part: DiffusersPart) -> PartFolder:
     path = _find_weights(folder)
     if path.suffix != ".json":
         return PartFolder(folder, config, (WeightFile(path),))
-    weight_map = _read_index(path)
+    weight_map = read_index(path, f"the diffusers folder {folder}")
     files = {file: WeightFile(file) for file in sorted(set(weight_map.values()))}
-    return PartFolder(
-        folder,
-        config,
-        tuple(files.values()),
-        index=path,
-        weight_map={name: files[file] for name, file in weight_map.items()},
-    )
+    owners = {name: files[file] for name, file in weight_map.items()}
+    return PartFolder(folder, config, tuple(files.values()), index=path, weight_map=owners)
 
 
 def _check_config(config: Mapping[str, Any], folder: Path, part: DiffusersPart) -> None:
-    """Refuse another class and another kind of model, which names and shapes may not show."""
+    """Raise UserError for another class or model; names and shapes may not show the difference."""
     name = config.get("_class_name")
     if name != PART_CLASSES[part]:
         raise UserError(
-            f"{folder} holds a diffusers {_quoted(name)}, and needed is the {part} of "
-            f"CogVideoX-2B, a {PART_CLASSES[part]}; name its folder or the whole pipeline's"
+            f"{folder} holds a diffusers {_quoted(name)}, but the {part} of CogVideoX-2B is a "
+            f"{PART_CLASSES[part]}; name its folder or the whole pipeline's"
         )
     for key, (expected, others) in _SETTINGS[part].items():
         value = config.get(key, expected)
@@ -169,11 +180,7 @@ def _check_config(config: Mapping[str, Any], folder: Path, part: DiffusersPart) 
 
 
 def _find_weights(folder: Path) -> Path:
-    """The index of a folder's shards, or its one file of weights.
-
-    Raises:
-        UserError: there is neither.
-    """
+    """The index of a folder's shards, or its one file of weights."""
     for kind in ("safetensors", "bin"):
         for variant in _VARIANTS:
             for name in (
@@ -183,65 +190,54 @@ def _find_weights(folder: Path) -> Path:
             ):
                 if (folder / name).is_file():
                     return folder / name
-    raise UserError(
-        f"the diffusers folder {folder} holds no weights: {_WEIGHTS}.safetensors, or its shards "
-        "with their index.json; copy it whole (in a git clone run 'git lfs pull')"
-    )
+    names = f"{_WEIGHTS}.safetensors, or its shards with their index.json"
+    raise no_weights(f"the diffusers folder {folder}", names)
 
 
-def _read_index(index: Path) -> dict[str, Path]:
-    """Name → file of the tensors that an index lists; every file is there.
+def read_index(index: Path, folder: str) -> dict[str, Path]:
+    """Name → file of the tensors that an index of shards lists.
+
+    Args:
+        index: the JSON file; the shards lie in the same folder.
+        folder: what messages call the folder.
 
     Raises:
-        UserError: the index is damaged or names a file elsewhere, or a shard is absent.
+        UserError: the index is damaged or names a file elsewhere, or a shard is missing.
     """
     weight_map = read_json(index).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
-        raise UserError(
-            f"{index} is damaged: it has no weight_map; copy it from the original again"
-        )
-    for name in set(map(str, weight_map.values())):
+        raise damaged(index, "is damaged: it has no weight_map")
+    for name in sorted(set(map(str, weight_map.values()))):
         if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
-            raise UserError(
-                f"{index} names {_quoted(name)}, which is no file of its own folder; copy it from "
-                "the original again"
-            )
+            raise damaged(index, f"names {_quoted(name)}, which is not a file of its own folder")
         if not os.path.isfile(index.with_name(name)):
-            raise UserError(
-                f"the diffusers folder {index.parent} lacks the shard {name[:_LONGEST_QUOTE]} that "
-                f"{index.name} names; copy it there from the original"
-            )
+            shard = name[:_LONGEST_QUOTE]
+            raise incomplete(folder, f"the shard {shard} that {index.name} names")
     return {tensor: index.with_name(str(name)) for tensor, name in weight_map.items()}
 
 
-def _refuse_unmerged(names: Iterable[str], folder: Path) -> None:
-    name = next((name for name in names if ".base_layer." in name or ".lora_A." in name), None)
-    if name:
-        raise UserError(
-            f"{folder} still holds the LoRA beside the weights ({name[:_LONGEST_QUOTE]}); call "
-            "unload_lora_weights() after fuse_lora() and save again"
-        )
-
-
 def read_diffusers_part(part: PartFolder) -> Mapping[str, Tensor]:
-    """The tensors of a part under diffusers' names, each read when asked for.
+    """The tensors of a part under diffusers' names, each read on access.
 
     The headers of the files are read and checked at once.
 
     Raises:
-        UserError: a file is damaged, or does not hold what the index says.
+        UserError: a file is damaged, or does not hold the tensors that the index lists, or a LoRA
+            is still beside the weights.
     """
     from sgm.checkpoint.tensors import LazyTensors, on_meta
 
     found = {file: file.tensors(wrapper="state_dict", lazily=True) for file in part.files}
     weight_map = part.weight_map or {name: file for file in part.files for name in found[file]}
-    _refuse_unmerged(weight_map, part.folder)
     for name, file in weight_map.items():
-        if name not in found[file]:
+        if ".base_layer." in name or ".lora_A." in name:
             raise UserError(
-                f"{part.index} is damaged: by it, {name} is in {file.path.name}, which does not "
-                "hold it; copy both from the original again"
+                f"{part.folder} still holds the LoRA beside the weights ({name[:_LONGEST_QUOTE]}); "
+                "call unload_lora_weights() after fuse_lora() and save again"
             )
+        if name not in found[file]:
+            reason = f"is damaged: by it, {name} is in {file.path.name}, which does not hold it"
+            raise damaged(f"{part.index}", reason)
     makers = {name: partial(found[file].__getitem__, name) for name, file in weight_map.items()}
     shapes = {file: on_meta(tensors) for file, tensors in found.items()}
     metas = {name: shapes[file][name] for name, file in weight_map.items()}

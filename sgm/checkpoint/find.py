@@ -1,20 +1,35 @@
-"""Where the weights that a path names are: of the transformer, a LoRA, the autoencoder, T5.
+"""Finding weights by their paths: of the transformer, a LoRA, the autoencoder and T5.
 
-Only names and JSON files are looked at, without PyTorch. What is found is one object, which the
-functions that check and load weights take; given such an object, these functions return it.
+Only names and JSON files are read, without PyTorch. Each function returns one object, which the
+functions that check and load weights accept; given such an object, it returns the object itself.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sgm.checkpoint.diffusers_folder import PartFolder, find_diffusers_part, find_in_pipeline
-from sgm.checkpoint.weight_file import FileState, WeightFile, check_kind, read_json, state_of
-from sgm.errors import UserError
+from sgm.checkpoint.diffusers_folder import (
+    PartFolder,
+    find_diffusers_part,
+    find_in_pipeline,
+    no_weights,
+    read_index,
+)
+from sgm.checkpoint.weight_file import (
+    FileState,
+    WeightFile,
+    check_kind,
+    damaged,
+    incomplete,
+    read_json,
+    state_of,
+)
+from sgm.errors import UserError, first_of
 
 MODEL_FILES = ("mp_rank_00_model_states.pt", "mp_rank_00_model_states.safetensors")
 SAT_FILE = "3d-vae.pt"  # the autoencoder, as published
@@ -25,37 +40,54 @@ _LORA_FILES = (
     "pytorch_lora_weights.bin",
     "adapter_model.bin",
 )
+_LARGEST_POINTER = 1024  # bytes, by the specification of git-lfs
 _LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
-_NUM_NAMED = 3  # names that a message repeats
 _FOREIGN_FILES = "pytorch_lora_weights.safetensors or adapter_model.safetensors"
-Kind = Literal["load", "lora"]
-EXPECTED: Mapping[Kind, str] = {
+Kind = Literal["load", "lora", "autoencoder", "t5"]
+_EXPECTED: Mapping[Kind, str] = {
     "load": "the transformer's folder (with the file 'latest' in it), its .pt file or a diffusers "
     "folder; README tells where to get the weights",
     "lora": "a LoRA: the folder of a run (with the file 'latest' in it), of one of its "
-    f"checkpoints, a file, or what diffusers or peft wrote: {_FOREIGN_FILES}, or its folder",
+    f"checkpoints, a file, or a LoRA of diffusers or peft: {_FOREIGN_FILES}, or its folder",
+    "autoencoder": "the autoencoder's weights: 3d-vae.pt itself, or a diffusers folder; README "
+    "tells where to get them",
+    "t5": "the T5 folder with config.json and T5's weights in it (for the 2B model a clone of "
+    "https://huggingface.co/google/t5-v1_1-xxl), or a diffusers pipeline's",
 }
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
-VARIANT = ".fp16"  # in the names of weight files; an index is looked for without it
-SHARD = "-of-"  # in the names of weight files that are parts of a whole
+VARIANT = ".fp16"  # in the names of weight files; an index without it is preferred
+SHARD = "-of-"  # in the names of weight files that are shards
 AUTOENCODER_OPTION = "model.first_stage_config.params.ckpt_path"
-EXPECTED_AUTOENCODER = (
-    "the autoencoder's weights: 3d-vae.pt itself, or a diffusers folder; README tells where to get "
-    "them"
-)
 
 
+def unexpected(what: str, kind: Kind, option: str) -> UserError:
+    """The error for a path at which there is something else than `kind`.
+
+    Args:
+        what: a clause that says what is there.
+        kind: what is looked for.
+        option: the option that gave the path.
+    """
+    return UserError(f"{option}: {what}; it must be {_EXPECTED[kind]}")
+
+
+@dataclass(frozen=True, eq=False)
 class _Found:
-    """Files that were found together.
+    """Files that belong together.
 
-    `files` are those that hold tensors, `sources` all that the tensors depend on, in a fixed order.
+    `files` are those that hold tensors, `beside` other files that the tensors depend on.
     """
 
     files: tuple[WeightFile, ...]
-    sources: list[Path]
+    beside: tuple[Path, ...]
+
+    @property
+    def sources(self) -> list[Path]:
+        """All files that the tensors depend on, in a fixed order."""
+        return [*self.beside, *(file.path for file in self.files)]
 
     def state(self) -> list[FileState | None]:
-        """What changes where a file is written again."""
+        """The state of each source, which changes when the file is written again."""
         return [state_of(path) for path in self.sources]
 
     def is_unchanged(self, since: list[FileState | None]) -> bool:
@@ -63,12 +95,12 @@ class _Found:
         return self.state() == since and all(file.is_as_read for file in self.files)
 
     def keep(self) -> None:
-        """Keep the files mapped from now on, so that they are not read again when needed again."""
+        """Keep the files mapped from now on, so that no later use reads them again."""
         for file in self.files:
             file.kept = True
 
     def release(self) -> None:
-        """Give the mapped files back; they are read again when tensors are asked for."""
+        """Drop the mappings of the files; the next use of tensors reads them again."""
         for file in self.files:
             file.release()
 
@@ -79,33 +111,26 @@ class Weights(_Found):
 
     Args:
         given: the path as the user gave it.
-        option: where it was given, for messages.
+        option: the option that gave it, for messages.
         path: of the file, or of the part's folder.
-        folder: the part, where it is a folder.
-        files: those that hold tensors.
+        folder: the part, if it is a folder.
     """
 
     given: str | Path
     option: str
     path: Path
     folder: PartFolder | None
-    files: tuple[WeightFile, ...]
 
     @classmethod
     def of_file(cls, given: str | Path, path: Path, option: str) -> Weights:
         """Weights in one file."""
-        return cls(given, option, path, None, (WeightFile(path),))
+        return cls((WeightFile(path),), (), given, option, path, None)
 
     @classmethod
     def of_folder(cls, given: str | Path, folder: PartFolder, option: str) -> Weights:
         """Weights in a folder in diffusers' layout."""
-        return cls(given, option, folder.folder, folder, folder.files)
-
-    @property
-    def sources(self) -> list[Path]:
-        """One file, or index and shards."""
-        index = self.folder.index if self.folder else None
-        return [*filter(None, [index]), *(file.path for file in self.files)]
+        beside = (folder.index,) if folder.index else ()
+        return cls(folder.files, beside, given, option, folder.folder, folder)
 
     def __str__(self) -> str:
         return str(self.given)
@@ -114,74 +139,72 @@ class Weights(_Found):
         return repr(str(self.given))  # in messages it stands for the path
 
 
-def _not_readable(given: str | Path, option: str, error: OSError) -> UserError:
-    # A name that is too long, a folder of another user …
-    return UserError(
-        f"{option}: {str(given)[:_LONGEST_QUOTE]!r} cannot be looked up ({error.strerror}); check "
-        "the path and its permissions"
-    )
+@contextmanager
+def _looking_up(given: str | Path, option: str) -> Iterator[None]:
+    """Around looking up a path: UserError if its name is too long, a folder is not readable …"""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{option}: {str(given)[:_LONGEST_QUOTE]!r} cannot be looked up ({error.strerror}); "
+            "check the path and its permissions"
+        ) from None
 
 
 def find_transformer(
     load: str | Path | Weights, *, kind: Kind = "load", option: str | None = None
 ) -> Weights:
-    """The file that `load` means: a file itself, a folder with ``latest``, or the folder it names.
+    """Find the file that `load` names: the file itself, or one in a folder with ``latest``.
 
     Args:
         load: the path.
-        kind: what is looked for. For ``load`` it may also be a diffusers folder, of a pipeline or
-            of its transformer.
-        option: where the user gave the path, for messages; None: the name of `kind`.
+        kind: what is looked for. For ``load`` the path may also be a diffusers folder, of a
+            pipeline or of its transformer.
+        option: the option that gave the path, for messages; None: the name of `kind`.
 
     Raises:
-        UserError: there is no such file; says which one was looked for.
+        UserError: there is no such file; the message names the expected one.
     """
     if isinstance(load, Weights):
         return load
     option = option or kind
-    try:
-        found = _find_transformer(load, kind, option)
-    except OSError as error:
-        raise _not_readable(load, option, error) from None
-    if isinstance(found, PartFolder):
-        return Weights.of_folder(load, found, option)
-    return Weights.of_file(load, found, option)
-
-
-def _find_transformer(load: str | Path, kind: Kind, option: str) -> Path | PartFolder:
-    path = Path(os.path.expanduser(load))
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise UserError(f"{option}: {load} does not exist; it must be {EXPECTED[kind]}")
-    folder = path
-    if (path / "latest").is_file():
-        tag = (path / "latest").read_text(encoding="utf-8", errors="replace").strip()
-        if any(mark in tag for mark in "/\n\0"):
-            raise UserError(
-                f"{option}: {path}/latest holds {tag[:_LONGEST_QUOTE]!r}, not just the name of a "
-                "folder beside it; write or download it again"
-            )
-        folder = path / tag
-    for name in MODEL_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    if kind == "load" and folder == path:
-        found = find_diffusers_part(path, "transformer")
-        if found is not None:
-            return found
-        if find_foreign_file(path):
-            raise is_no_base(path, option)
-        if any((path / "transformer" / name).is_file() for name in ("latest", *MODEL_FILES)):
-            raise UserError(
-                f"{option}: {path} is the folder of a whole model in SAT's layout; name "
-                f"{path / 'transformer'}"
-            )
+    with _looking_up(load, option):
+        path = Path(os.path.expanduser(load))
+        if path.is_file():
+            return Weights.of_file(load, path, option)
+        if not path.is_dir():
+            raise unexpected(f"{load} does not exist", kind, option)
+        folder = _tagged_folder(path, option)
+        for name in MODEL_FILES:
+            if (folder / name).is_file():
+                return Weights.of_file(load, folder / name, option)
+        if kind == "load" and folder == path:
+            if found := find_diffusers_part(path, "transformer"):
+                return Weights.of_folder(load, found, option)
+            if find_foreign_file(path):
+                raise is_no_base(path, option)
+            if any((path / "transformer" / name).is_file() for name in ("latest", *MODEL_FILES)):
+                raise UserError(
+                    f"{option}: {path} is the folder of a whole model in SAT's layout; name "
+                    f"{path / 'transformer'}"
+                )
     or_else = "a diffusers folder with its config.json" if kind == "load" else _FOREIGN_FILES
     raise UserError(
         f"{option}: {folder / MODEL_FILES[0]} does not exist; expected are {path}/latest with the "
         f"name of a folder, and {MODEL_FILES[0]} in that folder; or {or_else}"
     )
+
+
+def _tagged_folder(path: Path, option: str) -> Path:
+    """The folder that the file ``latest`` in `path` names; `path` itself without such a file."""
+    if not (path / "latest").is_file():
+        return path
+    tag = (path / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    if any(mark in tag for mark in "/\n\0"):
+        quoted = repr(tag[:_LONGEST_QUOTE])
+        reason = f"holds {quoted}, not just the name of a folder beside it"
+        raise damaged(f"{option}: {path / 'latest'}", reason)
+    return path / tag
 
 
 def is_no_base(path: Path, option: str) -> UserError:
@@ -193,7 +216,7 @@ def is_no_base(path: Path, option: str) -> UserError:
 
 
 def find_foreign_file(folder: str | Path) -> Path | None:
-    """The file of a LoRA folder of diffusers or peft; None if `folder` is no such folder."""
+    """The file of a LoRA folder of diffusers or peft; None if `folder` is not such a folder."""
     folder = os.path.expanduser(folder)
     if os.path.isfile(os.path.join(folder, "latest")):  # a run of this code
         return None
@@ -202,18 +225,21 @@ def find_foreign_file(folder: str | Path) -> Path | None:
 
 
 def find_lora(path: str | Path | Weights, *, option: str = "lora") -> Weights:
-    """The file that a LoRA's `path` means: itself, or in a folder of SAT, diffusers or peft.
+    """Find the file of a LoRA: `path` itself, or a file in a folder of SAT, diffusers or peft.
+
+    Args:
+        path: the path.
+        option: the option that gave it, for messages.
 
     Raises:
         UserError: no LoRA is there.
     """
     if isinstance(path, Weights):
         return path
-    folder = Path(os.path.expanduser(path))
-    file = find_foreign_file(folder)
-    if file is not None:
+    if file := find_foreign_file(path):
         return Weights.of_file(path, file, option)
-    if os.path.isfile(folder / "model_index.json") or os.path.isfile(folder / "config.json"):
+    folder = os.path.expanduser(path)
+    if any(os.path.isfile(f"{folder}/{name}") for name in ("model_index.json", "config.json")):
         raise is_whole(path, option)
     return find_transformer(path, kind="lora", option=option)
 
@@ -227,15 +253,15 @@ def is_whole(path: str | Path, option: str) -> UserError:
 
 
 def find_autoencoder(path: str | Path | Weights, *, option: str = AUTOENCODER_OPTION) -> Weights:
-    """The file of SAT format that `path` means, or diffusers' autoencoder in it.
+    """Find the autoencoder's file of SAT format, or diffusers' folder of it.
 
     Args:
         path: a file, the folder of ``3d-vae.pt``, or a diffusers folder, of a pipeline or of its
             autoencoder.
-        option: where the user gave the path, for messages.
+        option: the option that gave the path, for messages.
 
     Raises:
-        UserError: nothing of the kind is there, or a part of it is missing.
+        UserError: no autoencoder is there, or a part of it is missing.
     """
     if isinstance(path, Weights):
         return path
@@ -244,13 +270,10 @@ def find_autoencoder(path: str | Path | Weights, *, option: str = AUTOENCODER_OP
         if os.path.isfile(file):
             return Weights.of_file(path, file, option)
     if not os.path.isdir(place):
-        raise UserError(f"{option}: {place} does not exist; it must be {EXPECTED_AUTOENCODER}")
+        raise unexpected(f"{place} does not exist", "autoencoder", option)
     folder = find_diffusers_part(place, "vae")
     if folder is None:
-        raise UserError(
-            f"{place} is a folder without an autoencoder in it; {option} must be "
-            f"{EXPECTED_AUTOENCODER}"
-        )
+        raise unexpected(f"{place} is a folder without an autoencoder in it", "autoencoder", option)
     return Weights.of_folder(path, folder, option)
 
 
@@ -260,12 +283,6 @@ def find_tokenizer(*folders: Path) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files of weights that are used, sorted; empty where there are none."""
-    weights = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
-    return sorted([path for path in weights if VARIANT not in path.name] or weights)
-
-
 @dataclass(frozen=True, eq=False)
 class T5Files(_Found):
     """A text encoder's folder, its config.json, and its files of tokenizer and weights."""
@@ -273,100 +290,80 @@ class T5Files(_Found):
     folder: Path
     config: Mapping[str, Any]
     tokenizer: Path
-    files: tuple[WeightFile, ...]
 
     @property
     def weights(self) -> list[Path]:
         """The paths of the files of weights."""
         return [file.path for file in self.files]
 
-    @property
-    def sources(self) -> list[Path]:
-        """Its config.json, the tokenizer's file and those of weights."""
-        return [self.folder / "config.json", self.tokenizer, *self.weights]
-
 
 def find_t5(model_dir: str | Path | T5Files, *, option: str = "model_dir") -> T5Files:
-    """The files of a text encoder.
+    """Find the files of a text encoder.
 
     Args:
         model_dir: a T5 folder of Hugging Face's, the folder ``text_encoder`` of a diffusers
             pipeline, with ``tokenizer`` beside it, or the pipeline's.
-        option: where the user gave the path, for messages.
+        option: the option that gave the path, for messages.
 
     Raises:
-        UserError: the folder, its config, its tokenizer or some of its weights are missing, or
-            its config is not T5's.
+        UserError: the folder, its config, its tokenizer or some of its weights are missing, a file
+            is recognisably not the right one, or the config is not T5's.
     """
     if isinstance(model_dir, T5Files):
         return model_dir
-    try:
-        return _find_t5(Path(model_dir).expanduser(), option)
-    except OSError as error:
-        raise _not_readable(model_dir, option, error) from None
-
-
-def _find_t5(folder: Path, option: str) -> T5Files:
-    folder = find_in_pipeline(folder, "text_encoder") or folder
-    if not folder.is_dir():
-        raise UserError(
-            f"{option} {str(folder)!r} is not a folder; it must name the T5 folder "
-            "(for the 2B model a clone of https://huggingface.co/google/t5-v1_1-xxl)"
+    with _looking_up(model_dir, option):
+        folder = Path(model_dir).expanduser()
+        folder = find_in_pipeline(folder, "text_encoder") or folder
+        config = _t5_config(folder, option)
+        here = f"the T5 folder {folder}"
+        tokenizer = find_tokenizer(folder, folder.parent / "tokenizer")
+        if tokenizer is None:
+            places = " or ".join(TOKENIZER_FILES)
+            raise incomplete(
+                here, f"{places} (in diffusers' layout the folder tokenizer lies beside it)"
+            )
+        weights = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+        weights = sorted([path for path in weights if VARIANT not in path.name] or weights)
+        if not weights:
+            names = "*.safetensors or pytorch_model*.bin; tf_model.h5 is not used"
+            raise no_weights(here, names)
+        # A pointer of git-lfs is small. Large files are opened later, when they are read.
+        small = [path for path in weights if path.stat().st_size <= _LARGEST_POINTER]
+        for path in (tokenizer, *small):
+            check_kind(path)
+        files = T5Files(
+            files=tuple(map(WeightFile, weights)),
+            beside=(folder / "config.json", tokenizer),
+            folder=folder,
+            config=config,
+            tokenizer=tokenizer,
         )
-    tokenizer = find_tokenizer(folder, folder.parent / "tokenizer")
-    if not (folder / "config.json").is_file():
-        raise _without_config(folder, option)
-    if tokenizer is None:
-        raise UserError(
-            f"the T5 folder {folder} lacks {' or '.join(TOKENIZER_FILES)}; copy it there from the "
-            "original, or in diffusers' layout copy the folder tokenizer to lie beside it"
-        )
-    check_kind(tokenizer)
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type", config.get("_class_name"))
-    if kind != "t5":
-        raise UserError(
-            f"{folder} holds {str(kind)[:_LONGEST_QUOTE]!r}, not a T5 encoder; {option} must name "
-            "the T5 folder, or the folder text_encoder of a diffusers pipeline"
-        )
-    weights = _weight_files(folder)
-    if not weights:
-        raise UserError(
-            f"the T5 folder {folder} holds no weights (*.safetensors or pytorch_model*.bin; "
-            "tf_model.h5 is not used); in a git clone run 'git lfs pull'"
-        )
-    files = T5Files(folder, config, tokenizer, tuple(map(WeightFile, weights)))
-    _check_shards(files)
+        for index in shard_indices(files):
+            read_index(index, here)
     return files
 
 
-def _without_config(folder: Path, option: str) -> UserError:
+def _t5_config(folder: Path, option: str) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise unexpected(f"{str(folder)!r} is not a folder", "t5", option)
     names = {entry.name for entry in folder.iterdir()}
+    if "config.json" in names:
+        config = read_json(folder / "config.json")
+        kind = config.get("model_type", config.get("_class_name"))
+        if kind != "t5":
+            quoted = repr(str(kind)[:_LONGEST_QUOTE])
+            raise unexpected(f"{folder} holds {quoted}, not a T5 encoder", "t5", option)
+        return config
     if {"3d-vae.pt", "latest", "transformer", "model_index.json"} & names:
-        shown = ", ".join(sorted(names)[:_NUM_NAMED])
-        return UserError(
-            f"{folder} is no T5 folder (it holds {shown}); {option} must name the one with "
-            "config.json and T5's weights in it"
-        )
-    return UserError(f"the T5 folder {folder} lacks config.json; copy it there from the original")
-
-
-def _check_shards(files: T5Files) -> None:
-    """Raise UserError where a shard is missing that the list of them names."""
-    for index in shard_indices(files):
-        shards = read_json(index).get("weight_map")
-        for name in sorted(set(map(str, shards.values() if isinstance(shards, dict) else ()))):
-            if not (files.folder / Path(name).name).is_file():
-                raise UserError(
-                    f"the T5 folder {files.folder} lacks the shard {name} that {index.name} names; "
-                    "copy it there from the original"
-                )
+        shown = first_of(sorted(names))
+        raise unexpected(f"{folder} is not a T5 folder (it holds {shown})", "t5", option)
+    raise incomplete(f"the T5 folder {folder}", "config.json")
 
 
 def shard_indices(files: T5Files) -> list[Path]:
-    """The index of the shards that the weights consist of: one path, or no path.
+    """The index of the shards in a list; an empty list if the weights are not in shards.
 
-    One that was left beside weights in a single file does not belong to them.
+    An index that was left beside weights in a single file does not belong to them.
     """
     if not any(SHARD in path.name for path in files.weights):
         return []

@@ -1,4 +1,4 @@
-"""LoRA on its own: the file of a LoRA run, what it holds, and training on.
+"""LoRA files of training runs: reading, checking, merging into a model, and training on.
 
 Such a file is ``{"module": {"model.diffusion_model.<layer>.matrix_A.0": …}, "lora": record}``.
 Source of the method: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
@@ -20,12 +20,13 @@ from sgm.checkpoint.find import Weights, find_lora, is_whole
 from sgm.checkpoint.lora_formats import (
     LARGEST_ALPHA,
     NUM_PAIRS,
+    SAT_RULES,
     LoraRecord,
+    check_settings,
     expected_matrices,
     is_alpha,
     is_foreign,
     lora_layers,
-    other_alpha,
     to_sat_lora,
 )
 from sgm.checkpoint.strict_loading import check_fit
@@ -58,13 +59,8 @@ def lora_record(network: DiffusionTransformer, base: str | None) -> dict[str, An
         base: `fingerprint` of the weights before training, as the engine's `base_fingerprint`.
     """
     mixin = network.mixins["lora"]
-    record = LoraRecord(
-        r=int(mixin.r),
-        lora_alpha=float(mixin.lora_alpha),
-        layer_range=[int(number) for number in mixin.layer_range],
-        base=base,
-    )
-    return asdict(record)
+    layer_range = [int(number) for number in mixin.layer_range]
+    return asdict(LoraRecord(int(mixin.r), float(mixin.lora_alpha), layer_range, base))
 
 
 def read_lora(
@@ -74,35 +70,49 @@ def read_lora(
     tell: bool = True,
     option: str = "lora",
 ) -> tuple[dict[str, Tensor], LoraRecord]:
-    """The matrices of a LoRA, mapped from disk, by their names in the network; and the record.
+    """Read a LoRA: its matrices by their names in the network, mapped from disk, and its record.
 
     Args:
         path: of SAT a run's folder (with ``latest``), the folder of an iteration, or a file; of
             diffusers or peft the folder or the file (see `to_sat_lora`). Older files of SAT hold
-            the base model beside the matrices and have no record; what can be told of it is then
-            taken from the tensors.
-        alpha: lora_alpha where the file does not tell it. Without it the record of a file of
-            diffusers or peft gets the rank, as diffusers itself takes it, and SAT's keeps None.
-        tell: log it where the rank is taken.
-        option: where the user gave the path, for messages.
+            the base model beside the matrices and have no record; its values then come from the
+            tensors where they show them.
+        alpha: lora_alpha if the file does not store it. Without it the record of a file of
+            diffusers or peft gets the rank, as in diffusers, and SAT's keeps None.
+        tell: log that the rank is used.
+        option: the option that gave the path, for messages.
 
     Raises:
-        UserError: no such file, not a LoRA, a damaged record, or the file tells another alpha.
+        UserError: no such file, not a LoRA, a damaged record, or the file stores another alpha.
     """
     if alpha is not None and not is_alpha(alpha):
         raise UserError(f"lora_alpha={alpha} must be a number of at most {LARGEST_ALPHA:g}")
     found = find_lora(path, option=option)
     (source,), file = found.files, found.path
     tensors = source.tensors(wrapper="module")
-    has_matrices = any(is_lora_matrix(name) for name in tensors)
-    if not has_matrices and is_foreign(tensors):
-        matrices, record, tells_alpha = to_sat_lora(
-            tensors, file, metadata=source.read().metadata, alpha=alpha
+    if is_foreign(tensors) and not any(map(is_lora_matrix, tensors)):
+        metadata = source.read().metadata
+        matrices, record, stored = to_sat_lora(tensors, file, metadata=metadata, alpha=alpha)
+        if tell and alpha is None and stored is None:
+            logger.info("%s does not store its alpha; its rank is used, as in diffusers", file)
+    else:
+        matrices, record = _read_sat_lora(tensors, source.read().state, file, option)
+        stored = record.lora_alpha
+        record = replace(record, lora_alpha=stored if alpha is None else alpha)
+    if alpha is not None and stored not in (None, alpha):
+        raise UserError(
+            f"{file} was trained with lora_alpha={stored:g}, not {alpha:g}; leave the option out, "
+            "a strength is given when the LoRA is merged"
         )
-        if tell and alpha is None and not tells_alpha:
-            logger.info("%s does not tell its alpha; its rank is taken, as diffusers does", file)
-        return matrices, record
-    if not has_matrices and any(name.endswith(_WHOLE_MODEL) for name in tensors):
+    return matrices, record
+
+
+def _read_sat_lora(
+    tensors: Mapping[str, Tensor], state: Mapping[str, Any], file: Path, option: str
+) -> tuple[dict[str, Tensor], LoraRecord]:
+    """The matrices and the record in a file of SAT."""
+    is_plain = not any(map(is_lora_matrix, tensors))
+    if is_plain and any(name.endswith(_WHOLE_MODEL) for name in tensors):
         raise is_whole(file, option)
     base, matrices = sort_keys(tensors, file, kind="lora", option=option)
     if not matrices:
@@ -110,20 +120,19 @@ def read_lora(
             f"{file} holds no LoRA of SAT format: no name has matrix_A or matrix_B (first key: "
             f"{next(iter(tensors))!r}); {option} must name a run that trained with lora_config"
         )
-    state = source.read().state
+    name, matrix = next(iter(matrices.items()))  # A (r, in) or B (out, r)
+    rank = matrix.shape[0 if ".matrix_A." in name else 1] if matrix.ndim == 2 else 0
     stored = state.get("lora")
     if not isinstance(stored, Mapping):
-        stored = {"r": _rank(matrices), "base": fingerprint(base) if base else None}
-    record = _checked_record(stored, file, rank=_rank(matrices))
-    if alpha is None or alpha == record.lora_alpha:
-        return matrices, record
-    if record.lora_alpha is not None:
-        raise other_alpha(file, record.lora_alpha, alpha)
-    return matrices, replace(record, lora_alpha=alpha)
+        stored = {"r": rank, "base": fingerprint(base) if base else None}
+    rules = {**SAT_RULES, "r": lambda value: SAT_RULES["r"](value) and value == rank}
+    check_settings(stored, rules, f"{file}: the record of its LoRA")
+    values: list[Any] = [stored.get(field.name) for field in fields(LoraRecord)]
+    return matrices, LoraRecord(*values)
 
 
 def is_sat_lora(lora: Weights) -> bool:
-    """Whether a LoRA is of SAT format; else it is one of diffusers or peft.
+    """Whether a LoRA is of SAT format, and not of diffusers or peft.
 
     Raises:
         UserError: it cannot be read.
@@ -132,40 +141,40 @@ def is_sat_lora(lora: Weights) -> bool:
     return any(map(is_lora_matrix, file.tensors(wrapper="module")))
 
 
-def _rank(matrices: Mapping[str, Tensor]) -> int:
-    """The rank that the first matrix tells, A (r, in) or B (out, r); 0 for what is none."""
-    name, matrix = next(iter(matrices.items()))
-    return matrix.shape[0 if ".matrix_A." in name else 1] if matrix.ndim == 2 else 0
-
-
-def _checked_record(record: Mapping[str, Any], path: Path, *, rank: int) -> LoraRecord:
-    """The record of a file, if it is sensible and fits the matrices' rank; UserError if not."""
-    r, alpha, layers, base = (record.get(field.name) for field in fields(LoraRecord))
-    sound = {
-        "r": type(r) is int and r == rank and rank >= 1,
-        "lora_alpha": alpha is None or is_alpha(alpha),
-        "layer_range": layers is None
-        or (isinstance(layers, list) and all(type(number) is int for number in layers)),
-        "base": base is None or isinstance(base, str),
-    }
-    for name, is_sound in sound.items():
-        if not is_sound:
-            raise UserError(
-                f"{path}: its record of the LoRA has {name}={record.get(name)!r}; the file is "
-                "damaged, copy it again or take another checkpoint of the run"
-            )
-    return LoraRecord(rank, None if alpha is None else float(alpha), layers, base)
-
-
-def warn_of_other_base(record: LoraRecord, base: str, path: str | Path | Weights) -> None:
-    """Log a warning where the LoRA in `path` was trained on another model than `base`."""
+def _warn_of_other_base(record: LoraRecord, base: str, path: str | Path | Weights) -> None:
+    """Log a warning if the LoRA in `path` was trained on another model than `base`."""
     if record.base not in (None, base):
         logger.warning(
-            "%s was trained on other weights than these (%s, not %s); what it learned may not show",
+            "%s was trained on other weights than these (%s, not %s), so its effect may not show",
             path,
             record.base,
             base,
         )
+
+
+def check_matrices(
+    matrices: Mapping[str, Tensor],
+    record: LoraRecord,
+    weights: Mapping[str, Tensor],
+    *,
+    path: str | Path | Weights,
+    hint: str,
+    model: str = "the base model",
+) -> None:
+    """Check that the matrices of a LoRA are complete and fit the base model's `weights`.
+
+    Args:
+        matrices, record: as from `read_lora`.
+        weights: name as in the plain model → tensor, which may be on the meta device.
+        path: the LoRA's, for the message.
+        hint: end of the message.
+        model: how the message calls the model.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    expected = expected_matrices(_layers(record, matrices), weights, record.r)
+    check_fit(matrices, expected, path=str(path), hint=hint, model=model)
 
 
 def _layers(record: LoraRecord, names: Iterable[str]) -> list[str]:
@@ -175,36 +184,13 @@ def _layers(record: LoraRecord, names: Iterable[str]) -> list[str]:
     return sorted({name.rsplit(".matrix_", 1)[0] for name in names})
 
 
-def check_matrices(
-    matrices: Mapping[str, Tensor],
-    record: LoraRecord,
-    weights: Mapping[str, Tensor],
-    *,
-    path: str | Path,
-    hint: str,
-    model: str = "the base model",
-) -> None:
-    """Check that the matrices of a LoRA are all there and fit the base model's `weights`.
-
-    Args:
-        matrices, record: as from `read_lora`.
-        weights: name as in the plain model → tensor, which may be on the meta device.
-        path: the LoRA's, for the message.
-        hint: end of the message.
-        model: what the message calls the model.
-
-    Raises:
-        UserError: names or shapes differ.
-    """
-    expected = expected_matrices(_layers(record, matrices), weights, record.r)
-    check_fit(matrices, expected, path=path, hint=hint, model=model)
-
-
 def check_whole_lora(matrices: Mapping[str, Tensor], record: LoraRecord, path: str | Path) -> None:
-    """As `check_matrices` without the base model: query, key, value and dense map width to width.
+    """Check a LoRA as `check_matrices` does, without the base model.
+
+    Query, key, value and dense are expected to map width to width, which the first matrix gives.
 
     Raises:
-        UserError: some are missing, unknown or of another shape than the first one tells.
+        UserError: matrices are missing, unknown or of another shape.
     """
     width = next((m.shape[-1] for name, m in matrices.items() if ".matrix_A." in name), 0)
     weights = {}
@@ -215,39 +201,36 @@ def check_whole_lora(matrices: Mapping[str, Tensor], record: LoraRecord, path: s
     check_matrices(matrices, record, weights, path=path, hint=hint, model=model)
 
 
-def alpha_of(record: LoraRecord, path: str | Path) -> float:
-    """lora_alpha of the LoRA in `path`; where it does not tell, SAT's default and a warning."""
+def alpha_of(record: LoraRecord, path: str | Path | Weights) -> float:
+    """lora_alpha of the LoRA in `path`; if it is not stored, SAT's default, with a warning."""
     if record.lora_alpha is not None:
         return record.lora_alpha
-    logger.warning("%s does not tell its lora_alpha; %g is taken", path, _DEFAULT_ALPHA)
+    logger.warning("%s does not store its lora_alpha; %g is used", path, _DEFAULT_ALPHA)
     return _DEFAULT_ALPHA
 
 
 def check_trained_lora(
     network: DiffusionTransformer, path: str | Path | Weights
 ) -> tuple[dict[str, Tensor], LoraRecord]:
-    """Compare a LoRA that is to be trained on with the network, which may be on the meta device.
+    """Compare a LoRA with the network that trains on from it, which may be on the meta device.
 
     Returns:
-        What `read_lora` returns.
+        The same as `read_lora`.
 
     Raises:
         UserError: the file is not a LoRA, or its rank, alpha or layers are not those of the
             network's ``lora_config``, or the network has no ``lora_config``.
     """
-    if not network.lora_config:
-        raise UserError(
-            f"{path} is to be trained on, but the configuration has no lora_config; add it"
-        )
     matrices, record = read_lora(path)
-    mixin = network.mixins["lora"]
-    for name in ("r", "lora_alpha"):
-        trained, configured = getattr(record, name), getattr(mixin, name)
-        if trained is not None and trained != configured:
-            raise UserError(
-                f"{path} was trained with {name}={trained:g}, but lora_config says "
-                f"{configured:g}; set {name}: {trained:g} there"
-            )
+    if network.lora_config:
+        mixin = network.mixins["lora"]
+        for name in ("r", "lora_alpha"):
+            trained, configured = getattr(record, name), getattr(mixin, name)
+            if trained is not None and trained != configured:
+                raise UserError(
+                    f"{path} was trained with {name}={trained:g}, but lora_config says "
+                    f"{configured:g}; set {name}: {trained:g} there"
+                )
     check_lora(network, matrices, path)
     return matrices, record
 
@@ -257,13 +240,12 @@ def load_lora(
 ) -> None:
     """Fill the LoRA matrices of a network with a ``lora_config``, to train on.
 
-    The LoRA layers are added if they are not there yet. To be called before DeepSpeed takes the
-    network over.
+    The LoRA layers are added if they are missing. DeepSpeed must not have wrapped the network yet.
 
     Args:
         network: has a ``lora_config``.
         path: as in `read_lora`.
-        base: as in `merge_loras`.
+        base: as in `merge_updates`; None computes it from the network.
 
     Raises:
         UserError: as in `check_trained_lora`.
@@ -271,7 +253,7 @@ def load_lora(
     matrices, record = check_trained_lora(network, path)
     network.add_lora()
     fill_lora(network, matrices)
-    warn_of_other_base(record, base or fingerprint(dict(network.named_parameters())), path)
+    _warn_of_other_base(record, base or fingerprint(dict(network.named_parameters())), path)
 
 
 _HINT = "load must name the base model that the LoRA was trained on, with its configuration"
@@ -294,15 +276,15 @@ class LoraUpdate:
 def read_updates(
     loras: Iterable[LoraChoice], weights: Mapping[str, Tensor], *, hint: str = _HINT
 ) -> list[LoraUpdate]:
-    """Read LoRAs and compare them with the weights that they are to change.
+    """Read LoRAs and compare them with the weights that they change.
 
     Args:
-        loras: as in `merge_loras`.
+        loras: the LoRAs with their strengths; paths as in `read_lora`.
         weights: name as in the plain model → tensor, which may be on the meta device.
         hint: end of messages.
 
     Raises:
-        UserError: one is not a LoRA, or one of another model.
+        UserError: one is not a LoRA, or a LoRA of another model.
     """
     updates = []
     for choice in loras:
@@ -314,14 +296,17 @@ def read_updates(
     return updates
 
 
-def _changed_layers(updates: Iterable[LoraUpdate]) -> frozenset[str]:
+def _changed_layers(updates: Iterable[LoraUpdate], base: str) -> frozenset[str]:
+    """The layers that LoRAs change. A LoRA of another model than `base` gives a warning."""
+    for update in updates:
+        _warn_of_other_base(update.record, base, update.path)
     return frozenset[str]().union(*(update.layers for update in updates))
 
 
 def _updated(weight: Tensor, layer: str, updates: Iterable[LoraUpdate]) -> Tensor:
-    """A layer's weight (out, in) and the updates, summed in float32 on its device.
+    """The sum of a layer's weight (out, in) and the updates, in float32 on the weight's device.
 
-    Without any update that is not zero it is the weight itself: adding 0 would turn -0 into 0.
+    If all updates are zero, it is the weight itself: adding 0 would turn -0 into 0.
     """
     total = None
     for update in updates:
@@ -342,39 +327,27 @@ def _updated(weight: Tensor, layer: str, updates: Iterable[LoraUpdate]) -> Tenso
 
 
 @torch.no_grad()
-def merge_loras(
-    network: DiffusionTransformer, loras: Sequence[LoraChoice], *, base: str | None = None
-) -> None:
-    """Add LoRAs to the weights of a network without LoRA layers: W + Σ scale · alpha / r · B A.
-
-    The sum is taken in float32 on the weight's device and rounded once to its type. Matrices that
-    are zero leave every bit as it was.
-
-    Args:
-        network: the base model.
-        loras: what to add, and how strongly; paths as in `read_lora`.
-        base: `fingerprint` of the file that the weights came from; None takes the network's own,
-            which is another one if the weights have been rounded to bfloat16 since.
-
-    Raises:
-        UserError: a file is not a LoRA, or one of another model; nothing is changed then.
-    """
-    weights = dict(network.named_parameters())
-    updates = read_updates(loras, weights)
-    merge_updates(network, updates, base=base or fingerprint(weights))
-
-
-@torch.no_grad()
 def merge_updates(
     network: DiffusionTransformer, updates: Sequence[LoraUpdate], *, base: str
 ) -> None:
-    """As `merge_loras`, with LoRAs that `read_updates` has compared with the network."""
+    """Add LoRAs to the weights of a network without LoRA layers: W + Σ scale · alpha / r · B A.
+
+    The sum is computed in float32 on the weight's device and rounded once to its type. Matrices
+    that are zero leave every bit as it was.
+
+    Args:
+        network: the base model.
+        updates: from `read_updates`, which has compared them with the network.
+        base: `fingerprint` of the file that the weights came from. The network's own is another
+            one if the weights were rounded to bfloat16 since.
+
+    Raises:
+        RuntimeError: the network has LoRA layers.
+    """
     weights = dict(network.named_parameters())
-    if any(is_lora_matrix(name) for name in weights):
-        raise RuntimeError("merge_loras: the network has LoRA layers of its own")
-    network.merged_layers = _changed_layers(updates)
-    for update in updates:
-        warn_of_other_base(update.record, base, update.path)
+    if any(map(is_lora_matrix, weights)):
+        raise RuntimeError("merge_updates: the network has LoRA layers of its own")
+    network.merged_layers = _changed_layers(updates, base)
     for layer in network.merged_layers:
         weight = weights[f"{layer}.weight"]
         weight.copy_(_updated(weight, layer, updates))  # this rounds
@@ -389,24 +362,21 @@ def replace_loras(
     base: str,
     device: str | torch.device,
 ) -> None:
-    """Merge LoRAs in the place of those that were merged before, with the bytes of a fresh start.
+    """Replace the merged LoRAs by others; the weights have the bytes of a fresh start with these.
 
     Args:
         network: its weights may be offloaded.
-        loras: as in `merge_loras`; none restores the base model.
-        base_weights: of the file that the network was loaded from, as `read_transformer` gives
-            them.
-        base: as in `merge_loras`.
-        device: where sums are taken; that of a fresh start.
+        loras: as in `read_updates`; an empty sequence restores the base model.
+        base_weights: of the file that the network was loaded from, from `read_transformer`.
+        base: as in `merge_updates`.
+        device: computes the sums; it must be that of a fresh start.
 
     Raises:
-        UserError: a file is not a LoRA, or one of another model; nothing is changed then.
+        UserError: a file is not a LoRA, or a LoRA of another model. Nothing is changed then.
     """
     weights = dict(network.named_parameters())
     updates = read_updates(loras, weights)
-    for update in updates:
-        warn_of_other_base(update.record, base, update.path)
-    changed = _changed_layers(updates)
+    changed = _changed_layers(updates, base)
     network.merged_layers |= changed  # also where this is interrupted
     for layer in network.merged_layers:
         name = f"{layer}.weight"
@@ -423,22 +393,21 @@ def merged_tensors(
     where: str | Path,
     dtype: torch.dtype | None = None,
 ) -> Mapping[str, Tensor]:
-    """The tensors of a base model with LoRAs added, each computed when it is asked for.
+    """The tensors of a base model with LoRAs merged, each computed on access.
 
     Args:
         base: name as in the plain model → tensor.
-        loras: as in `merge_loras`, whose sums these are.
+        loras: as in `read_updates`; the sums are those of `merge_updates`.
         where: the file or folder of `base`, for messages.
-        dtype: of what comes back, rounded once; None leaves each tensor its own.
+        dtype: of the results, rounded once; None keeps the type of each tensor.
 
     Raises:
-        UserError: as `merge_loras`, at once; as `in_dtype`, when a tensor is asked for.
+        UserError: as in `read_updates`, at once; as in `in_dtype`, on access to a tensor.
     """
     hint = f"is {where} the base model that the LoRA was trained on?"
-    known, shapes = fingerprint(base), on_meta(base)
+    shapes = on_meta(base)
     updates = read_updates(loras, shapes, hint=hint)
-    for update in updates:
-        warn_of_other_base(update.record, known, update.path)
+    changed = _changed_layers(updates, fingerprint(base))
 
     @torch.no_grad()
     def merged(layer: str) -> Tensor:
@@ -448,5 +417,5 @@ def merged_tensors(
         return total if dtype else rounded(total, weight.dtype, name=name, where=where)
 
     makers = {name: partial(base.__getitem__, name) for name in base}
-    makers |= {f"{layer}.weight": partial(merged, layer) for layer in _changed_layers(updates)}
+    makers |= {f"{layer}.weight": partial(merged, layer) for layer in changed}
     return in_dtype(LazyTensors(makers, meta=lambda: shapes), dtype, where=where)

@@ -1,19 +1,18 @@
-"""LoRAs of diffusers and peft: their files, their settings, and what they are in SAT's terms.
+"""LoRAs of diffusers and peft: their files and settings, and their conversion to SAT's format.
 
 diffusers writes ``pytorch_lora_weights.safetensors`` with the settings as JSON in its metadata,
-peft a folder with ``adapter_model.safetensors`` and ``adapter_config.json``. Both name a layer's
-update ``alpha / r · B A``, or with `use_rslora` ``alpha / √r · B A`` (Kalajdzievski, "A Rank
+peft a folder with ``adapter_model.safetensors`` and ``adapter_config.json``. In both, the update of
+a layer is ``alpha / r · B A``, or with `use_rslora` ``alpha / √r · B A`` (Kalajdzievski, "A Rank
 Stabilization Scaling Factor for Fine-Tuning with LoRA").
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sgm.checkpoint.table import to_sat
+from sgm.checkpoint.weight_file import damaged, json_object, read_json
 from sgm.errors import UserError, first_of
 
 if TYPE_CHECKING:
@@ -29,14 +29,67 @@ if TYPE_CHECKING:
 METADATA_KEY = "lora_adapter_metadata"  # of the safetensors header, where diffusers puts settings
 BASE_KEY = "sat_base_fingerprint"  # beside it, of LoRAs that were trained here
 DIFFUSERS_PREFIX = "transformer."
-LARGEST_ALPHA = 1e9  # no sensible one comes near
-# The layers that SAT wraps, and into how many parts it cuts their outputs: q, k and v have a pair
-# of matrices each.
+LARGEST_ALPHA = 1e9  # no sensible value comes near
+# The layers that SAT wraps, and the number of parts of their outputs: q, k and v have a pair of
+# matrices each.
 NUM_PAIRS = {"query_key_value": 3, "dense": 1}
+_PARTS = ("to_q", "to_k", "to_v", "to_out.0")  # the same layers in diffusers
 _CONFIG_FILE = "adapter_config.json"
-_PREFIXES = (DIFFUSERS_PREFIX, "base_model.model.transformer.", "base_model.model.")
-_MATRIX = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>[AB])(?:\.default)?\.weight")
-# Settings that make an update something else than alpha / r · B A, or add to it.
+_MERGE_FIRST = (
+    "merge it in diffusers (load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained) "
+    "and name that folder in load"
+)
+_NUM_NAMED = 4  # layers that a message repeats
+_LONGEST_QUOTE = 60  # characters of a setting that a message repeats
+
+_MATRIX = re.compile(
+    r"(base_model\.model\.)?(transformer\.)?(?P<layer>.+)\.lora_(?P<kind>[AB])(\.default)?\.weight"
+)
+_PLACE = re.compile(r"transformer_blocks\.(0|[1-9][0-9]{0,3})\.attn1\.(to_[qkv]|to_out\.0)")
+# Names of other tensors than matrices of the transformer, and what messages say of such a LoRA.
+_OTHER_NAMES = {
+    r"text_encoder": "changes the text encoder too ({!r}), which no LoRA does here; save it "
+    "without these matrices",
+    r".*(lora_magnitude_vector|dora_scale)": "is a DoRA ({!r}), not a plain LoRA; " + _MERGE_FIRST,
+    r".*\.bias$": "changes biases too ({!r}), which SAT's LoRA cannot; " + _MERGE_FIRST,
+}
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def is_alpha(value: object) -> bool:
+    """Whether `value` is a number that a lora_alpha may be."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= LARGEST_ALPHA  # false for nan
+
+
+def _is_patterns(value: object, is_valid: Callable[[object], bool]) -> bool:
+    return not value or (isinstance(value, dict) and all(map(is_valid, value.values())))
+
+
+def _is_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(type(number) is int for number in value)
+
+
+# Each format's table of settings: name → whether a value is valid.
+Rules = Mapping[str, Callable[[object], bool]]
+SAT_RULES: Rules = {
+    "r": _is_rank,
+    "lora_alpha": lambda value: value is None or is_alpha(value),
+    "layer_range": lambda value: value is None or _is_numbers(value),
+    "base": lambda value: value is None or isinstance(value, str),
+}
+# Of diffusers and peft. The keys of patterns are the names of layers, or their ends.
+_ADAPTER_RULES: Rules = {
+    "r": _is_rank,
+    "lora_alpha": is_alpha,
+    "rank_pattern": lambda value: _is_patterns(value, _is_rank),
+    "alpha_pattern": lambda value: _is_patterns(value, is_alpha),
+}
+# Beside these, settings with which an update is not alpha / r · B A, or not only that.
 _OTHER_UPDATES = (
     "use_dora",
     "lora_bias",
@@ -48,30 +101,29 @@ _OTHER_UPDATES = (
     "monteclora_config",
     "layer_replication",
 )
-# Ways to begin that change the base model's weights too, so that the matrices alone do not tell.
-_OTHER_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
-_MERGE_FIRST = (
-    "merge it in diffusers (load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained) "
-    "and name that folder in load"
-)
-_NUM_NAMED = 4  # layers that a message repeats
+_PLAIN_RULES: Rules = {name: lambda value: not value for name in _OTHER_UPDATES} | {
+    "peft_type": lambda value: value in (None, "LORA"),
+    # Others change the base model's weights too, so the matrices alone are not the update.
+    "init_lora_weights": lambda value: (
+        not str(value).lower().startswith(("pissa", "olora", "loftq", "corda", "lora_ga"))
+    ),
+}
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What diffusers or peft stored beside the matrices; None and nothing where they did not.
+def check_settings(values: Mapping[str, Any], rules: Rules, where: str) -> None:
+    """Compare the settings of a LoRA with the table of its format.
 
     Args:
-        r, lora_alpha: of the layers without a pattern.
-        rank_pattern, alpha_pattern: layer's name, or its end → its own.
-        use_rslora: alpha is divided by the root of the rank.
-    """
+        values: name → value; a missing one counts as None.
+        rules: the table.
+        where: what messages call the place of the settings.
 
-    r: int | None = None
-    lora_alpha: float | None = None
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    use_rslora: bool = False
+    Raises:
+        UserError: a value is not valid.
+    """
+    for name, is_valid in rules.items():
+        if not is_valid(values.get(name)):
+            raise damaged(where, f"has {name}={values.get(name)!r}")
 
 
 @dataclass(frozen=True)
@@ -89,13 +141,13 @@ class _Pair:
 
 @dataclass(frozen=True)
 class LoraRecord:
-    """What a LoRA's matrices do not say themselves.
+    """The settings of a LoRA that its matrices do not show.
 
     Args:
         r: rank.
         lora_alpha: the update is ``lora_alpha / r · B A``; None in a file without a record.
         layer_range: numbers of the blocks that have matrices; None in a file without a record.
-        base: `fingerprint` of the model it was trained on; None where that is not known.
+        base: `fingerprint` of the model it was trained on; None if it is not known.
     """
 
     r: int
@@ -113,12 +165,18 @@ def lora_layers(layer_range: Iterable[int]) -> list[str]:
 def expected_matrices(
     layers: Iterable[str], weights: Mapping[str, Tensor], r: int
 ) -> dict[str, Tensor]:
-    """Name → meta tensor of the shape that each matrix must have, for layers of the network."""
+    """Name → meta tensor of the shape that each matrix must have, for layers of the network.
+
+    Args:
+        layers: their names; those that SAT does not wrap, or that are not in `weights`, get no
+            matrices.
+        weights: name as in the plain model → tensor, which may be on the meta device.
+        r: rank.
+    """
     expected = {}
     for layer in layers:
         num_pairs = NUM_PAIRS.get(layer.rpartition(".")[2])
         weight = weights.get(f"{layer}.weight")
-        # Else its matrices are unknown keys.
         if num_pairs is None or weight is None or weight.ndim != 2:
             continue
         out_size, in_size = weight.shape
@@ -129,38 +187,28 @@ def expected_matrices(
 
 
 def lora_shapes(network: DiffusionTransformer) -> dict[str, Tensor]:
-    """Name → meta tensor of the LoRA matrices of a network, which may still lack their layers."""
+    """Name → meta tensor of a network's LoRA matrices; its LoRA layers may not be added yet."""
     mixin = network.mixins["lora"]
     weights = {n.replace(".original.", "."): weight for n, weight in network.named_parameters()}
     return expected_matrices(lora_layers(mixin.layer_range), weights, int(mixin.r))
 
 
 def names_with_lora(network: DiffusionTransformer) -> list[str]:
-    """Names that the weights of a network have once its LoRA layers, if any, are added."""
+    """Names of a network's weights after its LoRA layers, if it has any, are added."""
     names = [name for name, _ in network.named_parameters()]
     if not network.lora_config:
         return names
     wrapped = tuple(f"{layer}." for layer in lora_layers(network.mixins["lora"].layer_range))
-    beside = [_original(name) if name.startswith(wrapped) else name for name in names]
+    beside = [
+        ".original.".join(name.rsplit(".", 1)) if name.startswith(wrapped) else name
+        for name in names
+    ]
     return [*beside, *lora_shapes(network)]
-
-
-def _original(name: str) -> str:
-    layer, _, kind = name.rpartition(".")
-    return f"{layer}.original.{kind}"
 
 
 def is_foreign(names: Iterable[str]) -> bool:
     """Whether weights of these names are a LoRA of diffusers, peft or another code than SAT."""
     return any("lora_" in name or ".lora." in name for name in names)
-
-
-def other_alpha(path: Path, stored: float, given: float) -> UserError:
-    """The error where a user gives a lora_alpha and the file tells another."""
-    return UserError(
-        f"{path} was trained with lora_alpha={stored:g}, not {given:g}; leave the option out, a "
-        "strength is given when the LoRA is merged"
-    )
 
 
 def to_sat_lora(
@@ -169,53 +217,59 @@ def to_sat_lora(
     *,
     metadata: Mapping[str, str],
     alpha: float | None,
-) -> tuple[dict[str, Tensor], LoraRecord, bool]:
-    """A LoRA of diffusers or peft as SAT holds it: all of q, k, v and dense, of one rank.
+) -> tuple[dict[str, Tensor], LoraRecord, float | None]:
+    """Convert a LoRA of diffusers or peft to SAT's format: all of q, k, v and dense, of one rank.
 
-    Layers that were not trained get zeros, smaller ranks are filled up with zeros, and where the
-    strengths alpha / r differ, the difference goes into B (then float32). All else is bit for bit.
+    Layers that were not trained get zeros, and smaller ranks are padded with zeros. Where the
+    strengths alpha / r differ, the difference is multiplied into B, in float32. All other values
+    are the same to the bit.
 
     Args:
-        tensors: what the file `path` holds.
-        path: beside it peft's ``adapter_config.json`` is looked for.
-        metadata: of its header, empty where it has none.
-        alpha: taken where none is stored; without it the rank is taken, as diffusers does.
+        tensors: the tensors of the file `path`.
+        path: peft's ``adapter_config.json`` is read from the same folder.
+        metadata: of the file's header; empty if it has none.
+        alpha: used if the file stores none. Without it the rank is used, as in diffusers.
 
     Returns:
-        The matrices by their names in SAT, the record, and whether the file tells its alpha.
+        The matrices by their names in SAT, the record, and the lora_alpha that the file stores.
 
     Raises:
         UserError: it is not a plain LoRA of CogVideoX's attention layers, or damaged.
     """
-    matrices = _named_matrices(tensors, path)
+    layers = _named_matrices(tensors, path)
     settings = _read_settings(path, metadata)
-    stored = settings.lora_alpha
-    if alpha is not None and stored is not None and alpha != stored:
-        raise other_alpha(path, stored, alpha)
-    pairs = _paired(matrices, settings, path, alpha=stored if alpha is None else alpha)
+    stored = settings.get("lora_alpha")
+    pairs = _paired(layers, settings, path, alpha=alpha if stored is None else stored)
     rank = max(pair.rank for pair in pairs.values())
     common = _common_alpha(pairs.values(), rank)
-    in_diffusers = {}
-    for layer, pair in pairs.items():
-        down, up = _padded(pair, rank, common)
-        in_diffusers |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
-    found = dict(to_sat(in_diffusers, "lora", where=path))
-    blocks = sorted({int(name.split(".")[2]) for name in found})
-    record = LoraRecord(rank, common, blocks, base=_read_base(metadata))
-    return _completed(found, blocks), record, stored is not None
+    padded = {layer: _padded(pair, rank, common) for layer, pair in pairs.items()}
+    first = next(iter(padded.values()))
+    blocks = sorted({int(layer.split(".")[1]) for layer in padded})
+    complete: dict[str, Tensor] = {}
+    for layer in (f"transformer_blocks.{i}.attn1.{part}" for i in blocks for part in _PARTS):
+        both = padded.get(layer) or map(torch.zeros_like, first)
+        complete |= {f"{layer}.lora_{kind}.weight": m for kind, m in zip("AB", both, strict=True)}
+    base = metadata.get(BASE_KEY, "")
+    known = base if re.fullmatch(r"\w{1,64}", base) else None
+    record = LoraRecord(rank, common, blocks, base=known)
+    return dict(to_sat(complete, "lora", where=path)), record, stored
 
 
 def _named_matrices(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
     """Layer, as the transformer of diffusers names it → its matrices under "A" and "B"."""
+    for pattern, sentence in _OTHER_NAMES.items():
+        other = next((name for name in tensors if re.match(pattern, name)), None)
+        if other is not None:
+            raise UserError(f"{path} {sentence.format(other)}")
     layers: dict[str, dict[str, Tensor]] = {}
-    foreign = []
     for name, tensor in tensors.items():
-        _refuse_kinds(name, path)
-        prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
-        match = _MATRIX.fullmatch(name.removeprefix(prefix))
+        match = _MATRIX.fullmatch(name)
         if match is None:
-            foreign.append(name)
-            continue
+            raise UserError(
+                f"{path} holds {name!r}, which is not a matrix of a LoRA as diffusers and peft "
+                "name them (….lora_A.weight, ….lora_B.weight); load and save it with diffusers "
+                "first"
+            )
         own = layers.setdefault(match["layer"], {})
         if match["kind"] in own:
             raise UserError(
@@ -223,126 +277,60 @@ def _named_matrices(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict
                 "with diffusers first"
             )
         own[match["kind"]] = tensor
-    if foreign:
+    other_layers = [layer for layer in layers if not _PLACE.fullmatch(layer)]
+    if other_layers and not any(layer.startswith("transformer_blocks.") for layer in layers):
         raise UserError(
-            f"{path}: {foreign[0]!r} is not a matrix of a LoRA as diffusers and peft name them "
-            f"(… .lora_A.weight, … .lora_B.weight); load and save it with diffusers first"
+            f"{path} is a LoRA of another model than CogVideoX: it changes {other_layers[0]}; "
+            "choose one that was trained on CogVideoX-2B"
         )
-    homeless = [layer for layer in layers if not _has_place(layer, path)]
-    if homeless and not any(layer.startswith("transformer_blocks.") for layer in layers):
-        raise UserError(
-            f"{path} is a LoRA of another model than CogVideoX: it changes {homeless[0]}; choose "
-            "one that was trained on CogVideoX-2B"
-        )
-    if homeless:
-        kinds = sorted({re.sub(r"^transformer_blocks\.[0-9]+\.", "", layer) for layer in homeless})
-        raise UserError(
-            f"{path} also changes layers for which SAT's LoRA has no place "
-            f"({first_of(kinds, _NUM_NAMED)}), as it holds to_q, to_k, to_v and to_out.0 only; "
-            f"{_MERGE_FIRST}"
+    if other_layers:
+        kinds = {re.sub(r"^transformer_blocks\.[0-9]+\.", "", layer) for layer in other_layers}
+        raise _not_plain(
+            path,
+            "also changes layers for which SAT's LoRA has no place "
+            f"({first_of(sorted(kinds), _NUM_NAMED)}), as it has {', '.join(_PARTS)} only",
         )
     return layers
 
 
-def _refuse_kinds(name: str, path: Path) -> None:
-    """Refuse tensors that are known not to be matrices of the transformer's update."""
-    if name.startswith("text_encoder"):
-        raise UserError(
-            f"{path} changes the text encoder too ({name}), which no LoRA does here; save it "
-            "without these matrices"
-        )
-    if "lora_magnitude_vector" in name or "dora_scale" in name:
-        raise UserError(f"{path} is a DoRA ({name}), which is no plain LoRA; {_MERGE_FIRST}")
-    if name.endswith(".bias"):
-        raise UserError(
-            f"{path} changes biases too ({name}), which SAT's LoRA cannot; {_MERGE_FIRST}"
-        )
+def _not_plain(where: str | Path, what: str) -> UserError:
+    """The error for an update that SAT's LoRA cannot hold."""
+    return UserError(f"{where} {what}; {_MERGE_FIRST}")
 
 
-def _has_place(layer: str, path: Path) -> bool:
-    try:
-        to_sat({f"{layer}.lora_A.weight": torch.empty(0)}, "lora", where=path)
-    except UserError:
-        return False
-    return True
+def _read_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The settings in a file's own metadata, or in peft's file beside it, under peft's names.
 
-
-def _read_base(metadata: Mapping[str, str]) -> str | None:
-    base = metadata.get(BASE_KEY, "")
-    return base if re.fullmatch(r"\w{1,64}", base) else None
-
-
-def _read_settings(path: Path, metadata: Mapping[str, str]) -> _Settings:
-    """The settings in a file's own metadata, or in peft's file beside it; empty if neither is."""
-    stored = metadata.get(METADATA_KEY)
-    where, text = f"the metadata of {path}", stored
+    Raises:
+        UserError: they are damaged, or not those of a plain LoRA.
+    """
     config = path.with_name(_CONFIG_FILE)
-    if not stored and config.is_file():
-        where = str(config)
-        try:
-            text = config.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{config} cannot be read ({error}); copy it again") from None
-    if not text:
-        return _Settings()
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error}); copy the LoRA again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{where} holds no settings of a LoRA; copy the LoRA again")
-    own = {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in values.items()}
-    return _checked_settings(own, where)
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and value >= 1
-
-
-def is_alpha(value: Any) -> bool:
-    """Whether `value` is a number that a lora_alpha may be."""
-    return type(value) in (int, float) and abs(value) <= LARGEST_ALPHA  # false for nan
-
-
-def _checked_settings(values: Mapping[str, Any], where: str) -> _Settings:
-    others = [name for name in _OTHER_UPDATES if values.get(name)]
-    start = values.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_OTHER_STARTS):
-        others.append(f"init_lora_weights={start}")
-    if values.get("peft_type", "LORA") != "LORA":
-        others.append(f"peft_type={values['peft_type']}")
+    if stored := metadata.get(METADATA_KEY):
+        where = f"the metadata of {path}"
+        values = json_object(stored, where)
+    elif config.is_file():
+        where, values = str(config), read_json(config)
+    else:
+        return {}
+    values = {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in values.items()}
+    others = [
+        f"{name}={str(values[name])[:_LONGEST_QUOTE]!r}"
+        for name, is_plain in _PLAIN_RULES.items()
+        if not is_plain(values.get(name))
+    ]
     if others:
-        raise UserError(f"{where} says {', '.join(others)}: it is no plain LoRA; {_MERGE_FIRST}")
-    ranks, alphas = (values.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
-    sound = {
-        "r": _is_rank(values.get("r")),
-        "lora_alpha": is_alpha(values.get("lora_alpha")),
-        "rank_pattern": isinstance(ranks, dict) and all(map(_is_rank, ranks.values())),
-        "alpha_pattern": isinstance(alphas, dict) and all(map(is_alpha, alphas.values())),
-    }
-    for name, is_sound in sound.items():
-        if not is_sound:
-            raise UserError(
-                f"{where} has {name}={values.get(name)!r}; it is damaged, copy the LoRA again"
-            )
-    for key in (*ranks, *alphas):
-        # In peft they are regular expressions, which from a stranger could take forever.
+        raise _not_plain(where, f"has {', '.join(others)}, so it is not a plain LoRA")
+    check_settings(values, _ADAPTER_RULES, where)
+    for key in (*(values.get("rank_pattern") or ()), *(values.get("alpha_pattern") or ())):
+        # In peft they are regular expressions, which in a stranger's file could take forever.
         if not re.fullmatch(r"\^?[\w.]+", key):
-            raise UserError(
-                f"{where}: the pattern {key!r} is not the name of a layer; {_MERGE_FIRST}"
-            )
-    return _Settings(
-        r=values["r"],
-        lora_alpha=float(values["lora_alpha"]),
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        use_rslora=bool(values.get("use_rslora")),
-    )
+            raise _not_plain(where, f"has the pattern {key!r}, which is not the name of a layer")
+    return values
 
 
-def _by_pattern(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
-    """What the first key gives that is the layer's name or, without a leading ^, its end."""
-    for key, value in patterns.items():
+def _by_pattern(patterns: Mapping[str, float] | None, layer: str, default: float) -> float:
+    """The value of the first key that is the layer's name or, without a leading ^, its end."""
+    for key, value in (patterns or {}).items():
         name = key.removeprefix("^")
         if layer == name or (name == key and layer.endswith(f".{name}")):
             return value
@@ -350,26 +338,29 @@ def _by_pattern(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
 
 
 def _paired(
-    matrices: Mapping[str, Mapping[str, Tensor]],
-    settings: _Settings,
+    layers: Mapping[str, Mapping[str, Tensor]],
+    settings: Mapping[str, Any],
     path: Path,
     *,
     alpha: float | None,
 ) -> dict[str, _Pair]:
     pairs = {}
-    for layer, both in matrices.items():
+    for layer, both in layers.items():
         down, up = both.get("A"), both.get("B")
         if down is None or up is None or down.ndim != 2 or up.ndim != 2:
-            raise UserError(f"{path} has no two matrices for {layer}; copy the LoRA again")
+            raise damaged(path, f"has no two matrices for {layer}")
         rank = down.shape[0]
-        expected = _by_pattern(settings.rank_pattern, layer, settings.r or rank)
+        expected = _by_pattern(settings.get("rank_pattern"), layer, settings.get("r", rank))
         if not rank or up.shape[1] != rank or rank != expected:
-            raise UserError(
-                f"{path}: the matrices of {layer} are {list(down.shape)} and {list(up.shape)}, "
-                f"which is not rank {expected}; the file is damaged, copy it again"
+            raise damaged(
+                path,
+                f"has matrices for {layer} of {list(down.shape)} and {list(up.shape)}, which is "
+                f"not rank {expected}",
             )
-        own = _by_pattern(settings.alpha_pattern, layer, rank if alpha is None else alpha)
-        pairs[layer] = _Pair(down, up, own * math.sqrt(rank) if settings.use_rslora else own)
+        default = rank if alpha is None else alpha
+        own = _by_pattern(settings.get("alpha_pattern"), layer, default)
+        scaled = own * math.sqrt(rank) if settings.get("use_rslora") else own
+        pairs[layer] = _Pair(down, up, scaled)
     return pairs
 
 
@@ -392,16 +383,3 @@ def _padded(pair: _Pair, rank: int, alpha: float) -> tuple[Tensor, Tensor]:
         down = torch.cat([down, down.new_zeros(missing, down.shape[1])])
         up = torch.cat([up, up.new_zeros(up.shape[0], missing)], dim=1)
     return down, up
-
-
-def _completed(found: Mapping[str, Tensor], blocks: Iterable[int]) -> dict[str, Tensor]:
-    """`found` with zeros for the layers of these blocks that it lacks."""
-    sources = {kind: next(t for n, t in found.items() if f".matrix_{kind}." in n) for kind in "AB"}
-    matrices = {}
-    for block in blocks:
-        for part, num_pairs in NUM_PAIRS.items():
-            for kind, source in sources.items():
-                for i in range(num_pairs):
-                    name = f"transformer.layers.{block}.attention.{part}.matrix_{kind}.{i}"
-                    matrices[name] = found[name] if name in found else torch.zeros_like(source)
-    return matrices

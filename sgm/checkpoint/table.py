@@ -1,7 +1,7 @@
-"""One table of names and layouts between SAT's checkpoints and diffusers': both directions use it.
+"""The table of names and layouts between SAT's and diffusers' checkpoints, for both directions.
 
 A row pairs the name of a tensor in SAT with the tensors of diffusers that hold its rows. Numbers
-of layers, levels and blocks are placeholders, so they come from the weights; shapes do too.
+of layers, levels and blocks are placeholders: they come from the weights, and so do shapes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from sgm.checkpoint.tensors import LazyTensors, on_meta
+from sgm.checkpoint.weight_file import damaged
 from sgm.errors import UserError, first_of
 
 Part = Literal["transformer", "vae", "lora"]
 
-# ``{i}`` and the like stand for a number, these for what is given here; ``{~l}`` is the number l
-# counted from the other end.
+# A placeholder such as ``{i}`` stands for a number, those in `_PATTERNS` for other texts. ``{~l}``
+# is the number l counted from the other end.
 _PLACEHOLDER = re.compile(r"\{(~?)(\w+)\}")
 _PATTERNS = {"rest": ".+", "kind": "weight|bias", "side": "encoder|decoder", "ab": "[AB]"}
 
@@ -33,8 +34,9 @@ class Row:
 
     Args:
         sat: name in SAT.
-        diffusers: name in diffusers → which of the equal slices of SAT's tensor along its first
-            axis it consists of, in its own order. Slices are counted over all names of the row.
+        diffusers: name in diffusers → numbers of the slices that the tensor consists of, in its
+            order. SAT's tensor is cut along its first axis into as many equal slices as all names
+            of the row have together.
     """
 
     sat: str
@@ -42,7 +44,7 @@ class Row:
 
     @property
     def num_slices(self) -> int:
-        """Into how many slices SAT's tensor is cut."""
+        """The number of slices of SAT's tensor."""
         return sum(len(slices) for slices in self.diffusers.values())
 
 
@@ -54,7 +56,7 @@ _LAYER = "transformer.layers.{i}"
 _BLOCK = "transformer_blocks.{i}"
 _ADALN = "mixins.adaln_layer"
 
-# The position table: both sides compute it where it is absent, so it is not carried over.
+# The position table: both sides compute it if it is missing, so it is not converted.
 POSITION_TABLE = "mixins.pos_embed.pos_embedding"
 _COMPUTED = (POSITION_TABLE, "patch_embed.pos_embedding")
 
@@ -128,7 +130,7 @@ _ROWS: Mapping[Part, tuple[Row, ...]] = {"transformer": TRANSFORMER, "vae": VAE,
 
 @cache
 def _pattern(template: str) -> re.Pattern[str]:
-    """What matches a name of a template; the first row that matches counts."""
+    """The pattern of the names of a template; a name belongs to the first row that matches."""
     parts, end = [], 0
     for placeholder in _PLACEHOLDER.finditer(template):
         parts.append(re.escape(template[end : placeholder.start()]))
@@ -149,34 +151,26 @@ def _translated(template: str, other: str, match: re.Match[str], num_levels: int
 
 
 def _num_levels(names: Mapping[str, Tensor]) -> int:
-    """Levels of the autoencoder's decoder; 0 where there is none."""
+    """Levels of the autoencoder's decoder; 0 if there is no decoder."""
     found = (re.match(r"decoder\.up(?:_blocks)?\.([0-9]{1,4})\.", name) for name in names)
     return max((int(match[1]) + 1 for match in found if match), default=0)
-
-
-def _find(name: str, part: Part, *, in_sat: bool) -> tuple[Row, str, re.Match[str]] | None:
-    """The row of a name, the template in it that matched, and the match."""
-    for row in _ROWS[part]:
-        for template in (row.sat,) if in_sat else row.diffusers:
-            if match := _pattern(template).fullmatch(name):
-                return row, template, match
-    return None
 
 
 def _matches(
     tensors: Mapping[str, Tensor], part: Part, where: str | Path, *, in_sat: bool
 ) -> Iterator[tuple[str, Row, str, re.Match[str]]]:
-    """Each name that is carried over, with what `_find` gives for it.
+    """Each name that is converted, its row, the template in it that matched, and the match.
 
     Raises:
-        UserError: at the end, if there were names that no row has.
+        UserError: at the end, if no row has some of the names.
     """
+    templates = [(r, t) for r in _ROWS[part] for t in ((r.sat,) if in_sat else r.diffusers)]
     unknown = []
-    for name in tensors:
-        if name in _COMPUTED:
-            continue
-        if found := _find(name, part, in_sat=in_sat):
-            yield name, *found
+    for name in (name for name in tensors if name not in _COMPUTED):
+        for row, template in templates:
+            if match := _pattern(template).fullmatch(name):
+                yield name, row, template, match
+                break
         else:
             unknown.append(name)
     if unknown:
@@ -192,17 +186,15 @@ def _slices(tensor: Tensor, count: int, name: str, where: str | Path) -> tuple[T
     if count == 1:
         return (tensor,)
     if tensor.ndim == 0 or tensor.shape[0] % count:
-        raise UserError(
-            f"{where}: {name} is {list(tensor.shape)}, which does not divide into {count} equal "
-            "parts; the file is damaged or of another model"
-        )
+        what = f"has {name} of {list(tensor.shape)}, which does not divide into {count} equal parts"
+        raise damaged(where, what)
     return tensor.chunk(count)
 
 
 def _taken(
     tensors: Mapping[str, Tensor], name: str, row: Row, slices: Sequence[int], where: str | Path
 ) -> Tensor:
-    """Of the SAT tensor `name`, the slices that a tensor of diffusers consists of."""
+    """The tensor of diffusers that consists of these slices of the SAT tensor `name`."""
     pieces = _slices(tensors[name], row.num_slices, name, where)
     return pieces[slices[0]] if len(slices) == 1 else torch.cat([pieces[i] for i in slices])
 
@@ -220,10 +212,7 @@ def _united(
         return first
     if first.ndim == 0 or any(piece.shape != first.shape for piece in pieces.values()):
         shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in names.values())
-        raise UserError(
-            f"{where}: the shapes of {shapes} do not go together; the file is damaged or of "
-            "another model"
-        )
+        raise damaged(where, f"has {shapes}, whose shapes do not go together")
     return torch.cat([pieces[i] for i in range(row.num_slices)])
 
 
@@ -235,29 +224,29 @@ def _made(
 ) -> LazyTensors:
     """Name → ``make(tensors, *source, where)``, and the same on the meta device."""
 
-    def makers(of: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
-        return {name: partial(make, of, *source, where) for name, source in sources.items()}
+    def made(of: Mapping[str, Tensor], **meta: Callable[[], LazyTensors]) -> LazyTensors:
+        makers = {name: partial(make, of, *source, where) for name, source in sources.items()}
+        return LazyTensors(makers, **meta)
 
-    return LazyTensors(makers(tensors), meta=lambda: LazyTensors(makers(on_meta(tensors))))
+    return made(tensors, meta=lambda: made(on_meta(tensors)))
 
 
 def to_diffusers(
     tensors: Mapping[str, Tensor], part: Part, *, where: str | Path
 ) -> Mapping[str, Tensor]:
-    """The tensors of a SAT checkpoint under diffusers' names and in its layout.
+    """Convert the tensors of a SAT checkpoint to diffusers' names and layout.
 
     Args:
-        tensors: names as in the plain model, without ``model.diffusion_model.``; of any dtype and
-            device, meta too, which gives shapes alone. Values are carried over bit for bit.
-        part: what they are.
+        tensors: names as in the plain model, without ``model.diffusion_model.``. Any dtype and
+            device is possible; meta tensors give meta tensors. Values stay the same to the bit.
+        part: the part of the model that has these tensors.
         where: the file, for messages.
 
     Returns:
-        Tensors that are views or put together when asked for; the position table is left out.
+        Tensors that are views or are made on access. The position table is left out.
 
     Raises:
-        UserError: a name is none of SAT's; or, when a tensor is asked for, a shape does not
-            divide.
+        UserError: SAT has no such name; or, on access to a tensor, a shape does not divide.
     """
     num_levels = _num_levels(tensors)
     sources: dict[str, tuple[str, Row, Sequence[int]]] = {}  # of a name in diffusers
@@ -269,13 +258,13 @@ def to_diffusers(
 
 
 def to_sat(tensors: Mapping[str, Tensor], part: Part, *, where: str | Path) -> Mapping[str, Tensor]:
-    """The tensors of a diffusers checkpoint under SAT's names and in its layout.
+    """Convert the tensors of a diffusers checkpoint to SAT's names and layout.
 
     The inverse of `to_diffusers`, with the same arguments.
 
     Raises:
-        UserError: a name is none of diffusers', or one that SAT needs to go with another is absent;
-            or, when a tensor is asked for, its parts' shapes do not go together.
+        UserError: diffusers has no such name, or a name of the same row is missing; or, on access
+            to a tensor, the shapes of its parts do not go together.
     """
     num_levels = _num_levels(tensors)
     sources: dict[str, tuple[Row, dict[str, str]]] = {}  # of a name in SAT: template → name
@@ -283,10 +272,10 @@ def to_sat(tensors: Mapping[str, Tensor], part: Part, *, where: str | Path) -> M
         translated = _translated(template, row.sat, match, num_levels)
         sources.setdefault(translated, (row, {}))[1][template] = name
     for row, names in sources.values():
-        absent = [template for template in row.diffusers if template not in names]
-        if absent:
-            raise UserError(
-                f"{where} has {next(iter(names.values()))}, but nothing under {absent[0]} for the "
-                "same layer; copy it from the original again"
+        missing = [template for template in row.diffusers if template not in names]
+        if missing:
+            present = next(iter(names.values()))
+            raise damaged(
+                where, f"has {present}, but nothing under {missing[0]} for the same layer"
             )
     return _made(_united, tensors, sources, where)

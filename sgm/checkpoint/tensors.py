@@ -1,4 +1,4 @@
-"""Mappings of tensors that are made when asked for, and tensors in another precision."""
+"""Lazy mappings of tensors, and tensors in another precision."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sgm.errors import UserError
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Name → tensor, each put together when it is asked for, so that few are in memory at once.
+    """Name → tensor, each made on access, so that few are in memory at once.
 
     Args:
-        makers: name → what puts the tensor together.
-        meta: gives the same names with tensors on the meta device; without it, `on_meta` must
-            make each tensor once to tell its shape.
+        makers: name → function that makes the tensor.
+        meta: returns the same names with tensors on the meta device. Without it, `on_meta` makes
+            each tensor once to know its shape.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class LazyTensors(Mapping[str, Tensor]):
         return self._makers[name]()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._makers  # where Mapping would make the tensor
+        return name in self._makers  # Mapping's own would make the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)
@@ -51,20 +51,15 @@ def on_meta(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def chosen(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Mapping[str, Tensor]:
-    """Some of the tensors, which stay lazy if they are."""
-    if not isinstance(tensors, LazyTensors):
-        return {name: tensors[name] for name in names}
-    kept = list(names)
-
-    def metas() -> Mapping[str, Tensor]:
-        known = on_meta(tensors)
-        return {name: known[name] for name in kept}
-
-    return LazyTensors({name: partial(tensors.__getitem__, name) for name in kept}, meta=metas)
+    """The tensors of these names, each still made on access if it is lazy."""
+    makers = {name: partial(tensors.__getitem__, name) for name in names}
+    return LazyTensors(
+        makers, meta=lambda: {n: meta for n, meta in on_meta(tensors).items() if n in makers}
+    )
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype, *, name: str, where: str | Path) -> Tensor:
-    """A tensor in another precision; one of whole numbers stays as it is.
+    """A tensor in another precision; a tensor of whole numbers stays as it is.
 
     Raises:
         UserError: it has values beyond the range of `dtype`.
@@ -83,10 +78,10 @@ def rounded(tensor: Tensor, dtype: torch.dtype, *, name: str, where: str | Path)
 def in_dtype(
     tensors: Mapping[str, Tensor], dtype: torch.dtype | None, *, where: str | Path
 ) -> Mapping[str, Tensor]:
-    """The tensors in another precision, rounded when asked for; None leaves each its own.
+    """The tensors in another precision, rounded on access; None keeps the type of each tensor.
 
     Raises:
-        UserError: when a tensor is asked for that has values beyond the range of `dtype`.
+        UserError: on access to a tensor with values beyond the range of `dtype`.
     """
     if dtype is None:
         return tensors

@@ -1,28 +1,28 @@
-"""The T5 text encoder: its folder, what must be in it, and its weights."""
+"""The weights of the T5 text encoder: building, checking and filling it."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sgm.checkpoint.find import T5Files
 from sgm.checkpoint.strict_loading import differences
-from sgm.errors import UserError, first_of
+from sgm.checkpoint.weight_file import damaged
+from sgm.errors import first_of
 from sgm.offload import stream_weights
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
 
 _TABLE_NAMES = ("encoder.embed_tokens.weight", "shared.weight")
 _WIDE = ".wo.weight"
-_AGAIN = "copy the folder from the original again"
 
 
-def _build_encoder(files: T5Files) -> nn.Module:
-    """The encoder of a T5 folder on the meta device, without values.
-
-    Raises:
-        UserError: transformers cannot build it.
-    """
+def _build_encoder(files: T5Files) -> T5EncoderModel:
+    """Build the encoder of a T5 folder on the meta device, without values."""
     # Imported here, since it takes seconds and only this function needs it.
     from transformers import T5Config, T5EncoderModel
 
@@ -31,25 +31,28 @@ def _build_encoder(files: T5Files) -> nn.Module:
             return T5EncoderModel(T5Config.from_dict(dict(files.config)))
     except Exception as error:  # transformers and what it checks values with raise many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"the T5 folder {files.folder} cannot be loaded: {reason.rstrip('.')}; {_AGAIN}"
-        ) from None
+        folder = f"the T5 folder {files.folder}"
+        raise damaged(folder, f"cannot be loaded: {reason.rstrip('.')}") from None
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     """The type of a weight in an encoder of type `dtype`."""
-    # As transformers does: the range of float16 is too small for what this layer adds up.
+    # As in transformers: the range of float16 is too small for the sums of this layer.
     return torch.float32 if dtype is torch.float16 and name.endswith(_WIDE) else dtype
 
 
-def check_t5(files: T5Files, *, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Compare the weights of a text encoder with its config.json; only headers are read.
+def check_t5(files: T5Files, *, dtype: torch.dtype) -> tuple[T5EncoderModel, dict[str, Tensor]]:
+    """Compare the weights of a text encoder with its config.json. Only headers are read.
+
+    Args:
+        files: from `find_t5`.
+        dtype: of the encoder.
 
     Returns:
         The encoder on the meta device, in type `dtype`, and the weights for `fill_encoder`.
 
     Raises:
-        UserError: some are missing or damaged, or transformers cannot build such an encoder.
+        UserError: weights are missing or damaged, or transformers cannot build the encoder.
     """
     encoder = _build_encoder(files)
     wanted = encoder.state_dict()
@@ -61,32 +64,32 @@ def check_t5(files: T5Files, *, dtype: torch.dtype) -> tuple[nn.Module, dict[str
     unfit = differences(found, wanted)
     gaps = [*unfit["missing"], *unfit["of another shape"], *unfit["of whole numbers"]]
     if gaps:
-        raise UserError(
-            f"the T5 folder {files.folder} lacks {len(gaps)} of the weights that its config.json "
-            f"asks for, or has them in another shape or type ({first_of(gaps)}); {_AGAIN}"
+        raise damaged(
+            f"the T5 folder {files.folder}",
+            f"lacks {len(gaps)} of the weights that its config.json asks for, or has them in "
+            f"another shape or type ({first_of(gaps)})",
         )
     _assign(encoder, {n: weight.to(_dtype_of(n, dtype)) for n, weight in wanted.items()})
     return encoder.eval(), found  # without dropout
 
 
 def fill_encoder(
-    encoder: nn.Module,
+    encoder: T5EncoderModel,
     found: dict[str, Tensor],
     *,
     dtype: torch.dtype,
     device: str | torch.device,
     streamed: bool,
 ) -> None:
-    """Put the weights of a text encoder, each mapped from disk, straight into type and place.
+    """Fill a text encoder with its weights, each moved from disk straight to `device` and `dtype`.
 
-    With `from_pretrained` of transformers all of them would be in the host's memory first. Where
-    they are `streamed` they stay mapped and in the files' type, so that the host holds no copy of
-    them either; each is put into type and place on its way, every time.
+    `from_pretrained` of transformers would first read all of them into the host's memory.
 
     Args:
-        encoder, found: as `check_t5` returned them.
+        encoder, found: from `check_t5`.
         dtype, device: of the weights.
-        streamed: see above.
+        streamed: the weights stay mapped and in the files' type, so that host memory holds no copy
+            of them. Each is moved to `device` and `dtype` every time its block works.
     """
     if streamed:
         _assign(encoder, found)
@@ -99,13 +102,13 @@ def fill_encoder(
     _assign(encoder, found)
 
 
-def _assign(encoder: nn.Module, weights: dict[str, Tensor]) -> None:
+def _assign(encoder: T5EncoderModel, weights: dict[str, Tensor]) -> None:
     encoder.load_state_dict(weights, assign=True)
     encoder.set_input_embeddings(encoder.shared)  # one table under both of its names
 
 
 def _complete_table(state: dict[str, Tensor]) -> None:
-    """Give the table of words both of its names; files have it under either or both."""
+    """Add the missing name of the embedding table; files have one of its names, or both."""
     for name, other in (_TABLE_NAMES, _TABLE_NAMES[::-1]):
         if name in state:
             state[other] = state[name]

@@ -1,11 +1,10 @@
-"""The weights of the diffusion transformer: sorting a file's keys, comparing, filling a model."""
+"""The weights of the diffusion transformer: reading a file, checking it and filling a model."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sgm.checkpoint.diffusers_folder import read_diffusers_part
-from sgm.checkpoint.find import EXPECTED, Kind, Weights, find_transformer, is_no_base
+from sgm.checkpoint.find import Kind, Weights, find_transformer, is_no_base, unexpected
 from sgm.checkpoint.lora_formats import is_foreign, lora_shapes
 from sgm.checkpoint.strict_loading import check_fit
 from sgm.checkpoint.table import POSITION_TABLE, to_sat
@@ -26,22 +25,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODEL_PREFIX = "model.diffusion_model."
-# Of a checkpoint of the whole engine, what belongs to other parts.
+# The names of other parts in a checkpoint of the whole engine begin so.
 OTHER_PARTS = ("conditioner.", "first_stage_model.", "loss.", "loss_fn.", "denoiser.", "model_ema.")
 _HINT = "use the configuration that belongs to these weights"
 
 
 def is_lora_matrix(name: str) -> bool:
-    """Whether a weight of this name is a matrix of LoRA."""
+    """Whether a weight of this name is a LoRA matrix."""
     return ".matrix_A." in name or ".matrix_B." in name
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """Identity of a model's weights: 16 hexadecimal digits, the same for float32 and float16.
 
-    Only the vectors (biases, scales of norms) take part, rounded to float16, so little is read of
-    a mapped file, and nothing changes where LoRA wraps a layer. A copy rounded to bfloat16 counts
-    as another model.
+    It is the digest of the vectors (biases, scales of norms), rounded to float16. So only a small
+    part of a mapped file is read, and the result is the same if LoRA wraps a layer. A copy that is
+    rounded to bfloat16 counts as another model.
 
     Args:
         tensors: name → tensor of the transformer, with or without the checkpoint's prefix.
@@ -61,10 +60,10 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def sort_keys(
     tensors: Mapping[str, Tensor], path: Path, *, kind: Kind = "load", option: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The transformer's tensors of a checkpoint, as (base weights, LoRA matrices).
+    """Sort the transformer's tensors of a checkpoint into (base weights, LoRA matrices).
 
-    Names come out as the plain model's: without prefix, and without ``original``, which LoRA puts
-    before the weights of the layers it wraps.
+    The names are those of the plain model: without prefix, and without ``original``, which LoRA
+    puts before the weights of the layers that it wraps.
 
     Args:
         tensors: of the file `path`.
@@ -74,12 +73,9 @@ def sort_keys(
         UserError: the file holds no transformer, or one of diffusers, or a LoRA of it.
     """
     option = option or kind
-    if any(name.startswith(MODEL_PREFIX) for name in tensors):
-        own = {
-            name.removeprefix(MODEL_PREFIX): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(MODEL_PREFIX)
-        }
+    prefixed = [name for name in tensors if name.startswith(MODEL_PREFIX)]
+    if prefixed:
+        own = {name.removeprefix(MODEL_PREFIX): tensors[name] for name in prefixed}
         rest = [n for n in tensors if not n.startswith((MODEL_PREFIX, *OTHER_PARTS))]
         if rest:
             logger.warning("%s: %d unknown keys are not used: %s …", path, len(rest), rest[0])
@@ -93,17 +89,16 @@ def sort_keys(
             "it"
         )
     if not any(name.startswith(("transformer.", "mixins.")) for name in own):
-        raise UserError(
-            f"{path} holds no transformer of SAT format (first key: {next(iter(tensors))!r}); "
-            f"{option} must be {EXPECTED[kind]}"
-        )
+        first = next(iter(tensors))
+        what = f"{path} holds no transformer of SAT format (first key: {first!r})"
+        raise unexpected(what, kind, option)
     lora = {n: t for n, t in own.items() if is_lora_matrix(n)}
     base = {n.replace(".original.", "."): t for n, t in own.items() if n not in lora}
     return base, lora
 
 
 def fill_lora(network: DiffusionTransformer, lora: Mapping[str, Tensor]) -> None:
-    """Copy matrices, which `check_lora` has seen, into a network that has its LoRA layers."""
+    """Copy matrices, checked by `check_lora`, into a network whose LoRA layers are added."""
     weights = dict(network.named_parameters())
     with torch.no_grad():
         for name, matrix in lora.items():
@@ -113,14 +108,16 @@ def fill_lora(network: DiffusionTransformer, lora: Mapping[str, Tensor]) -> None
 def check_lora(
     network: DiffusionTransformer, lora: Mapping[str, Tensor], path: str | Path | Weights
 ) -> None:
-    """Compare the matrices of the file `path` with a network that need not have its layers yet.
+    """Compare the LoRA matrices of the file `path` with a network.
+
+    The network's LoRA layers may not be added yet.
 
     Raises:
-        UserError: they are of other layers or another rank than its ``lora_config``, or it has
-            none.
+        UserError: the matrices are of other layers or another rank than its ``lora_config``, or it
+            has no ``lora_config``.
     """
     if network.lora_config:
-        check_fit(lora, lora_shapes(network), path=path, hint=_HINT)
+        check_fit(lora, lora_shapes(network), path=str(path), hint=_HINT)
         return
     name, matrix = next(iter(lora.items()))
     raise UserError(
@@ -130,9 +127,9 @@ def check_lora(
 
 
 class TransformerTensors(NamedTuple):
-    """What a file or folder of a transformer holds, under the names of the plain model.
+    """The tensors in a file or folder of a transformer, under the names of the plain model.
 
-    `base` is mapped from disk or put together when asked for; `lora` are LoRA's matrices.
+    `base` is mapped from disk or made on access; `lora` are LoRA matrices.
     """
 
     path: Path
@@ -143,13 +140,13 @@ class TransformerTensors(NamedTuple):
 def read_transformer(
     load: str | Path | Weights, *, option: str | None = None
 ) -> TransformerTensors:
-    """The tensors of a transformer in whichever format.
+    """Find and read the tensors of a transformer, of SAT or diffusers.
 
     Args:
         load, option: as in `find_transformer`.
 
     Raises:
-        UserError: no such file, not weights, no CogVideoX-2B, or a LoRA without its base.
+        UserError: no such file, not weights, not CogVideoX-2B, or a LoRA without its base.
     """
     found = find_transformer(load, option=option)
     if found.folder is not None:
@@ -165,7 +162,7 @@ def read_transformer(
 def check_transformer(
     network: DiffusionTransformer, load: str | Path | Weights
 ) -> TransformerTensors:
-    """Compare a transformer's weights with a network on the meta device, without their values.
+    """Compare a transformer's weights with a network on the meta device. No values are read.
 
     Returns:
         The weights, for `load_transformer`.
@@ -196,27 +193,24 @@ def load_transformer(
     """Fill a transformer that was built on the meta device with weights of SAT or diffusers.
 
     Tensors go from the mapped file straight to `device` and `dtype`, one by one, so that host
-    memory never holds a second copy. Layers are wrapped for LoRA afterwards, where configured.
+    memory never holds a second copy. LoRA layers are added afterwards if they are configured.
 
     Args:
         network: the transformer.
-        load: as in `find_transformer`, or what `check_transformer` returned.
+        load: as in `find_transformer`, or the result of `check_transformer`.
         dtype, device: of the network's weights.
 
     Returns:
-        The `fingerprint` of the file's weights, which `dtype` has not rounded yet.
+        The `fingerprint` of the file's weights before they are rounded to `dtype`.
 
     Raises:
         UserError: as in `check_transformer`.
     """
     found = load if isinstance(load, TransformerTensors) else check_transformer(network, load)
-    computed = {}
-    if POSITION_TABLE not in found.base and POSITION_TABLE in network.state_dict():
-        computed[POSITION_TABLE] = network.mixins["pos_embed"].compute_table()
-    placed = {
-        name: tensor.to(device=device, dtype=dtype)
-        for name, tensor in chain(found.base.items(), computed.items())
-    }
+    placed = {n: tensor.to(device=device, dtype=dtype) for n, tensor in found.base.items()}
+    if POSITION_TABLE not in placed and POSITION_TABLE in network.state_dict():
+        table = network.mixins["pos_embed"].compute_table()
+        placed[POSITION_TABLE] = table.to(device=device, dtype=dtype)
     network.load_state_dict(placed, assign=True)
     network.add_lora()
     fill_lora(network, found.lora)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -16,12 +17,39 @@ if TYPE_CHECKING:
 
 _HEAD_BYTES = 512  # of a file, which show what kind of file it is
 _LARGEST_JSON = 1 << 26  # bytes; the index of a large model has some 100 kB
+# How files begin that stand in the place of the right one, and what messages say of them.
+_OTHER_HEADS = {
+    (b"<!doctype", b"<html", b"<?xml", b"<head"): "is a web page, not the file itself: the "
+    "download link answered with HTML; download it again",
+    (b"version https://git-lfs",): "is a pointer of git-lfs, not the file itself; run 'git lfs "
+    "pull' there",
+}
+
+
+def damaged(path: str | Path, reason: str) -> UserError:
+    """The error for a file that is incomplete, damaged or a file of another kind.
+
+    Args:
+        path: the file, or what messages call it.
+        reason: a clause that follows the path, such as "is cut off".
+    """
+    return UserError(f"{path} {reason}; download or copy it again")
+
+
+def incomplete(folder: str | Path, what: str) -> UserError:
+    """The error for a folder that was not copied completely.
+
+    Args:
+        folder: the folder, or what messages call it.
+        what: the missing file, folder or contents.
+    """
+    return UserError(f"{folder} lacks {what}; copy it there from the original")
 
 
 class Contents(NamedTuple):
-    """What a weight file holds.
+    """The contents of a weight file.
 
-    `state` is what was saved, its tensors mapped from disk or read when asked for; `metadata` is
+    `state` is the saved object; its tensors are mapped from disk, or read on access. `metadata` is
     that of a safetensors header; `file` is the file itself.
     """
 
@@ -39,17 +67,17 @@ class OpenFile:
 
 
 class WeightFile:
-    """A file of weights. It is read at the first `read`, and then stays mapped until `release`.
+    """A file of weights. The first `read` reads it; it then stays mapped until `release`.
 
     Attributes:
-        kept: `release` does nothing; a file that was read is read again only if it has changed.
+        kept: `release` has no effect; a file that was read is read again only if it has changed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.kept = False
         self._contents: Contents | None = None
-        self._state: FileState | None = None  # as it was read
+        self._state: FileState | None = None  # when it was read
 
     def read(self, *, lazily: bool = False) -> Contents:
         """The contents of the file; arguments and errors as in `read_weights`."""
@@ -57,7 +85,7 @@ class WeightFile:
         if self._contents is None or (self.kept and not self.is_as_read):
             from sgm.checkpoint import reading  # it imports PyTorch
 
-            self._state = self.state()
+            self._state = state_of(self.path)
             self._contents = reading.read_weights(self.path, lazily=lazily)
         return self._contents
 
@@ -68,7 +96,7 @@ class WeightFile:
         return reading.tensors_of(self.read(lazily=lazily).state, self.path, wrapper=wrapper)
 
     def open(self) -> BinaryIO:
-        """The file from its start, unbuffered; the very file that is mapped, where it was read.
+        """The file from its start, unbuffered; after `read` the very file that is mapped.
 
         Raises:
             OSError: it cannot be opened.
@@ -79,17 +107,13 @@ class WeightFile:
         file.seek(0)
         return file
 
-    def state(self) -> FileState | None:
-        """What changes where the file is written again; None where it is missing."""
-        return state_of(self.path)
-
     @property
     def is_as_read(self) -> bool:
-        """Whether the file has not changed since it was read, if it was."""
-        return self._state in (None, self.state())
+        """Whether the file has not changed since it was read; true if it was not read."""
+        return self._state in (None, state_of(self.path))
 
     def release(self) -> None:
-        """Give the mapping of the file back, once no tensor of it is used."""
+        """Drop the mapping of the file. Memory is freed once no tensor of it is used."""
         if not self.kept:
             self._contents = None
 
@@ -99,7 +123,7 @@ FileState = tuple[int, int, int, int]
 
 
 def state_of(path: Path) -> FileState | None:
-    """What changes where a file is written again; None where it is missing."""
+    """The state of a file, which changes when the file is written again; None if it is missing."""
     try:
         found = os.stat(path)
     except OSError:
@@ -107,24 +131,26 @@ def state_of(path: Path) -> FileState | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def open_file(path: Path) -> BinaryIO:
-    """The file, opened to be read from its start.
+@contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading from its start; it is closed at the end of the context.
 
     Raises:
-        UserError: it is missing, not readable, or recognisably not the file that should be there:
+        UserError: it is missing, cannot be read, or is recognisably not the right file: it is
             empty, an HTML page or a pointer of git-lfs.
     """
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such file; check the path in the configuration")
-        file = path.open("rb")
-        try:
-            _check_head(file.read(_HEAD_BYTES), path)
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+            if not head:
+                raise damaged(path, "is empty")
+            for starts, what in _OTHER_HEADS.items():
+                if head.lstrip().lower().startswith(starts):
+                    raise UserError(f"{path} {what}")
             file.seek(0)
-        except BaseException:
-            file.close()
-            raise
-        return file
+            yield file
     except OSError as error:
         raise UserError(
             f"{path} cannot be read: {error.strerror}; check the path and its permissions"
@@ -132,39 +158,40 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def check_kind(path: Path) -> None:
-    """Refuse what is recognisably not the file that should be there; errors as in `open_file`."""
-    open_file(path).close()
+    """Check that a file can be read and is not recognisably another one, as in `open_file`.
 
-
-def _check_head(head: bytes, path: Path) -> None:
-    start = head.lstrip().lower()
-    if not head:
-        raise UserError(f"{path} is empty; download or copy it again")
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise UserError(
-            f"{path} is a web page, not the file itself: the download link answered with HTML; "
-            "download it again"
-        )
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(
-            f"{path} is a pointer of git-lfs, not the file itself; run 'git lfs pull' there"
-        )
+    Raises:
+        UserError: as in `open_file`.
+    """
+    with open_file(path):
+        pass
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        UserError: the file is missing, or is something else.
+        UserError: the file is missing or damaged, or does not hold an object.
+    """
+    with open_file(path) as file:
+        text = file.read(_LARGEST_JSON + 1)
+    return json_object(text if len(text) <= _LARGEST_JSON else "", path)
+
+
+def json_object(text: str | bytes, where: str | Path) -> dict[str, Any]:
+    """The object in a text of JSON.
+
+    Args:
+        text: the JSON, in UTF-8 if it is bytes.
+        where: the file, or what messages call the place of the text.
+
+    Raises:
+        UserError: the text is damaged, or does not hold an object.
     """
     try:
-        with open_file(path) as file:
-            text = file.read(_LARGEST_JSON + 1)
-        found = json.loads(text.decode("utf-8")) if len(text) <= _LARGEST_JSON else None
-    except (OSError, ValueError, RecursionError):  # not UTF-8 and not JSON are ValueErrors
+        found = json.loads(text)
+    except (ValueError, RecursionError):  # also of bytes that are not UTF-8
         found = None
     if not isinstance(found, dict):
-        raise UserError(
-            f"{path} is damaged: it is not an object in JSON; copy it from the original again"
-        )
+        raise damaged(where, "is damaged: it is not an object in JSON")
     return found

@@ -1,4 +1,4 @@
-"""From a batch to what the network is conditioned on."""
+"""The conditioner: from a batch's texts to the embeddings that condition the network."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ class GeneralConditioner(nn.Module):
 
     Args:
         emb_models: for each embedder ``{target, params, input_key, is_trainable, ucg_rate}``:
-            `input_key` names the entry of the batch it reads, `is_trainable` whether its weights
-            are trained, `ucg_rate` (0 to 1) how often a training sample's embedding is replaced
-            by zeros, which teaches the network its unconditional prediction.
-        with_embedders: False: batches bring their embeddings along, and no embedder is kept.
+            `input_key` names the entry of the batch that it reads, `is_trainable` says whether its
+            weights are trained. `ucg_rate` (0 to 1) is the probability that zeros replace a
+            training sample's embedding, which teaches the network its unconditional prediction.
+        with_embedders: if False, batches contain their embeddings, and no embedder is kept.
         dtype, device: of the embedders' weights. On the device "meta" embedders are built and
-            checked, also where none is kept; `load_weights` then reads their values.
+            checked, even if none is kept; `load_weights` then reads their values.
         streamed: the weights of each block are on `device` only while it works. For inference, with
             embedders that have this argument.
 
     Raises:
-        UserError: there is no embedder, an embedder's node has an unknown key, or embeddings are
-            kept of more than one embedder: which part of them each embedder drops is not known.
+        UserError: there is no embedder, an embedder's node has an unknown key, or there are several
+            embedders without `with_embedders`: it is not known which part of an embedding each of
+            them drops.
     """
 
     def __init__(
@@ -75,8 +76,9 @@ class GeneralConditioner(nn.Module):
                 widths.append(getattr(embedder, "width", None))
                 if with_embedders:
                     self.embedders.append(embedder)
-        # d_text of the embeddings, where all embedders say theirs.
-        self.text_width = sum(widths) if widths and None not in widths else None
+        # d_text of the embeddings; None if an embedder does not give its own.
+        known = [width for width in widths if width is not None]
+        self.text_width = sum(known) if known and len(known) == len(widths) else None
 
     def _build(
         self, node: Mapping[str, Any], device: str | torch.device, *, streamed: bool
@@ -91,7 +93,8 @@ class GeneralConditioner(nn.Module):
     def load_weights(self, device: str | torch.device, *, streamed: bool = False) -> None:
         """Read the values of embedders that were built on the device "meta".
 
-        An embedder without a method `load_weights` is built again.
+        An embedder without a method `load_weights` is built again. The arguments are those of the
+        constructor.
         """
         for index, embedder in enumerate(self.embedders):
             if not hasattr(embedder, "load_weights"):
@@ -105,7 +108,7 @@ class GeneralConditioner(nn.Module):
         return any(weight.requires_grad for weight in self.parameters())
 
     def train(self, mode: bool = True) -> GeneralConditioner:
-        """Switch to training; embedders that are not trained stay as in inference."""
+        """Switch to training mode; embedders that are not trained stay in evaluation mode."""
         super().train(mode)
         for embedder in self.embedders:
             trained = any(weight.requires_grad for weight in embedder.parameters())
@@ -113,7 +116,7 @@ class GeneralConditioner(nn.Module):
         return self
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Conditioning of a batch: of its texts, or with its ``crossattn`` (b, n_text, d_text).
+        """Conditioning of a batch, from its texts or its ``crossattn`` (b, n_text, d_text).
 
         In training mode each sample's embedding is zeroed with the embedder's `ucg_rate`, drawn
         from torch's global generator, after everything is embedded.
@@ -121,33 +124,24 @@ class GeneralConditioner(nn.Module):
         Returns:
             ``{"crossattn": (b, n_text, d_text)}``; several embedders are joined along d_text.
         """
-        embeddings = [batch["crossattn"]] if "crossattn" in batch else self._embed(batch)
-        return {"crossattn": torch.cat(self._drop(embeddings), dim=-1)}
-
-    def _embed(self, batch: Mapping[str, Any]) -> list[Tensor]:
-        """The output (b, n_text, d) of each embedder."""
-        if not self.embedders:
-            raise RuntimeError("this conditioner has no embedders: a batch must bring 'crossattn'")
-        return [
-            embedder(batch[key])
-            for embedder, key in zip(self.embedders, self.input_keys, strict=True)
-        ]
-
-    def _drop(self, embeddings: Sequence[Tensor]) -> list[Tensor]:
-        """Of each embedder's output (b, n_text, d) the samples that are not dropped, else zeros."""
-        dropped = []
-        for embedding, ucg_rate in zip(embeddings, self.ucg_rates, strict=True):
+        if "crossattn" in batch:
+            embeddings = [batch["crossattn"]]
+        elif self.embedders:
+            inputs = zip(self.embedders, self.input_keys, strict=True)
+            embeddings = [embedder(batch[key]) for embedder, key in inputs]
+        else:
+            raise RuntimeError("this conditioner has no embedders: a batch must have 'crossattn'")
+        for i, ucg_rate in enumerate(self.ucg_rates):
             if self.training and ucg_rate > 0:
-                kept = torch.rand(embedding.shape[0], 1, 1) >= ucg_rate
-                embedding = embedding * kept.to(embedding)
-            dropped.append(embedding)
-        return dropped
+                kept = torch.rand(embeddings[i].shape[0], 1, 1) >= ucg_rate
+                embeddings[i] = embeddings[i] * kept.to(embeddings[i])
+        return {"crossattn": torch.cat(embeddings, dim=-1)}
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Conditioning of b texts for inference; a text that does not fit gives a warning.
+        """Conditioning of b texts for inference; logs a warning for a text that is too long.
 
-        The conditioner must be in evaluation mode, or embeddings would be dropped at random.
+        The conditioner must be in evaluation mode: training mode drops embeddings at random.
         """
         for embedder in self.embedders:
             for text in texts:

@@ -33,7 +33,7 @@ diffusers = pytest.importorskip("diffusers")
 STEM = "diffusion_pytorch_model"
 SHARD = f"{STEM}-00001-of-00003.safetensors"
 INDEX = f"{STEM}.safetensors.index.json"
-# How diffusers is told to write, and a file that it writes then.
+# Options with which diffusers writes, and a file that it writes with them.
 LAYOUTS = {
     "one file": ({}, f"{STEM}.safetensors"),
     "shards": ({"max_shard_size": "40KB"}, INDEX),
@@ -224,7 +224,7 @@ MISTAKES = {
     "image to video": (configure(ofs_embed_dim=512), "as the image-to-video models"),
     "another activation": (configure(activation_fn="geglu"), "activation_fn='geglu'"),
     "another class": (configure(_class_name="UNet2DModel"), "holds a diffusers 'UNet2DModel'"),
-    "parts swapped": (swap_parts, "'AutoencoderKLCogVideoX', and needed is the transformer"),
+    "parts swapped": (swap_parts, "'AutoencoderKLCogVideoX', but the transformer"),
     "another pipeline": (
         write("model_index.json", '{"_class_name": "StableDiffusionPipeline"}'),
         "of another pipeline .'StableDiffusionPipeline'.",
@@ -244,7 +244,7 @@ MISTAKES = {
     "index of nothing": (write(f"transformer/{INDEX}", "{}"), "it has no weight_map"),
     "a file elsewhere": (point_to("../vae/config.json"), "names '../vae/config.json', which"),
     "a file of the root": (point_to("/etc/passwd"), "names '/etc/passwd', which"),
-    "the folder itself": (point_to(".."), "which is no file of its own folder"),
+    "the folder itself": (point_to(".."), "which is not a file of its own folder"),
     "no file's name": (point_to(3), "lacks the shard 3 "),
     "another shard": (point_to(SHARD), "by it, proj_out.bias is in .* does not hold it"),
     "no weights": (lambda p: (p / "transformer" / INDEX).unlink(), "holds no weights"),
@@ -270,7 +270,7 @@ def test_a_wrong_folder_is_one_sentence(pipe, kind):
 
 
 VAE_MISTAKES = {
-    "parts swapped": (swap_parts, "'CogVideoXTransformer3DModel', and needed is the vae"),
+    "parts swapped": (swap_parts, "'CogVideoXTransformer3DModel', but the vae"),
     "no shard": (lambda p: next((p / "vae").glob("*.safetensors")).unlink(), "lacks the shard"),
     "another norm": (
         lambda p: edit_json(p / "vae" / "config.json", norm_num_groups=16),

@@ -6,13 +6,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sgm.checkpoint.lora import load_lora, lora_record, merge_loras, merged_tensors, read_lora
+from sgm.checkpoint.lora import load_lora, lora_record, merged_tensors, read_lora
 from sgm.checkpoint.tensors import LazyTensors
 from sgm.checkpoint.transformer import MODEL_PREFIX, fingerprint, is_lora_matrix, load_transformer
 from sgm.config import LoraChoice
 from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError
 from sgm.util import check_params, instantiate_from_config
+from tests.lora_models import merge_loras
 
 LORA = {"target": "sat.model.finetune.lora2.LoraMixin"}
 
@@ -219,7 +220,7 @@ def test_a_file_without_record_is_merged_with_alpha_1_and_says_so(build, tmp_pat
     merge_lora(network, tmp_path / form)
     torch.testing.assert_close(predict(network), predict(trained), rtol=0, atol=2e-6)
     (message,) = caplog.messages
-    assert "does not tell its lora_alpha; 1 is taken" in message
+    assert "does not store its lora_alpha; 1 is used" in message
 
 
 def test_fingerprints_tell_models_apart_but_not_their_copies(build):
@@ -242,7 +243,7 @@ def test_another_base_gives_a_warning(build, tmp_path, caplog):
     network = build()
     base = fingerprint(network.state_dict())
     merge_lora(network, save(build({"r": 2}), tmp_path / "lora.pt", base))
-    # Of bfloat16 weights, whoever loaded them knows what they were before.
+    # The weights are rounded to bfloat16, so the caller gives the fingerprint from before.
     merge_lora(build().bfloat16(), tmp_path / "lora.pt", base=base)
     assert not caplog.messages
     network.time_embed[0].bias.data += 1
@@ -280,12 +281,12 @@ SPOILT = [
     ("other format", "is a LoRA of another model than CogVideoX: it changes unet"),
     ("no tensors", "holds no tensors"),
     ("a matrix less", r"1 missing \(transformer.layers.0.attention.*load must name the base"),
-    ("empty matrices", "r=2; the file is damaged"),
+    ("empty matrices", "r=2; download or copy it"),
     ("sparse", "matrix_A.0' is not a dense tensor"),
     ("without content", "matrix_A.0' is not a dense tensor"),
-    ({"r": torch.ones(3)}, r"r=tensor\(.*; the file is damaged"),
-    ({"r": 3}, "r=3; the file is damaged"),
-    ({"lora_alpha": float("nan")}, "lora_alpha=nan; the file is damaged"),
+    ({"r": torch.ones(3)}, r"r=tensor\(.*; download or copy it"),
+    ({"r": 3}, "r=3; download or copy it"),
+    ({"lora_alpha": float("nan")}, "lora_alpha=nan; download or copy it"),
     ({"lora_alpha": 10**400}, "lora_alpha=1000"),
     ({"lora_alpha": "1"}, "lora_alpha='1'"),
     ({"layer_range": "01"}, "layer_range='01'"),

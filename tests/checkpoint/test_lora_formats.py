@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sgm.checkpoint.lora import merge_loras, read_lora
+from sgm.checkpoint.lora import read_lora
 from sgm.checkpoint.lora_formats import METADATA_KEY
 from sgm.checkpoint.transformer import read_transformer
 from sgm.config import LoraChoice
 from sgm.errors import UserError
 from sgm.preflight import find_weights
-from tests.lora_models import build, build_theirs, predict, randomize
+from tests.lora_models import build, build_theirs, merge_loras, predict, randomize
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
@@ -93,7 +93,7 @@ def test_a_lora_of_diffusers_predicts_here_what_it_does_there(ours, tmp_path, sa
 KINDS = {
     "some layers": {"target_modules": ["to_q", "to_out.0"]},
     "one block": {"layers_to_transform": [1], "layers_pattern": "transformer_blocks"},
-    # With ^ a pattern is the whole name, so the last one is none's.
+    # With ^ a pattern is the whole name, so the last one matches no layer.
     "ranks": {"rank_pattern": {"to_q": 2, "^transformer_blocks.1.attn1.to_v": 7, "^to_k": 9}},
     "alphas": {"alpha_pattern": {"transformer_blocks.0.attn1.to_k": 1, "to_v": 24}},
     "ranks and alphas": {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"1.attn1.to_q": 9}},
@@ -143,10 +143,10 @@ def test_without_an_alpha_the_rank_is_taken_as_diffusers_does(ours, tmp_path, ca
     caplog.clear()
     assert_merges_to(theirs, tmp_path)
     (message,) = caplog.messages
-    assert message.endswith(f"{FILE} does not tell its alpha; its rank is taken, as diffusers does")
+    assert message.endswith(f"{FILE} does not store its alpha; its rank is used, as in diffusers")
     caplog.clear()
     assert read_lora(tmp_path, alpha=6)[1].lora_alpha == 6 and not caplog.messages
-    # Told when it is merged, not when the paths are looked at before.
+    # It is logged when the LoRA is merged, not when the paths are checked before.
     choice = LoraChoice(str(tmp_path))
     find_weights({"latent_input": True}, None, lora=[choice], random_transformer=True)
     assert not caplog.messages
@@ -204,7 +204,7 @@ def test_a_layer_under_two_prefixes_is_refused(tmp_path):
         (f"{BLOCK}.attn1.to_q.dora_scale", "is a DoRA"),
         (f"{BLOCK}.attn1.to_q.lora_B.bias", "changes biases too"),
         ("lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight", "is not a matrix of a LoRA"),
-        (f"{BLOCK}.attn1.to_k.lora_A.weight", "no two matrices for .*to_k; copy"),
+        (f"{BLOCK}.attn1.to_k.lora_A.weight", "no two matrices for .*to_k; download"),
     ],
 )
 def test_other_tensors_are_named(tmp_path, name, words):
@@ -220,17 +220,20 @@ SOUND = {"r": 2, "lora_alpha": 2}
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"use_dora": True}, "says use_dora: it is no plain LoRA; merge it in diffusers"),
-        ({"init_lora_weights": "pissa_niter_4"}, "says init_lora_weights=pissa_niter_4"),
-        ({"peft_type": "LOHA"}, "says peft_type=LOHA"),
-        ({"r": 3}, r"are \[2, 8\] and \[8, 2\], which is not rank 3; the file is damaged"),
-        ({"r": "2"}, "has r='2'; it is damaged"),
-        ({"r": None}, "has r=None; it is damaged"),
-        ({"lora_alpha": None}, "has lora_alpha=None; it is damaged"),
-        ({"lora_alpha": float("nan")}, "has lora_alpha=nan; it is damaged"),
-        ({"lora_alpha": 10**400}, "has lora_alpha=1000.*; it is damaged"),
-        ({"alpha_pattern": {"to_q": "x"}}, "has alpha_pattern={'to_q': 'x'}; it is damaged"),
-        ({"rank_pattern": [2]}, r"has rank_pattern=\[2\]; it is damaged"),
+        (
+            {"use_dora": True},
+            "has use_dora='True', so it is not a plain LoRA; merge it in diffusers",
+        ),
+        ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights='pissa_niter_4'"),
+        ({"peft_type": "LOHA"}, "has peft_type='LOHA'"),
+        ({"r": 3}, r"of \[2, 8\] and \[8, 2\], which is not rank 3; download or copy it"),
+        ({"r": "2"}, "has r='2'; download or copy it"),
+        ({"r": None}, "has r=None; download or copy it"),
+        ({"lora_alpha": None}, "has lora_alpha=None; download or copy it"),
+        ({"lora_alpha": float("nan")}, "has lora_alpha=nan; download or copy it"),
+        ({"lora_alpha": 10**400}, "has lora_alpha=1000.*; download or copy it"),
+        ({"alpha_pattern": {"to_q": "x"}}, "has alpha_pattern={'to_q': 'x'}; download or copy it"),
+        ({"rank_pattern": [2]}, r"has rank_pattern=\[2\]; download or copy it"),
         ({"alpha_pattern": {"(.*)+x": 1}}, "the pattern .* is not the name of a layer"),
     ],
 )
@@ -243,7 +246,7 @@ def test_unusual_and_damaged_settings_are_one_sentence(tmp_path, settings, words
 
 @pytest.mark.parametrize(
     ("raw", "words"),
-    [("{", "is not valid JSON"), ("[" * 10**5, "is not valid JSON"), ("[1]", "holds no settings")],
+    [("{", "not an object"), ("[" * 10**5, "not an object"), ("[1]", "not an object")],
 )
 def test_damaged_metadata_is_one_sentence(tmp_path, raw, words):
     with pytest.raises(UserError, match=f"the metadata of .*{words}"):
@@ -253,7 +256,7 @@ def test_damaged_metadata_is_one_sentence(tmp_path, raw, words):
 def test_damaged_settings_of_peft_are_one_sentence(tmp_path):
     write(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="adapter_config.json cannot be read"):
+    with pytest.raises(UserError, match="adapter_config.json is damaged: it is not an object"):
         read_lora(tmp_path)
 
 

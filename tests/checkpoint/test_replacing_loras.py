@@ -1,5 +1,6 @@
 """LoRAs of a loaded model are replaced by others, with the bytes of a fresh start."""
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -7,13 +8,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sgm.checkpoint.lora import merge_loras, replace_loras
+from sgm.checkpoint.lora import replace_loras
 from sgm.checkpoint.lora_formats import expected_matrices, lora_layers
 from sgm.checkpoint.transformer import MODEL_PREFIX, load_transformer, read_transformer
 from sgm.config import LoraChoice
 from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError
 from sgm.util import build_on_meta, check_params
+from tests.lora_models import merge_loras
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "cogvideox_tiny_infer.yaml"
@@ -68,7 +70,7 @@ def test_loras_are_replaced_back_and_forth(build, loras, dtype):
         found, expected = network.state_dict(), fresh(*chosen)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
         seen.append({name: tensor.clone() for name, tensor in found.items()})
-    for one, other in zip(seen, seen[1:], strict=False):
+    for one, other in itertools.pairwise(seen):
         assert not all(torch.equal(one[name], tensor) for name, tensor in other.items())
     assert all(torch.equal(seen[-1][name], tensor) for name, tensor in plain.items())
 

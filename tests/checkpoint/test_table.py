@@ -198,7 +198,7 @@ MISTAKES = {
     "does not divide": (
         to_diffusers,
         {"transformer.layers.0.attention.query_key_value.bias": [8]},
-        r"is \[8\], which does not divide into 3",
+        r"of \[8\], which does not divide into 3",
     ),
     "a part is absent": (
         to_sat,

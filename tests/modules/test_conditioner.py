@@ -94,7 +94,7 @@ def test_a_kept_embedding_is_dropped_as_a_fresh_one_is_without_any_embedder(node
 
 
 def test_without_embedders_there_are_no_texts_and_no_second_embedder(node):
-    with pytest.raises(RuntimeError, match="must bring 'crossattn'"):
+    with pytest.raises(RuntimeError, match="must have 'crossattn'"):
         GeneralConditioner([node()], with_embedders=False)({"txt": ["a"]})
     with pytest.raises(UserError, match="has 2 embedders.*leave cache_dir out"):
         GeneralConditioner([node(), node()], with_embedders=False)

@@ -13,13 +13,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sgm.checkpoint.find import DIFFUSERS_FILE, MODEL_FILES
-from sgm.checkpoint.lora import load_lora, merge_loras, read_lora
+from sgm.checkpoint.lora import load_lora, read_lora
 from sgm.checkpoint.lora_formats import BASE_KEY, METADATA_KEY
 from sgm.checkpoint.transformer import MODEL_PREFIX, fingerprint, read_transformer
 from sgm.cli import run_command
 from sgm.config import LoraChoice
 from tests.conftest import full_disk
-from tests.lora_models import build, build_theirs, predict, randomize, save_base, save_run
+from tests.lora_models import (
+    build,
+    build_theirs,
+    merge_loras,
+    predict,
+    randomize,
+    save_base,
+    save_run,
+)
 from tools import export_sat_lora_weight, import_lora, merge_lora
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,7 +182,7 @@ def test_an_older_file_is_exported_with_the_alpha_that_is_given(export, tmp_path
     assert read_lora(folder)[1].lora_alpha == 5
     assert len(load_file(folder / DIFFUSERS_FILE)) == 16
     code, _, said, _ = export(path, to="default")
-    assert code == 0 and "does not tell its lora_alpha; 1 is taken" in said
+    assert code == 0 and "does not store its lora_alpha; 1 is used" in said
     assert read_lora(tmp_path / "default")[1].lora_alpha == 1
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sgm.checkpoint.find import T5Files, find_t5
 from sgm.checkpoint.text_encoder import check_t5, fill_encoder
-from sgm.errors import UserError
+from sgm.checkpoint.weight_file import damaged
 from sgm.modules.encoders.json_pieces import JsonPieces
 
 logger = logging.getLogger(__name__)
@@ -21,15 +21,15 @@ logger = logging.getLogger(__name__)
 class T5Tokenizer:
     """Sentencepiece with T5's conventions: an end token, then padding up to a fixed length.
 
-    The model file itself decides how text is normalised and split, so ids are those that the
-    text encoder was trained with, whatever the version of the libraries around it.
+    The model file itself defines how text is normalised and split, so ids are those that the
+    text encoder was trained with, in every version of the libraries.
 
     Args:
         model_file: ``spiece.model``, or a ``tokenizer.json`` that was made from it.
         max_length: number of ids of every text.
 
     Raises:
-        UserError: the file is neither, or one without end token and padding.
+        UserError: the file is not a tokenizer, or it has no end token or no padding.
     """
 
     def __init__(self, model_file: Path, *, max_length: int) -> None:
@@ -38,13 +38,10 @@ class T5Tokenizer:
         self._eos_id = self._pieces.eos_id()
         self._pad_id = self._pieces.pad_id()
         if min(self._eos_id, self._pad_id) < 0:
-            raise UserError(
-                f"{model_file} has no end token or no padding, so it is not T5's; "
-                "copy it from the original again"
-            )
+            raise damaged(model_file, "has no end token or no padding, so it is not T5's")
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Token ids (b, max_length), int64; a text that is cut still ends with the end token."""
+        """Token ids (b, max_length), int64. A text that is cut still ends with the end token."""
         rows = []
         for ids in self._pieces.encode(list(texts)):
             row = [*ids[: self.max_length - 1], self._eos_id]
@@ -52,7 +49,7 @@ class T5Tokenizer:
         return torch.tensor(rows, dtype=torch.long)
 
     def overflow(self, text: str) -> str:
-        """The end of `text` that does not fit into `max_length` tokens; empty where all does."""
+        """The end of `text` that does not fit into `max_length` tokens; empty if all of it fits."""
         (ids,) = self._pieces.encode([text])
         return self._pieces.decode(ids[self.max_length - 1 :])
 
@@ -63,30 +60,28 @@ def _read_pieces(path: Path) -> SentencePieceProcessor | JsonPieces:
     try:
         return SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError):
-        raise UserError(
-            f"{path} is not a sentencepiece model; copy it from the original again"
-        ) from None
+        raise damaged(path, "is not a sentencepiece model") from None
 
 
 class FrozenT5Embedder(nn.Module):
-    """Texts to the last hidden state of a T5 encoder.
+    """A T5 encoder: from texts to its last hidden state.
 
     Args:
         model_dir: folder in Hugging Face's layout, with ``config.json``, ``spiece.model`` (or
             ``tokenizer.json``) and weights as safetensors or .bin shards; or as in `find_t5`.
         max_length: number of tokens that every text is padded or cut to.
-        dtype, device: of the weights. On the device "meta" they are compared with the folder's
-            config only, until `load_weights`.
-        streamed: the weights stay in their files, and each block's are on `device` while it works
-            only; for inference.
+        dtype, device: of the weights. On the device "meta" only their headers are read and
+            compared with the folder's config; `load_weights` then reads the values.
+        streamed: the weights stay in their files, and those of a block are on `device` only while
+            it works. For inference.
 
-    Padding is not masked: the diffusion model was trained on embeddings made that way.
+    Padding is not masked, as in the training of the diffusion model.
 
     Raises:
         UserError: the folder is not a T5 folder.
     """
 
-    # Of older files: the device is the run's, and whether it is trained is the conditioner's word.
+    # Keys of older files. The run chooses the device, and the conditioner what is trained.
     IGNORED_PARAMS = frozenset({"cache_dir", "freeze"})
 
     def __init__(
@@ -109,15 +104,18 @@ class FrozenT5Embedder(nn.Module):
             self.load_weights(device, streamed=streamed)
 
     def load_weights(self, device: str | torch.device, *, streamed: bool = False) -> None:
-        """Put the weights in place; to be called once, after building on the device "meta"."""
-        place = {"dtype": self._dtype, "device": device, "streamed": streamed}
-        fill_encoder(self.transformer, self._mapped, **place)
+        """Put the weights in place. Call it once, after building on the device "meta".
+
+        The arguments are those of the constructor.
+        """
+        weights, dtype = self._mapped, self._dtype
+        fill_encoder(self.transformer, weights, dtype=dtype, device=device, streamed=streamed)
         self._visited_device = torch.device(device) if streamed else None
         self._mapped = {}
         self.weights.release()
 
     def warn_if_cut(self, text: str) -> None:
-        """Log a warning that quotes the end of `text` that the encoder will not see."""
+        """Log a warning that quotes the end of `text` if it is too long for the encoder."""
         cut = self.tokenizer.overflow(text)
         if cut:
             logger.warning(
@@ -127,8 +125,8 @@ class FrozenT5Embedder(nn.Module):
     def forward(self, texts: Sequence[str]) -> Tensor:
         """Embeddings (b, max_length, d_text) of b texts.
 
-        One text at a time, so that an embedding is the same to the last bit whatever else is in
-        the batch, and kept ones can stand for it.
+        Each text is embedded alone, so that an embedding is the same to the last bit in every
+        batch, and a cached embedding can replace it.
         """
         device = self._visited_device or self.transformer.device
         ids = self.tokenizer(texts).to(device)  # (b, max_length)

@@ -169,7 +169,7 @@ def test_a_tokenizer_json_of_something_else_is_refused(newer, content, words):
 
 def test_a_folder_of_something_else_is_called_that(tmp_path):
     (tmp_path / "3d-vae.pt").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"is no T5 folder \(it holds 3d-vae.pt\)"):
+    with pytest.raises(UserError, match=r"is not a T5 folder \(it holds 3d-vae.pt\)"):
         FrozenT5Embedder(str(tmp_path), MAX_LENGTH)
 
 
@@ -243,7 +243,7 @@ MISTAKES = {
     "another model": (lambda f: edit_config(f, model_type="umt5"), "holds 'umt5', not a T5"),
     "no tokenizer": (
         lambda f: (f / "spiece.model").unlink(),
-        "lacks spiece.model or tokenizer.json; .* the folder tokenizer",
+        "lacks spiece.model or tokenizer.json .*the folder tokenizer",
     ),
     "tokenizer pointer": (
         lambda f: (f / "spiece.model").write_text(POINTER),
@@ -269,10 +269,10 @@ MISTAKES = {
         "model.safetensors is not a whole safetensors file",
     ),
     "no weights in the file": (lambda f: (f / "model.safetensors").write_bytes(b""), "is empty"),
-    "a weight is absent": (drop_weight, r"lacks 1 of the weights .*block.1.layer.1.*wi_0"),
+    "a missing weight": (drop_weight, r"lacks 1 of the weights .*block.1.layer.1.*wi_0"),
     "more layers": (lambda f: edit_config(f, num_layers=3), r"block\.2\.layer"),
-    "a shard is absent": (in_shards, "lacks the shard model-00002-of-00002.safetensors that"),
-    "a size that is none": (lambda f: edit_config(f, num_layers="x"), "cannot be loaded: "),
+    "a missing shard": (in_shards, "lacks the shard model-00002-of-00002.safetensors that"),
+    "an invalid size": (lambda f: edit_config(f, num_layers="x"), "cannot be loaded: "),
     "another width": (lambda f: edit_config(f, d_model=128), "in another shape"),
 }
 
@@ -284,6 +284,12 @@ def test_a_broken_folder_is_refused_in_one_sentence(broken, kind):
     with pytest.raises(UserError, match=words) as failure:
         FrozenT5Embedder(str(broken), MAX_LENGTH)
     assert str(broken) in str(failure.value) and "\n" not in str(failure.value)
+
+
+def test_pointers_of_git_lfs_are_named_when_the_files_are_found(broken):
+    (broken / "model.safetensors").write_text(POINTER)
+    with pytest.raises(UserError, match="model.safetensors is a pointer of git-lfs"):
+        find_t5(broken)
 
 
 def test_pickled_code_in_a_bin_file_is_not_run(broken, tmp_path):
