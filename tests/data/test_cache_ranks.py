@@ -13,7 +13,7 @@ from arguments import parse_config
 from sgm.config import TrainingArgs
 from sgm.data import cache
 from sgm.data.cache import prepare_cache
-from sgm.data.cache_store import Store
+from sgm.data.cache import Store
 from sgm.data.frames import ClipError
 
 ROOT = Path(__file__).resolve().parents[2]

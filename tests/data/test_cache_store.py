@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from sgm.data.cache_store import Store
+from sgm.data.cache import Store
 from sgm.errors import UserError
 from sgm.files import replacing
 
