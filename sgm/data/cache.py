@@ -14,8 +14,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,16 +27,14 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from sgm.checkpoint.find import T5Files, Weights
+from sgm.checkpoint.find import T5Files, Weights, find_t5
 from sgm.data.cache_keys import (
     DigestMemory,
-    embedding_key,
-    first_stage_identity,
+    check_cacheable,
+    entry_key,
     first_stage_weights,
     hash_file,
-    latents_key,
-    text_identity,
-    text_weights,
+    model_digest,
     window_position,
 )
 from sgm.data.frames import ClipError, no_clip_left
@@ -223,7 +220,7 @@ class Cache:
         parts = _parts(dataset)
         kept = [sample for part in parts for sample in self.samples if sample.dataset is part]
         if not kept:
-            raise no_clip_left(sum(len(part.clips) for part in parts))
+            raise no_clip_left(f"{sum(len(part.clips) for part in parts)} clips")
         return CachedDataset(self, kept)
 
     def embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -294,56 +291,95 @@ def prepare_cache(
         for store in (latents, embeddings):
             store.prepare()
         _remove_leftovers(folder)
-        samples = _prepare_latents(
-            parts,
-            model["first_stage_config"],
-            store=latents,
-            memory=DigestMemory(folder / "contents.json"),
-            ranks=ranks,
-            dtype=dtype,
-            device=device,
-            num_workers=num_workers,
-        )
-        text_keys = _prepare_embeddings(
-            [*captions, *texts],
+        node = model["first_stage_config"]
+        build = partial(build_first_stage, node, dtype=dtype, device=device)
+        weights = first_stage_weights(node)
+        autoencoder = _Encoder("the autoencoder", node, weights, build, latents, dtype, ranks)
+        memory = DigestMemory(folder / "contents.json")
+        samples = _prepare_latents(parts, autoencoder, memory=memory, num_workers=num_workers)
+        build = partial(
+            instantiate_from_config,
             model["conditioner_config"],
-            store=embeddings,
-            ranks=ranks,
             dtype=dtype,
             device=text_device or device,
         )
+        node = check_cacheable(model["conditioner_config"])
+        files = find_t5(node["params"]["model_dir"])
+        text_encoder = _Encoder("the text encoder", node, files, build, embeddings, dtype, ranks)
+        text_keys = _prepare_embeddings([*captions, *texts], text_encoder)
     return Cache(latents, embeddings, samples, text_keys)
 
 
 class _Encoder:
-    """The autoencoder or the text encoder, built at the first use.
+    """The autoencoder or the text encoder, and the store of its outputs.
+
+    It is built at the first use.
 
     Args:
         name: its name in messages.
+        node: its node of the configuration.
         weights: its files. They must not change between this call and `get`.
         build: builds it.
+        store: the entries.
+        dtype: the precision in which it runs.
+        ranks: the processes that train together.
     """
 
     def __init__(
-        self, name: str, weights: Weights | T5Files, build: Callable[[], nn.Module]
+        self,
+        name: str,
+        node: Mapping[str, Any],
+        weights: Weights | T5Files,
+        build: Callable[[], nn.Module],
+        store: Store,
+        dtype: torch.dtype,
+        ranks: Ranks,
     ) -> None:
-        self._name, self._weights, self._build = name, weights, build
-        self._since = weights.state()
+        self._name, self._weights, self._build, self._store = name, weights, build, store
+        self._dtype, self.ranks = dtype, ranks
         self._module: nn.Module | None = None
+        self._since = weights.state()
+        # The first process reads the files; the others need not read gigabytes.
+        self._digest = ranks.gather(model_digest(node, weights) if ranks.rank == 0 else "")[0]
+
+    def key(self, *source: object) -> str:
+        """The key of the entry for a source, see `entry_key`."""
+        return entry_key(self._store.name, *source, model=self._digest, dtype=self._dtype)
+
+    def own_missing(self, wanted: Mapping[str, T]) -> list[tuple[str, T]]:
+        """This process's share of the (key, source) in `wanted` whose entries are missing."""
+        own, store = self.ranks.share([*wanted]), self._store
+        missing = set().union(*self.ranks.gather([key for key in own if not store.holds(key)]))
+        if missing:
+            logger.info("%s: %d of %d entries are missing", store.folder, len(missing), len(wanted))
+        return self.ranks.share([(key, wanted[key]) for key in wanted if key in missing])
 
     def get(self) -> nn.Module:
-        """The module.
+        """The module, in evaluation mode.
 
         Raises:
             UserError: it cannot be built, or its files have changed.
         """
         if self._module is None:
-            self._module = self._build()
+            self._module = self._build().eval()
             if not self._weights.is_unchanged(self._since):
                 raise UserError(
                     f"the files of {self._name} changed while the cache was made; start again"
                 )
         return self._module
+
+    def write(self, key: str, output: Tensor, *, source: object) -> None:
+        """Write an entry, unless it would spoil every run that reads it.
+
+        Raises:
+            UserError: the output for `source` is not finite, or the entry cannot be written.
+        """
+        if not bool(output.isfinite().all()):
+            raise UserError(
+                f"cache_dir: the output of {self._name} for {source} is not finite in "
+                f"{output.dtype}; its weights may be damaged, or try bfloat16 or full precision"
+            )
+        self._store.write(key, output)
 
     def free(self) -> None:
         """Release the files, and the memory of the module if it was built, on the GPU too."""
@@ -354,65 +390,29 @@ class _Encoder:
             torch.cuda.empty_cache()
 
 
-def _gather_all(found: Mapping[Any, T], ranks: Ranks) -> dict[Any, T]:
-    """The mappings of all processes, merged."""
-    return {name: value for part in ranks.gather(found) for name, value in part.items()}
-
-
-def _own_missing(wanted: Mapping[str, T], store: Store, ranks: Ranks) -> list[tuple[str, T]]:
-    """This process's share of the (key, source) in `wanted` whose entries are missing."""
-    missing = set().union(*ranks.gather([k for k in ranks.share([*wanted]) if not store.holds(k)]))
-    if missing:
-        logger.info("%s: %d of %d entries are missing", store.folder, len(missing), len(wanted))
-    return ranks.share([(key, source) for key, source in wanted.items() if key in missing])
-
-
-def _write_finite(store: Store, key: str, tensor: Tensor, *, source: object) -> None:
-    """Write an entry, unless it would spoil every run that reads it.
-
-    Raises:
-        UserError: the tensor is not finite.
-    """
-    if not bool(tensor.isfinite().all()):
-        raise UserError(
-            f"cache_dir: the model's output for {source} is not finite in {tensor.dtype}; its "
-            "weights may be damaged, or try bfloat16 or full precision"
-        )
-    store.write(key, tensor)
-
-
 def _prepare_latents(
-    parts: Sequence[ClipDataset],
-    config: Mapping[str, Any],
-    *,
-    store: Store,
-    memory: DigestMemory,
-    ranks: Ranks,
-    dtype: torch.dtype,
-    device: str | torch.device,
-    num_workers: int,
+    parts: Sequence[ClipDataset], encoder: _Encoder, *, memory: DigestMemory, num_workers: int
 ) -> list[_Sample]:
     """Compute missing latents; returns the clips of all `parts` that can be decoded.
 
-    A warning names each other clip. `config` is the autoencoder's node.
+    A warning names each other clip.
     """
-    build = partial(build_first_stage, config, dtype=dtype, device=device)
-    encoder = _Encoder("the autoencoder", first_stage_weights(config), build)
-    # The first process hashes the files; the others need not read gigabytes.
-    identity = ranks.gather(first_stage_identity(config) if ranks.rank == 0 else "")[0]
+    ranks = encoder.ranks
     clips = [clip for part in parts for clip in part.clips]
-    contents = _digests(clips, ranks, memory=memory, num_threads=max(1, num_workers))
+    contents = memory.digests(clips, ranks, num_threads=max(1, num_workers))
     samples = []
     for part in parts:
         settings = part.frame_settings()
         for index, clip in enumerate(part.clips):
-            content = contents[clip]
-            key = content and latents_key(content, settings, identity=identity, dtype=dtype)
+            content = contents[clip] or ""
+            key = content and encoder.key(content, settings)
             samples.append(_Sample(part, index, content, key))
-    own = _own_missing({sample.key: sample for sample in samples if sample.key}, store, ranks)
-    failed = _encode_clips([sample for _, sample in own], encoder, store, num_workers=num_workers)
+    own = encoder.own_missing({sample.key: sample for sample in samples if sample.key})
+    failed = _encode_clips([sample for _, sample in own], encoder, num_workers=num_workers)
     encoder.free()
-    reasons = {"": "it cannot be read", **_gather_all(failed, ranks)}
+    reasons = {"": "it cannot be read"}
+    for found in ranks.gather(failed):
+        reasons |= found
     skipped = {sample.clip: reasons[sample.key] for sample in samples if sample.key in reasons}
     if ranks.rank == 0:
         memory.update({}, without=[clip for clip in skipped if skipped[clip] == _CHANGED])
@@ -421,48 +421,21 @@ def _prepare_latents(
     return [sample for sample in samples if sample.key not in reasons]
 
 
-def _digests(
-    clips: Iterable[Path], ranks: Ranks, *, memory: DigestMemory, num_threads: int
-) -> dict[Path, str]:
-    """The digest of each clip's file, most from memory; empty if the file cannot be read."""
-    own = ranks.share(list(dict.fromkeys(clips)))
-    found: dict[Path, str] = {}
-    with ThreadPoolExecutor(num_threads) as pool, Progress(len(own), unit="clip") as progress:
-        for clip, content in zip(own, pool.map(memory.digest, own), strict=True):
-            found[clip] = content or ""
-            progress.step("looking up latents")
-    new = _gather_all(memory.new, ranks)
-    if ranks.rank == 0:
-        memory.update(new)
-    return _gather_all(found, ranks)
+def _read_window(sample: _Sample) -> tuple[Tensor | None, str]:
+    """The window of a clip that is cached: (video (t, 3, h, w), ``""``) or (None, reason)."""
+    is_drawn = sample.dataset.frame_settings()["random_window"]
+    position = window_position(sample.key) if is_drawn else 0.0
+    try:
+        video = sample.dataset.read_clip(sample.index, position=position)
+    except ClipError as reason:
+        return None, str(reason)
+    with suppress(OSError):  # the file was removed
+        if hash_file(sample.clip) == sample.content:
+            return video, ""
+    return None, _CHANGED
 
 
-class _Windows(Dataset):
-    """The window of each sample that is cached, (video (t, 3, h, w), ``""``) or (None, reason)."""
-
-    def __init__(self, samples: Sequence[_Sample]) -> None:
-        self._samples = samples
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
-        sample = self._samples[index]
-        is_drawn = sample.dataset.frame_settings()["random_window"]
-        position = window_position(sample.key) if is_drawn else 0.0
-        try:
-            video = sample.dataset.read_clip(sample.index, position=position)
-        except ClipError as reason:
-            return None, str(reason)
-        with suppress(OSError):  # the file was removed
-            if hash_file(sample.clip) == sample.content:
-                return video, ""
-        return None, _CHANGED
-
-
-def _encode_clips(
-    samples: Sequence[_Sample], encoder: _Encoder, store: Store, *, num_workers: int
-) -> dict[str, str]:
+def _encode_clips(samples: list[_Sample], encoder: _Encoder, *, num_workers: int) -> dict[str, str]:
     """Write the entries of `samples`; returns key → reason of those that cannot be decoded.
 
     The autoencoder is built when the first video is there. A clip that can never be decoded, and
@@ -470,42 +443,31 @@ def _encode_clips(
     """
     failed: dict[str, str] = {}
     workers = min(num_workers, len(samples))
-    windows = DataLoader(_Windows(samples), batch_size=None, num_workers=workers)
+    # With batch_size=None, worker processes call collate_fn for one sample at a time.
+    windows: DataLoader = DataLoader(
+        cast("Dataset", samples), batch_size=None, num_workers=workers, collate_fn=_read_window
+    )
     with Progress(len(samples), unit="clip") as progress:
         for sample, (video, reason) in zip(samples, checked_batches(windows), strict=True):
-            if reason:
+            if video is None:
                 failed[sample.key] = reason
             else:
                 moments = encode_moments(encoder.get(), video[None])[0]  # (t', 2c, h, w)
-                _write_finite(store, sample.key, moments, source=sample.clip)
+                encoder.write(sample.key, moments, source=sample.clip)
             progress.step("encoding clips")
     return failed
 
 
 @torch.no_grad()
-def _prepare_embeddings(
-    texts: Iterable[str],
-    config: Mapping[str, Any],
-    *,
-    store: Store,
-    ranks: Ranks,
-    dtype: torch.dtype,
-    device: str | torch.device,
-) -> dict[str, str]:
-    """Compute missing embeddings; returns text → key. `config` is the conditioner's node."""
-
-    def build() -> nn.Module:
-        return instantiate_from_config(config, dtype=dtype, device=device).eval()
-
-    encoder = _Encoder("the text encoder", text_weights(config), build)
-    identity = ranks.gather(text_identity(config) if ranks.rank == 0 else "")[0]
-    keys = {text: embedding_key(text, identity=identity, dtype=dtype) for text in texts}
-    own = _own_missing({key: text for text, key in keys.items()}, store, ranks)
+def _prepare_embeddings(texts: Sequence[str], encoder: _Encoder) -> dict[str, str]:
+    """Compute missing embeddings; returns text → key."""
+    keys = {text: encoder.key(text) for text in texts}
+    own = encoder.own_missing({key: text for text, key in keys.items()})
     with Progress(len(own), unit="text") as progress:
         for key, text in own:
             batch = {name: [text] for name in encoder.get().input_keys}
-            _write_finite(store, key, encoder.get()(batch)["crossattn"][0], source=repr(text))
+            encoder.write(key, encoder.get()(batch)["crossattn"][0], source=repr(text))  # (n, d)
             progress.step("embedding texts")
     encoder.free()
-    ranks.gather(None)  # no process goes on before all entries are there
+    encoder.ranks.gather(None)  # no process goes on before all entries are there
     return keys

@@ -13,16 +13,19 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from sgm.checkpoint.find import T5Files, Weights, find_autoencoder, find_t5
+from sgm.checkpoint.find import T5Files, Weights, find_autoencoder
 from sgm.checkpoint.weight_file import WeightFile
+from sgm.distributed import Ranks
 from sgm.errors import UserError
 from sgm.files import replacing
 from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.progress import Progress
 from sgm.util import get_class
 
 logger = logging.getLogger(__name__)
@@ -92,9 +95,17 @@ def hash_weights(weights: WeightFile) -> str:
     return state.hexdigest()
 
 
-def _identity(node: Mapping[str, Any], weights: Weights | T5Files, *, path_key: str) -> str:
-    """The digest of a node of the configuration, with the contents of its files for their path."""
-    params = {name: value for name, value in node["params"].items() if name != path_key}
+# The paths in nodes of the configuration, which keys do not depend on.
+_PATHS = ("ckpt_path", "model_dir")
+
+
+def model_digest(node: Mapping[str, Any], weights: Weights | T5Files) -> str:
+    """The digest of a node of the configuration, with the contents of `weights` for their path.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    params = {name: value for name, value in node["params"].items() if name not in _PATHS}
     files = {file.path: file for file in weights.files}
     try:
         contents = [hash_weights(files.get(path) or WeightFile(path)) for path in weights.sources]
@@ -118,17 +129,8 @@ def first_stage_weights(config: Mapping[str, Any]) -> Weights:
     return find_autoencoder(path)
 
 
-def first_stage_identity(config: Mapping[str, Any]) -> str:
-    """The digest of the autoencoder that a node of the configuration describes.
-
-    Raises:
-        UserError: as in `first_stage_weights`, or the files cannot be read.
-    """
-    return _identity(config, first_stage_weights(config), path_key="ckpt_path")
-
-
-def check_cacheable(config: Mapping[str, Any]) -> None:
-    """Check that embeddings of the text encoder in the conditioner's node can be cached.
+def check_cacheable(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The text encoder's node in the conditioner's node, if its embeddings can be cached.
 
     Raises:
         UserError: there is not exactly one embedder, it is not T5, or it is trained.
@@ -141,42 +143,19 @@ def check_cacheable(config: Mapping[str, Any]) -> None:
         problem = "the text encoder must not be trained, but has is_trainable: true"
     if problem:
         raise UserError(f"cache_dir: {problem}; change that, or leave cache_dir out")
+    return nodes[0]
 
 
-def text_weights(config: Mapping[str, Any]) -> T5Files:
-    """The files of the text encoder in the conditioner's node.
+def entry_key(kind: str, *source: object, model: str, dtype: torch.dtype) -> str:
+    """The key of an entry.
 
-    Raises:
-        UserError: as in `check_cacheable`, or the files do not exist.
+    Args:
+        kind: ``moments`` or ``crossattn``.
+        source: of a clip, the digest of its file and the frame settings; of a text, the text.
+        model: the digest of the autoencoder or the text encoder.
+        dtype: its precision.
     """
-    check_cacheable(config)
-    return find_t5(config["params"]["emb_models"][0]["params"]["model_dir"])
-
-
-def text_identity(config: Mapping[str, Any]) -> str:
-    """The digest of the text encoder in the conditioner's node.
-
-    Raises:
-        UserError: as in `text_weights`, or the files cannot be read.
-    """
-    weights = text_weights(config)
-    return _identity(config["params"]["emb_models"][0], weights, path_key="model_dir")
-
-
-def latents_key(
-    content: str, settings: Mapping[str, Any], *, identity: str, dtype: torch.dtype
-) -> str:
-    """The key of a clip's entry.
-
-    It depends on the digest of the clip's file, the frame settings, the digest of the autoencoder
-    and the autoencoder's dtype.
-    """
-    return _digest(VERSION, "moments", content, settings, identity, str(dtype))
-
-
-def embedding_key(text: str, *, identity: str, dtype: torch.dtype) -> str:
-    """The key of a text's entry. It depends on the text, the text encoder and its dtype."""
-    return _digest(VERSION, "crossattn", text, identity, str(dtype))
+    return _digest(VERSION, kind, *source, model, str(dtype))
 
 
 def window_position(key: str) -> float:
@@ -231,6 +210,24 @@ class DigestMemory:
         except OSError:
             return None
         return digest
+
+    def digests(
+        self, clips: Iterable[Path], ranks: Ranks, *, num_threads: int
+    ) -> dict[Path, str | None]:
+        """`digest` of each clip. All processes must call this with the same clips.
+
+        They divide the files among them, and the first one updates the file of this memory.
+        """
+        own = ranks.share(list(dict.fromkeys(clips)))
+        found: dict[Path, str | None] = {}
+        with ThreadPoolExecutor(num_threads) as pool, Progress(len(own), unit="clip") as progress:
+            for clip, content in zip(own, pool.map(self.digest, own), strict=True):
+                found[clip] = content
+                progress.step("looking up latents")
+        gathered = ranks.gather((found, self.new))
+        if ranks.rank == 0:
+            self.update({name: item for _, new in gathered for name, item in new.items()})
+        return {clip: content for part, _ in gathered for clip, content in part.items()}
 
     def update(
         self, new: Mapping[str, tuple[_State, str]], *, without: Iterable[Path] = ()

@@ -23,9 +23,9 @@ class ClipError(Exception):
     """A clip cannot be used; the message is the reason."""
 
 
-def no_clip_left(count: int) -> UserError:
-    """The error for a dataset of `count` clips, none of which can be decoded."""
-    return UserError(f"none of the {count} clips can be decoded; replace their files")
+def no_clip_left(clips: str) -> UserError:
+    """The error if no clip can be decoded; `clips` names them, as in ``3 clips``."""
+    return UserError(f"none of the {clips} can be decoded; replace their files")
 
 
 def check_value(name: str, value: object, expected: str, *, valid: bool) -> None:

@@ -8,8 +8,7 @@ import torch
 
 from arguments import parse_config
 from sgm.config import TrainingArgs
-from sgm.data.cache import prepare_cache
-from sgm.data.cache import Store
+from sgm.data.cache import Store, prepare_cache
 from sgm.data.frames import ClipError
 
 ROOT = Path(__file__).resolve().parents[2]

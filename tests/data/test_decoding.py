@@ -172,4 +172,4 @@ def test_a_mistake_that_the_first_process_meets_ends_the_others_too(clip, second
 def test_a_pipe_is_no_clip(clip, pipe, monkeypatch):
     monkeypatch.setattr(decoding, "CLIP_SECONDS", 0.3)  # it would wait for ever
     refused, found = decoding.probe_clips([pipe, clip], SETTINGS)
-    assert str(refused) == "it is no file" and found.count == 17
+    assert str(refused) == "it is not a file" and found.count == 17
