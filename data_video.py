@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +98,10 @@ class SFTDataset(Dataset):
         # Shared by worker processes, so that only one of them warns of a clip.
         self._damaged = torch.zeros(len(self.clips), dtype=torch.bool).share_memory_()
 
-    def frame_settings(self) -> dict[str, int | float | list[int]]:
-        """All parameters that decide which frames a clip gives."""
-        settings = self._settings
-        return {
-            "video_size": list(settings.video_size),
-            "fps": settings.fps,
-            "max_num_frames": settings.max_num_frames,
-            "skip_frms_num": settings.skip,
-            "random_window": self.random_window,
-        }
+    def frame_settings(self) -> dict[str, object]:
+        """All parameters that decide which frames a clip gives, by their names."""
+        size = list(self._settings.video_size)
+        return asdict(self._settings) | {"video_size": size, "random_window": self.random_window}
 
     def read_clip(self, index: int, *, position: float = 0.0) -> Tensor:
         """A window of clip `index`, even if it is damaged: float32 (t, 3, h, w) in [-1, 1].
@@ -165,9 +160,8 @@ def settings_from_config(data: Mapping[str, Any]) -> FrameSettings:
     check_value("data.target", target, expected, valid=valid)
     check_value("data.params", given, "hold keys", valid=isinstance(given, Mapping))
     params = check_params(SFTDataset, {**given, "data_dir": ""}, where="data")
-    names = ("video_size", "fps", "max_num_frames")
-    values = {name: params[name] for name in names}
-    return FrameSettings.checked(**values, skip_frms_num=params.get("skip_frms_num", 3.0))
+    names = {field.name for field in fields(FrameSettings)}
+    return FrameSettings.checked(**{name: params[name] for name in names & params.keys()})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -97,17 +97,15 @@ class Store:
     def holds(self, key: str) -> bool:
         """Whether the entry exists and is whole; logs a warning if it is damaged."""
         path = self._path(key)
-        if not path.is_file():
-            return False
         try:
             with safe_open(path, framework="pt") as file:
-                if set(file.keys()) == {self.name}:
-                    return True
-                reason = f"it has no {self.name}"
+                file.get_slice(self.name)
+            return True
+        except FileNotFoundError:
+            return False
         except (SafetensorError, OSError) as error:
-            reason = str(error)
-        logger.warning("%s is damaged (%s) and is made anew", path, reason)
-        return False
+            logger.warning("%s is damaged (%s) and is made anew", path, error)
+            return False
 
     def read(self, key: str) -> Tensor:
         """The tensor of an entry.
@@ -159,24 +157,18 @@ class _Sample:
     def clip(self) -> Path:
         return self.dataset.clips[self.index]
 
-    @property
-    def caption(self) -> str:
-        return self.dataset.captions[self.index]
-
 
 class CachedDataset(Dataset):
     """Items ``{"moments": (t', 2c, h, w), "crossattn": (n, d)}``, read from the cache on access.
 
     Attributes:
-        clips: the path of each item's clip.
         captions: the caption of each item.
     """
 
     def __init__(self, cache: Cache, samples: Sequence[_Sample]) -> None:
         self._cache = cache
         self._keys = [sample.key for sample in samples]
-        self.clips = [sample.clip for sample in samples]
-        self.captions = [sample.caption for sample in samples]
+        self.captions = [sample.dataset.captions[sample.index] for sample in samples]
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -444,8 +436,9 @@ def _encode_clips(samples: list[_Sample], encoder: _Encoder, *, num_workers: int
     failed: dict[str, str] = {}
     workers = min(num_workers, len(samples))
     # With batch_size=None, worker processes call collate_fn for one sample at a time.
-    windows: DataLoader = DataLoader(
-        cast("Dataset", samples), batch_size=None, num_workers=workers, collate_fn=_read_window
+    read: Callable[[Any], tuple[Tensor | None, str]] = _read_window
+    windows: DataLoader[tuple[Tensor | None, str]] = DataLoader(
+        cast("Dataset", samples), batch_size=None, num_workers=workers, collate_fn=read
     )
     with Progress(len(samples), unit="clip") as progress:
         for sample, (video, reason) in zip(samples, checked_batches(windows), strict=True):

@@ -104,7 +104,7 @@ def probe(path: str, settings: FrameSettings) -> ClipFacts:
     height, width, _ = _first_frame(reader, path).shape
     span = starts[-1] - starts[0] if len(starts) > 1 else 0.0
     rate = float((len(starts) - 1) / span) if span > 0 else reader.get_avg_fps()
-    count = count_at_rate(_without_ends(starts, settings.skip), settings.fps)
+    count = count_at_rate(_without_ends(starts, settings.skip_frms_num), settings.fps)
     return ClipFacts(frames=len(starts), height=height, width=width, rate=rate, count=count)
 
 
@@ -152,11 +152,11 @@ def read_window(
     width = max(round(scale * facts.width), size[1])
     reader = _open(path, height=height, width=width + 2 * (width in _BROKEN_WIDTHS))
     all_starts, in_order = _frame_starts(reader)
-    starts = _without_ends(all_starts, settings.skip)
+    starts = _without_ends(all_starts, settings.skip_frms_num)
     if len(all_starts) != facts.frames or count_at_rate(starts, fps) != facts.count:
         raise ClipError("it has changed since the start")
     times = starts[0] + np.arange(first, first + length) / fps
-    indices = nearest_frames(starts, times) + settings.skip
+    indices = nearest_frames(starts, times) + settings.skip_frms_num
     window = np.empty((length, *size, 3), np.uint8)
     try:
         for place, frame in enumerate((_in_order if in_order else _found)(reader, indices)):

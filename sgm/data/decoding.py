@@ -129,7 +129,7 @@ class DecodingProcess:
         request["settings"] = dataclasses.asdict(settings)
         with self._lock:
             for attempt in (1, 2):
-                answer: dict[str, Any] | None = None
+                answer: dict[str, Any] = {}
                 try:
                     if self._child is None:
                         self._start()
@@ -145,7 +145,7 @@ class DecodingProcess:
                         reason = f"it makes the decoder crash{self._last_words()}"
                         raise ClipError(reason) from None
                 finally:
-                    if answer is None:  # after Ctrl-C too: a later request must not get the answer
+                    if not answer:  # after Ctrl-C too: a later request must not get the answer
                         self.close()
         if "reason" in answer:
             raise ClipError(answer["reason"])
@@ -166,7 +166,7 @@ class DecodingProcess:
     def _read(self, length: int, deadline: float) -> bytearray:
         content = bytearray(length)
         poll = select.poll()
-        poll.register(self._child.stdout, select.POLLIN)
+        poll.register(self._child.stdout.fileno(), select.POLLIN)
         position = 0
         while position < length:
             if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
@@ -236,7 +236,7 @@ def probe_clips(paths: Sequence[Path], settings: FrameSettings) -> list[ClipFact
     Raises:
         UserError: clips cannot be decoded on this machine, or processes see different clips.
     """
-    found: tuple[list[Path], list[ClipFacts | ClipError]] | UserError | None = None
+    found: tuple[list[Path], list[ClipFacts | ClipError]] | UserError = ([], [])
     with Ranks() as ranks:
         if ranks.rank == 0:
             try:

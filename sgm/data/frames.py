@@ -42,13 +42,13 @@ class FrameSettings:
         video_size: height and width in pixels.
         fps: frames per second.
         max_num_frames: the largest number of frames of an item; 4k + 1.
-        skip: number of the clip's own frames that are dropped at each end.
+        skip_frms_num: number of the clip's own frames that are dropped at each end.
     """
 
     video_size: tuple[int, int]
     fps: float
     max_num_frames: int
-    skip: int
+    skip_frms_num: int
 
     @classmethod
     def checked(
@@ -57,7 +57,7 @@ class FrameSettings:
         *,
         fps: float,
         max_num_frames: int,
-        skip_frms_num: float,
+        skip_frms_num: float = 3.0,
     ) -> FrameSettings:
         """Settings from the values of a configuration.
 
@@ -84,7 +84,8 @@ class FrameSettings:
         """
         needed = min(MIN_FRAMES, self.max_num_frames)
         if count < needed:
-            without = f" without {self.skip} at each end" if self.skip else ""
+            skip = self.skip_frms_num
+            without = f" without {skip} at each end" if skip else ""
             raise ClipError(
                 f"it is too short: frames at {self.fps:g} fps{without}: {count}, needed: {needed}"
             )

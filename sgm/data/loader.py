@@ -9,7 +9,7 @@ an accumulated batch changes nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ from sgm.data.frames import difference_in_length
 from sgm.errors import UserError
 from sgm.seeds import derived_seed
 
-if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
-
+T = TypeVar("T")
 
 # The kinds of random draws. They are part of the seed, so that draws of two kinds are independent.
 ORDER, SAMPLE, STEP, VALIDATION = range(4)
@@ -128,8 +126,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return default_collate(samples)
 
 
-def checked_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
-    """The batches of a loader.
+def checked_batches(loader: Iterable[T]) -> Iterator[T]:
+    """The batches of a `DataLoader`.
 
     Raises:
         UserError: the data cannot be used, clips differ in length, or a worker process was killed.

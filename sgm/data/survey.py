@@ -235,10 +235,10 @@ def find_samples(folder: Path) -> list[Sample]:
     """
     try:
         os.listdir(folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"data folder {folder} cannot be read ({error.strerror}); it must be a folder with "
-            f"{LAYOUTS}"
+            f"data folder {folder} cannot be read ({reason}); it must be a folder with {LAYOUTS}"
         ) from None
     found = _layouts_of(folder)
     if len(found) > 1:

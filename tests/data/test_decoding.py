@@ -15,7 +15,7 @@ from sgm.errors import UserError
 from tools.tiny.draw_clips import write_clips
 from tools.tiny.shapes import ShapeClips
 
-SETTINGS = FrameSettings((64, 96), fps=8, max_num_frames=17, skip=0)
+SETTINGS = FrameSettings((64, 96), fps=8, max_num_frames=17, skip_frms_num=0)
 
 
 @pytest.fixture(scope="module")
