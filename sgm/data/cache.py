@@ -302,6 +302,7 @@ def prepare_cache(
     return Cache(latents, embeddings, samples, text_keys)
 
 
+@dataclass(eq=False)
 class _Encoder:
     """The autoencoder or the text encoder, and the store of its outputs.
 
@@ -317,30 +318,28 @@ class _Encoder:
         ranks: the processes that train together.
     """
 
-    def __init__(
-        self,
-        name: str,
-        node: Mapping[str, Any],
-        weights: Weights | T5Files,
-        build: Callable[[], nn.Module],
-        store: Store,
-        dtype: torch.dtype,
-        ranks: Ranks,
-    ) -> None:
-        self._name, self._weights, self._build, self._store = name, weights, build, store
-        self._dtype, self.ranks = dtype, ranks
+    name: str
+    node: Mapping[str, Any]
+    weights: Weights | T5Files
+    build: Callable[[], nn.Module]
+    store: Store
+    dtype: torch.dtype
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
         self._module: nn.Module | None = None
-        self._since = weights.state()
+        self._since = self.weights.state()
         # The first process reads the files; the others need not read gigabytes.
-        self._digest = ranks.gather(model_digest(node, weights) if ranks.rank == 0 else "")[0]
+        digest = model_digest(self.node, self.weights) if self.ranks.rank == 0 else ""
+        self._digest = self.ranks.gather(digest)[0]
 
     def key(self, *source: object) -> str:
         """The key of the entry for a source, see `entry_key`."""
-        return entry_key(self._store.name, *source, model=self._digest, dtype=self._dtype)
+        return entry_key(self.store.name, *source, model=self._digest, dtype=self.dtype)
 
     def own_missing(self, wanted: Mapping[str, T]) -> list[tuple[str, T]]:
         """This process's share of the (key, source) in `wanted` whose entries are missing."""
-        own, store = self.ranks.share([*wanted]), self._store
+        own, store = self.ranks.share([*wanted]), self.store
         missing = set().union(*self.ranks.gather([key for key in own if not store.holds(key)]))
         if missing:
             logger.info("%s: %d of %d entries are missing", store.folder, len(missing), len(wanted))
@@ -353,10 +352,10 @@ class _Encoder:
             UserError: it cannot be built, or its files have changed.
         """
         if self._module is None:
-            self._module = self._build().eval()
-            if not self._weights.is_unchanged(self._since):
+            self._module = self.build().eval()
+            if not self.weights.is_unchanged(self._since):
                 raise UserError(
-                    f"the files of {self._name} changed while the cache was made; start again"
+                    f"the files of {self.name} changed while the cache was made; start again"
                 )
         return self._module
 
@@ -368,14 +367,14 @@ class _Encoder:
         """
         if not bool(output.isfinite().all()):
             raise UserError(
-                f"cache_dir: the output of {self._name} for {source} is not finite in "
+                f"cache_dir: the output of {self.name} for {source} is not finite in "
                 f"{output.dtype}; its weights may be damaged, or try bfloat16 or full precision"
             )
-        self._store.write(key, output)
+        self.store.write(key, output)
 
     def free(self) -> None:
         """Release the files, and the memory of the module if it was built, on the GPU too."""
-        self._weights.release()
+        self.weights.release()
         if self._module is not None:
             self._module = None
             gc.collect()  # importing its modules may have left frames that refer to it

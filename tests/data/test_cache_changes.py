@@ -1,4 +1,4 @@
-"""The cache is never stale and never half: what makes an entry new, interruption and damage."""
+"""The cache is never stale or incomplete: changes, interruption and damage."""
 
 import json
 import logging
@@ -101,7 +101,7 @@ def test_what_has_changed_is_made_anew_and_nothing_else(
 
 
 def replace(path):
-    """Put another file in the place of this one, as downloads do."""
+    """Replace the file by another one, as downloads do."""
     other = path.with_name("other")
     other.write_bytes(path.read_bytes())
     os.replace(other, path)

@@ -1,4 +1,4 @@
-"""Entries of the cache: whole or absent, with several writers, tidy after a kill."""
+"""Entries of the cache are whole or missing, with several writers and after a kill too."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Which frames of a clip an item holds, worked out by hand."""
+"""Which frames of a clip an item has, compared with results by hand."""
 
 import numpy as np
 import pytest

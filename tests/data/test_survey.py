@@ -1,4 +1,4 @@
-"""A folder of clips of every kind, inspected by the command and given out by the dataset."""
+"""A folder with clips of every kind, inspected by the command and read by the dataset."""
 
 import os
 import shutil

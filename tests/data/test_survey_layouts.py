@@ -1,4 +1,4 @@
-"""The layouts of a data folder, with files that are clips by their names only."""
+"""The layouts of a data folder, with empty files that have names of clips."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ def samples(folder):
 
 
 def test_videos_and_labels_at_any_depth_under_any_name(tmp_path):
-    folder = tmp_path / "my videos"  # a name above the folder is no part of the layout
+    folder = tmp_path / "my videos"  # the name of the folder itself does not matter
     pairs = {
         "videos/first.mp4": "labels/first.txt",
         "set 1/videos/straße 中.MP4": "set 1/labels/straße 中.txt",
