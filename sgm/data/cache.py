@@ -386,7 +386,7 @@ def _prepare_latents(
 ) -> list[_Sample]:
     """Compute missing latents; returns the clips of all `parts` that can be decoded.
 
-    A warning names each other clip.
+    A warning names each clip that cannot.
     """
     ranks = encoder.ranks
     clips = [clip for part in parts for clip in part.clips]
@@ -406,7 +406,8 @@ def _prepare_latents(
         reasons |= found
     skipped = {sample.clip: reasons[sample.key] for sample in samples if sample.key in reasons}
     if ranks.rank == 0:
-        memory.update({}, without=[clip for clip in skipped if skipped[clip] == _CHANGED])
+        changed = [sample.clip for sample in samples if reasons.get(sample.key) == _CHANGED]
+        memory.update({}, without=changed)
         for clip, reason in skipped.items():
             logger.warning("%s is skipped: %s", clip, reason)
     return [sample for sample in samples if sample.key not in reasons]
