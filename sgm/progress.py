@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with the time left on a terminal, plain lines in a log."""
+"""Progress of long work: a bar with the time left on a terminal, lines in a log elsewhere."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts steps of work; a context manager, so that the bar is closed after a failure too.
+    """Counts and shows steps of work. As a context manager it closes the bar after a failure too.
 
     Args:
-        total: number of steps in all; None where the end is not known.
-        unit: what a step is called.
-        done: steps that were done before, for work that is resumed.
-        lines: whether to log lines where there is no terminal; not for work that has its own.
+        total: number of all steps; None if the end is not known.
+        unit: the name of a step.
+        done: number of steps that an earlier run has done.
+        lines: whether to log lines if there is no terminal; false for work that logs its own.
     """
 
     def __init__(
@@ -37,10 +37,8 @@ class Progress:
         self._lines = lines
         self._last_line = time.monotonic()
         self._first_step_at: float | None = None
-        # Of several ranks, the first one's progress stands for all.
-        on_terminal = sys.stderr.isatty() and Rank.from_environment().index == 0
         self._bar = None
-        if on_terminal:
+        if sys.stderr.isatty() and Rank.from_environment().index == 0:
             self._bar = tqdm(total=total, unit=unit, initial=done, leave=False)
 
     def __enter__(self) -> Progress:
@@ -50,27 +48,24 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
 
-    def say(self, message: str) -> None:
-        """Show a line of text without breaking the bar."""
+    def say(self, message: str, *, level: int = logging.INFO) -> None:
+        """Print a line above the bar, or log it at `level` if there is no bar."""
         if self._bar is not None:
             self._bar.write(message, file=sys.stderr)
         else:
-            logger.info("%s", message)
+            logger.log(level, "%s", message)
 
     def complain(self, message: str) -> None:
-        """Show an error, on any rank, without breaking the bar."""
-        if self._bar is not None:
-            self._bar.write(message, file=sys.stderr)
-        else:
-            logger.error("%s", message)
+        """Like `say`, for an error, which every rank logs."""
+        self.say(message, level=logging.ERROR)
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Take the bar off the terminal while other work shows its own lines or bar."""
+        """Hide the bar while other work shows its own lines or bar."""
         if self._bar is None:
             yield
             return
@@ -81,7 +76,11 @@ class Progress:
             self._bar.refresh()
 
     def step(self, description: str) -> None:
-        """One more step is done; `description` says of what."""
+        """Count one more step, and show the progress.
+
+        Args:
+            description: the name of the work.
+        """
         self._done += 1
         if self._bar is not None:
             self._bar.set_description(description, refresh=False)
@@ -99,7 +98,10 @@ class Progress:
         logger.info("%s: %s %d%s", description, self._unit, self._done, left)
 
     def _time_left(self, now: float) -> str:
-        """By the steps after the first one, which may have compiled or read what all use."""
+        """The estimated time left, as text, from the time of the steps after the first one.
+
+        The first step may take longer, since it compiles code or reads files for all steps.
+        """
         measured = self._done - self._done_before - 1
         if not measured:
             return ""

@@ -1,7 +1,8 @@
-"""Prompts: where they come from, and the folder that each one's videos go to."""
+"""Prompts from a file or from standard input, and the name of the folder for each one's videos."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -11,58 +12,59 @@ from pathlib import Path
 from sgm.errors import UserError
 
 MAX_NAME_CHARACTERS = 120
-# Linux allows 255 bytes for a name; the line's number and an underscore go before the prompt.
+# Linux allows 255 bytes for a name. The line's number and an underscore come before the prompt.
 _MAX_NAME_BYTES = 240
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and the line it stood on, from 0; the line takes part in the seed."""
+    """A prompt, and the number of its line from 0, which is part of the seed."""
 
     line: int
     text: str
 
     @property
     def folder_name(self) -> str:
-        """``{line}_{prompt}`` as a name that every file system takes."""
+        """``{line}_{prompt}``, a name that is valid on every file system."""
         safe = re.sub(r"[^\w\-.,' ]+", "_", self.text).strip(" ._")[:MAX_NAME_CHARACTERS]
         safe = safe.encode()[:_MAX_NAME_BYTES].decode(errors="ignore").rstrip(" ._")
         return f"{self.line}_{safe or 'prompt'}"
 
 
 def read_prompt_file(path: str | Path) -> list[Prompt]:
-    """The prompts of a UTF-8 text file, one a line; blank lines are skipped but counted.
+    """The prompts of a UTF-8 text file, one per line. Blank lines are skipped but counted.
 
     Raises:
-        UserError: the file is absent, not UTF-8, or holds no prompt.
+        UserError: the file is missing, is not UTF-8, or holds no prompt.
     """
+    text, problem = "", "it holds no prompt"
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"input_file {path} is not UTF-8 (byte {error.start}); save it as UTF-8 and try again"
-        ) from None
+        problem = f"it is not UTF-8 at byte {error.start}"
     except OSError as error:
-        raise UserError(
-            f"input_file {path} cannot be read ({error.strerror}); give a text file with one "
-            "prompt on a line"
-        ) from None
+        problem = str(error.strerror)
     prompts = [Prompt(i, line.strip()) for i, line in enumerate(text.split("\n")) if line.strip()]
     if not prompts:
-        raise UserError(f"input_file {path} holds no prompt; write one on each line")
+        raise UserError(
+            f"input_file {path} cannot be used ({problem}); give a UTF-8 text file with one prompt "
+            "on a line"
+        )
     return prompts
 
 
 def read_typed_prompts() -> Iterator[Prompt]:
-    """Prompts from standard input until its end, numbered from 0; asks for each on a terminal.
+    """The prompts of standard input, one per line, numbered from 0, until its end.
+
+    On a terminal it asks for each prompt.
 
     Raises:
-        UserError: the input ends without any.
+        UserError: the input ends without a prompt.
     """
-    if hasattr(sys.stdin, "reconfigure"):  # bytes that are no text must not end the session
+    if hasattr(sys.stdin, "reconfigure"):  # bytes that are not UTF-8 must not end the session
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-    line, found = 0, False
-    while True:
+    found = False
+    for line in itertools.count():
         if sys.stdin.isatty():
             print("prompt (Ctrl-D ends): ", end="", file=sys.stderr, flush=True)
         text = sys.stdin.readline()
@@ -71,6 +73,5 @@ def read_typed_prompts() -> Iterator[Prompt]:
         if text.strip():
             found = True
             yield Prompt(line, text.strip())
-        line += 1
     if not found:
         raise UserError("no prompt was typed; type one on each line, or use input_type: txt")

@@ -1,4 +1,4 @@
-"""Writing results: mp4, contact sheet and record, each beside its place first, then renamed."""
+"""Writing results: mp4, contact sheet and record, each whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,29 +24,35 @@ _SHEET_FRAMES = 6
 
 
 def to_uint8(video: Tensor) -> np.ndarray:
-    """Video (t, 3, h, w), values clipped to [-1, 1] → (t, h, w, 3) in 0…255."""
+    """Video (t, 3, h, w) in [-1, 1] → uint8 (t, h, w, 3) in 0…255; other values are clipped."""
     pixels = (video.clamp(-1, 1) + 1) * 127.5
     return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def mp4_path(path: str | Path) -> Path:
-    """The absolute path of an mp4 that is to be written; nothing is made yet.
+    """The absolute path of an mp4 that will be written; nothing is created yet.
 
     Raises:
-        UserError: it is no name of an mp4, or its folder cannot be written to.
+        UserError: it is not the name of an mp4, or its folder cannot be written to.
     """
     text = os.fspath(path)
-    if not text.lower().endswith(".mp4") or "\0" in text:
-        raise UserError(f"path: {text!r} must be the name of an mp4, such as video.mp4")
-    place = Path(os.path.abspath(os.path.expanduser(text)))
-    above = next(folder for folder in place.parents if os.path.lexists(folder))
-    if os.path.isdir(place) or not os.path.isdir(above) or not os.access(above, os.W_OK):
-        raise UserError(f"path: {text!r} cannot be written in {above}; choose another folder")
-    return place
+    problem = "must be the name of an mp4, such as video.mp4"
+    if text.lower().endswith(".mp4") and "\0" not in text:
+        place = Path(os.path.abspath(os.path.expanduser(text)))
+        above = next(folder for folder in place.parents if os.path.lexists(folder))
+        if os.path.isdir(above) and os.access(above, os.W_OK) and not os.path.isdir(place):
+            return place
+        problem = f"cannot be written in {above}; choose another folder"
+    raise UserError(f"path: {text!r} {problem}")
 
 
 def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: float) -> None:
-    """Write chunks of frames (t, h, w, 3), uint8, as H.264 (yuv420p) as they come.
+    """Write chunks of frames (t, h, w, 3), uint8, as H.264 (yuv420p), chunk by chunk.
+
+    Args:
+        chunks: the frames in order, all of one size.
+        path: the mp4.
+        fps: frames per second.
 
     Raises:
         UserError: the file cannot be written.
@@ -63,14 +69,14 @@ def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: float) -> None:
             codec="libx264",
             pixelformat="yuv420p",
             quality=8,
-            macro_block_size=2,  # what yuv420p needs; imageio's 16 would rescale the frames
+            macro_block_size=2,  # yuv420p needs 2; imageio's default 16 would rescale the frames
             ffmpeg_log_level="quiet",
         ) as writer:
             for chunk in chunks:
                 for frame in chunk:
                     writer.append_data(frame)
                     num_frames += 1
-        # imageio does not tell when ffmpeg fails at the end, on a full disk for one: so count.
+        # imageio does not report a failure of ffmpeg at the end, as on a full disk. So count.
         try:
             written, _ = count_frames_and_secs(str(partial))
         except RuntimeError:
@@ -83,32 +89,39 @@ def write_contact_sheet(frames: np.ndarray, path: Path, *, above: Path | None = 
     """Write evenly spaced frames of (t, h, w, 3), uint8, side by side as a PNG.
 
     Args:
-        above: another sheet, put above this one if it is there and of the same width.
+        frames: the frames.
+        path: the PNG.
+        above: another sheet, which is put above this one if it exists and has the same width.
 
     Raises:
         UserError: the file cannot be written.
     """
     chosen = np.linspace(0, len(frames) - 1, min(_SHEET_FRAMES, len(frames))).round().astype(int)
     rows = [np.concatenate(list(frames[chosen]), axis=1)]  # (h, n w, 3)
-    if above is not None and (other := _read_sheet(above)) is not None:
-        if other.shape[1] == rows[0].shape[1]:
-            rows.insert(0, other)
+    other = None if above is None else _read_sheet(above)
+    if other is not None and other.shape[1] == rows[0].shape[1]:
+        rows.insert(0, other)
     with replacing(path) as partial:
         Image.fromarray(np.concatenate(rows, axis=0)).save(partial)
 
 
 def _read_sheet(path: Path) -> np.ndarray | None:
-    """A sheet's pixels (h, w, 3), uint8; None where there is none or it is damaged."""
+    """A sheet's pixels (h, w, 3), uint8; None if the file is missing or damaged."""
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: Pillow, of a broken PNG
+    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: Pillow's for a damaged PNG
         logger.debug("%s: %s", path, error)
         return None
 
 
 def collect_frames(chunks: Iterable[np.ndarray], path: Path | None, *, fps: float) -> np.ndarray:
-    """All frames (t, h, w, 3) of chunks, written to `path` as they come; None writes nothing.
+    """All frames (t, h, w, 3) of chunks, which are also written to an mp4, chunk by chunk.
+
+    Args:
+        chunks: frames (t, h, w, 3), uint8.
+        path: the mp4; None writes nothing.
+        fps: frames per second.
 
     Raises:
         UserError: the file cannot be written.
@@ -129,7 +142,7 @@ def collect_frames(chunks: Iterable[np.ndarray], path: Path | None, *, fps: floa
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
-    """Write a record as indented JSON.
+    """Write a record as indented JSON, UTF-8.
 
     Raises:
         UserError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""Training clips from a folder: which are used, which frames they give, and what they look like."""
+"""Training clips from a folder: which are used, their frames, and the pixels of these."""
 
 import logging
 import subprocess
@@ -26,7 +26,7 @@ def ffmpeg(*arguments, stdin=b""):
 
 def write_clip(path, frames, rate=8):
     """Frames (t, h, w, 3), uint8, as H.264 at an exact rate, with their caption in labels/."""
-    t, height, width, _ = frames.shape
+    _, height, width, _ = frames.shape
     path.parent.mkdir(parents=True, exist_ok=True)
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", rate]
     ffmpeg(*source, "-i", "-", "-qp", "4", "-pix_fmt", "yuv420p", path, stdin=frames.tobytes())
@@ -55,7 +55,7 @@ def numbered(count):
 
 
 def numbers(video):
-    """What `numbered` frames show, read from the middle of each half."""
+    """The numbers that `numbered` frames show, read from the middle of each half."""
     levels = (video.mean(dim=(1, 2)) + 1) * 127.5 / STEP  # (t, w)
     left, right = levels[:, WIDTH // 4].round(), levels[:, 3 * WIDTH // 4].round()
     return (left + 16 * right).int().tolist()
@@ -104,7 +104,7 @@ def test_frames_are_those_nearest_in_time(tmp_path, rate):
     offsets = np.array(shown) - 1  # from the first frame that is not dropped
     first = round(offsets[0] / per_second * 8)
     wanted = (first + np.arange(len(shown))) / 8
-    # Half a frame of the clip, and what float32 timestamps are off by.
+    # Half a frame of the clip, and the error of float32 timestamps.
     assert np.abs(offsets / per_second - wanted).max() <= 0.5 / per_second + 1e-5
 
 
@@ -180,7 +180,7 @@ def test_a_clip_that_was_cut_without_encoding_gives_its_own_frames(tmp_path, nam
         shown = np.array(numbers(data.read_clip(0, position=position)))
         # 8 fps of 30: steps of 3.75 frames. A frame that repeats at the end would be a step of 0.
         assert set(np.diff(shown)) == {3, 4}
-    if name != "clip.mkv":  # it has no way to say that frames before the cut are not shown
+    if name != "clip.mkv":  # it cannot mark frames before the cut as hidden
         assert numbers(data.read_clip(0))[0] == 33
 
 
@@ -246,7 +246,7 @@ def test_frames_are_scaled_to_cover_and_cropped_at_the_centre(tmp_path, height, 
     assert video.shape == (5, 3, HEIGHT, WIDTH)
     centres = left + (np.arange(WIDTH) + 0.5) * (right - left) / WIDTH - 0.5
     wanted = torch.tensor(np.interp(centres, np.arange(width), ramp)) / 127.5 - 1
-    # Five gray levels: what H.264, the limited range and resampling at the border change.
+    # Five gray levels: the change by H.264, the limited range and resampling at the border.
     assert (video - wanted).abs().max() < 5 / 127.5
 
 
@@ -306,7 +306,7 @@ def test_the_next_clip_stands_in_for_one_that_turns_out_damaged(tmp_path, caplog
         torch.manual_seed(0)
         captions.append(data[index]["txt"])
         states.add(bytes(torch.get_rng_state()))
-    assert len(states) == 1  # a run that finds the damage draws as one that knows of it
+    assert len(states) == 1  # a run that finds the damage draws like one that knows it
     assert captions == ["caption of a", "caption of b", "caption of a", "caption of a"]
     named = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
     assert named == [f"{tmp_path}/videos/c.mp4 is skipped: its frames cannot be decoded"]

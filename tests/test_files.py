@@ -1,4 +1,4 @@
-"""Files and folders are whole or absent, and what went wrong is told as what it was."""
+"""Files and folders are whole or missing, and errors give the real reason."""
 
 import errno
 import os

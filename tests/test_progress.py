@@ -1,4 +1,4 @@
-"""What a log says of long work where there is no terminal."""
+"""The lines of a log during long work, without a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sgm.progress import Progress
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The time; `now` is to be set."""
+    """The clock; tests set `now`."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setattr("sys.stderr.isatty", lambda: False)

@@ -40,7 +40,7 @@ def test_files_without_prompts_are_refused(tmp_path, content, words):
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         read_prompt_file(tmp_path / "absent.txt")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="Is a directory"):
         read_prompt_file(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The noise of a video depends on its seed, its prompt's line and its number, and on no other."""
+"""The noise of a video depends on its seed, its prompt's line and its number only."""
 
 from __future__ import annotations
 

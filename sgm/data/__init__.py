@@ -1,1 +1,1 @@
-"""Training data: layouts of folders, clips and their frames, decoding in processes of its own."""
+"""Training data: clips of folders, their frames, decoding in separate processes, the cache."""

@@ -1,7 +1,7 @@
-"""Keys of cache entries, which name all that an entry depends on, and the digests of files.
+"""Keys of cache entries, and the digests of files that they are made of.
 
-A name is a digest of contents, never of paths or times of files, so an entry is found again after
-files were moved, and not after one was changed.
+A key depends on contents only, never on paths or times of files. An entry is found again after its
+clip was moved or renamed, but not after the clip was changed.
 """
 
 from __future__ import annotations
@@ -13,36 +13,38 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from sgm.checkpoint.find import T5Files, Weights, find_autoencoder, find_t5
+from sgm.checkpoint.find import T5Files, Weights, find_autoencoder
 from sgm.checkpoint.weight_file import WeightFile
+from sgm.distributed import Ranks
 from sgm.errors import UserError
 from sgm.files import replacing
 from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.progress import Progress
 from sgm.util import get_class
 
 logger = logging.getLogger(__name__)
 
 
-# To be raised when other code makes another content: which frames are taken, how they are scaled,
-# what the autoencoder or the text encoder compute, how an entry is written.
+# Increase this number when a change of the code changes the content of entries: the choice or the
+# scaling of frames, the output of the autoencoder or the text encoder, the format of an entry.
 VERSION = 1
 
 _CHUNK_BYTES = 1 << 20
-# A file above this size is known by samples of it: T5-XXL's may have 44 GB, and would be read
-# whole at every start.
+# Only samples of a larger file are read. T5-XXL can have 44 GB, too much to read at every start.
 WHOLE_BYTES = 1 << 30
-# One sample for each stretch of this size. T5-XXL's matrices are larger, so each is met.
+# One sample is read per stretch of this size. T5-XXL's matrices are larger, so each is sampled.
 _STRETCH_BYTES = 8 << 20
 _SAMPLE_BYTES = 1 << 12
 
 
-def _digest(*parts: Any) -> str:
-    """40 hexadecimal digits for values as JSON knows them."""
+def _digest(*parts: object) -> str:
+    """40 hexadecimal digits for values that JSON can represent."""
     text = json.dumps(parts, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
@@ -51,7 +53,7 @@ def hash_file(path: Path) -> str:
     """The digest of a file's whole content.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with path.open("rb", buffering=0) as file:
         return _hash_all(file)
@@ -65,17 +67,19 @@ def _hash_all(file: BinaryIO) -> str:
 
 
 def hash_weights(weights: WeightFile) -> str:
-    """The digest of a file of weights: of all of it, or of samples where it is above 1 GiB.
+    """The digest of a weight file: of the whole file up to 1 GiB, of samples above that size.
 
-    Where the file was read already, the digest is that of the very file whose tensors are mapped.
+    If the file was read before, the digest is that of the file whose tensors are mapped, even if
+    another file has its path now.
 
-    Samples are its size, its first and last MiB and 4 KiB of every 8 MiB. They hold the names,
-    types and shapes (safetensors' head), the check sums of all tensors (in the last MiB of what
-    torch.save wrote) and a part of every large tensor. So other weights, or weights that were
-    trained on, have another digest; an edit of a few numbers in a safetensors file need not.
+    The samples are the file's size, its first and last MiB, and 4 KiB of every 8 MiB. They contain
+    the names, types and shapes (the header of safetensors), the checksums of all tensors (in the
+    last MiB of a file of torch.save) and a part of every large tensor. Other weights, and weights
+    that were trained further, have another digest. An edit of a few numbers in a safetensors file
+    may keep the digest.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with weights.open() as file:
         size = os.fstat(file.fileno()).st_size
@@ -91,9 +95,17 @@ def hash_weights(weights: WeightFile) -> str:
     return state.hexdigest()
 
 
-def _identity(node: Mapping[str, Any], weights: Weights | T5Files, *, path_key: str) -> str:
-    """The digest of a part of the model: its node, with its files' content for their path."""
-    params = {name: value for name, value in node["params"].items() if name != path_key}
+# The paths in nodes of the configuration, which keys do not depend on.
+_PATHS = ("ckpt_path", "model_dir")
+
+
+def model_digest(node: Mapping[str, Any], weights: Weights | T5Files) -> str:
+    """The digest of a node of the configuration, with the contents of `weights` for their path.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    params = {name: value for name, value in node["params"].items() if name not in _PATHS}
     files = {file.path: file for file in weights.files}
     try:
         contents = [hash_weights(files.get(path) or WeightFile(path)) for path in weights.sources]
@@ -103,121 +115,88 @@ def _identity(node: Mapping[str, Any], weights: Weights | T5Files, *, path_key: 
 
 
 def first_stage_weights(config: Mapping[str, Any]) -> Weights:
-    """The weights of the autoencoder that a node describes.
+    """The weight files of the autoencoder that a node of the configuration describes.
 
     Raises:
-        UserError: it has none, or they are not there.
+        UserError: the node names no weights, or they do not exist.
     """
     path = (config.get("params") or {}).get("ckpt_path")
     if not path:
         raise UserError(
-            "first_stage_config.params.ckpt_path is not set; latents of random weights are not "
-            "worth keeping: set it, or leave cache_dir out"
+            "first_stage_config.params.ckpt_path is not set, and latents of random weights are not "
+            "worth caching; set it, or leave cache_dir out"
         )
     return find_autoencoder(path)
 
 
-def first_stage_identity(config: Mapping[str, Any]) -> str:
-    """The digest of the autoencoder that a node describes.
-
-    Raises:
-        UserError: as in `first_stage_weights`, or the files cannot be read.
-    """
-    return _identity(config, first_stage_weights(config), path_key="ckpt_path")
-
-
-def check_cacheable(config: Mapping[str, Any]) -> None:
-    """Check that embeddings can be kept of the text encoder in the conditioner's node.
+def check_cacheable(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The text encoder's node in the conditioner's node, if its embeddings can be cached.
 
     Raises:
         UserError: there is not exactly one embedder, it is not T5, or it is trained.
     """
     nodes = (config.get("params") or {}).get("emb_models") or []
+    problem = ""
     if len(nodes) != 1 or get_class(nodes[0].get("target")) is not FrozenT5Embedder:
-        raise UserError(
-            "cache_dir: embeddings are kept of one FrozenT5Embedder in conditioner_config, and "
-            "this configuration has something else; leave cache_dir out"
-        )
-    (node,) = nodes
-    if node.get("is_trainable"):
-        raise UserError(
-            "cache_dir: embeddings of a text encoder with is_trainable cannot be kept; set it to "
-            "false, or leave cache_dir out"
-        )
+        problem = "conditioner_config must have one FrozenT5Embedder and no other embedder"
+    elif nodes[0].get("is_trainable"):
+        problem = "the text encoder must not be trained, but has is_trainable: true"
+    if problem:
+        raise UserError(f"cache_dir: {problem}; change that, or leave cache_dir out")
+    return nodes[0]
 
 
-def text_weights(config: Mapping[str, Any]) -> T5Files:
-    """The files of the text encoder in the conditioner's node.
+def entry_key(kind: str, *source: object, model: str, dtype: torch.dtype) -> str:
+    """The key of an entry.
 
-    Raises:
-        UserError: as in `check_cacheable`, or they are not there.
+    Args:
+        kind: ``moments`` or ``crossattn``.
+        source: of a clip, the digest of its file and the frame settings; of a text, the text.
+        model: the digest of the autoencoder or the text encoder.
+        dtype: its precision.
     """
-    check_cacheable(config)
-    (node,) = config["params"]["emb_models"]
-    return find_t5(node["params"]["model_dir"])
-
-
-def text_identity(config: Mapping[str, Any]) -> str:
-    """The digest of the text encoder in the conditioner's node.
-
-    Raises:
-        UserError: as in `text_weights`, or the files cannot be read.
-    """
-    weights = text_weights(config)
-    return _identity(config["params"]["emb_models"][0], weights, path_key="model_dir")
-
-
-def latents_key(
-    content: str, settings: Mapping[str, Any], *, identity: str, dtype: torch.dtype
-) -> str:
-    """The name of a clip's entry.
-
-    It depends on the digest of its file, the frame settings, the autoencoder and its dtype.
-    """
-    return _digest(VERSION, "moments", content, settings, identity, str(dtype))
-
-
-def embedding_key(text: str, *, identity: str, dtype: torch.dtype) -> str:
-    """The name of a text's entry, which depends on the text, the text encoder and its dtype."""
-    return _digest(VERSION, "crossattn", text, identity, str(dtype))
+    return _digest(VERSION, kind, *source, model, str(dtype))
 
 
 def window_position(key: str) -> float:
-    """Where the window of an entry begins in a longer clip: from 0 to below 1, drawn by its key."""
+    """The position in [0, 1) of the cached window in a longer clip, drawn from the entry's key."""
     return int(key[:12], 16) / 16**12
 
 
-# A file may be written to again in the tick of the clock in which it was looked at, which its
-# times would not show. Two seconds are the longest tick that file systems have.
+# A file that is written twice within one tick of the file system's clock keeps its times. The
+# longest tick of a file system is two seconds.
 _TICK_SECONDS = 2.0
 _DIGEST = re.compile(r"[0-9a-f]{40}")
 
-# Of a file: its size, the times of the last change of its content and of anything, its number.
+# Of a file: size, time of the last change of its content, time of the last change of content or
+# metadata (both in nanoseconds), inode.
 _State = tuple[int, int, int, int]
 
 
 class DigestMemory:
-    """`hash_file` for files that may have been digested before, as a file in JSON remembers.
+    """Digests of clips from earlier runs, stored in a JSON file, so that clips are read once.
 
-    A digest holds for as long as a file's `_State` does. The time of the last change of anything
-    is the system's own, so a change of content shows even where it keeps the size and a program
-    sets the file's other times back, as copying does.
+    A stored digest is valid as long as the file's `_State` is the same. The time of the last change
+    of content or metadata is set by the system only. It changes with the content, even if the size
+    stays the same and a program sets the other times back, as copying does.
 
-    May be used by several threads.
+    Several threads may use one object.
 
     Args:
-        path: the file of ``{path of a clip: [state, digest]}``. One that is absent or damaged
-            counts as empty, and clips are read then.
+        path: the file of ``{path of a clip: [state, digest]}``. A missing or damaged file counts
+            as empty.
+
+    Attributes:
+        new: the digests that are not in the file yet, in the form of the file.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known = _read(path)
-        # Digests that are not in the file yet, as they are written to it.
         self.new: dict[str, tuple[_State, str]] = {}
 
     def digest(self, clip: Path) -> str | None:
-        """The digest of a clip's file; None where it cannot be read."""
+        """The digest of a clip's file; None if the file cannot be read."""
         name = os.path.abspath(clip)
         try:
             looked_at, state = time.time(), _state(clip)
@@ -232,26 +211,44 @@ class DigestMemory:
             return None
         return digest
 
+    def digests(
+        self, clips: Iterable[Path], ranks: Ranks, *, num_threads: int
+    ) -> dict[Path, str | None]:
+        """`digest` of each clip. All processes must call this with the same clips.
+
+        They divide the files among them, and the first one updates the file of this memory.
+        """
+        own = ranks.share(list(dict.fromkeys(clips)))
+        found: dict[Path, str | None] = {}
+        with ThreadPoolExecutor(num_threads) as pool, Progress(len(own), unit="clip") as progress:
+            for clip, content in zip(own, pool.map(self.digest, own), strict=True):
+                found[clip] = content
+                progress.step("looking up latents")
+        gathered = ranks.gather((found, self.new))
+        if ranks.rank == 0:
+            self.update({name: item for _, new in gathered for name, item in new.items()})
+        return {clip: content for part, _ in gathered for clip, content in part.items()}
+
     def update(
         self, new: Mapping[str, tuple[_State, str]], *, without: Iterable[Path] = ()
     ) -> None:
-        """Write what is `new`, of this and of other processes, to the file.
+        """Add digests to the file, and keep what other runs have written to it since.
 
-        What other runs have written to it meanwhile stays, but for the clips `without`.
+        Args:
+            new: `new` of this object and of those of other processes.
+            without: clips whose digests are removed.
         """
-        clips = list(without)
-        if not (new or clips):  # as at most starts; the file may be large
+        removed = {os.path.abspath(clip) for clip in without}
+        if not (new or removed):  # the usual case; reading the file may take long
             return
         known = _read(self._path)
-        updated = {**known, **new}
-        for clip in clips:
-            updated.pop(os.path.abspath(clip), None)
+        updated = {n: found for n, found in {**known, **new}.items() if n not in removed}
         if updated == known:
             return
         try:
             with replacing(self._path, shared=True) as partial:
                 partial.write_text(json.dumps(updated), "utf-8")
-        except UserError as error:  # the next start reads the clips again, that is all
+        except UserError as error:  # the only consequence: the next start reads the clips again
             logger.debug("%s", error)
 
 
@@ -271,5 +268,5 @@ def _read(path: Path) -> dict[str, tuple[_State, str]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        logger.debug("%s is left out: %s", path, error)
+        logger.debug("%s is ignored: %s", path, error)
         return {}

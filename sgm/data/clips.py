@@ -1,56 +1,58 @@
-"""Reading clips with decord. Runs in a decoding process only: see `sgm.data.decoding`."""
+"""Reading clips with decord. Only decoding processes run this code: see `sgm.data.decoding`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
 
 import decord
 import numpy as np
 
-from sgm.data.frames import ClipError, ClipFacts, count_at_rate, nearest_frames
+from sgm.data.frames import ClipError, ClipFacts, FrameSettings, count_at_rate, nearest_frames
 
-# Frames asked of decord at a time, so that large ones do not fill the memory.
+# Number of frames per request to decord; more large frames could fill the memory.
 _AT_ONCE = 8
-# decord 0.6 cannot hand out frames of these widths: it pads their lines.
+# decord 0.6 cannot return frames of these widths, since it pads their lines.
 _BROKEN_WIDTHS = (8, 12, 16, 24, 48, 72)
-_TRIES = 4  # of the first frame; one in a hundred fails where a machine is busy
-# Seconds by which a frame that appears at 0 may be early; half a frame at 500 fps.
+_TRIES = 4  # for the first frame; one in a hundred fails on a busy machine
+# Seconds by which a frame at time 0 may appear early; half a frame at 500 fps.
 _ROUNDING = 1e-3
 
 
-def open_clip(path: str, *, height: int = -1, width: int = -1) -> decord.VideoReader:
-    """A reader of the clip that scales its frames, or leaves them as they are.
+def _open(path: str, *, height: int = -1, width: int = -1) -> decord.VideoReader:
+    """A reader of the clip. It scales frames to a given size.
 
     Raises:
-        ClipError: it is not a video.
+        ClipError: the file is not a video.
     """
-    # What the libraries below would print, dozens of lines a file, says less than our one line.
+    # The libraries below decord would print dozens of lines per file; our one line says more.
     decord.logging.set_level(decord.logging.QUIET)
     try:
         with open(path, "rb") as file:
             if not file.read(1):
                 raise ClipError("it is empty")
-        # One thread: a process is one of many, and the clips of a batch are its parallelism.
+        # One thread, since the clips of a batch are decoded by several processes at a time.
         return decord.VideoReader(path, height=height, width=width, num_threads=1)
     except decord.DECORDError as error:
         reason = "it has no video stream" if "video stream" in str(error) else "it is damaged"
         raise ClipError(reason) from None
-    except (RuntimeError, AssertionError):  # what decord raises for no container, and for no frame
+    except (RuntimeError, AssertionError):  # of decord: not a container, or without frames
         raise ClipError("it is not a video, or only part of one") from None
     except (OSError, UnicodeEncodeError) as error:
         reason = getattr(error, "strerror", None) or "its name is not valid UTF-8"
         raise ClipError(f"it cannot be opened ({reason})") from None
 
 
-def frame_starts(reader: decord.VideoReader) -> tuple[np.ndarray, bool]:
-    """Seconds at which frames appear, float64 (n,), and whether they must be read in order.
+def _frame_starts(reader: decord.VideoReader) -> tuple[np.ndarray, bool]:
+    """The times in seconds at which frames appear, and whether frames must be read in order.
 
-    decord finds frames by their timestamps, and fails at that silently in two cases. A clip cut
-    without encoding it anew still holds the frames from the last key frame before the cut, at
-    times before 0; reading from the file's start leaves them out, but decord counts them. An AVI
-    file may hold no timestamps; its rate is constant.
+    decord finds frames by their timestamps, which fails silently in two cases. A clip that was cut
+    without encoding it again still has the frames from the last key frame before the cut, at times
+    before 0. Reading from the start of the file leaves them out, but decord counts them. An AVI
+    file may have no timestamps; its rate is constant.
+
+    Returns:
+        Times, float64 (n,), and whether one of the two cases was found.
 
     Raises:
         ClipError: the timestamps cannot be read.
@@ -60,8 +62,10 @@ def frame_starts(reader: decord.VideoReader) -> tuple[np.ndarray, bool]:
     except decord.DECORDError:
         raise ClipError("its timestamps are damaged") from None
     starts = spans.reshape(-1, 2)[:, 0].astype(np.float64)  # (n,)
-    if len(starts) < 2 or np.all(np.isfinite(starts)) and starts[0] < starts[-1]:
-        hidden = int((starts < -_ROUNDING).sum()) if len(starts) > 1 else 0
+    if len(starts) < 2:
+        return starts, False
+    if np.all(np.isfinite(starts)) and starts[0] < starts[-1]:
+        hidden = int((starts < -_ROUNDING).sum())
         return starts[hidden:], hidden > 0
     rate = reader.get_avg_fps()
     if not 0 < rate < np.inf:
@@ -69,49 +73,39 @@ def frame_starts(reader: decord.VideoReader) -> tuple[np.ndarray, bool]:
     return np.arange(len(starts)) / rate, True
 
 
-def without_ends(starts: np.ndarray, skip: int) -> np.ndarray:
+def _without_ends(starts: np.ndarray, skip: int) -> np.ndarray:
     """`starts` (n,) without `skip` frames at either end."""
     return starts[skip : max(skip, len(starts) - skip)]
 
 
 def _first_frame(reader: decord.VideoReader, path: str) -> np.ndarray:
-    """The first frame (h, w, 3) of a clip just opened; ClipError where it cannot be decoded.
+    """The first frame (h, w, 3) of a clip that was just opened.
 
-    decord decodes ahead in a thread of its own, and damage that this meets may win over a frame
-    that is whole. Which clips a run has must not depend on that, so more than one try is made.
+    decord decodes ahead in its own thread. Damage there may make the request for a whole frame
+    fail. Which clips a run uses must not depend on that, so several tries are made.
+
+    Raises:
+        ClipError: all tries failed.
     """
     for attempt in range(_TRIES):
         with suppress(decord.DECORDError, StopIteration):
-            return (open_clip(path) if attempt else reader).next().asnumpy()
+            return (_open(path) if attempt else reader).next().asnumpy()
     raise ClipError("its frames cannot be decoded")
 
 
-def probe(path: str, *, skip: int, fps: float) -> ClipFacts:
-    """What the clip holds and how many frames it gives at `fps`; its first frame is decoded.
+def probe(path: str, settings: FrameSettings) -> ClipFacts:
+    """The properties of a clip; its first frame is decoded.
 
     Raises:
-        ClipError: it cannot be used.
+        ClipError: the clip cannot be used.
     """
-    reader = open_clip(path)
-    starts, _ = frame_starts(reader)
+    reader = _open(path)
+    starts, _ = _frame_starts(reader)
     height, width, _ = _first_frame(reader, path).shape
     span = starts[-1] - starts[0] if len(starts) > 1 else 0.0
     rate = float((len(starts) - 1) / span) if span > 0 else reader.get_avg_fps()
-    count = count_at_rate(without_ends(starts, skip), fps)
+    count = count_at_rate(_without_ends(starts, settings.skip_frms_num), settings.fps)
     return ClipFacts(frames=len(starts), height=height, width=width, rate=rate, count=count)
-
-
-def covering_size(shape: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
-    """Height and width of a frame of `shape`, scaled until it covers `size`."""
-    scale = max(size[0] / shape[0], size[1] / shape[1])
-    height, width = (max(round(scale * of), to) for of, to in zip(shape, size, strict=True))
-    return height, width + 2 * (width in _BROKEN_WIDTHS)
-
-
-def crop(frame: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """The centre of a frame (h, w, 3): (height, width, 3)."""
-    top, left = ((of - to) // 2 for of, to in zip(frame.shape, size, strict=False))
-    return frame[top : top + size[0], left : left + size[1]]
 
 
 def _found(reader: decord.VideoReader, indices: np.ndarray) -> Iterator[np.ndarray]:
@@ -121,10 +115,10 @@ def _found(reader: decord.VideoReader, indices: np.ndarray) -> Iterator[np.ndarr
 
 
 def _in_order(reader: decord.VideoReader, indices: np.ndarray) -> Iterator[np.ndarray]:
-    """As `_found`, without ever asking decord to find a frame: it decodes all before them.
+    """Like `_found`, but decodes all frames up to the last one, so that decord finds none itself.
 
     Raises:
-        RuntimeError: the clip ends before the last of them; next()'s StopIteration becomes that.
+        RuntimeError: the clip ends too early. Python turns the StopIteration of next() into it.
     """
     position = -1
     for index in indices:
@@ -135,38 +129,39 @@ def _in_order(reader: decord.VideoReader, indices: np.ndarray) -> Iterator[np.nd
 
 
 def read_window(
-    path: str,
-    *,
-    facts: dict[str, Any],
-    skip: int,
-    fps: float,
-    size: Sequence[int],
-    first: int,
-    length: int,
+    path: str, settings: FrameSettings, *, facts: ClipFacts, first: int, length: int
 ) -> np.ndarray:
-    """`length` frames 1/fps apart from the `first` on: uint8 (length, height, width, 3).
+    """`length` frames of a clip at the rate of `settings`: uint8 (length, height, width, 3).
 
-    They are scaled by decord while it decodes: it decodes ahead, and what waits there at full size
-    would take gigabytes.
+    decord scales them to cover the size of `settings` while it decodes, then their centres are
+    cropped. It decodes ahead, and frames of full size that wait there would take gigabytes.
 
     Args:
-        facts: what `probe` found in the clip.
+        path: the clip.
+        settings: the settings that were given to `probe`.
+        facts: the result of `probe`.
+        first: index of the first frame among those at the rate of `settings`.
+        length: number of frames.
 
     Raises:
-        ClipError: they cannot be decoded, or the clip is not the one that was probed.
+        ClipError: the frames cannot be decoded, or the clip has changed since `probe`.
     """
-    height, width = covering_size((facts["height"], facts["width"]), size)
-    reader = open_clip(path, height=height, width=width)
-    all_starts, in_order = frame_starts(reader)
-    starts = without_ends(all_starts, skip)
-    if len(all_starts) != facts["frames"] or count_at_rate(starts, fps) != facts["count"]:
+    size, fps = settings.video_size, settings.fps
+    scale = max(size[0] / facts.height, size[1] / facts.width)
+    height = max(round(scale * facts.height), size[0])
+    width = max(round(scale * facts.width), size[1])
+    reader = _open(path, height=height, width=width + 2 * (width in _BROKEN_WIDTHS))
+    all_starts, in_order = _frame_starts(reader)
+    starts = _without_ends(all_starts, settings.skip_frms_num)
+    if len(all_starts) != facts.frames or count_at_rate(starts, fps) != facts.count:
         raise ClipError("it has changed since the start")
     times = starts[0] + np.arange(first, first + length) / fps
-    indices = nearest_frames(starts, times) + skip
+    indices = nearest_frames(starts, times) + settings.skip_frms_num
     window = np.empty((length, *size, 3), np.uint8)
     try:
         for place, frame in enumerate((_in_order if in_order else _found)(reader, indices)):
-            window[place] = crop(frame, size)
+            top, left = (frame.shape[0] - size[0]) // 2, (frame.shape[1] - size[1]) // 2
+            window[place] = frame[top : top + size[0], left : left + size[1]]
     except (decord.DECORDError, RuntimeError):  # RuntimeError: the clip ends early, see _in_order
         raise ClipError("its frames cannot be decoded") from None
     return window

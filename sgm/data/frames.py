@@ -1,4 +1,4 @@
-"""Which frames of a clip an item holds: settings, counts and times, without decoding anything."""
+"""Which frames of a clip an item has: settings, counts and times. Nothing is decoded here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from sgm.util import is_finite_number
 
 # Two latent frames: a shorter clip shows no motion.
 MIN_FRAMES = 5
-# Of an output frame's duration. Timestamps are float32: an hour into a clip they are off by 0.2 ms.
+# A fraction of an output frame's duration. Timestamps are float32: one hour into a clip their error
+# is 0.2 ms.
 TIME_TOLERANCE = 0.01
 
 
@@ -22,21 +23,32 @@ class ClipError(Exception):
     """A clip cannot be used; the message is the reason."""
 
 
+def no_clip_left(clips: str) -> UserError:
+    """The error if no clip can be decoded; `clips` names them, as in ``3 clips``."""
+    return UserError(f"none of the {clips} can be decoded; replace their files")
+
+
+def check_value(name: str, value: object, expected: str, *, valid: bool) -> None:
+    """Raise UserError, ``NAME: VALUE must EXPECTED``, unless the value is `valid`."""
+    if not valid:
+        raise UserError(f"{name}: {value!r} must {expected}")
+
+
 @dataclass(frozen=True)
 class FrameSettings:
-    """What decides which frames a clip gives, and their size.
+    """The settings that decide which frames a clip gives, and their size.
 
     Args:
         video_size: height and width in pixels.
         fps: frames per second.
-        max_num_frames: frames of an item at most; 4k + 1.
-        skip: frames of the clip's own that are dropped at each end.
+        max_num_frames: the largest number of frames of an item; 4k + 1.
+        skip_frms_num: number of the clip's own frames that are dropped at each end.
     """
 
     video_size: tuple[int, int]
     fps: float
     max_num_frames: int
-    skip: int
+    skip_frms_num: int
 
     @classmethod
     def checked(
@@ -45,33 +57,35 @@ class FrameSettings:
         *,
         fps: float,
         max_num_frames: int,
-        skip_frms_num: float,
+        skip_frms_num: float = 3.0,
     ) -> FrameSettings:
         """Settings from the values of a configuration.
 
         Raises:
-            UserError: one of them is wrong.
+            UserError: a value is invalid.
         """
         size = list(video_size) if isinstance(video_size, Sequence) else []
-        if len(size) != 2 or not all(isinstance(pixels, int) and pixels > 0 for pixels in size):
-            raise UserError(f"video_size: {video_size!r} must be [height, width] in pixels")
-        if not is_finite_number(fps) or fps <= 0:
-            raise UserError(f"fps: {fps!r} must be a number above 0")
-        if not isinstance(max_num_frames, int) or max_num_frames < 1 or max_num_frames % 4 != 1:
-            raise UserError(f"max_num_frames: {max_num_frames!r} must be 4k + 1: 1, 5, 9, … 49 …")
-        if not is_finite_number(skip_frms_num) or skip_frms_num < 0 or skip_frms_num % 1:
-            raise UserError(f"skip_frms_num: {skip_frms_num!r} must be a whole number from 0")
-        return cls(tuple(size), fps, max_num_frames, int(skip_frms_num))
+        valid = len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
+        check_value("video_size", video_size, "be [height, width] in pixels", valid=valid)
+        valid = is_finite_number(fps) and fps > 0
+        check_value("fps", fps, "be a number above 0", valid=valid)
+        most = max_num_frames
+        valid = isinstance(most, int) and most > 0 and most % 4 == 1
+        check_value("max_num_frames", most, "be 4k + 1: 1, 5, 9, … 49 …", valid=valid)
+        valid = is_finite_number(skip_frms_num) and skip_frms_num >= 0 and skip_frms_num % 1 == 0
+        check_value("skip_frms_num", skip_frms_num, "be a whole number from 0", valid=valid)
+        return cls((size[0], size[1]), fps, max_num_frames, int(skip_frms_num))
 
     def item_length(self, count: int) -> int:
-        """Frames of an item from a clip that gives `count` frames at `fps`: the longest 4k + 1.
+        """The length of an item from a clip that gives `count` frames at `fps`: the longest 4k + 1.
 
         Raises:
-            ClipError: it is too short.
+            ClipError: the clip is too short.
         """
         needed = min(MIN_FRAMES, self.max_num_frames)
         if count < needed:
-            without = f" without {self.skip} at each end" if self.skip else ""
+            skip = self.skip_frms_num
+            without = f" without {skip} at each end" if skip else ""
             raise ClipError(
                 f"it is too short: frames at {self.fps:g} fps{without}: {count}, needed: {needed}"
             )
@@ -79,13 +93,25 @@ class FrameSettings:
         return length - (length - 1) % 4
 
     def num_windows(self, count: int) -> int:
-        """At how many places an item may begin in a clip that gives `count` frames at `fps`."""
+        """The number of windows of an item's length in a clip that gives `count` frames at `fps`.
+
+        Raises:
+            ClipError: the clip is too short.
+        """
         return count - self.item_length(count) + 1
 
 
 @dataclass(frozen=True)
 class ClipFacts:
-    """What looking at a clip tells: its own frames, their size and rate, and `count` at `fps`."""
+    """Properties of a clip.
+
+    Attributes:
+        frames: number of its own frames.
+        height: of a frame, in pixels.
+        width: of a frame, in pixels.
+        rate: its own frames per second.
+        count: number of frames that it gives at the `fps` of the settings.
+    """
 
     frames: int
     height: int
@@ -95,24 +121,32 @@ class ClipFacts:
 
     @property
     def seconds(self) -> float:
-        """How long the clip lasts."""
+        """The duration of the clip."""
         return self.frames / self.rate
 
 
 def count_at_rate(starts: np.ndarray, fps: float) -> int:
-    """How many frames, 1/fps apart, a clip gives whose frames appear at `starts` (n,), seconds."""
-    return (
-        math.floor(float(starts[-1] - starts[0]) * fps + TIME_TOLERANCE) + 1 if len(starts) else 0
-    )
+    """The number of frames, 1/fps apart, that a clip gives.
+
+    Args:
+        starts: times in seconds at which the clip's own frames appear, (n,).
+        fps: frames per second.
+    """
+    if len(starts) == 0:
+        return 0
+    return math.floor(float(starts[-1] - starts[0]) * fps + TIME_TOLERANCE) + 1
 
 
 def nearest_frames(starts: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Index of the frame in `starts` (n,) that appears nearest to each of `times` (t,), seconds."""
-    return np.searchsorted((starts[1:] + starts[:-1]) / 2, times)  # (t,)
+    """For each of `times` (t,) the index of the frame that appears nearest to it, (t,).
+
+    `starts` (n,) are the times at which frames appear; both are in seconds, ascending.
+    """
+    return np.searchsorted((starts[1:] + starts[:-1]) / 2, times)
 
 
 def difference_in_length(lengths: Iterable[int]) -> str:
-    """In a sentence, that items of these lengths cannot share a batch; empty where they can."""
+    """A clause that items of these lengths cannot share a batch; empty if they can."""
     counts = sorted(Counter(lengths).items())
     if len(counts) < 2:
         return ""

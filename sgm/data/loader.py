@@ -1,15 +1,15 @@
-"""Batches of training data, each sample drawn with random numbers of its own.
+"""Batches of training data. Each sample draws its random numbers from its own seed.
 
-What a sample looks like (its window of the clip) and what happens to it (its noise level, noise,
-dropped caption, LoRA dropout) is drawn from generators that are seeded anew for it. So a run that
-is resumed draws what it would have drawn, and where samples go, to which process or which part of
-an accumulated batch, changes nothing.
+The look of a sample (its window of the clip) and what happens to it (noise level, noise, dropped
+caption, LoRA dropout) come from generators that are seeded for that sample. So a resumed run draws
+the same numbers as an uninterrupted one, and the assignment of samples to processes or to parts of
+an accumulated batch changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,27 +19,27 @@ from sgm.data.frames import difference_in_length
 from sgm.errors import UserError
 from sgm.seeds import derived_seed
 
-if TYPE_CHECKING:
-    from torch.utils.data import DataLoader, Dataset
+T = TypeVar("T")
 
-
-# What is drawn; part of the seed, so that draws of different kinds are independent.
+# The kinds of random draws. They are part of the seed, so that draws of two kinds are independent.
 ORDER, SAMPLE, STEP, VALIDATION = range(4)
 
 
 class SampleOrder(Sampler[list[tuple[int, int]]]):
-    """The batches of one process, for ever: lists of (index of the item, its seed).
+    """The endless batches of one process: lists of (index of the item, its seed).
 
-    All processes walk through one endless stream of samples, epoch after epoch, each epoch in its
-    own order; batch k of process r takes the samples from (k · world_size + r) · batch_size on.
-    Processes and batches may change when a run is resumed: `start` counts samples.
+    All processes walk through one endless stream of samples. It has one epoch after another, each
+    in its own random order. Batch k of process r starts at sample (k · world_size + r) · batch_size
+    of the stream. The number of processes and the batch size may change when a run is resumed,
+    since `start` counts samples.
 
     Args:
         num_items: length of the dataset.
-        batch_size: samples of a batch.
-        seed: the run's.
-        rank, world_size: this process among those that train.
-        start: samples of the stream that are done.
+        batch_size: samples per batch.
+        seed: the seed of the run.
+        rank: this process among those that train.
+        world_size: number of processes that train.
+        start: number of samples of the stream that are done.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class SampleOrder(Sampler[list[tuple[int, int]]]):
 
 
 class SeededDataset(Dataset):
-    """Items of a dataset by (index, seed): what the item draws comes from that seed."""
+    """Items of `dataset` by (index, seed); the item draws its random numbers from the seed."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -88,26 +88,33 @@ class SeededDataset(Dataset):
             return self.dataset[index]
 
 
-_HINT = "set {key} to 1, or lower max_num_frames"
+def _length_error(difference: str, key: str) -> UserError:
+    """The error for samples that differ in length; `key` sets the size of batches."""
+    return UserError(f"{difference}; set {key} to 1, or lower max_num_frames")
 
 
 def check_lengths(parts: Iterable[Dataset], *, batch_size: int, key: str) -> None:
-    """Check that the samples of all `parts` can share batches; `key` gives their size.
+    """Check that the samples of all `parts` can share batches.
+
+    Args:
+        parts: datasets; those without the attribute `item_lengths` are skipped.
+        batch_size: samples per batch.
+        key: the key of the configuration that sets `batch_size`, for the message.
 
     Raises:
-        UserError: they cannot, since clips differ in length.
+        UserError: samples differ in length, and a batch has more than one.
     """
     lengths = [length for part in parts for length in getattr(part, "item_lengths", ())]
     difference = difference_in_length(lengths)
-    if batch_size > 1 and difference:
-        raise UserError(f"{difference} of {batch_size}; {_HINT.format(key=key)}")
+    if difference and batch_size > 1:
+        raise _length_error(f"{difference} of {batch_size}", key)
 
 
-def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of samples, in a worker process.
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of samples, made in a worker process.
 
     Raises:
-        UserError: they differ in length.
+        UserError: the samples differ in length.
     """
     shapes = {
         tuple(value.shape for value in sample.values() if isinstance(value, Tensor))
@@ -115,30 +122,28 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     if len(shapes) > 1:
         keys = "train_micro_batch_size_per_gpu and eval_batch_size"
-        raise UserError(
-            f"clips of different lengths cannot share a batch; {_HINT.format(key=keys)}"
-        )
+        raise _length_error("clips of different lengths cannot share a batch", keys)
     return default_collate(samples)
 
 
-def checked_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
-    """The batches of a loader.
+def checked_batches(loader: Iterable[T]) -> Iterator[T]:
+    """The batches of a `DataLoader`.
 
     Raises:
-        UserError: a worker process found the data unusable, or that clips differ in length, or was
-            ended.
+        UserError: the data cannot be used, clips differ in length, or a worker process was killed.
     """
     try:
         yield from loader
+        return
     except UserError as error:
-        # From a worker it comes with that process's stack trace, and the sentence last.
+        # The error of a worker process has that process's stack trace before the sentence.
         sentence = str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]
-        raise UserError(sentence) from None
     except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):  # it was raised in one
+        if "DataLoader worker (pid" not in str(error):  # an error of the dataset itself
             raise
-        raise UserError(
+        sentence = (
             f"a process that reads data was ended ({str(error).splitlines()[0]}): memory may be "
-            "short, or shared memory (docker run --shm-size=16g); lower num_workers or set "
-            "cache_dir, of which much less is read"
-        ) from None
+            "short, or shared memory (docker run --shm-size=16g); lower num_workers, or set "
+            "cache_dir, which reads much less"
+        )
+    raise UserError(sentence)

@@ -1,27 +1,255 @@
-"""Which clips of a folder can be used, why the others cannot, and a report of both."""
+"""The clips of a data folder: their captions, which can be used and why not, and a report.
+
+A folder has one of these layouts:
+
+1. ``videos/NAME.mp4`` and ``labels/NAME.txt``, at any depth; the whole file is the caption.
+2. ``metadata.csv`` or ``metadata.jsonl``, with a column for the clip and one for its caption.
+3. ``videos.txt`` and ``prompts.txt`` (or ``prompt.txt``): one clip per line, and its caption on the
+   same line of the other file.
+4. ``NAME.mp4`` beside ``NAME.txt``, at any depth; the whole file is the caption.
+
+If a folder has several layouts, the first one in this list is used, and a warning names the others.
+Paths in the files of 2 and 3 are relative to the folder, or absolute.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sgm.data.decoding import OWN_CHILD, probe_clips
-from sgm.data.frames import ClipError, ClipFacts, FrameSettings, difference_in_length
-from sgm.data.layouts import LAYOUTS, find_samples
+from sgm.data.frames import ClipError, ClipFacts, FrameSettings, difference_in_length, no_clip_left
 from sgm.errors import UserError
-from sgm.files import make_output_folder
 from sgm.video import write_contact_sheet
 
 logger = logging.getLogger(__name__)
 
+LAYOUTS = (
+    "videos/NAME.mp4 with its caption in labels/NAME.txt (folders in between are fine), "
+    "NAME.mp4 beside NAME.txt, videos.txt with prompts.txt, or metadata.csv or .jsonl"
+)
+CONTAINERS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
+CLIP_COLUMNS = ("file_name", "video", "video_path", "path", "file_path", "filename", "file")
+CAPTION_COLUMNS = ("text", "caption", "prompt")
+TABLES = ("metadata.csv", "metadata.jsonl")
+PROMPT_LISTS = ("prompts.txt", "prompt.txt")
+VIDEO_LIST = "videos.txt"
+# Half of a character. JSON can hold it, but UTF-8 cannot.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+# A clip with its caption, or with the reason why it has none.
+Sample = tuple[Path, "str | ClipError"]
+
+
+def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+    """All files below `folder` that are not hidden. Links are followed, but circles are not.
+
+    `above` has the device and inode of the folders above.
+    """
+    try:
+        status = folder.stat()
+        # Copying tools leave hidden files behind.
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        logger.warning("%s is skipped: it cannot be read (%s)", folder, error.strerror)
+        return
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return
+    for path in (folder / name for name in names):
+        # Unlike pathlib's method, this returns False if the lookup fails, as for a link to itself.
+        if os.path.isdir(path):
+            yield from _walk(path, (*above, identity))
+        else:
+            yield path
+
+
+def _label_path(clip: Path, folder: Path) -> Path:
+    """The file of a clip's caption: the innermost ``videos`` below `folder` becomes ``labels``."""
+    parts = list(clip.relative_to(folder).parts)
+    innermost = max(i for i, part in enumerate(parts[:-1]) if part == "videos")
+    parts[innermost] = "labels"
+    return folder.joinpath(*parts).with_suffix(".txt")
+
+
+def _read_caption(path: Path) -> str | ClipError:
+    """The whole file, stripped; a reason if it is missing, not UTF-8 or empty."""
+    if not os.path.isfile(path):  # reading a named pipe would never end
+        return ClipError(f"its label {path} does not exist")
+    try:
+        caption = path.read_text("utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        return ClipError(f"its label {path} cannot be read ({error})")
+    return caption or ClipError(f"its label {path} is empty")
+
+
+def _from_captions(clips: Iterable[Path], caption_path: Callable[[Path], Path]) -> list[Sample]:
+    """Samples whose captions are whole files."""
+    return [(clip, _read_caption(caption_path(clip))) for clip in clips]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); it must be UTF-8 text") from None
+
+
+def _from_lists(prompts: Path, videos: Path) -> list[Sample]:
+    """A sample per line of both files.
+
+    Raises:
+        UserError: a file cannot be read, or the numbers of lines differ.
+    """
+    # Without empty lines at the end. str.splitlines would also split at characters in captions.
+    captions, names = (_read_text(path).rstrip().split("\n") for path in (prompts, videos))
+    if len(captions) != len(names):
+        raise UserError(
+            f"{prompts} has {len(captions)} lines, {videos} has {len(names)}; line i of one "
+            "belongs to line i of the other"
+        )
+    samples: list[Sample] = []
+    for number, (caption, name) in enumerate(zip(captions, names, strict=True), 1):
+        empty = ClipError(f"its caption, {prompts}:{number}, is empty")
+        if name.strip():
+            samples.append((videos.parent / name.strip(), caption.strip() or empty))
+        else:
+            samples.append((Path(f"{videos}:{number}"), ClipError("the line is empty")))
+    return samples
+
+
+def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a table: (number of the line, column → value).
+
+    Raises:
+        UserError: the file cannot be read, or is not a table.
+    """
+    text = _read_text(path)
+    number, reader = 0, csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        if path.suffix == ".csv":
+            expected = "it must be CSV, and a caption with commas must be in quotes"
+            for row in reader:
+                rest = row.pop(None, [])  # values without a column
+                if any(value.strip() for value in rest):
+                    raise ValueError("the row has more values than the first line has columns")
+                yield reader.line_num, row
+        else:
+            expected = "a line must be one JSON object in braces"
+            for number, line in enumerate(text.split("\n"), 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("it is not an object")
+                yield number, row
+    except (csv.Error, ValueError, RecursionError) as error:
+        raise UserError(f"{path}:{number or reader.line_num}: {error}; {expected}") from None
+
+
+def _column(path: Path, known: Iterable[str], row: dict[str, Any], *, what: str) -> str:
+    """The first of the `known` names that is a column of `row`.
+
+    Raises:
+        UserError: there is no such column.
+    """
+    columns = {str(name).strip().lower(): name for name in row}
+    for name in known:
+        if name in columns:
+            return columns[name]
+    raise UserError(
+        f"{path} has no column for the {what}: it has {', '.join(columns) or 'none'}; "
+        f"name one of them {' or '.join(known)}"
+    )
+
+
+def _from_table(path: Path) -> list[Sample]:
+    """A sample per row; the columns are chosen by the first row.
+
+    Raises:
+        UserError: the file is not a table, or a column is missing.
+    """
+    samples: list[Sample] = []
+    columns: tuple[str, str] | None = None
+    for number, row in _table_rows(path):
+        if columns is None:
+            columns = (
+                _column(path, CLIP_COLUMNS, row, what="clip"),
+                _column(path, CAPTION_COLUMNS, row, what="caption"),
+            )
+            logger.info("%s: clips from %r, captions from %r", path, *columns)
+        name, caption = (row.get(column) for column in columns)
+        if not isinstance(name, str) or not name.strip():
+            samples.append((Path(f"{path}:{number}"), ClipError("the row names no clip")))
+            continue
+        is_text = isinstance(caption, str) and not _SURROGATE.search(caption)
+        text = caption.strip() if is_text else ""
+        what = "is not text" if caption and not is_text else "is empty"
+        reason = ClipError(f"its caption, in {path}:{number}, {what}")
+        samples.append((path.parent / name.strip(), text or reason))
+    return samples
+
+
+def _layouts_of(folder: Path) -> list[tuple[str, Callable[[], list[Sample]]]]:
+    """Name and reader of each layout that `folder` has; the first one is used."""
+    clips = sorted(path for path in _walk(folder) if path.suffix.lower() in CONTAINERS)
+    in_videos = [clip for clip in clips if "videos" in clip.relative_to(folder).parts[:-1]]
+    label = partial(_label_path, folder=folder)
+    beside = partial(Path.with_suffix, suffix=".txt")
+    from_labels = partial(_from_captions, in_videos, label)
+    from_neighbours = partial(_from_captions, clips, beside)
+    videos = folder / VIDEO_LIST
+    found: list[tuple[str, Callable[[], list[Sample]]]] = []
+    if any(os.path.exists(label(clip)) for clip in in_videos):
+        found.append(("videos/ and labels/", from_labels))
+    for path in (folder / name for name in TABLES):
+        if path.is_file():
+            found.append((path.name, partial(_from_table, path)))
+    for path in (folder / name for name in PROMPT_LISTS):
+        if path.is_file() and videos.is_file():
+            found.append((f"{path.name} and {VIDEO_LIST}", partial(_from_lists, path, videos)))
+    if any(os.path.isfile(beside(clip)) for clip in clips):
+        found.append(("captions beside the clips", from_neighbours))
+    if not found and clips:  # no clip has a caption; the reader gives the reason for each
+        found.append(("", from_labels if in_videos else from_neighbours))
+    return found
+
+
+def find_samples(folder: Path) -> list[Sample]:
+    """All clips that `folder` names or holds, each with its caption or why it has none.
+
+    Raises:
+        UserError: the folder does not exist or cannot be read, or a file that lists clips is
+            invalid.
+    """
+    try:
+        os.listdir(folder)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"data folder {folder} cannot be read ({reason}); it must be a folder with {LAYOUTS}"
+        ) from None
+    found = _layouts_of(folder)
+    if len(found) > 1:
+        others = ", ".join(name for name, _ in found[1:])
+        logger.warning("%s: captions are taken from %s, not from %s", folder, found[0][0], others)
+    return found[0][1]() if found else []
+
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip that can be used."""
+    """A clip that can be used: its path, caption and properties."""
 
     path: Path
     caption: str
@@ -30,28 +258,38 @@ class Clip:
 
 @dataclass
 class Survey:
-    """What `survey_folder` found, in the order of the folder's layout."""
+    """The result of `survey_folder`, in the order of the folder's layout.
+
+    Attributes:
+        folder: the folder.
+        clips: the clips that can be used.
+        skipped: the path of each other clip, and the reason.
+    """
 
     folder: Path
     clips: list[Clip] = field(default_factory=list)
     skipped: list[tuple[Path, str]] = field(default_factory=list)
 
+    @property
+    def total(self) -> int:
+        """The number of all clips."""
+        return len(self.clips) + len(self.skipped)
+
     def require_clips(self) -> None:
-        """Raise UserError where no clip can be used."""
+        """Raise UserError if no clip can be used."""
         if not self.clips:
-            count = len(self.skipped)
-            what = f"none of its {count} clips can be used" if count else "no clip is in it"
+            what = f"none of its {self.total} clips can be used" if self.total else "it has no clip"
             raise UserError(f"data folder {self.folder}: {what}; it must hold {LAYOUTS}")
 
 
 def survey_folder(folder: Path, settings: FrameSettings) -> Survey:
-    """Look at all clips of `folder`; their first frames are decoded.
+    """Look at all clips of `folder`; the first frame of each is decoded.
 
-    Where processes train together, all must call it: see `probe_clips`.
+    If several processes train together, all must call this: see `probe_clips`.
 
     Raises:
-        UserError: there is no such folder, a file that lists clips is wrong, or clips cannot be
-            decoded on this machine.
+        UserError: the folder does not exist, a file that lists clips is invalid, or clips cannot
+            be decoded on this machine.
     """
     samples = find_samples(folder)
     captioned = [path for path, caption in samples if not isinstance(caption, ClipError)]
@@ -74,66 +312,47 @@ def survey_folder(folder: Path, settings: FrameSettings) -> Survey:
 _SHEET_CLIPS = 16
 _SHEET_COLUMNS = 6
 _SHEET_WIDTH = 240  # pixels of a frame
-SHEET_SUFFIXES = (".png", ".jpg", ".jpeg")
-
-
-def _name(path: Path, folder: Path) -> Path:
-    return path.relative_to(folder) if path.is_relative_to(folder) else path
-
-
-def _clip_line(clip: Clip, survey: Survey, settings: FrameSettings) -> str:
-    facts = clip.facts
-    windows = settings.num_windows(facts.count)
-    return (
-        f"{_name(clip.path, survey.folder)}: {facts.frames} frames of {facts.width}x{facts.height} "
-        f"at {facts.rate:.4g} fps, {facts.seconds:.2f} s; {facts.count} at {settings.fps:g} fps, "
-        f"items of {settings.item_length(facts.count)} from {windows} "
-        f"window{'s' * (windows > 1)}; caption of {len(clip.caption.split())} words"
-    )
 
 
 def report(survey: Survey, settings: FrameSettings) -> Iterator[str]:
-    """The lines of the report: each clip, what is skipped and why, totals."""
-    for clip in survey.clips:
-        yield _clip_line(clip, survey, settings)
-    for path, reason in survey.skipped:
-        yield f"{_name(path, survey.folder)} is skipped: {reason}"
-    seconds = sum(clip.facts.seconds for clip in survey.clips)
-    total = len(survey.clips) + len(survey.skipped)
-    yield (
-        f"{len(survey.clips)} of {total} clips can be used: {seconds:.1f} s ({seconds / 3600:.2f} "
-        f"h), {len(survey.clips)} samples an epoch"
-    )
+    """The lines of the report: each clip, the skipped ones with the reason, and totals."""
+
+    def name(path: Path) -> Path:
+        return path.relative_to(survey.folder) if path.is_relative_to(survey.folder) else path
+
     lengths = [settings.item_length(clip.facts.count) for clip in survey.clips]
+    for clip, length in zip(survey.clips, lengths, strict=True):
+        facts, windows = clip.facts, settings.num_windows(clip.facts.count)
+        yield (
+            f"{name(clip.path)}: {facts.frames} frames of {facts.width}x{facts.height} at "
+            f"{facts.rate:.4g} fps, {facts.seconds:.2f} s; {facts.count} at {settings.fps:g} fps, "
+            f"items of {length} from {windows} window{'s' * (windows > 1)}; "
+            f"caption of {len(clip.caption.split())} words"
+        )
+    for path, reason in survey.skipped:
+        yield f"{name(path)} is skipped: {reason}"
+    seconds = sum(clip.facts.seconds for clip in survey.clips)
+    yield (
+        f"{len(lengths)} of {survey.total} clips can be used: {seconds:.1f} s "
+        f"({seconds / 3600:.2f} h), {len(lengths)} samples an epoch"
+    )
     if difference := difference_in_length(lengths):
         yield difference
 
 
-def check_sheet_path(path: Path) -> None:
-    """Find out before the work whether a contact sheet can be written to `path`.
-
-    Raises:
-        UserError: the name is no picture's, or the folder cannot be written to.
-    """
-    if path.suffix.lower() not in SHEET_SUFFIXES:
-        raise UserError(f"--contact-sheet {path}: the name must end with .png or .jpg")
-    make_output_folder(path.parent)
-
-
 def write_sheet(survey: Survey, settings: FrameSettings, path: Path) -> int:
-    """Write the first clips as rows of frames, cut as for training but small; returns their number.
+    """Write the first clips as rows of frames, cropped as for training but smaller.
+
+    Returns:
+        The number of rows. A warning names each clip that cannot be decoded.
 
     Raises:
         UserError: the file cannot be written, or none of the clips can be decoded.
     """
     height, width = settings.video_size
     small_width = min(width, _SHEET_WIDTH)
-    small = FrameSettings(
-        video_size=(max(1, round(height * small_width / width)), small_width),
-        fps=settings.fps,
-        max_num_frames=settings.max_num_frames,
-        skip=settings.skip,
-    )
+    small_size = (max(1, round(height * small_width / width)), small_width)
+    small = replace(settings, video_size=small_size)
     rows = []
     for clip in survey.clips[:_SHEET_CLIPS]:
         length = settings.item_length(clip.facts.count)
@@ -145,6 +364,6 @@ def write_sheet(survey: Survey, settings: FrameSettings, path: Path) -> int:
         columns = np.linspace(0, length - 1, _SHEET_COLUMNS).round().astype(int)
         rows.append(frames.numpy()[columns])  # (columns, h, w, 3)
     if not rows:
-        raise UserError(f"none of the first clips of {survey.folder} can be decoded")
+        raise no_clip_left(f"first clips of {survey.folder}")
     write_contact_sheet(np.concatenate(rows, axis=1), path)
     return len(rows)

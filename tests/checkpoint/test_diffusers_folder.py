@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sgm.checkpoint import reading
 from sgm.checkpoint.diffusers_folder import find_diffusers_part, find_part, read_diffusers_part
+from sgm.checkpoint.find import find_autoencoder
 from sgm.checkpoint.table import to_diffusers
 from sgm.checkpoint.tensors import on_meta
 from sgm.checkpoint.transformer import (
@@ -22,7 +23,7 @@ from sgm.checkpoint.transformer import (
     read_transformer,
 )
 from sgm.checkpoint.vae import load_vae_state
-from sgm.data.cache_keys import first_stage_identity
+from sgm.data.cache_keys import model_digest
 from sgm.errors import UserError
 from sgm.preflight import T5_EMBEDDER, find_weights
 from tests.checkpoint.test_transformer import build, build_on_meta, published, randomise
@@ -164,7 +165,8 @@ def test_a_tag_of_sat_is_found_before_a_diffusers_folder(root, pipe):
 
 def test_the_identity_of_an_autoencoder_follows_its_weights_not_its_place(pipe, tmp_path):
     def identity(path: Path) -> str:
-        return first_stage_identity({"target": "a.B", "params": {"ckpt_path": str(path)}})
+        node = {"target": "a.B", "params": {"ckpt_path": str(path)}}
+        return model_digest(node, find_autoencoder(path))
 
     known = identity(pipe)
     assert identity(shutil.copytree(pipe, tmp_path / "elsewhere") / "vae") == known

@@ -1,4 +1,4 @@
-"""What the tests of the cache share: clips that need no decoder, and a cache made of them."""
+"""Fixtures for the tests of the cache: clips that need no decoder, and a cache made of them."""
 
 import shutil
 from pathlib import Path
@@ -8,8 +8,7 @@ import torch
 
 from arguments import parse_config
 from sgm.config import TrainingArgs
-from sgm.data.cache import prepare_cache
-from sgm.data.cache_store import Store
+from sgm.data.cache import Store, prepare_cache
 from sgm.data.frames import ClipError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,7 +16,7 @@ CONFIG = str(ROOT / "configs" / "cogvideox_tiny_sft.yaml")
 
 
 class StandIn:
-    """Clips of any bytes that need no decoder: 5 frames of noise, which the bytes decide."""
+    """Clips of any bytes that need no decoder: 5 frames of noise, seeded by the bytes."""
 
     def __init__(self, folder, *, fps=8, random_window=False):
         self.clips = sorted(folder.glob("*.mp4"))
@@ -41,7 +40,7 @@ class StandIn:
 
 
 def read_model():
-    """The `model` section of the bundled model, to be changed at will."""
+    """The `model` section of the bundled model; tests may change it."""
     section = parse_config(TrainingArgs, "", ["--base", CONFIG]).model
     node = section["first_stage_config"]["params"]
     node["ckpt_path"] = str(ROOT / node["ckpt_path"])
@@ -102,7 +101,7 @@ def prepare(model, tmp_path):
 
 @pytest.fixture
 def made(monkeypatch):
-    """What is made, not read: a list of (folder's name, key), in order."""
+    """The entries that are written: a list of (folder's name, key), in order."""
     written = []
     write = Store.write
 

@@ -1,4 +1,4 @@
-"""Training from the cache: exact, without the models it stands for, and clips that give nothing."""
+"""Training from the cache is exact and loads no encoder; clips that cannot be used are skipped."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ from tools.tiny.shapes import ShapeClips
 
 @pytest.fixture
 def unloadable(monkeypatch):
-    """Call it, and from then on neither autoencoder nor text encoder can be built."""
+    """A function; after its call neither autoencoder nor text encoder can be built."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("a model was loaded")
@@ -48,7 +48,7 @@ def test_a_run_from_the_cache_gives_the_same_losses_to_the_bit(
     model, prepare, unloadable, tmp_path
 ):
     write_clips(ShapeClips(4, seed=0), tmp_path / "data")
-    # Windows of longer clips, which both take at the beginning.
+    # Clips are longer than items; both runs use the first window.
     dataset = SFTDataset(
         tmp_path / "data", [32, 48], fps=8, max_num_frames=5, skip_frms_num=0, random_window=False
     )
@@ -161,7 +161,7 @@ def test_clips_are_read_at_the_first_start_only_and_again_when_a_digest_proves_w
         return whole(path)
 
     monkeypatch.setattr(cache_keys, "hash_file", hash_file)
-    monkeypatch.setattr(time, "time", lambda: now() + 10)  # so that files are not just written
+    monkeypatch.setattr(time, "time", lambda: now() + 10)  # files are not just written then
     dataset = stand_in(clips)
     prepare(dataset)
     prepare(dataset)

@@ -1,4 +1,4 @@
-"""Digests of files: of all of a small one, of samples of a large one."""
+"""Digests of files: of a whole small file, of samples of a large one."""
 
 import hashlib
 

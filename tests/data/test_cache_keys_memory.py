@@ -1,4 +1,4 @@
-"""Remembered digests of clips hold for files that nobody touched, and for no others."""
+"""Stored digests of clips are valid for unchanged files only."""
 
 import json
 import os
@@ -17,14 +17,14 @@ def file(tmp_path):
 
 @pytest.fixture
 def clip(tmp_path):
-    path = tmp_path / "a\udcff.mp4"  # a name that is no UTF-8
+    path = tmp_path / "a\udcff.mp4"  # a name that is not UTF-8
     path.write_bytes(b"first")
     return path
 
 
 @pytest.fixture
 def later(monkeypatch):
-    """The clock goes so far ahead that files look settled."""
+    """The clock is 10 s ahead, so that files do not count as just written."""
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + 10)
 

@@ -1,4 +1,4 @@
-"""Two processes make one cache; this file is also the program that each of them runs."""
+"""Two processes make one cache. This file is also the program that each of them runs."""
 
 import json
 import os
@@ -12,8 +12,7 @@ from torch import distributed, nn
 from arguments import parse_config
 from sgm.config import TrainingArgs
 from sgm.data import cache
-from sgm.data.cache import prepare_cache
-from sgm.data.cache_store import Store
+from sgm.data.cache import Store, prepare_cache
 from sgm.data.frames import ClipError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +20,7 @@ CONFIG = str(ROOT / "configs" / "cogvideox_tiny_sft.yaml")
 
 
 class Clips:
-    """Five clips of the same caption, the last of which cannot be decoded."""
+    """Five clips with three captions; the last clip cannot be decoded."""
 
     def __init__(self, folder):
         self.clips = [folder / f"{index}.mp4" for index in range(5)]
@@ -37,7 +36,7 @@ class Clips:
 
 
 class Autoencoder(nn.Module):
-    """Stands for the real one, whose packages take seconds to import."""
+    """Replaces the real one, whose packages take seconds to import."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +47,7 @@ class Autoencoder(nn.Module):
 
 
 class Conditioner(nn.Module):
-    """Stands for the real one in the same way."""
+    """Replaces the real one, too."""
 
     input_keys = ("txt",)
 
@@ -57,7 +56,7 @@ class Conditioner(nn.Module):
 
 
 def work_as_rank(rank, folder):
-    """Make this process's share, and write down what it was and what came of it all."""
+    """Make this process's share, and write its keys and all items to a file."""
     cache.build_first_stage = lambda *_, **__: Autoencoder()
     cache.instantiate_from_config = lambda *_, **__: Conditioner()
     store = distributed.FileStore(str(folder / "store"), 2)
@@ -94,7 +93,7 @@ def test_two_processes_share_the_work_and_get_the_same(tmp_path):
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     (first, got), (second, same) = results
     assert got == same == [[0, 3], [1, 3], [2, 5], [3, 3]]
-    # Four latents and three embeddings, each made once, by halves.
+    # Four latents and three embeddings, each made once, half by each process.
     assert not set(first) & set(second) and sorted([len(first), len(second)]) == [3, 4]
     assert "".join(logs).count("4.mp4 is skipped: it cannot be decoded") == 1
 

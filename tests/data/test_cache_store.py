@@ -1,4 +1,4 @@
-"""Entries of the cache: whole or absent, with several writers, tidy after a kill."""
+"""Entries of the cache are whole or missing, with several writers and after a kill too."""
 
 import os
 import time
@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from sgm.data.cache_store import Store
+from sgm.data.cache import Store
 from sgm.errors import UserError
 from sgm.files import replacing
 

@@ -1,4 +1,4 @@
-"""Decoding in a process of its own: what hangs or crashes there costs its clip, and no more."""
+"""Decoding in a separate process: a hang or a crash affects only its clip."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from sgm.errors import UserError
 from tools.tiny.draw_clips import write_clips
 from tools.tiny.shapes import ShapeClips
 
-SETTINGS = FrameSettings((64, 96), fps=8, max_num_frames=17, skip=0)
+SETTINGS = FrameSettings((64, 96), fps=8, max_num_frames=17, skip_frms_num=0)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture
 def pipe(tmp_path):
-    """A named pipe that nobody writes to: opening it waits for ever."""
+    """A named pipe without a writer: opening it never ends."""
     os.mkfifo(tmp_path / "x.mp4")
     return tmp_path / "x.mp4"
 
@@ -70,7 +70,7 @@ def test_a_clip_that_hangs_is_given_up_and_its_process_ends(process, clip, pipe,
 
 def test_a_header_that_crashes_the_decoder_costs_only_its_clip(process, clip, tmp_path):
     content = bytearray(clip.read_bytes())
-    # Of the table of frame durations: the number of frames that share the first one, 2 billion.
+    # In the table of frame durations: 2 billion frames have the first duration.
     content[content.find(b"stts") + 12] = 0x7F
     crashing = tmp_path / "crashing.mp4"
     crashing.write_bytes(content)
@@ -118,7 +118,7 @@ def test_threads_take_turns(process, clip):
 def test_the_child_ends_with_a_process_that_is_killed(clip, pipe):
     owner = os.fork()
     if owner == 0:
-        DecodingProcess().probe(pipe, SETTINGS)  # waits for ever
+        DecodingProcess().probe(pipe, SETTINGS)  # never returns
         os._exit(0)
     wait_until(lambda: child_ids(owner))
     (child,) = child_ids(owner)
@@ -144,13 +144,13 @@ def test_a_decoder_that_cannot_start_is_an_error_of_the_machine(clip, tmp_path, 
 
 @pytest.fixture
 def second_of_two(monkeypatch):
-    """Call it with what the first process tells: this one is then the second."""
+    """A function; after its call this is the second process, and its argument the first one's."""
 
-    def call(told):
+    def call(sent):
         monkeypatch.setattr(
             decoding.Ranks, "__enter__", lambda self: setattr(self, "rank", 1) or self
         )
-        monkeypatch.setattr(decoding.Ranks, "gather", lambda self, own: [told, own])
+        monkeypatch.setattr(decoding.Ranks, "gather", lambda self, own: [sent, own])
 
     return call
 
@@ -170,6 +170,6 @@ def test_a_mistake_that_the_first_process_meets_ends_the_others_too(clip, second
 
 
 def test_a_pipe_is_no_clip(clip, pipe, monkeypatch):
-    monkeypatch.setattr(decoding, "CLIP_SECONDS", 0.3)  # it would wait for ever
+    monkeypatch.setattr(decoding, "CLIP_SECONDS", 0.3)  # it would never end
     refused, found = decoding.probe_clips([pipe, clip], SETTINGS)
-    assert str(refused) == "it is no file" and found.count == 17
+    assert str(refused) == "it is not a file" and found.count == 17

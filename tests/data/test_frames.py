@@ -1,4 +1,4 @@
-"""Which frames of a clip an item holds, worked out by hand."""
+"""Which frames of a clip an item has, compared with results by hand."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from sgm.data.frames import ClipError, FrameSettings, count_at_rate, nearest_fra
 
 
 def settings(max_num_frames=49, skip=0):
-    return FrameSettings((64, 96), fps=8, max_num_frames=max_num_frames, skip=skip)
+    return FrameSettings((64, 96), fps=8, max_num_frames=max_num_frames, skip_frms_num=skip)
 
 
 def test_frames_of_a_varying_rate_are_chosen_by_their_own_times():

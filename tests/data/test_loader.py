@@ -1,4 +1,4 @@
-"""The order of samples and their random numbers: the same whatever the run is cut into."""
+"""The order of samples and their random numbers do not depend on how a run is divided."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""A folder of clips of every kind, inspected by the command and given out by the dataset."""
+"""A folder with clips of every kind, inspected by the command and read by the dataset."""
 
 import os
 import shutil
@@ -125,7 +125,11 @@ def test_a_folder_without_usable_clips_lists_them_and_fails_with_a_sentence(tmp_
 @pytest.mark.parametrize(
     ("data", "sheet", "named"),
     [
-        ("{params: {fps: 8}}", "x.png", "has no data.target; add a file"),
+        (
+            "{params: {fps: 8}}",
+            "x.png",
+            "data.target: None must be data_video.SFTDataset",
+        ),
         ("{target: torch.nn.Identity}", "x.png", "must be data_video.SFTDataset"),
         ("{target: data_video.SFTDataset, params: {fps: 8}}", "x.png", "lacks video_size"),
         ("{target: data_video.SFTDataset, params: {fqs: 8}}", "x.png", "did you mean 'fps'"),
