@@ -47,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from sgm.checkpoint.find import SAT_FILE
-    from tools.weights.to_sat import T5_FOLDER, Conversion
+    from tools.weights.to_sat import T5_FOLDER, SatConverter
 
     dtype = options.dtype and getattr(torch, options.dtype)
-    conversion = Conversion(options.input_path.expanduser(), dtype=dtype)
+    conversion = SatConverter(options.input_path.expanduser(), dtype=dtype)
     with new_folder(output) as folder:
         conversion.write(folder, link_text_encoder=options.link_text_encoder)
     print(f"wrote {output}; in a configuration:")

@@ -107,9 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     refuse_existing(output)
     import torch
 
-    from tools.weights.to_diffusers import Conversion
+    from tools.weights.to_diffusers import DiffusersConverter
 
-    conversion = Conversion(
+    conversion = DiffusersConverter(
         config,
         sources,
         loras=options.lora,

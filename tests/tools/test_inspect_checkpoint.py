@@ -102,7 +102,7 @@ def test_sat_transformer(inspect: Callable[..., Any]) -> None:
     assert "biases and norms" in shown["family"]
     assert (shown["layers"], shown["width"]) == ("8", "192, 6 heads of 32")
     assert (shown["parameters"], shown["dtype"]) == ("6.07 M, 12.1 MB", "float16")
-    assert (shown["absent"], shown["extra"]) == ("nothing", "nothing")
+    assert (shown["missing"], shown["unknown"]) == ("nothing", "nothing")
     assert shown["will load"] == f"yes, with {TINY}"
     assert f"--load {WEIGHTS / 'transformer'}" in shown["next"]
 
@@ -154,8 +154,8 @@ def test_absent_and_extra_weights_are_named(
     tensors["mixins.unheard.of"] = torch.zeros(1)
     code, shown = inspect(save_sat(tmp_path / "run", tensors))
     assert code == 1
-    assert shown["absent"] == "transformer.layers.3.mlp.dense_h_to_4h.bias"
-    assert shown["extra"] == "mixins.unheard.of"
+    assert shown["missing"] == "transformer.layers.3.mlp.dense_h_to_4h.bias"
+    assert shown["unknown"] == "mixins.unheard.of"
     assert shown["will load"].startswith("no: ")
 
 
@@ -306,7 +306,7 @@ def test_lora_of_another_width_fits_no_configuration(
 ) -> None:
     code, shown = inspect(save_sat(tmp_path / "run", lora_matrices(width=320)))
     assert code == 0
-    assert shown["alpha"] == "not told, so 1 is taken"
+    assert shown["alpha"] == "unknown, so 1 is used"
     assert "no file of configs/" in shown["will load"]
 
 
@@ -427,7 +427,7 @@ def test_names_cannot_command_the_terminal(inspect: Callable[..., Any], tmp_path
     save_file({"mixins.\x1b[2J": torch.zeros(2)}, path)
     code, shown = inspect(path)
     assert code == 1
-    assert "\\x1b[2J" in shown["extra"] and "\x1b" not in shown["extra"]
+    assert "\\x1b[2J" in shown["unknown"] and "\x1b" not in shown["unknown"]
 
 
 def test_folders_of_something_else(inspect: Callable[..., Any], tmp_path: Path) -> None:
