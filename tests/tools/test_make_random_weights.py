@@ -109,7 +109,7 @@ def test_mistakes_of_the_user(overlay: dict, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stopped", "whole"),
     [
-        ("tools.make_random_weights.write_torch", []),
+        ("tools.make_random_weights.save_sat_transformer", []),
         ("sgm.files.write_torch", ["transformer"]),  # beneath the autoencoder's `save_torch`
         ("tools.make_random_weights.save_sharded", ["transformer", "vae.pt"]),
     ],
@@ -117,7 +117,7 @@ def test_mistakes_of_the_user(overlay: dict, tmp_path: Path) -> None:
 def test_nothing_half_is_left(
     overlay: dict, tmp_path: Path, stopped: str, whole: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(state: object, path: Path, **settings: object) -> None:
+    def interrupted(*given: object, **settings: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stopped, interrupted)

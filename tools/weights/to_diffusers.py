@@ -89,14 +89,14 @@ class DiffusersConverter:
         self._scaling_factor = scaling_factor or select_number(config, "scale_factor", 1.0)
         self._network = build_on_meta(config.model.get("network_config"))
         self._geometry = geometry_of(config.model["network_config"]["params"])
-        self.scheduler = self._scheduler(snr_shift_scale)
+        self._scheduler = self._scheduler_config(snr_shift_scale)
         self.text_encoder: T5Files | None = None
         if sources.text_encoder:
             option = sources.name("text_encoder")
             self.text_encoder = find_t5(sources.text_encoder, option=option)
             check_t5(self.text_encoder, dtype=torch.float32)
             self.text_encoder.release()
-        self.parts: list[_Part] = []
+        self._parts: list[_Part] = []
         vae: str | Weights | None = sources.vae
         if sources.transformer:
             option = sources.name("transformer")
@@ -112,9 +112,15 @@ class DiffusersConverter:
     @property
     def text_length(self) -> int:
         """Tokens of a prompt, which diffusers needs at each call."""
-        return self._geometry.text_length
+        return self._geometry["max_text_seq_length"]
 
-    def _scheduler(self, snr_shift_scale: float | None) -> dict[str, Any]:
+    @property
+    def present(self) -> set[str]:
+        """Names of the parts that are written, besides the scheduler."""
+        texts = {"text_encoder", "tokenizer"} if self.text_encoder is not None else set()
+        return {part.name for part in self._parts} | texts
+
+    def _scheduler_config(self, snr_shift_scale: float | None) -> dict[str, Any]:
         target = str(select(self._config, _SAMPLER, "none"))
         name = SCHEDULERS.get(target.rpartition(".")[2])
         if name is None:
@@ -152,13 +158,10 @@ class DiffusersConverter:
                     "name the weights that it belongs to (only CogVideoX-2B is supported)"
                 )
         self._check(base, "transformer", self._network, where=path)
-        if loras:
-            tensors = merged_tensors(base, loras, where=path, dtype=dtype)
-        else:
-            tensors = in_dtype(base, dtype, where=path)
-        tensors = to_diffusers(tensors, "transformer", where=path)
+        merged = merged_tensors(base, loras, where=path, dtype=dtype)
+        tensors = to_diffusers(merged, "transformer", where=path)
         config = transformer_config(sizes, self._geometry)
-        self.parts.append(_Part("transformer", config, tensors))
+        self._parts.append(_Part("transformer", config, tensors))
 
     def _add_vae(self, source: str | Weights, *, option: str) -> None:
         where = str(source)
@@ -167,7 +170,7 @@ class DiffusersConverter:
         sizes = self._check(state, "vae", vae, where=where)
         tensors = in_dtype(to_diffusers(state, "vae", where=where), torch.float32, where=where)
         config = vae_config(sizes, self._geometry, scaling_factor=self._scaling_factor)
-        self.parts.append(_Part("vae", config, tensors))
+        self._parts.append(_Part("vae", config, tensors))
 
     def _check(
         self,
@@ -198,18 +201,18 @@ class DiffusersConverter:
 
     def write(self, folder: Path, *, link_text_encoder: bool) -> None:
         """Write all parts into `folder`, which is within `new_folder`; to be called once."""
-        names = {part.name for part in self.parts}
-        while self.parts:  # the mapped file of a part is closed after the part is written
-            part = self.parts.pop(0)
+        index = model_index(self._scheduler["_class_name"], self.present)
+        while self._parts:  # the mapped file of a part is closed after the part is written
+            part = self._parts.pop(0)
             logger.info("writing %s", part.name)
             (folder / part.name).mkdir()
             save_json(folder / part.name / "config.json", part.config)
             save_sharded(folder / part.name, part.tensors)
             del part
-            if self.parts:
+            if self._parts:
                 gc.collect()  # torch.load leaves cycles that hold the mapped file
         (folder / "scheduler").mkdir()
-        save_json(folder / "scheduler" / "scheduler_config.json", self.scheduler)
+        save_json(folder / "scheduler" / "scheduler_config.json", self._scheduler)
         if self.text_encoder is not None:
             logger.info("%s text_encoder", "linking" if link_text_encoder else "copying")
             copy_text_encoder(self.text_encoder, folder / "text_encoder", link=link_text_encoder)
@@ -217,10 +220,4 @@ class DiffusersConverter:
             tokenizer.mkdir()
             shutil.copyfile(file, tokenizer / file.name)
             save_json(tokenizer / "tokenizer_config.json", tokenizer_config(self.text_length))
-        index = model_index(
-            self.scheduler["_class_name"],
-            transformer="transformer" in names,
-            vae="vae" in names,
-            text=self.text_encoder is not None,
-        )
         save_json(folder / "model_index.json", index)
