@@ -32,7 +32,7 @@ TINY = "configs/cogvideox_tiny_infer.yaml"
 
 @pytest.fixture
 def inspect(capsys: pytest.CaptureFixture[str]) -> Callable[[Path], tuple[int, dict[str, str]]]:
-    """Runs the command: its exit code, and what it shows, by name."""
+    """Runs the command; returns its exit code and what it shows, by name."""
 
     def run(path: Path) -> tuple[int, dict[str, str]]:
         code = run_command(lambda: inspect_checkpoint.main([str(path)]))
@@ -146,7 +146,7 @@ def test_shallower_model_needs_its_own_configuration(
     assert "no file of configs/ has them" in shown["will load"]
 
 
-def test_absent_and_extra_weights_are_named(
+def test_missing_and_unknown_weights_are_named(
     inspect: Callable[..., Any], base: dict[str, Tensor], tmp_path: Path
 ) -> None:
     tensors = dict(base)
@@ -387,7 +387,7 @@ def zip_of_text() -> bytes:
         (zip_of_text().replace("läs".encode(), b"l\xff\xffs"), "not a whole file"),
     ],
 )
-def test_what_is_no_weight_file_is_called_by_its_name(
+def test_another_kind_of_file_is_named(
     inspect: Callable[..., Any], tmp_path: Path, content: bytes, said: str
 ) -> None:
     path = tmp_path / "weights.pt"

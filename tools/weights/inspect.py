@@ -47,7 +47,7 @@ from sgm.checkpoint.vae import ENGINE_PREFIX, load_vae_state
 from sgm.checkpoint.weight_file import open_file, read_json
 from sgm.errors import UserError, first_of
 from sgm.modules.encoders.modules import T5Tokenizer
-from tools.weights.sizes import SHIPPED, compare, shipped_config, shipped_shapes, sizes_of
+from tools.weights.sizes import SHIPPED, Comparison, compare, shipped_config, shipped_shapes
 from tools.weights.sources import ROOT
 
 _KEYS = {  # part of a pipeline → the key of a configuration that names it
@@ -141,10 +141,7 @@ def _inspect_folder(folder: Path) -> Finding:
     names = sorted(entry.name for entry in folder.iterdir())
     places = [name for name in ("transformer", f"vae/{SAT_FILE}") if (folder / name).exists()]
     if not places:
-        raise UserError(
-            f"{folder} is not a folder of weights (it holds {_few(names) or 'nothing'}); name the "
-            "file or folder that holds them"
-        )
+        raise _not_ours(folder, f"it holds {_few(names) or 'nothing'}")
     places += [name for name in names if find_tokenizer(folder / name)]
     return _inspect_parts("whole model in SAT's layout", folder, places)
 
@@ -154,15 +151,12 @@ def _inspect_part(folder: Path) -> Finding:
     config = read_json(folder / "config.json")
     name = config.get("_class_name", config.get("model_type"))
     if name == PART_CLASSES["transformer"]:
-        return _describe_part(find_transformer(folder, option="PATH"), "transformer")
+        return _describe_transformer(find_transformer(folder, option="PATH"))
     if name == PART_CLASSES["vae"]:
-        return _describe_part(find_autoencoder(folder, option="PATH"), "vae")
+        return _describe_vae(find_autoencoder(folder, option="PATH"))
     if name == "t5":
         return _describe_t5(folder)
-    raise UserError(
-        f"{folder} belongs to another model ({name!r}); CogVideoX-2B consists of a "
-        f"{' and a '.join(PART_CLASSES.values())} and T5"
-    )
+    raise _not_ours(folder, f"its config.json is that of {name!r}")
 
 
 def _inspect_run(folder: Path) -> Finding:
@@ -182,12 +176,12 @@ def _inspect_run(folder: Path) -> Finding:
 
 def _inspect_pipeline(folder: Path) -> Finding:
     index = read_json(folder / "model_index.json")
-    left_out = [
-        name
-        for name in _PIPELINE_PARTS
-        if index.get(name) == [None, None] and not (folder / name).exists()
+    present = [
+        part
+        for part in _PIPELINE_PARTS
+        if index.get(part) != [None, None] or (folder / part).exists()
     ]
-    present = [name for name in _PIPELINE_PARTS if name not in left_out]
+    left_out = [part for part in _PIPELINE_PARTS if part not in present]
     finding = _inspect_parts("diffusers pipeline", folder, present)
     finding.facts += [(name, "not in this folder") for name in left_out]
     if left_out and finding.use:
@@ -241,7 +235,7 @@ def _inspect_file(weights: Weights) -> Finding:
     if has(MODEL_PREFIX, "transformer.layers.", "mixins."):
         if all(is_lora_matrix(name) for name in tensors if not name.startswith(OTHER_PARTS)):
             return _describe_lora(weights, "SAT")
-        finding = _describe_part(weights, "transformer")
+        finding = _describe_transformer(weights)
         for prefix, part in _OTHER_PARTS.items():
             if count := sum(name.startswith(prefix) for name in tensors):
                 finding.facts.append(("beside it", f"{part}, {count} tensors"))
@@ -249,7 +243,7 @@ def _inspect_file(weights: Weights) -> Finding:
     if is_foreign(tensors):
         return _describe_lora(weights, "diffusers or peft")
     if has(ENGINE_PREFIX, *_SAT_VAE):
-        return _describe_part(weights, "vae")
+        return _describe_vae(weights)
     if has(*_DIFFUSERS) and (path.parent / "config.json").is_file():
         finding = _inspect_part(path.parent)
         finding.facts.insert(0, ("folder", f"{path.parent}; name this folder, not the file"))
@@ -258,7 +252,7 @@ def _inspect_file(weights: Weights) -> Finding:
         kind = "T5 text encoder" if has(*_T5) else "transformer or autoencoder of diffusers"
         problem = "it loads only in a folder with its config.json; name that folder"
         return Finding(f"weights of a {kind}", problem=problem)
-    raise UserError(f"{path} holds tensors, but not those of CogVideoX-2B ({_few(list(tensors))})")
+    raise _not_ours(path, f"its tensors have other names ({_few(list(tensors))})")
 
 
 def _check_file_kind(path: Path) -> None:
@@ -271,64 +265,66 @@ def _check_file_kind(path: Path) -> None:
         if all(character.isprintable() or character in "\t\r\n\f" for character in text):
             kinds.append("a text file")
     if kinds:
-        raise UserError(f"{path} is {kinds[0]}, not weights; name a .pt or .safetensors file")
+        raise _not_ours(path, f"it is {kinds[0]}")
 
 
-def _describe_part(weights: Weights, part: Literal["transformer", "vae"]) -> Finding:
-    """A transformer or an autoencoder of SAT or diffusers."""
-    lora: Mapping[str, Tensor] = {}
-    if part == "transformer":
-        _, tensors, lora = read_transformer(weights)
-    else:
-        tensors = load_vae_state(weights, option=weights.option)
-    shapes, path = on_meta(tensors), quote(str(weights))
-    comparison, sizes = compare(shapes, part), _sizes(shapes, part)
-    noun = "transformer" if part == "transformer" else "video autoencoder (VAE)"
-    finding = Finding(
-        f"{noun} in {'diffusers' if weights.folder else 'SAT'} format",
-        [*_size_facts(sizes), *_amounts(shapes)],
+def _not_ours(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path} is not weights of CogVideoX-2B: {reason}; name a .pt or .safetensors file, or a "
+        "folder of such files"
     )
-    if part == "transformer":
-        family = (
-            f"{fingerprint(tensors)} (of biases and norms, which a merged LoRA does not change)"
-        )
-        finding.facts.append(("family", family))
-    for kind, names in comparison.differences.items():
+
+
+def _compared(
+    weights: Weights, tensors: Mapping[str, Tensor], part: Literal["transformer", "vae"]
+) -> tuple[Finding, Comparison]:
+    """What is known about a transformer or an autoencoder from its names and shapes."""
+    shapes = on_meta(tensors)
+    found = compare(shapes, part)
+    noun = "transformer" if part == "transformer" else "video autoencoder (VAE)"
+    finding = Finding(f"{noun} in {'diffusers' if weights.folder else 'SAT'} format")
+    finding.facts = [*_size_facts(found.sizes), *_amounts(shapes)]
+    for kind, names in found.differences.items():
         if names or kind in ("missing", "unknown"):
             finding.facts.append((kind, _few(names) or "nothing"))
-    if comparison.fits:
-        finding.use = f"with {comparison.config}"
-    elif _FIVE_B.items() <= sizes.items():
+    if found.fits:
+        finding.use = f"with {found.config}"
+    elif _FIVE_B.items() <= found.sizes.items():
         finding.problem = "it has the sizes of CogVideoX-5B, and only 2B is supported"
-    elif comparison.is_whole:
-        finding.use = (
-            "with a configuration of these sizes; no file of configs/ has them, the nearest is "
-            f"{comparison.config}"
-        )
+    elif found.is_whole:
+        finding.use = "with a configuration of these sizes; no file of configs/ has them, "
+        finding.use += f"the nearest is {found.config}"
     else:
-        finding.problem = f"it differs from the nearest model, {comparison.config}, as listed above"
+        finding.problem = f"it differs from the nearest model, {found.config}, as listed above"
+    return finding, found
+
+
+def _describe_transformer(weights: Weights) -> Finding:
+    _, base, lora = read_transformer(weights)
+    finding, comparison = _compared(weights, base, "transformer")
+    identity = f"{fingerprint(base)} (of biases and norms, which a merged LoRA does not change)"
+    finding.facts.append(("family", identity))
     if lora:
         rank = min(next(iter(lora.values())).shape, default=0)
         finding.facts.append(("LoRA", f"{len(lora)} matrices of rank {rank} beside the weights"))
         if finding.use:
             finding.use += f" and a lora_config with r: {rank} under model"
-    if comparison.fits and part == "transformer":
-        finding.next_steps.append(f"bash inference.sh {comparison.config} --load {path}")
-    elif comparison.fits:
-        finding.next_steps.append(f"{_KEYS['vae']}: {path} in {comparison.config}")
-    if comparison.is_whole and part == "transformer" and not weights.folder:
-        finding.next_steps.append(
-            f"python tools/convert_weight_sat2hf.py --transformer_ckpt_path {path} "
-            f"--output_path DIR --base {comparison.config}"
-        )
+    config, path = comparison.config, quote(str(weights))
+    if comparison.fits:
+        finding.next_steps.append(f"bash inference.sh {config} --load {path}")
+    if comparison.is_whole and not weights.folder:
+        command = f"convert_weight_sat2hf.py --transformer_ckpt_path {path} --output_path DIR"
+        finding.next_steps.append(f"python tools/{command} --base {config}")
     return finding
 
 
-def _sizes(shapes: Mapping[str, Tensor], part: Literal["transformer", "vae"]) -> dict[str, Any]:
-    try:
-        return sizes_of(shapes, part, "")
-    except UserError:  # weights are missing; which ones is reported by `compare`
-        return {}
+def _describe_vae(weights: Weights) -> Finding:
+    tensors = load_vae_state(weights, option=weights.option)
+    finding, comparison = _compared(weights, tensors, "vae")
+    if comparison.fits:
+        path = quote(str(weights))
+        finding.next_steps.append(f"{_KEYS['vae']}: {path} in {comparison.config}")
+    return finding
 
 
 def _size_facts(sizes: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -371,39 +367,35 @@ def _describe_lora(weights: Weights, form: str) -> Finding:
         return _describe_other_lora(weights, str(error))
     width = next((m.shape[-1] for name, m in matrices.items() if ".matrix_A." in name), 0)
     found = (re.search(r"\.layers\.([0-9]{1,4})\.", name) for name in matrices)
-    blocks = sorted({int(match[1]) for match in found if match}) or [0]
+    blocks = sorted({int(match[1]) for match in found if match})
     alpha, path = record.lora_alpha, quote(str(weights))
     strength = "unknown, so 1 is used"
     if alpha is not None:
         strength = f"{alpha:g}, so the update is {alpha / record.r:g} · B A"
-    finding = Finding(
-        f"LoRA in {form} format",
-        [
-            ("rank", str(record.r)),
-            ("alpha", strength),
-            ("layers", f"{len(blocks)}, {blocks[0]} to {blocks[-1]}"),
-            ("width", str(width)),
-            *_amounts(on_meta(matrices)),
-            ("base model", _base_model(record.base)),
-        ],
-    )
+    facts = [
+        ("rank", str(record.r)),
+        ("alpha", strength),
+        ("layers", f"{len(blocks)}, {blocks[0]} to {blocks[-1]}" if blocks else "none"),
+        ("width", str(width)),
+        *_amounts(on_meta(matrices)),
+        ("base model", _base_model(record.base)),
+    ]
+    finding = Finding(f"LoRA in {form} format", facts)
     try:
         check_whole_lora(matrices, record, weights)
     except UserError as error:
         finding.problem = str(error)
         return finding
-    layer = f"transformer.layers.{blocks[-1]}.input_layernorm.weight"
+    layer = f"transformer.layers.{max(blocks, default=0)}.input_layernorm.weight"
     config = _shipped_with(layer, width)
     if config is None:
         finding.use = f"on a CogVideoX-2B of width {width}; no file of configs/ describes one"
         return finding
     finding.use = f"on the model of {config}"
-    finding.next_steps = [
-        f"bash inference.sh {config} --lora {path}",
-        f"python tools/export_sat_lora_weight.py --sat_pt_path {path} --lora_save_directory DIR"
-        if form == "SAT"
-        else f"python tools/import_lora.py --lora_path {path} --output_path DIR",
-    ]
+    convert = f"import_lora.py --lora_path {path} --output_path DIR"
+    if form == "SAT":
+        convert = f"export_sat_lora_weight.py --sat_pt_path {path} --lora_save_directory DIR"
+    finding.next_steps = [f"bash inference.sh {config} --lora {path}", f"python tools/{convert}"]
     return finding
 
 
@@ -447,27 +439,18 @@ def _describe_t5(folder: Path) -> Finding:
     shapes: dict[str, Tensor] = {}
     for file in files.files:
         shapes |= on_meta(file.tensors(wrapper="state_dict"))
-    width = files.config.get("d_model")
-    finding = Finding(
-        "T5 text encoder",
-        [
-            ("layers", str(files.config.get("num_layers"))),
-            ("width", f"{width}, {files.config.get('num_heads')} heads"),
-            *_amounts(shapes),
-        ],
-    )
+    width, layers, heads = map(files.config.get, ("d_model", "num_layers", "num_heads"))
+    facts = [("layers", str(layers)), ("width", f"{width}, {heads} heads"), *_amounts(shapes)]
     try:
         check_t5(files, dtype=torch.float32)
     except UserError as error:
-        finding.problem = str(error)
-        return finding
+        return Finding("T5 text encoder", facts, problem=str(error))
     config = _shipped_with("mixins.patch_embed.text_proj.weight", width)
     if config is None:
-        finding.use = f"with a transformer for text of width {width}; no file of configs/ has one"
-        return finding
-    finding.use = f"with {config}"
-    finding.next_steps = [f"model_dir: {quote(str(folder))} in {config}"]
-    return finding
+        use = f"with a transformer for text of width {width}; no file of configs/ has one"
+        return Finding("T5 text encoder", facts, use)
+    steps = [f"model_dir: {quote(str(folder))} in {config}"]
+    return Finding("T5 text encoder", facts, f"with {config}", next_steps=steps)
 
 
 def _few(names: Sequence[str]) -> str:

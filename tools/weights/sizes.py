@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -189,11 +190,14 @@ class Comparison:
         fits: whether this configuration loads the weights as they are.
         differences: from a model with the sizes of the weights, or from the nearest model if no
             model can have these sizes; as `sgm.checkpoint.strict_loading.differences`.
+        sizes: of the weights, as `sizes_of` returns them; empty if weights that show them are
+            missing.
     """
 
     config: str
     fits: bool
     differences: Mapping[str, list[str]]
+    sizes: Mapping[str, Any]
 
     @property
     def is_whole(self) -> bool:
@@ -212,15 +216,15 @@ def compare(shapes: Mapping[str, Tensor], part: Part) -> Comparison:
         name: differences(shapes, _needed(shipped_shapes(name, part), shapes)) for name in SHIPPED
     }
     nearest = min(SHIPPED, key=lambda name: sum(map(len, found[name].values())))
-    if not any(found[nearest].values()):
-        return Comparison(nearest, True, found[nearest])
-    try:
-        own = model_of(sizes_of(shapes, part, ""), part, where="").state_dict()
-    except UserError:
-        return Comparison(nearest, False, found[nearest])
-    # The size of the position table depends on the clips, not on the model.
-    rest = differences(_without_positions(shapes), _without_positions(own))
-    return Comparison(nearest, False, rest)
+    fits, rest = not any(found[nearest].values()), found[nearest]
+    sizes: Mapping[str, Any] = {}
+    with suppress(UserError):  # no model has these sizes, or weights that show them are missing
+        sizes = sizes_of(shapes, part, "")
+        if not fits:
+            own = model_of(sizes, part, where="").state_dict()
+            # The size of the position table depends on the clips, not on the model.
+            rest = differences(_without_positions(shapes), _without_positions(own))
+    return Comparison(nearest, fits, rest, sizes)
 
 
 def _without_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

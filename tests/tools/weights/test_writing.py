@@ -126,7 +126,7 @@ def test_a_failing_disk_is_one_sentence_and_leaves_nothing(tmp_path, save):
 
 
 @pytest.mark.parametrize("write", [save_sharded, save_sat_transformer])
-def test_values_that_are_not_finite_are_told_and_written_as_they_are(tmp_path, caplog, write):
+def test_values_that_are_not_finite_are_reported_and_written_as_they_are(tmp_path, caplog, write):
     write(tmp_path / "whole" if write is save_sat_transformer else tmp_path, TENSORS)
     assert not caplog.messages
     damaged = TENSORS | {"a": TENSORS["a"] * torch.nan, "b": TENSORS["b"] / 0}
