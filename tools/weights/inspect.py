@@ -1,7 +1,7 @@
 """What a file or folder of weights is: its kind, sizes and precision, and whether it loads.
 
-Names and shapes are read. Of the values, only the small vectors that identify a model are read. No
-code from a file is run. Each file is read once.
+Names and shapes are read, and of the values only the small vectors that identify a model. No code
+from a file is run.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ _KEYS = {  # part of a pipeline → the key of a configuration that names it
     "text_encoder": "model.conditioner_config.params.emb_models[0].params.model_dir",
 }
 _PIPELINE_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-# Beginnings of the names of other parts in a checkpoint of the whole engine.
-_OTHER_PARTS = {ENGINE_PREFIX: "autoencoder", "conditioner.": "text encoder"}
+# Beginning of names → other part in a checkpoint of the whole engine.
+_PART_NAMES = {ENGINE_PREFIX: "autoencoder", "conditioner.": "text encoder"}
 # Keys of training states: of this code, of DeepSpeed and of PyTorch's optimizers.
 _TRAINING_KEYS = {"optimizer", "optimizer_state_dict", "param_groups", "zero_stage", "schedule"}
 _SAT_VAE = ("encoder.down.", "encoder.mid.block", "decoder.up.", "decoder.mid.block")
@@ -236,7 +236,7 @@ def _inspect_file(weights: Weights) -> Finding:
         if all(is_lora_matrix(name) for name in tensors if not name.startswith(OTHER_PARTS)):
             return _describe_lora(weights, "SAT")
         finding = _describe_transformer(weights)
-        for prefix, part in _OTHER_PARTS.items():
+        for prefix, part in _PART_NAMES.items():
             if count := sum(name.startswith(prefix) for name in tensors):
                 finding.facts.append(("beside it", f"{part}, {count} tensors"))
         return finding

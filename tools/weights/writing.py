@@ -78,10 +78,13 @@ def save_safetensors(
     Raises:
         OSError: the file cannot be written.
     """
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:  # what it raises on a full disk
         raise OSError(f"safetensors: {error}") from error
+    path.chmod(mode)  # save_file lets only the owner read the file
 
 
 def _read(

@@ -37,6 +37,12 @@ def test_one_file_is_what_safetensors_itself_reads(tmp_path):
     assert all(same(found[name], tensor) for name, tensor in TENSORS.items())
 
 
+def test_files_have_the_permissions_of_new_files(tmp_path):
+    save_sharded(tmp_path, TENSORS)
+    (tmp_path / "other").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_every_tensor_begins_at_a_multiple_of_its_elements(tmp_path):
     save_sharded(tmp_path, TENSORS)
     content = (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes()
