@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Sources:
 
     def missing(self) -> list[str]:
         """The paths that do not exist."""
-        return [path for path in self.paths() if path and not Path(path).expanduser().exists()]
+        return [path for path in self.paths() if path and not _exists(path)]
 
     def name(self, part: str) -> str:
         """How messages name the path of a part: by its option or its key of the configuration."""
@@ -85,10 +86,15 @@ def _from_config(config: Config) -> Sources:
     """The paths in a configuration. Those of shipped ones are relative to the repository."""
     vae, *texts = (named.value for named in weight_paths(config.model))
     found = []
-    for path in (config.args.load, vae, next(filter(None, texts), None)):
-        is_shipped = path and not Path(path).expanduser().exists() and (ROOT / path).exists()
-        found.append(str(ROOT / path if is_shipped else path) if path else None)
+    for value in (config.args.load, vae, next(filter(None, texts), None)):
+        path = str(value) if value else None
+        is_shipped = path and not _exists(path) and (ROOT / path).exists()
+        found.append(str(ROOT / path) if is_shipped else path)
     return Sources(*found, are_options=False)
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))
 
 
 def choose_sources(given: Sources, base: Sequence[str] | None) -> tuple[Config, Sources]:
