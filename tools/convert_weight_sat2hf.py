@@ -3,9 +3,9 @@
     python tools/convert_weight_sat2hf.py --transformer_ckpt_path RUN --vae_ckpt_path 3d-vae.pt \
         --text_encoder_path t5-v1_1-xxl --output_path DIR [--bf16] [--lora PATH[:SCALE] …]
 
-What the weights do not tell (size of a clip, sampler …) is in a configuration: `--base`, or else
-the training_config.yaml of a run, or else the 2B model's. Without any path all paths come from it.
-A part that is not named is not written.
+What the weights do not show (size of a clip, sampler …) comes from a configuration: `--base`, or
+else the training_config.yaml of a run, or else the 2B model's. Without any path, all paths come
+from it too. A part without a path is not written.
 """
 
 from __future__ import annotations
@@ -24,9 +24,15 @@ from sgm.files import new_folder, refuse_existing
 from tools.launch.choose_config import BUNDLED
 from tools.weights.sources import ROOT, Sources, choose_sources
 
-# PyTorch, and what reads weights with it, is imported once the command line is known to be right.
+# PyTorch and the modules that need it are imported after the command line is checked.
 
 _USUAL_TEXT_LENGTH = 226  # diffusers' own default
+_OPTIONS = {  # part of the pipeline → the option with its path
+    "transformer": "--transformer_ckpt_path",
+    "vae": "--vae_ckpt_path",
+    "text_encoder": "--text_encoder_path",
+    "tokenizer": "--text_encoder_path",
+}
 
 
 def _positive(text: str) -> float:
@@ -37,54 +43,39 @@ def _positive(text: str) -> float:
 
 
 def _path(text: str) -> str:
-    if not text:  # of a variable of the shell that is not set
+    if not text:  # such as that of a shell variable that is not set
         raise ValueError
     return text
 
 
 _path.__name__ = "path"
-_positive.__name__ = "positive number"  # argparse names it in its message
+_positive.__name__ = "positive number"  # argparse prints it in its message
 
 
 def _loading_call(output: Path, present: Collection[str]) -> str:
-    """How diffusers loads the folder; of what is absent it must be told."""
-    options = {
-        "transformer": "--transformer_ckpt_path",
-        "vae": "--vae_ckpt_path",
-        "text_encoder": "--text_encoder_path",
-        "tokenizer": "--text_encoder_path",
-    }
-    absent = [name for name in options if name not in present]
-    call = ", ".join([repr(str(output)), *(f"{name}=None" for name in absent)])
-    call = f"CogVideoXPipeline.from_pretrained({call})"
-    if not absent:
+    """The call with which diffusers loads the folder; parts that are missing must be named."""
+    missing = [name for name in _OPTIONS if name not in present]
+    arguments = ", ".join([repr(str(output)), *(f"{name}=None" for name in missing)])
+    call = f"CogVideoXPipeline.from_pretrained({arguments})"
+    if not missing:
         return call
-    given_by = ", ".join(dict.fromkeys(options[name] for name in absent))
-    return f"{call}, or with your own instead of None (not written without {given_by})"
+    options = ", ".join(dict.fromkeys(_OPTIONS[name] for name in missing))
+    return f"{call}, or with your own instead of None (not written without {options})"
 
 
 def build_parser() -> CommandParser:
     """The parser of this command; each option is spelt with _ or -."""
     parser = CommandParser(description="Convert weights of SAT to diffusers.")
-    add = partial(add_option, parser)
-    add(
-        "transformer_ckpt_path",
-        type=_path,
-        metavar="PATH",
-        help="the transformer: a run, its folder, a file",
-    )
-    add("vae_ckpt_path", type=_path, metavar="PATH", help="the autoencoder, 3d-vae.pt")
-    add("text_encoder_path", type=_path, metavar="DIR", help="the T5 folder")
+    add, add_path = partial(add_option, parser), partial(add_option, parser, type=_path)
+    note = "the transformer: a run, its folder, a file"
+    add_path("transformer_ckpt_path", metavar="PATH", help=note)
+    add_path("vae_ckpt_path", metavar="PATH", help="the autoencoder, 3d-vae.pt")
+    add_path("text_encoder_path", metavar="DIR", help="the T5 folder")
     add("output_path", metavar="DIR", help="the new folder")
-    parser.add_argument("--base", nargs="+", metavar="YAML", help="what the weights do not tell")
-    parser.add_argument(
-        "--lora",
-        nargs="+",
-        default=[],
-        type=lora_from_text,
-        metavar="PATH[:SCALE]",
-        help="LoRAs to merge; a scale of 1 is as trained",
-    )
+    note = "configuration of what the weights do not show"
+    parser.add_argument("--base", nargs="+", metavar="YAML", help=note)
+    loras = {"nargs": "+", "default": [], "type": lora_from_text, "metavar": "PATH[:SCALE]"}
+    parser.add_argument("--lora", **loras, help="LoRAs to merge; a scale of 1 is as trained")
     add("link_text_encoder", action="store_true", help="link T5's files instead of copying them")
     add_precision(parser)
     for name in ("num_layers", "num_attention_heads"):
@@ -95,21 +86,19 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, convert, say what was written; returns the exit code."""
+    """Parse, convert, print what was written; returns the exit code."""
     options = build_parser().parse_args(argv)
     set_up_logging()
     given = Sources(options.transformer_ckpt_path, options.vae_ckpt_path, options.text_encoder_path)
     config, sources = choose_sources(given, options.base)
-    is_bundled = config.files == [str(ROOT / BUNDLED)]
-    output = Path(
-        options.output_path or f"CogVideoX-{'tiny' if is_bundled else '2b'}-diffusers"
-    ).expanduser()
+    kind = "tiny" if config.files == [str(ROOT / BUNDLED)] else "2b"
+    output = Path(options.output_path or f"CogVideoX-{kind}-diffusers").expanduser()
     refuse_existing(output)
     import torch
 
-    from tools.weights.to_diffusers import Conversion
+    from tools.weights.to_diffusers import DiffusersConverter
 
-    conversion = Conversion(
+    converter = DiffusersConverter(
         config,
         sources,
         loras=options.lora,
@@ -119,14 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_layers=options.num_layers,
         num_attention_heads=options.num_attention_heads,
     )
-    present = {part.name for part in conversion.parts}
-    if conversion.text_encoder is not None:
-        present |= {"text_encoder", "tokenizer"}
+    present = converter.present
     with new_folder(output) as folder:
-        conversion.write(folder, link_text_encoder=options.link_text_encoder)
+        converter.write(folder, link_text_encoder=options.link_text_encoder)
     print(f"wrote {output}; in diffusers: {_loading_call(output, present)}")
-    if conversion.text_length != _USUAL_TEXT_LENGTH:
-        print(f"when calling it: max_sequence_length={conversion.text_length}")
+    if converter.text_length != _USUAL_TEXT_LENGTH:
+        print(f"when calling it: max_sequence_length={converter.text_length}")
     return 0
 
 

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,6 @@ from sgm.cli import CommandParser, add_option, run_and_exit, set_up_logging
 from sgm.files import make_output_folder, new_folder, refuse_existing, replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
-
     from sgm.checkpoint.lora import LoraRecord
 
 
@@ -36,12 +32,12 @@ logger = logging.getLogger(__name__)
 def adapter_metadata(record: LoraRecord, alpha: float, names: Sequence[str]) -> dict[str, str]:
     """The safetensors metadata that diffusers writes for a transformer's LoRA with these settings.
 
-    diffusers hands the settings to peft's LoraConfig. Layers are named in full, so that a LoRA of
-    a few blocks stays on these. The base model's fingerprint, where it is known, is added under a
+    diffusers passes the settings to peft's LoraConfig. Layers are named in full, so that a LoRA of
+    a few blocks changes only these. The base model's fingerprint, if it is known, is added under a
     key that diffusers does not read.
 
     Args:
-        record: tells the rank and the base model.
+        record: has the rank and the base model.
         alpha: the update is ``alpha / r · B A``.
         names: of the matrices in diffusers.
     """
@@ -49,37 +45,35 @@ def adapter_metadata(record: LoraRecord, alpha: float, names: Sequence[str]) -> 
 
     settings: dict[str, Any] = {
         "r": record.r,
-        # peft declares a whole number and takes any.
+        # peft's type is int, but it accepts any number.
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "target_modules": sorted({name.rsplit(".lora_", 1)[0] for name in names}),
     }
     prefixed = {f"{DIFFUSERS_PREFIX}{name}": value for name, value in settings.items()}
     base = {} if record.base is None else {BASE_KEY: record.base}
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(prefixed, indent=2, sort_keys=True)}
-    return metadata | base
+    return {METADATA_KEY: json.dumps(prefixed, indent=2, sort_keys=True), **base}
 
 
-def export_lora(path: str | Path, folder: str | Path, *, alpha: float | None = None) -> Path:
-    """Write the LoRA of SAT format in `path` to a file in `folder`, as diffusers names it.
+def export_lora(path: str, folder: Path, *, alpha: float | None) -> Path:
+    """Write the LoRA of SAT format in `path` to a file in `folder`, with diffusers' name for it.
 
     Args:
-        path: as in `sgm.checkpoint.read_lora`.
-        folder: is made if it is not there.
-        alpha: lora_alpha, where the file does not tell it; without it SAT's default, 1, is taken.
+        path: as in `sgm.checkpoint.lora.read_lora`.
+        folder: is created if it does not exist.
+        alpha: lora_alpha for a file that does not store it; None takes SAT's default, 1.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        UserError: `path` holds no LoRA, or not all of one; the file exists, or cannot be written.
+        UserError: `path` holds no LoRA, or a part of one; the file exists, or cannot be written.
     """
     from sgm.checkpoint.find import DIFFUSERS_FILE, find_lora
     from sgm.checkpoint.lora import alpha_of, check_whole_lora, is_sat_lora, read_lora
     from sgm.checkpoint.lora_formats import DIFFUSERS_PREFIX
     from sgm.checkpoint.table import to_diffusers
-    from tools.weights.writing import own_storage
+    from tools.weights.writing import own_storage, save_safetensors
 
-    folder = Path(os.path.expanduser(folder))
     refuse_existing(folder / DIFFUSERS_FILE)
     lora = find_lora(path, option="--sat_pt_path")
     matrices, record = read_lora(lora, alpha=alpha, option="--sat_pt_path")
@@ -90,13 +84,13 @@ def export_lora(path: str | Path, folder: str | Path, *, alpha: float | None = N
     metadata = adapter_metadata(record, alpha_of(record, path), list(tensors))
     prefixed = {f"{DIFFUSERS_PREFIX}{name}": own_storage(tensors[name]) for name in tensors}
     with _new_file(folder, DIFFUSERS_FILE) as file:
-        _save_safetensors(prefixed, file, metadata)
+        save_safetensors(prefixed, file, metadata)
     return folder / DIFFUSERS_FILE
 
 
 @contextmanager
 def _new_file(folder: Path, name: str) -> Iterator[Path]:
-    """A path to write to, which becomes the file `name` in a folder that is there or is made."""
+    """A path to write to, which becomes the file `name` in a folder that exists or is created."""
     if os.path.lexists(folder):
         with replacing(make_output_folder(folder) / name) as partial:
             yield partial
@@ -105,48 +99,19 @@ def _new_file(folder: Path, name: str) -> Iterator[Path]:
             yield made / name
 
 
-def _save_safetensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(dict(tensors), file, metadata=metadata)
-    except SafetensorError as error:  # what it makes of a full disk
-        raise OSError(f"safetensors: {error}") from error
-
-
-def build_parser() -> CommandParser:
-    """The parser of this command."""
-    parser = CommandParser(description="Export a LoRA of SAT format for diffusers.")
-    add_option(
-        parser,
-        "sat_pt_path",
-        required=True,
-        metavar="PATH",
-        help="a LoRA run's folder, that of one of its checkpoints, or a file",
-    )
-    add_option(
-        parser,
-        "lora_save_directory",
-        required=True,
-        metavar="DIR",
-        help="folder for pytorch_lora_weights.safetensors",
-    )
-    add_option(
-        parser,
-        "lora_alpha",
-        type=float,
-        metavar="X",
-        help="of an older file, which does not tell it (default then: 1, as in SAT)",
-    )
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, export, say what to do with it; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    """Parse, export, print how to load it; returns the exit code."""
+    parser = CommandParser(description="Export a LoRA of SAT format for diffusers.")
+    note = "a LoRA run's folder, that of one of its checkpoints, or a file"
+    add_option(parser, "sat_pt_path", required=True, metavar="PATH", help=note)
+    note = "folder for pytorch_lora_weights.safetensors"
+    add_option(parser, "lora_save_directory", required=True, metavar="DIR", help=note)
+    note = "for an older file, which does not store it (default: 1, as in SAT)"
+    add_option(parser, "lora_alpha", type=float, metavar="X", help=note)
+    args = parser.parse_args(argv)
     set_up_logging()
-    file = export_lora(args.sat_pt_path, args.lora_save_directory, alpha=args.lora_alpha)
+    folder = Path(os.path.expanduser(args.lora_save_directory))
+    file = export_lora(args.sat_pt_path, folder, alpha=args.lora_alpha)
     print(f"wrote {file}; in diffusers: pipe.load_lora_weights({str(file.parent)!r})")
     return 0
 

@@ -1,9 +1,9 @@
-"""A LoRA of diffusers or peft in SAT's layout.
+"""A LoRA of diffusers or peft to SAT's layout.
 
     python tools/import_lora.py --lora_path LORA --output_path DIR [--load BASE]
 
 Writes ``DIR/latest`` and ``DIR/1/mp_rank_00_model_states.pt`` as a LoRA run does, for ``lora:``
-(which may also name the LoRA of diffusers itself).
+(which also accepts the LoRA of diffusers itself).
 """
 
 from __future__ import annotations
@@ -25,35 +25,25 @@ logger = logging.getLogger(__name__)
 TAG = "1"
 
 
-def import_lora(
-    path: str | Path,
-    folder: str | Path,
-    *,
-    alpha: float | None = None,
-    load: str | Path | None = None,
-) -> str:
+def import_lora(path: str, folder: str, *, alpha: float | None, load: str | None) -> str:
     """Write the LoRA in `path` to the new `folder`, in SAT's layout with its record.
 
     Args:
-        path: as in `sgm.checkpoint.read_lora`.
+        path: as in `sgm.checkpoint.lora.read_lora`.
         folder: must not exist.
-        alpha: lora_alpha, where the file does not tell it; without it the rank is taken.
-        load: the base model, of SAT or diffusers; its shapes are compared, and it is recorded.
+        alpha: lora_alpha for a file that does not store it; None takes the rank.
+        load: the base model, of SAT or diffusers. Its shapes are compared, and its fingerprint is
+            recorded.
 
     Returns:
-        What was written, and how to use it.
+        A text that says what was written, and how to use it.
 
     Raises:
         UserError: `path` holds no LoRA that SAT can hold, or one of another model; or `folder`
             exists or cannot be written.
     """
     from sgm.checkpoint.find import find_lora
-    from sgm.checkpoint.lora import (
-        check_matrices,
-        check_whole_lora,
-        is_sat_lora,
-        read_lora,
-    )
+    from sgm.checkpoint.lora import check_matrices, check_whole_lora, is_sat_lora, read_lora
     from sgm.checkpoint.tensors import on_meta
     from sgm.checkpoint.transformer import fingerprint, read_transformer
     from tools.weights.writing import save_sat_transformer
@@ -71,48 +61,28 @@ def import_lora(
         record = dataclasses.replace(record, base=fingerprint(base))
     with new_folder(folder) as made:
         save_sat_transformer(made, matrices, tag=TAG, lora=dataclasses.asdict(record))
-    strength = "not told" if record.lora_alpha is None else f"{record.lora_alpha:g}"
-    use = f"--lora {quote(str(folder))}"
-    base_model = "BASE" if load is None else quote(str(load))
+    strength = "unknown" if record.lora_alpha is None else f"{record.lora_alpha:g}"
+    use = f"--lora {quote(folder)}"
     return (
         f"wrote {folder}: rank {record.r}, lora_alpha {strength}; for videos: {use}\n"
-        f"to train on, merge it and name NEW in load: python tools/merge_lora.py --load "
-        f"{base_model} {use} --output_path NEW"
+        "to train on, merge it and name NEW in load: python tools/merge_lora.py --load "
+        f"{'BASE' if load is None else quote(load)} {use} --output_path NEW"
     )
-
-
-def build_parser() -> CommandParser:
-    """The parser of this command."""
-    parser = CommandParser(description="Import a LoRA of diffusers or peft into SAT's layout.")
-    add_option(
-        parser,
-        "lora_path",
-        required=True,
-        metavar="PATH",
-        help="pytorch_lora_weights.safetensors, the folder it is in, or a folder of peft",
-    )
-    add_option(parser, "output_path", required=True, metavar="DIR", help="the new folder")
-    add_option(
-        parser,
-        "lora_alpha",
-        type=float,
-        metavar="X",
-        help="where the file does not tell it (default then: the rank, as in diffusers)",
-    )
-    parser.add_argument(
-        "--load",
-        metavar="BASE",
-        help="the base model: its shapes are compared, and the LoRA is recorded as made for it",
-    )
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, import, say what was written; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    """Parse, import, print what was written; returns the exit code."""
+    parser = CommandParser(description="Import a LoRA of diffusers or peft into SAT's layout.")
+    note = "pytorch_lora_weights.safetensors, the folder it is in, or a folder of peft"
+    add_option(parser, "lora_path", required=True, metavar="PATH", help=note)
+    add_option(parser, "output_path", required=True, metavar="DIR", help="the new folder")
+    note = "for a file that does not store it (default: the rank, as in diffusers)"
+    add_option(parser, "lora_alpha", type=float, metavar="X", help=note)
+    note = "the base model: its shapes are compared, and the LoRA is recorded as made for it"
+    parser.add_argument("--load", metavar="BASE", help=note)
+    args = parser.parse_args(argv)
     set_up_logging()
-    said = import_lora(args.lora_path, args.output_path, alpha=args.lora_alpha, load=args.load)
-    print(said)
+    print(import_lora(args.lora_path, args.output_path, alpha=args.lora_alpha, load=args.load))
     return 0
 
 

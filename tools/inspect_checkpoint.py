@@ -2,50 +2,30 @@
 
     python tools/inspect_checkpoint.py PATH
 
-Runs no code from the file, and reads names and shapes, not the weights. Exit code 1 where it is
-something else, or does not load.
+Names and shapes are read, not the weights, and no code from the file is run. The exit code is 1 if
+PATH is not weights, or weights that do not load.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arguments import parse_config
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
-from sgm.config import SamplingArgs
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
-    from tools.weights.findings import Finding, KnownModel
-
-ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ("configs/cogvideox_2b_infer.yaml", "configs/cogvideox_tiny_infer.yaml")
-
-
-@cache
-def known_models() -> tuple[KnownModel, ...]:
-    """The models of the shipped configurations."""
-    from tools.weights.findings import KnownModel
-
-    known = []
-    for name in CONFIGS:
-        config = parse_config(SamplingArgs, "", ["--base", str(ROOT / name)])
-        load = config.args.load
-        known.append(KnownModel(name, config.model, load and os.path.join(ROOT, load)))
-    return tuple(known)
+    from tools.weights.inspect import Finding
 
 
 def printable(text: str) -> str:
-    """`text` without what a terminal would obey: names come from strangers' files."""
+    """`text` without control characters, which names in a hostile file may hold."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
@@ -62,22 +42,22 @@ def render(finding: Finding, path: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Inspect one path and say what it is; returns the exit code."""
+    """Inspect one path and print what it is; returns the exit code."""
     parser = CommandParser(
-        description="Say what a file or folder of weights is, and whether it loads."
+        description="Print what a file or folder of weights is, and whether it loads."
     )
     parser.add_argument("path", metavar="PATH", help="any file or folder")
-    options = parser.parse_args(argv)
-    set_up_logging(logging.ERROR)  # what would be warned of is in the lines below
+    path = parser.parse_args(argv).path
+    set_up_logging(logging.ERROR)  # warnings would repeat what is printed
     from tools.weights.inspect import inspect
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's, on a damaged file
-            finding = inspect(options.path, known_models())
+            finding = inspect(path)
     except UserError as error:
         raise UserError(printable(str(error))) from None
-    print(render(finding, options.path))
+    print(render(finding, path))
     return 1 if finding.problem else 0
 
 

@@ -1,20 +1,17 @@
 """Random weights for a configuration, written where it expects the real ones.
 
-Speed and memory of a model do not depend on its weights, so this tells what a model needs before
-anything is downloaded:
+Speed and memory of a model do not depend on its weights, so random weights show what a model needs
+before anything is downloaded:
 
     python tools/make_random_weights.py --base configs/cogvideox_2b_infer.yaml --t5-layers 1
     bash inference.sh configs/cogvideox_2b_infer.yaml
 
-The files have the published layout, with the Python objects that training leaves beside
-the tensors.
+The files have the published layout.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
-import random
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,77 +20,46 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from arguments import parse_config
-from sgm.checkpoint.find import MODEL_FILES
 from sgm.checkpoint.tensors import LazyTensors
-from sgm.checkpoint.transformer import MODEL_PREFIX, POSITION_TABLE
+from sgm.checkpoint.transformer import POSITION_TABLE
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.config import Config, SamplingArgs
 from sgm.errors import UserError
-from sgm.files import make_output_folder, new_folder, refuse_existing, save_torch, write_torch
+from sgm.files import make_output_folder, new_folder, refuse_existing, save_torch
 from sgm.preflight import check_model_section, weight_paths
-from sgm.util import instantiate_from_config
+from sgm.util import build_on_meta
 from tools.bench.measuring import choose_device, fill_random
-from tools.weights.writing import save_sharded
+from tools.weights.writing import save_sat_transformer, save_sharded
 
 logger = logging.getLogger(__name__)
 
-_TAG = "1000"
 _VOCABULARY = 32128  # of T5 v1.1, in all sizes
 XXL_LAYERS = 24
 
 
 def random_tensor(name: str, shape: torch.Size, *, dtype: torch.dtype) -> Tensor:
-    """A tensor on the host, drawn on a GPU where there is one, which is faster."""
+    """A random tensor in host memory, drawn on a GPU if there is one, which is faster."""
     tensor = torch.empty(shape, dtype=dtype, device=choose_device())
     fill_random(name, tensor)
     return tensor.cpu()
 
 
 def random_state(module: nn.Module, *, dtype: torch.dtype) -> LazyTensors:
-    """Random tensors of the names and shapes of a module, which may be on the meta device."""
-    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    return LazyTensors(
-        {name: partial(random_tensor, name, shapes[name], dtype=dtype) for name in shapes},
-        meta=lambda: {
-            name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()
-        },
-    )
+    """Random tensors with the names and shapes of a module, without the position table.
 
-
-def write_transformer(network_config: Mapping[str, Any], load: Path) -> None:
-    """``{load}/latest`` and the file it leads to, in float16 and without the position table."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-
-    with torch.device("meta"):
-        network = instantiate_from_config(network_config)
-    state = random_state(network, dtype=torch.float16)
-    beside = {
-        "iteration": int(_TAG),
-        "loss_scaler": LossScaler(1.0),
-        "random_rng_state": random.getstate(),
-        "np_rng_state": np.random.get_state(),
-        "torch_rng_state": torch.get_rng_state(),
-        "args": argparse.Namespace(mode="pretrain"),
+    Each is drawn when it is asked for; the module may be on the meta device.
+    """
+    metas = {
+        name: torch.empty(tensor.shape, dtype=dtype, device="meta")
+        for name, tensor in module.state_dict().items()
+        if name != POSITION_TABLE
     }
-    with new_folder(load) as folder:
-        (folder / _TAG).mkdir()
-        module = {MODEL_PREFIX + name: state[name] for name in state if name != POSITION_TABLE}
-        write_torch({"module": module, **beside}, folder / _TAG / MODEL_FILES[0])
-        (folder / "latest").write_text(_TAG, encoding="utf-8")
-
-
-def write_vae(first_stage_config: Mapping[str, Any], path: Path) -> None:
-    """``{"state_dict": …}`` in float32."""
-    params = {k: v for k, v in first_stage_config["params"].items() if k != "ckpt_path"}
-    with torch.device("meta"):
-        vae = instantiate_from_config({**first_stage_config, "params": params})
-    make_output_folder(path.parent)
-    save_torch({"state_dict": dict(random_state(vae, dtype=torch.float32))}, path)
+    makers = {name: partial(random_tensor, name, metas[name].shape, dtype=dtype) for name in metas}
+    return LazyTensors(makers, meta=lambda: metas)
 
 
 def write_t5(
@@ -101,7 +67,7 @@ def write_t5(
 ) -> None:
     """A T5 v1.1 encoder of XXL's proportions, and a tokenizer of single bytes and a few words.
 
-    Tensors are drawn and written one by one: XXL's 9.5 GB are never in memory together.
+    One shard at a time is drawn and written, so XXL's 9.5 GB are never in memory together.
     """
     from sentencepiece import SentencePieceTrainer
     from transformers import T5Config, T5EncoderModel
@@ -137,42 +103,52 @@ def write_weights(
     t5_layers: int = XXL_LAYERS,
     t5_dtype: torch.dtype = torch.float16,
 ) -> None:
-    """All parts of a `model` section, to paths that do not exist; each appears when it is whole.
+    """Write random weights for all parts of a `model` section. A part appears when it is complete.
+
+    Args:
+        model: the section.
+        load, vae, t5: paths to write to, which must not exist. The transformer is written in
+            float16, the autoencoder in float32.
+        t5_layers: number of layers of T5.
+        t5_dtype: precision of T5.
 
     Raises:
-        UserError: one cannot be written.
+        UserError: a path cannot be written.
     """
-    patches = model["network_config"]["params"]["modules"]["patch_embed_config"]["params"]
     logger.info("writing the transformer to %s", load)
-    write_transformer(model["network_config"], load)
+    network = build_on_meta(model["network_config"])
+    with new_folder(load) as folder:
+        save_sat_transformer(folder, random_state(network, dtype=torch.float16))
     logger.info("writing the autoencoder to %s", vae)
-    write_vae(model["first_stage_config"], vae)
+    autoencoder = build_on_meta(model["first_stage_config"])
+    make_output_folder(vae.parent)
+    save_torch({"state_dict": dict(random_state(autoencoder, dtype=torch.float32))}, vae)
     logger.info("writing T5 with %d layers to %s", t5_layers, t5)
+    patches = model["network_config"]["params"]["modules"]["patch_embed_config"]["params"]
     write_t5(t5, width=patches["text_hidden_size"], num_layers=t5_layers, dtype=t5_dtype)
 
 
 def paths_of(config: Config) -> dict[str, Path]:
-    """Where a configuration expects its weights; keywords of `write_weights`.
+    """The paths at which a configuration expects its weights, as keywords of `write_weights`.
 
     Raises:
-        UserError: it does not name each of them, or not exactly one T5.
+        UserError: a path is not set, or there is not exactly one T5.
     """
     check_model_section(config.model)
     load = config.args.load
     if not load:
         raise UserError("args.load is not set: it must be the path to write the weights to")
     vae, *texts = weight_paths(config.model)
-    vae = Path(vae.path()).expanduser()
-    folders = [Path(text.path()).expanduser() for text in texts]
-    if len(folders) != 1:
+    paths = [Path(named.path()).expanduser() for named in (vae, *texts)]
+    if len(texts) != 1:
         raise UserError(
-            f"model.conditioner_config has {len(folders)} T5 embedders; random weights are for one"
+            f"model.conditioner_config has {len(texts)} T5 embedders; random weights are for one"
         )
-    return {"load": Path(load).expanduser(), "vae": vae, "t5": folders[0]}
+    return {"load": Path(load).expanduser(), "vae": paths[0], "t5": paths[1]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write all three; refuse to touch what exists."""
+    """Parse, write all parts; returns the exit code. Nothing that exists is overwritten."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", nargs="+", required=True, help="configurations, merged in order")
     parser.add_argument("--t5-layers", type=int, default=XXL_LAYERS, help="default: XXL's number")

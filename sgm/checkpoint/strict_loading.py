@@ -1,4 +1,4 @@
-"""Whether the weights of a file are those of a model: the same names, the same shapes."""
+"""Comparison of a file's weights with a model's: the same names, the same shapes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from sgm.errors import UserError, first_of
 
 
 def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Names of a file's weights, `found`, that are not as in a model, `wanted`.
+    """Find the differences between the weights of a file and those of a model.
+
+    Args:
+        found: name → tensor of the file.
+        wanted: name → tensor of the model, which may be on the meta device.
 
     Returns:
-        Names "of another shape", each with both shapes, "of whole numbers" where the model has
-        others, "missing" ones and "unknown" ones.
+        Kind of difference → names: "of another shape", each with both shapes; "of whole numbers",
+        for weights that are floating-point numbers in the model; "missing" and "unknown".
     """
     return {
         "of another shape": [
@@ -41,17 +45,18 @@ def check_fit(
     hint: str,
     model: str = "the model of the configuration",
 ) -> None:
-    """Compare names, shapes and kinds of a file's weights, `found`, with a model's, `wanted`.
+    """Check that the weights of a file are those of a model. The order and precision may differ.
 
     Args:
         found: name → tensor of the file.
         wanted: name → tensor of the model, which may be on the meta device.
-        path: the file, for the message.
+        path: of the file, for the message.
         hint: end of the message: what to do or to check.
         model: what the message calls the model.
 
     Raises:
-        UserError: they differ; it names the first few of each kind.
+        UserError: they are not; the message has the number and the first names of each kind of
+            difference.
     """
     clauses = [
         f"{len(names)} {kind} ({first_of(names)})"

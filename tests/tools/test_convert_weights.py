@@ -354,7 +354,7 @@ def test_without_options_the_bundled_model_is_converted_and_it_says_why(
     assert (tmp_path / "CogVideoX-tiny-diffusers" / "text_encoder" / "config.json").is_file()
 
 
-def test_the_call_is_told_the_length_of_a_text(small, capsys):
+def test_the_closing_line_has_the_length_of_a_text(small, capsys):
     assert small.convert() == 0
     assert capsys.readouterr().out.endswith("when calling it: max_sequence_length=8\n")
     position = small.model["network_config"]["params"]["modules"]["pos_embed_config"]["params"]

@@ -80,7 +80,7 @@ def test_all_paths_that_do_not_exist_are_named(small, capsys):
     refused(capsys, code, "small.yaml: absent/transformer, absent/vae.pt", "do not exist")
 
 
-def test_the_folder_of_a_whole_model_is_told_from_its_transformer(small, capsys):
+def test_the_folder_of_a_whole_model_is_not_that_of_its_transformer(small, capsys):
     code = small.convert(transformer_ckpt_path=small.folder)
     refused(capsys, code, "--transformer_ckpt_path", f"name {small.transformer}")
 
@@ -96,12 +96,12 @@ def lora(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("place", ["lora", "lora/pytorch_lora_weights.safetensors"])
 @pytest.mark.usefixtures("lora")
-def test_a_lora_is_told_where_it_belongs(tmp_path, capsys, place):
+def test_a_lora_is_sent_to_the_command_for_it(tmp_path, capsys, place):
     code = hf2sat(tmp_path / place, tmp_path / "o")
     refused(capsys, code, "is a LoRA", f"--lora_path {tmp_path / place}")
 
 
-def test_one_file_is_told_where_it_belongs(small, lora, tmp_path, capsys):
+def test_one_file_of_a_folder_is_refused(small, lora, tmp_path, capsys):
     assert small.convert(vae_ckpt_path=None) == 0
     folder = small.folder / "out" / "transformer"
     code = hf2sat(folder / "diffusion_pytorch_model.safetensors", tmp_path / "o")
@@ -110,7 +110,7 @@ def test_one_file_is_told_where_it_belongs(small, lora, tmp_path, capsys):
     assert hf2sat(small.folder / "out", tmp_path / "o") == 0
 
 
-def test_a_file_that_lacks_a_tensor_is_refused(small, capsys):
+def test_a_file_with_a_missing_tensor_is_refused(small, capsys):
     del small.base["transformer.layers.1.mlp.dense_h_to_4h.bias"]
     shutil.rmtree(small.transformer)
     save_sat_transformer(small.transformer, small.base)
@@ -144,7 +144,7 @@ def test_what_diffusers_cannot_express_is_refused(small, capsys):
         ("shard", "model-00009"),
     ],
 )
-def test_a_t5_folder_that_lacks_something_is_refused(
+def test_a_t5_folder_with_a_missing_file_is_refused(
     small, t5_folder, tmp_path, capsys, absent, fragment
 ):
     t5 = shutil.copytree(t5_folder, tmp_path / "t5")
@@ -255,7 +255,7 @@ def test_sizes_that_no_model_has_are_refused_at_once(small, tmp_path, capsys, pa
     weights = folder / "diffusion_pytorch_model.safetensors"
     save_file(load_file(weights) | {name: torch.zeros(shape)}, weights)
     class_name = json.loads((folder / "config.json").read_text())["_class_name"]
-    (folder / "config.json").write_text(json.dumps({"_class_name": class_name}))  # tells no sizes
+    (folder / "config.json").write_text(json.dumps({"_class_name": class_name}))  # without sizes
     refused(capsys, hf2sat(folder, tmp_path / "back"), "no CogVideoX-2B has ", str(folder))
 
 

@@ -32,7 +32,7 @@ TINY = "configs/cogvideox_tiny_infer.yaml"
 
 @pytest.fixture
 def inspect(capsys: pytest.CaptureFixture[str]) -> Callable[[Path], tuple[int, dict[str, str]]]:
-    """Runs the command: its exit code, and what it shows, by name."""
+    """Runs the command; returns its exit code and what it shows, by name."""
 
     def run(path: Path) -> tuple[int, dict[str, str]]:
         code = run_command(lambda: inspect_checkpoint.main([str(path)]))
@@ -102,7 +102,7 @@ def test_sat_transformer(inspect: Callable[..., Any]) -> None:
     assert "biases and norms" in shown["family"]
     assert (shown["layers"], shown["width"]) == ("8", "192, 6 heads of 32")
     assert (shown["parameters"], shown["dtype"]) == ("6.07 M, 12.1 MB", "float16")
-    assert (shown["absent"], shown["extra"]) == ("nothing", "nothing")
+    assert (shown["missing"], shown["unknown"]) == ("nothing", "nothing")
     assert shown["will load"] == f"yes, with {TINY}"
     assert f"--load {WEIGHTS / 'transformer'}" in shown["next"]
 
@@ -146,7 +146,7 @@ def test_shallower_model_needs_its_own_configuration(
     assert "no file of configs/ has them" in shown["will load"]
 
 
-def test_absent_and_extra_weights_are_named(
+def test_missing_and_unknown_weights_are_named(
     inspect: Callable[..., Any], base: dict[str, Tensor], tmp_path: Path
 ) -> None:
     tensors = dict(base)
@@ -154,8 +154,8 @@ def test_absent_and_extra_weights_are_named(
     tensors["mixins.unheard.of"] = torch.zeros(1)
     code, shown = inspect(save_sat(tmp_path / "run", tensors))
     assert code == 1
-    assert shown["absent"] == "transformer.layers.3.mlp.dense_h_to_4h.bias"
-    assert shown["extra"] == "mixins.unheard.of"
+    assert shown["missing"] == "transformer.layers.3.mlp.dense_h_to_4h.bias"
+    assert shown["unknown"] == "mixins.unheard.of"
     assert shown["will load"].startswith("no: ")
 
 
@@ -306,7 +306,7 @@ def test_lora_of_another_width_fits_no_configuration(
 ) -> None:
     code, shown = inspect(save_sat(tmp_path / "run", lora_matrices(width=320)))
     assert code == 0
-    assert shown["alpha"] == "not told, so 1 is taken"
+    assert shown["alpha"] == "unknown, so 1 is used"
     assert "no file of configs/" in shown["will load"]
 
 
@@ -387,7 +387,7 @@ def zip_of_text() -> bytes:
         (zip_of_text().replace("läs".encode(), b"l\xff\xffs"), "not a whole file"),
     ],
 )
-def test_what_is_no_weight_file_is_called_by_its_name(
+def test_another_kind_of_file_is_named(
     inspect: Callable[..., Any], tmp_path: Path, content: bytes, said: str
 ) -> None:
     path = tmp_path / "weights.pt"
@@ -427,7 +427,7 @@ def test_names_cannot_command_the_terminal(inspect: Callable[..., Any], tmp_path
     save_file({"mixins.\x1b[2J": torch.zeros(2)}, path)
     code, shown = inspect(path)
     assert code == 1
-    assert "\\x1b[2J" in shown["extra"] and "\x1b" not in shown["extra"]
+    assert "\\x1b[2J" in shown["unknown"] and "\x1b" not in shown["unknown"]
 
 
 def test_folders_of_something_else(inspect: Callable[..., Any], tmp_path: Path) -> None:

@@ -29,10 +29,10 @@ def test_the_text_encoder_is_whole_for_us_and_for_transformers(
     assert tensors["encoder.block.1.layer.1.DenseReluDense.wo.weight"].shape == (64, 160)
     assert tensors["shared.weight"].float().std().item() == pytest.approx(0.02, rel=0.01)
     embedder = FrozenT5Embedder(str(tmp_path / "t5"), max_length=8)
-    theirs, told = T5EncoderModel.from_pretrained(
+    theirs, report = T5EncoderModel.from_pretrained(
         tmp_path / "t5", dtype=torch.float32, local_files_only=True, output_loading_info=True
     )
-    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert not report["missing_keys"] and not report["unexpected_keys"]
     ids = embedder.tokenizer(["a red circle"])
     with torch.no_grad():
         embedding = embedder(["a red circle"])
@@ -61,7 +61,7 @@ def test_files_and_modules_get_values_of_one_kind(name: str, shape: tuple[int, .
 
 @pytest.fixture
 def overlay(tmp_path: Path) -> dict:
-    """What leads the bundled configuration's weights to a new folder."""
+    """A configuration that leads the bundled configuration's weights to a new folder."""
     embedder = yaml.safe_load(Path(TINY).read_text())["model"]["conditioner_config"]["params"]
     embedder["emb_models"][0]["params"]["model_dir"] = str(tmp_path / "made" / "t5")
     return {
@@ -79,18 +79,18 @@ def run(overlay: dict, tmp_path: Path, *flags: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "told"),
+    ("section", "key", "message"),
     [
         ("args", "load", "args.load is not set"),
         ("model", "first_stage_config", "model.first_stage_config.params.ckpt_path is not set"),
         ("model", "conditioner_config", "model.conditioner_config has 0 T5 embedders"),
     ],
 )
-def test_a_configuration_that_lacks_a_part(
-    overlay: dict, tmp_path: Path, section: str, key: str, told: str
+def test_a_configuration_without_a_part(
+    overlay: dict, tmp_path: Path, section: str, key: str, message: str
 ) -> None:
     overlay[section][key] = None
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         run(overlay, tmp_path)
     assert not (tmp_path / "made").exists()
 
@@ -109,7 +109,7 @@ def test_mistakes_of_the_user(overlay: dict, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stopped", "whole"),
     [
-        ("tools.make_random_weights.write_torch", []),
+        ("tools.make_random_weights.save_sat_transformer", []),
         ("sgm.files.write_torch", ["transformer"]),  # beneath the autoencoder's `save_torch`
         ("tools.make_random_weights.save_sharded", ["transformer", "vae.pt"]),
     ],
@@ -117,7 +117,7 @@ def test_mistakes_of_the_user(overlay: dict, tmp_path: Path) -> None:
 def test_nothing_half_is_left(
     overlay: dict, tmp_path: Path, stopped: str, whole: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(state: object, path: Path, **settings: object) -> None:
+    def interrupted(*given: object, **settings: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stopped, interrupted)

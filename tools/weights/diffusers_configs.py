@@ -1,13 +1,12 @@
-"""The JSON files of a diffusers folder of CogVideoX-2B: sizes from the weights, the rest given.
+"""The JSON files of a diffusers folder of CogVideoX-2B.
 
-Written are the keys that the first release with these classes knew; what later ones added has the
-2B model's value as its default.
+They have the keys of the first release with these classes. Keys that later releases added have the
+2B model's value as their default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sgm.checkpoint.diffusers_folder import PART_CLASSES
@@ -21,61 +20,44 @@ SCHEDULERS = {
 }
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """What the weights do not tell, of a model as a configuration describes it.
+def geometry_of(network: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of clips and texts, which weights do not show, by the keys of diffusers' config.json.
 
     Args:
-        latent_height, latent_width: of a latent frame.
-        num_frames: video frames of the longest clip.
-        time_compressed_rate: video frames per latent frame, after the first.
-        text_length: tokens of a text.
-        interpolation: divisor of the patches' rows and columns in the position table.
-    """
-
-    latent_height: int
-    latent_width: int
-    num_frames: int
-    time_compressed_rate: int
-    text_length: int
-    interpolation: float
-
-
-def geometry_of(network: Mapping[str, Any]) -> Geometry:
-    """What the params of `network_config` say that weights cannot; they have been built once.
+        network: the params of a `network_config` that has been built without an error.
 
     Raises:
-        UserError: diffusers cannot express it.
+        UserError: diffusers has no setting for it.
     """
     position = network["modules"]["pos_embed_config"]["params"]
-    factors = [position.get(f"{side}_interpolation", 1.0) for side in ("height", "width")]
-    if factors[0] != factors[1]:
+    height, width = (position.get(f"{side}_interpolation", 1.0) for side in ("height", "width"))
+    if height != width:
         raise UserError(
-            f"height_interpolation={factors[0]} and width_interpolation={factors[1]} differ; "
-            "diffusers has one factor for both, so this model cannot be converted"
+            f"height_interpolation={height} and width_interpolation={width} differ; diffusers has "
+            "one factor for both, so this model cannot be converted"
         )
-    return Geometry(
-        latent_height=network["latent_height"],
-        latent_width=network["latent_width"],
-        num_frames=network["num_frames"],
-        time_compressed_rate=network["time_compressed_rate"],
-        text_length=position["text_length"],
-        interpolation=float(factors[0]),
-    )
+    return {
+        "sample_height": network["latent_height"],
+        "sample_width": network["latent_width"],
+        "sample_frames": network["num_frames"],
+        "temporal_compression_ratio": network["time_compressed_rate"],
+        "max_text_seq_length": position["text_length"],
+        "spatial_interpolation_scale": float(height),
+    }
 
 
-def transformer_config(sizes: Mapping[str, int], geometry: Geometry) -> dict[str, Any]:
-    """``transformer/config.json``."""
+def transformer_config(sizes: Mapping[str, int], geometry: Mapping[str, Any]) -> dict[str, Any]:
+    """``transformer/config.json``.
+
+    Args:
+        sizes: of the weights, as `tools.weights.sizes.sizes_of` returns them.
+        geometry: as `geometry_of` returns it.
+    """
     return {
         "_class_name": PART_CLASSES["transformer"],
         "_diffusers_version": DIFFUSERS_VERSION,
         **sizes,
-        "sample_height": geometry.latent_height,
-        "sample_width": geometry.latent_width,
-        "sample_frames": geometry.num_frames,
-        "temporal_compression_ratio": geometry.time_compressed_rate,
-        "max_text_seq_length": geometry.text_length,
-        "spatial_interpolation_scale": geometry.interpolation,
+        **geometry,
         "temporal_interpolation_scale": 1.0,
         "activation_fn": "gelu-approximate",
         "timestep_activation_fn": "silu",
@@ -90,20 +72,23 @@ def transformer_config(sizes: Mapping[str, int], geometry: Geometry) -> dict[str
 
 
 def vae_config(
-    sizes: Mapping[str, Any], geometry: Geometry, *, scaling_factor: float
+    sizes: Mapping[str, Any], geometry: Mapping[str, Any], *, scaling_factor: float
 ) -> dict[str, Any]:
-    """``vae/config.json``; latents are multiplied by `scaling_factor` after encoding."""
+    """``vae/config.json``; `sizes` and `geometry` as in `transformer_config`.
+
+    Latents are multiplied by `scaling_factor` after encoding.
+    """
     num_levels = len(sizes["block_out_channels"])
-    scale = 2 ** (num_levels - 1)  # every level but the last halves the picture
+    scale = 2 ** (num_levels - 1)  # each level except the last halves height and width
     return {
         "_class_name": PART_CLASSES["vae"],
         "_diffusers_version": DIFFUSERS_VERSION,
         **sizes,
         "down_block_types": ["CogVideoXDownBlock3D"] * num_levels,
         "up_block_types": ["CogVideoXUpBlock3D"] * num_levels,
-        "sample_height": geometry.latent_height * scale,
-        "sample_width": geometry.latent_width * scale,
-        "temporal_compression_ratio": geometry.time_compressed_rate,
+        "sample_height": geometry["sample_height"] * scale,
+        "sample_width": geometry["sample_width"] * scale,
+        "temporal_compression_ratio": geometry["temporal_compression_ratio"],
         "scaling_factor": scaling_factor,
         "act_fn": "silu",
         "norm_eps": 1e-6,
@@ -118,7 +103,7 @@ def vae_config(
 
 
 def scheduler_config(class_name: str, *, snr_shift_scale: float) -> dict[str, Any]:
-    """``scheduler/scheduler_config.json``: the noise levels of `ZeroSNRDDPMDiscretization`."""
+    """``scheduler/scheduler_config.json``, with the noise levels of `ZeroSNRDDPMDiscretization`."""
     return {
         "_class_name": class_name,
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -147,24 +132,27 @@ def tokenizer_config(text_length: int) -> dict[str, Any]:
         "eos_token": "</s>",
         "pad_token": "<pad>",
         "unk_token": "<unk>",
-        # T5's marks of left-out text. A prompt that holds such letters means the letters.
+        # T5's marks of left-out text, <extra_id_0> …; in a prompt they are plain letters.
         "extra_ids": 0,
         "additional_special_tokens": [],
     }
 
 
-def model_index(scheduler: str, *, transformer: bool, vae: bool, text: bool) -> dict[str, Any]:
-    """``model_index.json`` of a pipeline with the parts that are given."""
+def model_index(scheduler: str, present: Collection[str]) -> dict[str, Any]:
+    """``model_index.json`` of a pipeline.
 
-    def entry(given: bool, library: str, class_name: str) -> list[str | None]:
-        return [library, class_name] if given else [None, None]
-
+    Args:
+        scheduler: class of diffusers' scheduler.
+        present: names of the other parts that the pipeline has.
+    """
+    classes = {
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        **{part: ["diffusers", name] for part, name in PART_CLASSES.items()},
+    }
     return {
         "_class_name": "CogVideoXPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
         "scheduler": ["diffusers", scheduler],
-        "text_encoder": entry(text, "transformers", "T5EncoderModel"),
-        "tokenizer": entry(text, "transformers", "T5Tokenizer"),
-        "transformer": entry(transformer, "diffusers", PART_CLASSES["transformer"]),
-        "vae": entry(vae, "diffusers", PART_CLASSES["vae"]),
+        **{part: entry if part in present else [None, None] for part, entry in classes.items()},
     }

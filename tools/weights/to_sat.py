@@ -1,4 +1,4 @@
-"""From a folder of diffusers to the parts of a model in SAT's layout: read, compared, written."""
+"""From a diffusers folder to the parts of a model in SAT's layout: read, check, write."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sgm.checkpoint.diffusers_folder import (
     PART_CLASSES,
+    PartFolder,
     find_part,
     is_pipeline,
     read_diffusers_part,
@@ -26,7 +27,7 @@ from sgm.checkpoint.text_encoder import check_t5
 from sgm.checkpoint.weight_file import read_json
 from sgm.errors import UserError
 from sgm.files import write_torch
-from tools.weights.sizes import check_whole_part
+from tools.weights.sizes import check_part
 from tools.weights.writing import (
     copy_text_encoder,
     copy_tokenizer_files,
@@ -37,80 +38,77 @@ from tools.weights.writing import (
 logger = logging.getLogger(__name__)
 
 
-T5_FOLDER = "t5-v1_1-xxl"  # as the user's guide lays the parts out
+T5_FOLDER = "t5-v1_1-xxl"  # as in the published layout
 
 
-def _refuse_lora_and_file(source: Path) -> None:
-    if any((source / name).is_file() for name in ("model_index.json", "config.json")):
-        return
+def _find_parts(source: Path) -> dict[str, PartFolder]:
+    """Part → its folder, for the parts that the input has.
+
+    Raises:
+        UserError: the input is not a diffusers folder of CogVideoX-2B.
+    """
+    if is_pipeline(source):
+        folders = {part: source / part for part in PART_CLASSES if (source / part).is_dir()}
+    elif (source / "config.json").is_file():
+        name = read_json(source / "config.json").get("_class_name")
+        part = "vae" if name == PART_CLASSES["vae"] else "transformer"
+        folders = {part: source}  # `find_part` raises UserError if it is neither
+    else:
+        folders = {}
+    if not folders:
+        raise UserError(f"{source} is {_other_kind(source)}")
+    return {part: find_part(folder, part) for part, folder in folders.items()}
+
+
+def _other_kind(source: Path) -> str:
+    """What an input without a part of diffusers is, and what to do, for the end of a message."""
     is_file = source.is_file() and source.suffix == ".safetensors"
     if find_foreign_file(source) or (is_file and is_foreign(read_checkpoint(source))):
-        raise UserError(
-            f"{source} is a LoRA, which --lora takes as it is; for a file of SAT's layout: python "
+        return (
+            "a LoRA, which --lora accepts as it is; for a file in SAT's layout: python "
             f"tools/import_lora.py --lora_path {quote(str(source))} --output_path DIR"
         )
     if is_file and (source.parent / "config.json").is_file():
-        raise UserError(f"{source} is one file of a folder; --input_path must name {source.parent}")
-
-
-def _parts_in(source: Path) -> dict[str, Path]:
-    """Part → folder of what the input holds."""
-    _refuse_lora_and_file(source)
-    if not source.is_dir():
-        raise UserError(
-            f"{source} is not a folder; --input_path must name a local diffusers folder of "
-            "CogVideoX-2B (with model_index.json in it)"
-        )
-    if (source / "model_index.json").is_file():
-        found = {part: source / part for part in PART_CLASSES if (source / part).is_dir()}
-        if not found:
-            raise UserError(
-                f"{source} has neither a folder transformer nor a folder vae; copy it whole"
-            )
-        is_pipeline(source)  # refuses that of another model
-        return found
-    if not (source / "config.json").is_file():
-        raise UserError(
-            f"{source} is no diffusers folder: it has neither model_index.json nor config.json; "
-            "for weights in SAT's layout nothing needs converting"
-        )
-    name = read_json(source / "config.json").get("_class_name")
-    for part, class_name in PART_CLASSES.items():
-        if name == class_name:
-            return {part: source}
-    raise UserError(
-        f"{source} holds {str(name)[:60]!r}; converted are a CogVideoXPipeline, a "
-        f"{' and a '.join(PART_CLASSES.values())}"
+        return f"one file of a folder; --input_path must name {source.parent}"
+    return (
+        f"{'no diffusers folder' if source.is_dir() else 'not a folder'}; --input_path must name "
+        "a local diffusers folder of CogVideoX-2B, with model_index.json and the folder "
+        f"{' or '.join(PART_CLASSES)} in it, or with config.json (weights in SAT's layout need no "
+        "conversion)"
     )
 
 
-class Conversion:
-    """Reads and checks the parts of a diffusers folder, then writes them.
+class SatConverter:
+    """Reads and checks the parts of a diffusers folder, then writes them in SAT's layout.
 
     Args:
         source: the folder.
         dtype: of the transformer; None keeps its own.
 
     Raises:
-        UserError: something is absent, damaged or of another model.
+        UserError: a part is missing, damaged or of another model.
     """
 
     def __init__(self, source: Path, *, dtype: torch.dtype | None = None) -> None:
         self._tensors: dict[str, Mapping[str, Tensor]] = {}
         self.sizes: dict[str, dict[str, Any]] = {}
         try:
-            parts = _parts_in(source)
-        except OSError as error:  # a folder of somebody else
-            raise UserError(
-                f"--input_path: {source} cannot be looked up ({error.strerror}); check the path "
-                "and its permissions"
-            ) from None
-        for part, folder in parts.items():
-            found = find_part(folder, part)
-            tensors = to_sat(read_diffusers_part(found), part, where=folder)
-            self.sizes[part] = check_whole_part(tensors, part, found.config, where=folder)
+            parts = _find_parts(source)
+        except OSError as error:  # such as the folder of another user
+            reason = f"cannot be looked up ({error.strerror}); check the path and its permissions"
+            raise UserError(f"--input_path: {source} {reason}") from None
+        for part, found in parts.items():
+            tensors = to_sat(read_diffusers_part(found), part, where=found.folder)
+            self.sizes[part] = check_part(
+                tensors,
+                part,
+                where=found.folder,
+                described_by="its config.json",
+                expected=found.config,
+                hint="copy the folder from the original again",
+            )
             own_dtype = dtype if part == "transformer" else None
-            self._tensors[part] = in_dtype(tensors, own_dtype, where=folder)
+            self._tensors[part] = in_dtype(tensors, own_dtype, where=found.folder)
         self.text_encoder: T5Files | None = None
         if (source / "text_encoder").is_dir():
             self.text_encoder = find_t5(source, option="--input_path")

@@ -37,6 +37,12 @@ def test_one_file_is_what_safetensors_itself_reads(tmp_path):
     assert all(same(found[name], tensor) for name, tensor in TENSORS.items())
 
 
+def test_files_have_the_permissions_of_new_files(tmp_path):
+    save_sharded(tmp_path, TENSORS)
+    (tmp_path / "other").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_every_tensor_begins_at_a_multiple_of_its_elements(tmp_path):
     save_sharded(tmp_path, TENSORS)
     content = (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes()
@@ -61,20 +67,33 @@ def test_shards_hold_no_more_than_asked_and_the_index_finds_each_tensor(tmp_path
         assert all(same(tensor, tensors[name]) for name, tensor in held.items())
 
 
-def test_one_tensor_is_made_at_a_time(tmp_path):
+def test_the_tensors_of_one_shard_are_made_at_a_time(tmp_path):
     alive = []
 
     def make(i):
-        assert not any(reference() is not None for reference in alive)
+        shards = {place // 2 for place, reference in enumerate(alive) if reference() is not None}
+        assert shards <= {i // 2}
         tensor = torch.full((4,), float(i))
         alive.append(weakref.ref(tensor))
         return tensor
 
-    makers = {str(i): (lambda i=i: make(i)) for i in range(3)}
+    makers = {str(i): (lambda i=i: make(i)) for i in range(6)}
     metas = dict.fromkeys(makers, torch.empty(4, device="meta"))
-    save_sharded(tmp_path, LazyTensors(makers, meta=lambda: metas))
-    found = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    assert [found[str(i)][0].item() for i in range(3)] == [0, 1, 2]
+    save_sharded(tmp_path, LazyTensors(makers, meta=lambda: metas), max_shard_bytes=32)
+    found = {
+        name: t for file in tmp_path.glob("*.safetensors") for name, t in load_file(file).items()
+    }
+    assert [found[str(i)][0].item() for i in range(6)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_slices_of_one_tensor_are_counted_and_written_alone(tmp_path):
+    parts = dict(zip("qkv", torch.randn(6, 5).chunk(3), strict=True))  # 40 bytes each
+    save_sharded(tmp_path, parts, max_shard_bytes=80)
+    index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 120
+    found = {name: load_file(tmp_path / file)[name] for name, file in index["weight_map"].items()}
+    assert len(set(index["weight_map"].values())) == 2
+    assert all(same(found[name], tensor) for name, tensor in parts.items())
 
 
 def test_sat_layout_holds_what_was_given_and_no_more(tmp_path):
@@ -113,7 +132,7 @@ def test_a_failing_disk_is_one_sentence_and_leaves_nothing(tmp_path, save):
 
 
 @pytest.mark.parametrize("write", [save_sharded, save_sat_transformer])
-def test_values_that_are_not_finite_are_told_and_written_as_they_are(tmp_path, caplog, write):
+def test_values_that_are_not_finite_are_reported_and_written_as_they_are(tmp_path, caplog, write):
     write(tmp_path / "whole" if write is save_sat_transformer else tmp_path, TENSORS)
     assert not caplog.messages
     damaged = TENSORS | {"a": TENSORS["a"] * torch.nan, "b": TENSORS["b"] / 0}
