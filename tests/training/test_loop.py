@@ -199,9 +199,7 @@ def test_a_step_that_seeks_the_scale_is_not_counted(small, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("interval", [1, 9])
-def test_who_ends_a_run_is_told_from_where_it_goes_on(
-    small, tmp_path, monkeypatch, caplog, interval
-):
+def test_an_interrupted_run_logs_how_it_is_resumed(small, tmp_path, monkeypatch, caplog, interval):
     monkeypatch.setattr(train_video, "set_up_logging", lambda: None)
     caplog.set_level("INFO")
     whole, calls = SATVideoDiffusionEngine.get_input, iter(range(9))
@@ -215,10 +213,10 @@ def test_who_ends_a_run_is_told_from_where_it_goes_on(
     with pytest.raises(KeyboardInterrupt):
         small.train(small.file("end"), tmp_path, "--save-interval", str(interval))
     (run,) = tmp_path.iterdir()
-    told = f"nothing is saved yet in {run}"
+    hint = f"nothing is saved yet in {run}"
     if interval == 1:
-        told = f"the last checkpoint is {run}/2, from which --resume {run} goes on"
-    assert caplog.messages[-1].startswith("stopped after step 2") and told in caplog.messages[-1]
+        hint = f"the last checkpoint is {run}/2; --resume {run} continues from it"
+    assert caplog.messages[-1].startswith("stopped after step 2") and hint in caplog.messages[-1]
 
 
 def test_validation_encodes_as_training_does_and_runs_the_network_under_its_autocast(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import math
 import re
@@ -20,7 +21,7 @@ from sgm.training.report import Report, time_in_words
 
 
 class Clock:
-    """Time that passes only when told to."""
+    """Time that passes only when a test sets it."""
 
     def __init__(self):
         self.now = 100.0
@@ -44,12 +45,12 @@ def build(tmp_path, caplog):
 
     def make(*, start_step=0, total_steps=1000, is_main=True, **args):
         defaults = {"log_interval": 2, "wandb": False, "wandb_project_name": "project"}
+        defaults["train_iters"] = total_steps
         made.append(
             Report(
                 SimpleNamespace(**defaults | args),
                 folder=tmp_path / "run-01",
                 start_step=start_step,
-                total_steps=total_steps,
                 samples_per_step=4,
                 is_main=is_main,
             )
@@ -242,6 +243,21 @@ def test_tensorboard_has_every_curve_as_soon_as_the_line_is_said(build, clock, t
     assert curves == {"valid/loss": 0.25, "valid/loss_0-249": 0.5}
 
 
+def test_the_metrics_file_has_a_line_for_each_report(build, tmp_path):
+    report = build()
+    run(report, [math.nan, math.nan, 1.0, 3.0])
+    report.validation(4, {"loss": 0.25, "loss 0-249": 0.5})
+    path = tmp_path / "run-01" / "metrics.jsonl"
+    first, second, valid = map(json.loads, path.read_text().splitlines())
+    assert first["step"] == 2 and first["train/loss"] is None and "train/grad_norm" not in first
+    assert (second["step"], second["train/loss"], second["train/lr"]) == (4, 2.0, 1e-4)
+    assert valid == {"step": 4, "valid/loss": 0.25, "valid/loss 0-249": 0.5}
+    with path.open("a") as file:
+        file.write('{"step": 5, "train/lo')  # the process is killed
+    build(start_step=3)
+    assert path.read_text() == json.dumps(first) + "\n"
+
+
 def test_tensorboard_hides_what_a_resumed_run_does_again(build, tmp_path):
     build(start_step=3)
     session = events(tmp_path / "run-01" / "tensorboard")[-1]
@@ -250,15 +266,20 @@ def test_tensorboard_hides_what_a_resumed_run_does_again(build, tmp_path):
 
 def test_a_full_disk_ends_the_curves_and_not_the_run(build, caplog):
     report = build()
-    (board,) = report.trackers
 
-    def fail(event):
+    def fail(*_):
         raise OSError(28, "No space left on device")
 
+    _, board = report.trackers
     board._writer.write_event = fail
     run(report, [1.0] * 4)
     assert len([line for line in lines(caplog) if line.startswith("step")]) == 2
     assert caplog.text.count("No space left on device; it is written no further") == 1
+    (metrics,) = report.trackers
+    metrics.log = fail
+    run(report, [1.0] * 4, first=5)
+    assert len([line for line in lines(caplog) if line.startswith("step")]) == 4
+    assert caplog.text.count("No space left on device; it is written no further") == 2
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(build, tmp_path):
@@ -286,7 +307,7 @@ def test_on_a_terminal_there_is_a_bar_too(build, monkeypatch, caplog):
 
 
 class FakeWandb:
-    """Stands in for the package: remembers what it was told."""
+    """Stands in for the package and records its calls."""
 
     class Error(Exception):
         pass

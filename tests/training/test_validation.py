@@ -302,7 +302,7 @@ def test_without_a_sampler_it_is_said_once_that_there_are_no_videos(build, caplo
     engine.sampler = None
     validation = build(prompts=["a"])
     assert validation.make_videos(engine, 0) == validation.make_videos(engine, 10) == []
-    assert caplog.text.count("sampler_config is absent") == 1
+    assert caplog.text.count("sampler_config is missing") == 1
     assert not list(tmp_path.iterdir())
 
 
