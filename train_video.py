@@ -25,13 +25,10 @@ from sgm.training.preflight import (
 
 if TYPE_CHECKING:
     import torch
-    from deepspeed import DeepSpeedEngine
     from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
     from sgm.data.cache import Cache
     from sgm.engine import SATVideoDiffusionEngine
-    from sgm.training.checkpoint import TrainingProgress
-    from sgm.training.loop import Trainer
 
 # As in sample_video.py, heavy modules are imported after the configuration was checked.
 
@@ -259,67 +256,6 @@ def load_data(config: Config, device: torch.device, weights: RunWeights) -> Trai
     return TrainingData(cache.dataset(training), cached, prompts, cache)
 
 
-def build_trainer(
-    config: Config,
-    wrapped: DeepSpeedEngine,
-    engine: SATVideoDiffusionEngine,
-    data: TrainingData,
-    *,
-    run: Path,
-    checkpoint: Path | None,
-) -> tuple[Trainer, TrainingProgress]:
-    """The trainer of a run in the folder `run`, and the progress that it starts from.
-
-    Raises:
-        UserError: the run cannot be resumed from `checkpoint`, or a file cannot be written.
-    """
-    from sgm.distributed import is_main
-    from sgm.training.checkpoint import Checkpointer, TrainingProgress
-    from sgm.training.ema import WeightAverage
-    from sgm.training.loop import Trainer
-    from sgm.training.report import Report
-    from sgm.training.validation import Validation
-
-    args = config.args
-    average = WeightAverage(wrapped, args.ema_decay) if args.ema_decay else None
-    report = Report(
-        args,
-        folder=run,
-        start_step=int(checkpoint.name) if checkpoint else 0,
-        samples_per_step=wrapped.train_batch_size(),
-        is_main=is_main(),
-    )
-    checkpointer = Checkpointer(
-        wrapped=wrapped,
-        run=run,
-        average=average,
-        report=report,
-        limit=args.save_total_limit,
-        base=engine.base_fingerprint,
-    )
-    progress = checkpointer.restore(checkpoint) if checkpoint else TrainingProgress()
-    validation = None
-    if data.validation is not None or data.prompts:
-        validation = Validation(
-            data.validation,
-            config,
-            folder=run,
-            prompts=data.prompts,
-            embed=data.cache.embed if data.cache else engine.conditioner.encode,
-            lockstep=wrapped.zero_optimization_stage() == 3,
-        )
-    trainer = Trainer(
-        wrapped=wrapped,
-        engine=engine,
-        args=args,
-        checkpointer=checkpointer,
-        report=report,
-        validation=validation,
-        average=average,
-    )
-    return trainer, progress
-
-
 def train(config: Config, device: torch.device, weights: RunWeights) -> None:
     """Load the model and the data, then train; all processes of the run call it alike.
 
@@ -335,7 +271,8 @@ def train(config: Config, device: torch.device, weights: RunWeights) -> None:
     from sgm.training import run_folder
     from sgm.training.checkpoint import trains_lora
     from sgm.training.deepspeed_engine import start_deepspeed
-    from sgm.training.loop import TrainingObjective
+    from sgm.training.loop import Trainer, TrainingObjective
+    from sgm.training.validation import Validation
 
     args = config.args
     torch.manual_seed(args.seed)  # for random weights, such as LoRA's
@@ -356,16 +293,24 @@ def train(config: Config, device: torch.device, weights: RunWeights) -> None:
     else:
         run = run_folder.start_run(args)
         lock = run_folder.reserve(run)
-    trainer, progress = build_trainer(config, wrapped, engine, data, run=run, checkpoint=checkpoint)
+    validation = Validation(
+        data.validation,
+        config,
+        folder=run,
+        prompts=data.prompts,
+        embed=data.cache.embed if data.cache else engine.conditioner.encode,
+        lockstep=wrapped.zero_optimization_stage() == 3,
+    )
+    trainer = Trainer(wrapped, engine, args, run=run, checkpoint=checkpoint, validation=validation)
     if is_main():
         run_folder.save_config(config, run)
-        if checkpoint and progress.step < args.train_iters:
+        if checkpoint and trainer.progress.step < args.train_iters:
             run_folder.set_aside_later(checkpoint)
     distributed.barrier()
-    batch_size = wrapped.train_micro_batch_size_per_gpu()
-    loader = build_loader(data.training, config, batch_size=batch_size, start=progress.samples)
-    trainer.run(checked_batches(loader), progress)
-    trainer.report.close()
+    loader = build_loader(
+        data.training, config, batch_size=trainer.batch_size, start=trainer.progress.samples
+    )
+    trainer.run(checked_batches(loader))
     if lock is not None:
         lock.close()
     flag = "--lora" if trains_lora(wrapped.module) else "--load"

@@ -78,7 +78,7 @@ class Checkpointer:
     average: WeightAverage | None
     report: Report
     limit: int
-    base: str
+    base: str | None
 
     def __post_init__(self) -> None:
         from deepspeed.runtime.base_optimizer import ZeROOptimizer
@@ -126,17 +126,20 @@ class Checkpointer:
         """
         state = _read_state(folder / STATE_FILE)
         processes = distributed.get_world_size()
+        difference = ""
         if (state["optimizer"] is None) != self.divided:
-            raise UserError(
-                f"{folder} was saved with another stage of zero_optimization or another precision; "
-                "set the deepspeed section as in training_config.yaml beside it"
+            difference = (
+                "with another stage of zero_optimization or another precision; set the deepspeed "
+                "section as in training_config.yaml beside it"
             )
-        if self.divided and state["processes"] != processes:
-            raise UserError(
-                f"{folder} was saved by {state['processes']} processes and ZeRO divided the "
-                f"optimizer among them, but now there are {processes}; resume with "
-                f"NPROC={state['processes']}, or start a new run with load: {folder}"
+        elif self.divided and state["processes"] != processes:
+            difference = (
+                f"by {state['processes']} processes and ZeRO divided the optimizer among them, but "
+                f"now there are {processes}; resume with NPROC={state['processes']}, or start a "
+                f"new run with load: {folder}"
             )
+        if difference:
+            raise UserError(f"{folder} was saved {difference}")
         optimizer = state["optimizer"]
         if self.divided:
             optimizer = _read_state(folder / _RANK_FILE.format(distributed.get_rank()))

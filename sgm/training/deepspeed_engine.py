@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -53,14 +54,10 @@ def start_deepspeed(
     params = settings["optimizer"].get("params") or {}
     learning_rate = params.get("lr", 1e-3)  # the default of Adam in PyTorch
     groups = parameter_groups(objective)
-    schedule = None
-    if settings.get("scheduler"):
+    build = functools.partial(build_schedule, args=args, learning_rate=learning_rate)
+    schedule = None if settings.get("scheduler") else build
+    if schedule is None:
         groups = [{k: value for k, value in group.items() if k != "lr"} for group in groups]
-    else:
-
-        def schedule(optimizer: Optimizer) -> AnnealingLR:
-            return build_schedule(optimizer, args, learning_rate=learning_rate)
-
     optimizer = None
     if settings["optimizer"]["type"] == SAT_OPTIMIZER:
         # DeepSpeed knows its own and PyTorch's optimizers by name; it is given SAT's as a function.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 
 from sgm.config import TrainingArgs
 from sgm.data.loader import STEP
+from sgm.distributed import is_main
 from sgm.errors import UserError
 from sgm.seeds import derived_seed
 from sgm.training.checkpoint import Checkpointer, TrainingProgress
@@ -35,50 +36,74 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
 class Trainer:
     """Runs the steps of a training, with validation and checkpoints between them.
 
     Args:
         wrapped: DeepSpeed's engine around the objective.
         engine: the model with all its parts.
-        args: train_iters, intervals, seed, nonfinite_limit.
-        checkpointer: saves the run every `save_interval` steps.
-        report: is given the loss of each step.
-        validation: runs every `eval_interval` steps, if there is one.
-        average: the moving average of the weights, if there is one.
+        args: train_iters, intervals, seed, nonfinite_limit, ema_decay, and those of the report.
+        run: the run's folder.
+        checkpoint: the folder of the iteration to resume from, if any.
+        validation: runs before the first step and every `eval_interval` steps.
+
+    Raises:
+        UserError: the run cannot be resumed from `checkpoint`, or a file cannot be written.
     """
 
-    wrapped: DeepSpeedEngine
-    engine: SATVideoDiffusionEngine
-    args: TrainingArgs
-    checkpointer: Checkpointer
-    report: Report
-    validation: Validation | None
-    average: WeightAverage | None
-
-    def __post_init__(self) -> None:
-        if self.wrapped.torch_autocast_enabled():  # DeepSpeed applies it in its own forward only
-            self.engine.model.autocast_dtype = self.wrapped.torch_autocast_dtype()
-        self.guard = StepGuard(self.wrapped.basic_optimizer)
-        self.batch_size = self.wrapped.train_micro_batch_size_per_gpu()
-        self.accumulation = self.wrapped.gradient_accumulation_steps()
+    def __init__(
+        self,
+        wrapped: DeepSpeedEngine,
+        engine: SATVideoDiffusionEngine,
+        args: TrainingArgs,
+        *,
+        run: Path,
+        checkpoint: Path | None,
+        validation: Validation,
+    ) -> None:
+        self.wrapped = wrapped
+        self.engine = engine
+        self.args = args
+        self.validation = validation
+        self.average = WeightAverage(wrapped, args.ema_decay) if args.ema_decay else None
+        self.report = Report(
+            args,
+            folder=run,
+            start_step=int(checkpoint.name) if checkpoint else 0,
+            samples_per_step=wrapped.train_batch_size(),
+            is_main=is_main(),
+        )
+        self.checkpointer = Checkpointer(
+            wrapped=wrapped,
+            run=run,
+            average=self.average,
+            report=self.report,
+            limit=args.save_total_limit,
+            base=engine.base_fingerprint,
+        )
+        self.progress = TrainingProgress()
+        if checkpoint:
+            self.progress = self.checkpointer.restore(checkpoint)
+        if wrapped.torch_autocast_enabled():  # DeepSpeed applies it in its own forward only
+            engine.model.autocast_dtype = wrapped.torch_autocast_dtype()
+        self.guard = StepGuard(wrapped.basic_optimizer)
+        self.batch_size = wrapped.train_micro_batch_size_per_gpu()
         self.num_nonfinite = 0
 
-    def run(self, batches: Iterator[Mapping[str, Any]], progress: TrainingProgress) -> None:
-        """Train from `progress` to `train_iters`; all processes take part.
+    def run(self, batches: Iterator[Mapping[str, Any]]) -> None:
+        """Train until `train_iters`; all processes take part.
 
         Args:
-            batches: an endless stream of batches as `sgm.data.loader.collate` makes them.
-            progress: where the run starts or is resumed; is updated.
+            batches: an endless stream of batches as `sgm.data.loader.collate` makes them, which
+                begins after `progress.samples`.
 
         Raises:
             UserError: a checkpoint cannot be written, or the loss is not finite for too many steps.
         """
-        total = self.args.train_iters
+        progress, total = self.progress, self.args.train_iters
         try:
             if progress.step == 0:
-                self._validate(progress)
+                self._validate()
             if progress.step >= total:
                 logger.info(
                     "%d steps are done and train_iters is %d, so nothing is left to do; raise it "
@@ -86,18 +111,19 @@ class Trainer:
                     *(progress.step, total),
                 )
             while progress.step < total:
-                self._step(batches, progress)
+                self._step(batches)
                 done = progress.step == total
                 if progress.step % self.args.eval_interval == 0 or done:
-                    self._validate(progress)
+                    self._validate()
                 if progress.step % self.args.save_interval == 0 or done:
                     with self.report.pause():
                         self.checkpointer.save(progress)
         except KeyboardInterrupt:
-            self._log_interruption(progress.step)
+            self._log_interruption()
             raise
+        self.report.close()
 
-    def _log_interruption(self, step: int) -> None:
+    def _log_interruption(self) -> None:
         """Log how an interrupted run can be resumed."""
         run = self.checkpointer.run
         try:
@@ -107,13 +133,14 @@ class Trainer:
         else:
             hint = f"the last checkpoint is {run}/{saved}; --resume {run} continues from it"
         with self.report.pause():
-            logger.info("stopped after step %d; %s", step, hint)
+            logger.info("stopped after step %d; %s", self.progress.step, hint)
 
-    def _step(self, batches: Iterator[Mapping[str, Any]], progress: TrainingProgress) -> None:
+    def _step(self, batches: Iterator[Mapping[str, Any]]) -> None:
         """One step of the optimizer: `gradient_accumulation_steps` passes."""
-        losses, norm = [], None
+        progress, losses, norm = self.progress, [], None
+        accumulation = self.wrapped.gradient_accumulation_steps()
         learning_rate = self.wrapped.get_lr()[0]  # after the step it is the next step's
-        for part in range(self.accumulation):
+        for part in range(accumulation):
             # The batch comes before the seed is set: a loader draws a number when it starts.
             batch = next(batches)
             sample = progress.samples + distributed.get_rank() * self.batch_size
@@ -122,7 +149,7 @@ class Trainer:
             self.wrapped.backward(loss)
             losses.append(loss.detach().float())
             progress.samples += distributed.get_world_size() * self.batch_size
-            if part == self.accumulation - 1:
+            if part == accumulation - 1:
                 norm = gradient_norm(self.wrapped)
                 self.guard.void = not _all_finite(losses if norm is None else [*losses, norm])
             take_step(self.wrapped)
@@ -160,13 +187,11 @@ class Trainer:
                 f"{step}; {NONFINITE_ADVICE}"
             )
 
-    def _validate(self, progress: TrainingProgress) -> None:
-        if self.validation is None:
-            return
+    def _validate(self) -> None:
         with self.report.pause(), outside_forward(self.wrapped):
             losses = self.validation.loss(self.engine)
-            self.report.validation(progress.step, losses)
-            self.validation.make_videos(self.engine, progress.step)
+            self.report.validation(self.progress.step, losses)
+            self.validation.make_videos(self.engine, self.progress.step)
 
 
 def _all_finite(values: list[Tensor]) -> bool:

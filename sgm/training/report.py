@@ -6,7 +6,7 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -100,20 +100,22 @@ class Report:
         self._seconds += now - self._running_since
         seconds = max(self._seconds / (step - self._last_line), 1e-9)
         self._seconds, self._running_since, self._last_line = 0.0, now, step
-        values = {
-            "loss": mean,
-            "loss_smoothed": smoothed,
-            "lr": lr,
-            "grad_norm": None if grad_norm is None else float(grad_norm),
-            "loss_scale": loss_scale,
-            "seconds_per_step": seconds,
-            "samples_per_second": self.samples_per_step / seconds,
-            "peak_gib": peak_gib(self._sums.device),
-        }
-        present = {name: value for name, value in values.items() if value is not None}
+        # Name of the curve, value, and form in the log.
+        figures = [
+            ("loss", mean, "loss {:.4f}"),
+            ("loss_smoothed", smoothed, "(smoothed {:.4f}),"),
+            ("lr", lr, "lr {:.2e},"),
+            ("grad_norm", None if grad_norm is None else float(grad_norm), "grad norm {:.3g},"),
+            ("loss_scale", loss_scale, "loss scale {:g},"),
+            ("seconds_per_step", seconds, "{:.3f} s/step,"),
+            ("samples_per_second", self.samples_per_step / seconds, "{:.1f} samples/s,"),
+            ("peak_gib", peak_gib(self._sums.device), "peak {:.1f} GiB,"),
+        ]
+        present = [(name, value, form) for name, value, form in figures if value is not None]
+        text = " ".join(form.format(value) for _, value, form in present)
         left = time_in_words(seconds * (self.total_steps - step))
-        line = f"step {step} of {self.total_steps}: {_describe(present)}, {left} left"
-        self._log(step, line, {f"train/{name}": value for name, value in present.items()})
+        line = f"step {step} of {self.total_steps}: {text} {left} left"
+        self._log(step, line, {f"train/{name}": value for name, value, _ in present})
 
     def _add(self, loss: Tensor) -> None:
         """Add a loss to the sums without waiting for its device."""
@@ -188,21 +190,6 @@ class Report:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from the sums of `state_dict`."""
         self._sums = torch.tensor(state["sums"], dtype=torch.float64)
-
-
-def _describe(values: Mapping[str, float]) -> str:
-    """The values of a line as text."""
-    parts: Sequence[tuple[str, str]] = (
-        ("loss", "loss {:.4f}"),
-        ("loss_smoothed", "(smoothed {:.4f}),"),
-        ("lr", "lr {:.2e},"),
-        ("grad_norm", "grad norm {:.3g},"),
-        ("loss_scale", "loss scale {:g},"),
-        ("seconds_per_step", "{:.3f} s/step,"),
-        ("samples_per_second", "{:.1f} samples/s,"),
-        ("peak_gib", "peak {:.1f} GiB"),
-    )
-    return " ".join(form.format(values[name]) for name, form in parts if name in values)
 
 
 def time_in_words(seconds: float) -> str:

@@ -13,7 +13,6 @@ later iterations to ``{iteration}.old``, and deletes these after its next save. 
 from __future__ import annotations
 
 import fcntl
-import itertools
 import logging
 import os
 import re
@@ -21,7 +20,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import distributed
@@ -51,10 +50,11 @@ def start_run(args: TrainingArgs) -> Path:
         UserError: the folder cannot be made, or another machine does not see it.
     """
     save = Path(args.save).expanduser()
-    names = [""]
-    if is_main():  # the name holds the time, so rank 0 chooses it for all ranks
-        name = f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}"
-        names = [_make_folder(make_output_folder(save), name)]
+    names = [
+        f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}"
+    ]  # rank 0's is used: clocks differ
+    if is_main():
+        names = [_make_folder(make_output_folder(save), names[0])]
     distributed.broadcast_object_list(names, src=0, device=torch.device("cpu"))
     folder = save / names[0]
     if not folder.is_dir():
@@ -67,17 +67,18 @@ def start_run(args: TrainingArgs) -> Path:
 
 def _make_folder(save: Path, name: str) -> str:
     """Make a folder of this name, or with a number after it, and return its name."""
-    for number in itertools.count(1):
-        own = name if number == 1 else f"{name}_{number}"
+    number, own = 1, name
+    while True:
         try:
             (save / own).mkdir()
+            return own
         except FileExistsError:  # another run was started in the same minute
-            continue
+            number += 1
+            own = f"{name}_{number}"
         except OSError as error:
             raise UserError(
                 f"{save / own} cannot be made ({error.strerror}); change experiment_name"
             ) from None
-        return own
 
 
 def reserve(run: Path) -> IO[str] | None:
@@ -121,52 +122,54 @@ def find_checkpoint(args: TrainingArgs) -> Path:
     given = str(args.resume)
     try:
         folder = _newest_run(args) if given == "latest" else Path(given).expanduser()
-        folder = _iteration_in(folder)
-        # A damaged `latest` may hold a newline or NUL; such a path is not a folder either.
-        if folder.name.isdecimal() and folder.is_dir():
-            return folder
+        return _iteration_in(folder, given)
+    except LookupError as error:
+        reason = str(error.args[0])
     except OSError as error:  # for example a name that is too long
-        raise UserError(
-            f"resume: {given[:_LONGEST_QUOTE]} cannot be looked up ({error.strerror}); check "
-            "the path and its permissions"
-        ) from None
-    place = str(folder) if folder == Path(given).expanduser() else f"{given}: {folder}"
-    raise UserError(
-        f"resume: {place} is not a checkpoint of a run; name the run's folder (with the file "
-        "'latest' in it) or the folder of one of its iterations"
-    )
+        reason = (
+            f"{given[:_LONGEST_QUOTE]} cannot be looked up ({error.strerror}); check the path and "
+            "its permissions"
+        )
+    raise UserError(f"resume: {reason}")
 
 
 def _newest_run(args: TrainingArgs) -> Path:
-    """The run of this experiment that saved last."""
+    """The run of this experiment that saved last; LookupError if there is none."""
     save = Path(args.save).expanduser()
     # The pattern includes the time: the runs of experiment "a-b" do not belong to experiment "a".
     name = re.compile(re.escape(args.experiment_name) + r"(-\d\d){4}(_\d+)?")
     runs = [path.parent for path in save.glob("*/latest") if name.fullmatch(path.parent.name)]
     if not runs:
-        raise UserError(
-            f"resume: latest: no run named {args.experiment_name}-… in {save} has a checkpoint; "
+        raise LookupError(
+            f"latest: no run named {args.experiment_name}-… in {save} has a checkpoint; "
             "check save and experiment_name, or start without --resume"
         )
     return max(runs, key=lambda run: (run / "latest").stat().st_mtime_ns)
 
 
-def _iteration_in(folder: Path) -> Path:
-    """The newest iteration of a run's folder; another folder is returned as it is."""
+def _iteration_in(folder: Path, given: str) -> Path:
+    """`folder`, if it is an iteration's, or the newest iteration in it; LookupError if none is."""
     latest = ""  # `latest` may be empty after a power failure
     if (folder / "latest").is_file():
         latest = (folder / "latest").read_text("utf-8", errors="replace").strip()
     if latest:
-        return folder / latest
-    if not (folder / CONFIG_FILE).is_file():
-        return folder
-    saved = _checkpoints(folder)
-    if not saved:
-        raise UserError(
-            f"resume: {folder}: nothing is saved there yet; if that run has ended, start it "
-            "again, without --resume"
+        folder = folder / latest
+    elif (folder / CONFIG_FILE).is_file():  # the process was killed before `latest` was written
+        saved = _checkpoints(folder)
+        if not saved:
+            raise LookupError(
+                f"{folder}: nothing is saved there yet; if that run has ended, start it again, "
+                "without --resume"
+            )
+        folder = saved[-1]
+    # A damaged `latest` may hold a newline or NUL; such a path is not a folder either.
+    if not folder.name.isdecimal() or not folder.is_dir():
+        place = str(folder) if folder == Path(given).expanduser() else f"{given}: {folder}"
+        raise LookupError(
+            f"{place} is not a checkpoint of a run; name the run's folder (with the file 'latest' "
+            "in it) or the folder of one of its iterations"
         )
-    return saved[-1]
+    return folder
 
 
 def _checkpoints(run: Path) -> list[Path]:
@@ -262,7 +265,7 @@ def compare_with_last_start(config: Config, run: Path) -> None:
     from sgm.training.preflight import weight_dtype
 
     try:
-        before = OmegaConf.to_container(OmegaConf.load(run / CONFIG_FILE))
+        before: Any = OmegaConf.to_container(OmegaConf.load(run / CONFIG_FILE))
         changed = list(_differing_keys(before["model"], config.model, "model"))
         precision = weight_dtype(before.get("deepspeed") or {})
     except (*_UNREADABLE, YAMLError, OmegaConfBaseException) as error:

@@ -56,12 +56,18 @@ class MetricsFile:
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Append a line."""
-        values = {name: v if math.isfinite(v) else None for name, v in scalars.items()}
+        values: dict[str, float | None] = {"step": step}
+        for name, value in scalars.items():
+            values[_curve_name(name)] = value if math.isfinite(value) else None
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps(values) + "\n")
 
     def close(self) -> None:
         """Do nothing; each line is on disk already."""
+
+
+def _curve_name(name: str) -> str:
+    return name.replace(" ", "_")  # TensorBoard allows no spaces
 
 
 def _step_of(line: str) -> float:
@@ -99,8 +105,7 @@ class TensorBoard:
         """Write one event with all `scalars`."""
         event = Event(wall_time=time.time(), step=step)
         for name, value in scalars.items():
-            # TensorBoard's names have no spaces.
-            event.summary.value.extend(scalar(name.replace(" ", "_"), value).value)
+            event.summary.value.extend(scalar(_curve_name(name), value).value)
         self._write(event)
 
     def _write(self, event: Event) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,8 +82,11 @@ class Validation:
         self.dataset = dataset
         self.args = config.args
         self.model = config.model
+        network = check_model_section(config.model)
+        sizes = ("in_channels", "latent_height", "latent_width")
+        require_sizes(network, ("num_frames", *sizes))
         self.defaults = CallDefaults(
-            shape=_sample_shape(config.model),
+            shape=(allowed_num_frames(network)[-1], *(network[key] for key in sizes)),
             fps=(config.data.get("params") or {}).get("fps", _FPS),
             seed=config.args.seed,
         )
@@ -100,15 +103,23 @@ class Validation:
         """
         if self.dataset is None:
             return {}
-        losses, first = [], 0
+        losses: list[list[Tensor]] = [[] for _ in range(NUM_QUARTERS)]
+        first = 0
         with evaluating(engine):
             for batch in self._batches(self.dataset):
                 # Encoding draws on the model's device; results differ a little between devices.
                 torch.manual_seed(self._seed(_ENCODING, first))
                 latents, cond = engine.get_input(batch)
-                losses.append(self._quarters(engine, latents, cond, first=first))
+                for quarter in range(NUM_QUARTERS):
+                    levels, noise = self._draw(engine, latents, quarter, first=first)
+                    per_sample = engine.loss_fn.at_levels(
+                        *(engine.model, engine.denoiser, latents.float(), cond),
+                        levels=levels,
+                        noise=noise,
+                    )
+                    losses[quarter].append(per_sample.double().cpu())
                 first += len(latents)
-        by_quarter = torch.cat(losses, dim=1).mean(dim=1).tolist()  # NUM_QUARTERS
+        by_quarter = [float(torch.cat(quarter).mean()) for quarter in losses]
         names = [f"loss {q * _QUARTER}-{(q + 1) * _QUARTER - 1}" for q in range(NUM_QUARTERS)]
         mean = sum(by_quarter) / NUM_QUARTERS
         return {"loss": mean, **dict(zip(names, by_quarter, strict=True))}
@@ -118,7 +129,8 @@ class Validation:
 
     def _batches(self, dataset: Dataset) -> Iterator[dict[str, Any]]:
         size = self.args.eval_batch_size
-        count = min(len(dataset), self.args.eval_iters * size)
+        total = len(dataset)  # type: ignore[arg-type]  # torch's Dataset declares no length
+        count = min(total, self.args.eval_iters * size)
         keys = [(index, self._seed(_ITEM, index)) for index in range(count)]
         loader = DataLoader(
             SeededDataset(dataset),
@@ -129,28 +141,13 @@ class Validation:
         )
         return checked_batches(loader)
 
-    def _quarters(
-        self,
-        engine: SATVideoDiffusionEngine,
-        latents: Tensor,
-        cond: dict[str, Tensor],
-        *,
-        first: int,
-    ) -> Tensor:
-        """Losses (NUM_QUARTERS, b), float64, on the CPU; `first` is the first sample's index."""
-        losses = []
-        for quarter in range(NUM_QUARTERS):
-            levels, noise = self._draw(engine, latents, quarter, first=first)
-            per_sample = engine.loss_fn.at_levels(
-                engine.model, engine.denoiser, latents.float(), cond, levels=levels, noise=noise
-            )
-            losses.append(per_sample.double().cpu())
-        return torch.stack(losses)
-
     def _draw(
         self, engine: SATVideoDiffusionEngine, latents: Tensor, quarter: int, *, first: int
     ) -> tuple[NoiseLevels, Tensor]:
-        """Noise levels (b,) of a quarter and noise (b, t, c, h, w) on the device of `latents`."""
+        """Noise levels (b,) of a quarter and noise (b, t, c, h, w) on the device of `latents`.
+
+        `first` is the index of the first sample in the data.
+        """
         schedule = engine.loss_fn.sigma_sampler.schedule
         # Timesteps are evenly spaced numbers from 0 to 999.
         num_levels = len(schedule.timesteps)
@@ -196,7 +193,8 @@ class Validation:
                 if not writes:
                     continue
                 if bool(latents.isfinite().all()):
-                    made.append((folder / _file_name(number, prompt), latents))
+                    name = Prompt(line=number, text=prompt).folder_name.encode()[:_MAX_NAME_BYTES]
+                    made.append((folder / name.decode(errors="ignore").rstrip(" ._"), latents))
                 else:
                     progress.say(f"validation video {number} is left out: it is not finite")
             # The autoencoder may have to be loaded: this happens once, after the sampling.
@@ -206,13 +204,23 @@ class Validation:
         return written
 
     def _write(self, pipe: CogVideoX, videos: Sequence[tuple[Path, Tensor]]) -> list[Path]:
-        """Write videos, each given as a path without suffix and latents (1, t, c, h, w)."""
+        """Write mp4 and contact sheet of videos, or their latents if they cannot be decoded.
+
+        Each video is given as a path without suffix and latents (1, t, c, h, w).
+        """
         written, left = [], list(videos)
         if not self.args.only_log_video_latents:
             try:
                 with pipe.engine.loaded_first_stage():
                     while left:
-                        written += self._decode(pipe, *left[0])
+                        stem, latents = left[0]
+                        mp4, sheet = (stem.with_name(stem.name + end) for end in (".mp4", ".png"))
+                        before = self.folder / f"{0:06d}" / sheet.name
+                        frames = collect_frames(pipe.decode(latents), mp4, fps=self.defaults.fps)
+                        write_contact_sheet(
+                            frames, sheet, above=None if before == sheet else before
+                        )
+                        written += [mp4, sheet]
                         del left[0]
             except torch.cuda.OutOfMemoryError:
                 logger.warning(
@@ -227,14 +235,6 @@ class Validation:
                 save_file({"latents": latents.cpu()}, partial, metadata)
             written.append(path)
         return written
-
-    def _decode(self, pipe: CogVideoX, stem: Path, latents: Tensor) -> list[Path]:
-        """Write the mp4 and the contact sheet of one video."""
-        mp4, sheet = (stem.with_name(stem.name + suffix) for suffix in (".mp4", ".png"))
-        base = self.folder / f"{0:06d}" / sheet.name
-        frames = collect_frames(pipe.decode(latents), mp4, fps=self.defaults.fps)
-        write_contact_sheet(frames, sheet, above=base if base != sheet else None)
-        return [mp4, sheet]
 
 
 @contextmanager
@@ -252,17 +252,3 @@ def evaluating(engine: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _sample_shape(model: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """Shape (t, c, h, w) of the longest and largest latents that the network takes."""
-    params = check_model_section(model)
-    sizes = ("in_channels", "latent_height", "latent_width")
-    require_sizes(params, ("num_frames", *sizes))
-    return (allowed_num_frames(params)[-1], *(params[key] for key in sizes))
-
-
-def _file_name(number: int, prompt: str) -> str:
-    """``{number}_{prompt}``, short enough for every suffix."""
-    name = Prompt(line=number, text=prompt).folder_name
-    return name.encode()[:_MAX_NAME_BYTES].decode(errors="ignore").rstrip(" ._")

@@ -1,4 +1,4 @@
-"""A run that is stopped, or killed at any moment, goes on as if nothing had been."""
+"""A stopped or killed run is resumed with the results of an uninterrupted one."""
 
 import json
 import multiprocessing
@@ -48,7 +48,7 @@ def same(one, other):
 
 
 def steps(caplog):
-    """What was logged of each step, without its timing."""
+    """The logged line of each step, without its timing."""
     lines = [record.getMessage() for record in caplog.records]
     return [line.rpartition(", peak")[0].rsplit(",", 2)[0] for line in lines if "step " in line]
 
@@ -75,7 +75,7 @@ def test_a_resumed_run_ends_with_the_same_bits(small, tmp_path, caplog, monkeypa
 
 
 @pytest.mark.parametrize("zero", [0, 1])
-def test_settings_of_the_optimizer_are_those_of_the_run_that_goes_on(small, tmp_path, zero):
+def test_settings_of_the_optimizer_are_those_of_the_resumed_run(small, tmp_path, zero):
     deepspeed = {"zero_optimization": {"stage": zero}}
     file = small.file("first", {"deepspeed": deepspeed})
     run = small.train(file, tmp_path / "first", "--train-iters", "1")
@@ -121,7 +121,7 @@ def test_resuming_with_other_settings_is_one_sentence(small, tmp_path, capsys):
     average = run / "1-ema" / "mp_rank_00_model_states.pt"
     average.parent.mkdir()
     for wrong in ({"module": {"any": torch.zeros(2)}}, {"any": torch.zeros(2)}):
-        torch.save(wrong, average)  # of another run, copied there
+        torch.save(wrong, average)  # copied from another run
         assert "does not fit what is trained" in error(*again, *EMA)
     state = run / "1" / "training_state.pt"
     content = torch.load(state)
@@ -173,7 +173,7 @@ def _train(argv):
 
 
 def test_a_run_that_is_killed_at_any_moment_resumes(small, tmp_path):
-    """NUM_KILLS=20 in the environment kills as often; the suite has no time for more than a few."""
+    """The environment variable NUM_KILLS sets the number of kills; few by default, for speed."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(
         ["tests.training.test_checkpoint_resume", "deepspeed", "sgm.engine"]
@@ -188,7 +188,7 @@ def test_a_run_that_is_killed_at_any_moment_resumes(small, tmp_path):
         process.start()
         deadline = time.monotonic() + 300
         newest = reached[-1] if reached else 0
-        while latest(tmp_path) <= newest:  # it is under way
+        while latest(tmp_path) <= newest:  # until it has saved again
             assert process.is_alive() and time.monotonic() < deadline, process.exitcode
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.5))

@@ -1,4 +1,4 @@
-"""What a run says of itself: lines, smoothing, curves, and what happens without wandb."""
+"""The report of a run: lines, smoothing, metrics.jsonl, TensorBoard, and wandb."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def build(tmp_path, caplog):
-    """Makes a report that is closed at the end, with arguments of its own."""
+    """A function that makes reports from arguments; they are closed at the end."""
     caplog.set_level(logging.INFO, logger="sgm")
     made = []
 
@@ -87,7 +87,7 @@ def test_a_line_has_all_figures(build, clock, caplog):
     )
 
 
-def test_what_there_is_not_is_left_out(build, caplog):
+def test_missing_values_are_left_out(build, caplog):
     run(build(), [1.0, 1.0])
     assert re.search(r"lr 1\.00e-04, \d+\.\d{3} s/step", lines(caplog)[0])
 
@@ -126,7 +126,7 @@ def test_what_is_saved_is_the_same_share_on_each_process(build, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.copy_(sums))
     assert one.state_dict() == other.state_dict() == {"sums": (sums / 2).tolist()}
-    assert torch.equal(one._sums, other._sums)  # nor does it matter which run is resumed
+    assert torch.equal(one._sums, other._sums)  # so each process can resume from either
 
 
 def test_the_loss_is_not_read_before_a_line_is_due(build, monkeypatch):
@@ -173,12 +173,12 @@ def test_losses_are_the_mean_over_processes(build, monkeypatch, caplog):
     # (1 + 1 + 8) / (2 + 2); fading, the own losses of two steps weigh 0.0396 in all.
     total, number = 0.0396 + 8, 0.0396 + 2
     assert f"loss 2.5000 (smoothed {total / number:.4f})" in lines(caplog)[0]
-    # Each process goes on from half of that, faded by two more steps.
+    # Each process continues from half of that, faded by two more steps.
     total, number = (0.98**2 * half / 2 + own for half, own in ((total, total), (number, number)))
     assert f"loss 2.5000 (smoothed {total / number:.4f})" in lines(caplog)[1]
 
 
-def test_other_processes_say_and_write_nothing(build, caplog, tmp_path):
+def test_other_processes_log_and_write_nothing(build, caplog, tmp_path):
     report = build(is_main=False)
     run(report, [1.0, 1.0])
     report.validation(2, {"loss": 1.0})
@@ -224,7 +224,7 @@ def events(folder):
     return found
 
 
-def test_tensorboard_has_every_curve_as_soon_as_the_line_is_said(build, clock, tmp_path):
+def test_tensorboard_has_every_curve_as_soon_as_the_line_is_logged(build, clock, tmp_path):
     report = build()
     run(report, [1.0, 3.0], clock=clock, grad_norm=0.5, loss_scale=256.0)
     report.validation(2, {"loss": 0.25, "loss 0-249": 0.5})
@@ -251,7 +251,7 @@ def test_the_metrics_file_has_a_line_for_each_report(build, tmp_path):
     first, second, valid = map(json.loads, path.read_text().splitlines())
     assert first["step"] == 2 and first["train/loss"] is None and "train/grad_norm" not in first
     assert (second["step"], second["train/loss"], second["train/lr"]) == (4, 2.0, 1e-4)
-    assert valid == {"step": 4, "valid/loss": 0.25, "valid/loss 0-249": 0.5}
+    assert valid == {"step": 4, "valid/loss": 0.25, "valid/loss_0-249": 0.5}
     with path.open("a") as file:
         file.write('{"step": 5, "train/lo')  # the process is killed
     build(start_step=3)
@@ -328,7 +328,7 @@ class FakeWandb:
         self.finished += 1
 
 
-def test_wandb_gets_the_curves_and_goes_on_with_a_resumed_run(build, monkeypatch, tmp_path):
+def test_wandb_gets_the_curves_and_continues_a_resumed_run(build, monkeypatch, tmp_path):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     report = build(wandb=True)

@@ -1,4 +1,4 @@
-"""Folders of runs: finding a checkpoint, giving it its name, and clearing old ones away."""
+"""Folders of runs: finding, publishing and deleting checkpoints."""
 
 import dataclasses
 import os
@@ -55,7 +55,7 @@ def test_other_ranks_take_the_folder_that_rank_0_made(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.distributed.broadcast_object_list", receive)
     args = TrainingArgs(save=str(tmp_path))
     with pytest.raises(UserError, match="is not there for process 1: save must be .* share"):
-        run_folder.start_run(args)  # on another machine, with a disk of its own
+        run_folder.start_run(args)  # on another machine with its own disk
     assert names(tmp_path) == []
     (tmp_path / "made by rank 0").mkdir()
     assert run_folder.start_run(args) == tmp_path / "made by rank 0"
@@ -79,7 +79,7 @@ def test_a_path_may_name_a_run_or_one_of_its_iterations(tmp_path, given, found):
 
 
 @pytest.mark.parametrize("content", ["../..", "7", "a\0b", ""])
-def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+def test_a_folder_without_a_checkpoint_is_one_sentence(tmp_path, content):
     (tmp_path / "latest").write_text(content)
     with pytest.raises(UserError, match="resume: .* is not a checkpoint of a run"):
         run_folder.find_checkpoint(TrainingArgs(resume=str(tmp_path)))
@@ -88,7 +88,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize("given", ["/", "."])
-def test_a_folder_without_a_name_is_no_checkpoint(given):
+def test_a_folder_without_a_name_is_not_a_checkpoint(given):
     with pytest.raises(UserError, match="is not a checkpoint of a run"):
         run_folder.find_checkpoint(TrainingArgs(resume=given))
 
@@ -161,7 +161,7 @@ def test_a_process_that_is_killed_while_checkpoints_are_replaced_leaves_a_whole_
     assert (run / "latest").read_text() == "2"
 
 
-def test_a_run_that_ended_before_it_saved_is_told_from_what_is_no_run(tmp_path):
+def test_a_run_that_ended_before_it_saved_has_its_own_sentence(tmp_path):
     run_folder.save_config(
         SimpleNamespace(args=TrainingArgs(), model={}, data={}, deepspeed={}), tmp_path
     )
@@ -195,7 +195,7 @@ def test_a_model_that_is_not_as_before_is_named(tmp_path, caplog):
     config.deepspeed = {"bf16": {"enabled": True}}
     with pytest.raises(UserError, match="was trained in float32, and .* asks for bfloat16; set it"):
         run_folder.compare_with_last_start(config, tmp_path)
-    for damaged in ("model: [", "model: {}\ndeepspeed: 3"):  # nothing can be said then
+    for damaged in ("model: [", "model: {}\ndeepspeed: 3"):  # cannot be compared
         (tmp_path / "training_config.yaml").write_text(damaged)
         run_folder.compare_with_last_start(config, tmp_path)
     assert len(caplog.messages) == 1
