@@ -214,6 +214,7 @@ class TrainingObjective(nn.Module):
         self.model = engine.model
         self.denoiser = engine.denoiser
         self.loss_fn = engine.loss_fn
+        assert self.loss_fn is not None  # training is not started without one
         if engine.conditioner.is_trained:
             self.conditioner = engine.conditioner
 

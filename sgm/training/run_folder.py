@@ -27,7 +27,7 @@ from torch import distributed
 
 from sgm.config import Config, TrainingArgs
 from sgm.distributed import is_main
-from sgm.errors import UserError
+from sgm.errors import UserError, first_of
 from sgm.files import make_output_folder, replacing
 
 logger = logging.getLogger(__name__)
@@ -240,12 +240,13 @@ def set_aside_later(checkpoint: Path) -> None:
     if not later:
         return
     _point_latest(run, start)  # first, so that `latest` always names a folder that exists
-    for name in sorted(later):
+    for name in later:
         _set_aside(run / name)
+    numbers = sorted({int(names[name]) for name in later})
     logger.warning(
-        "the run is resumed at step %d; its later checkpoints (%s) are renamed to *%s and deleted "
+        "the run is resumed at step %d; its later checkpoints (%s) are renamed to N%s and deleted "
         "after the next save",
-        *(start, ", ".join(sorted(later)), OLD),
+        *(start, first_of([str(number) for number in numbers]), OLD),
     )
 
 
