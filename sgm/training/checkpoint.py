@@ -1,10 +1,10 @@
-"""Saving a run so that inference can load its weights and training can go on from it bit for bit.
+"""Checkpoints of a training run: saving, and resuming with the same result to the bit.
 
 ``{iteration}/mp_rank_00_model_states.pt`` holds the weights, in the layout that `load` and `lora`
-read; ``{iteration}-ema`` the same for the moving average, in float32. Beside the weights lie
-``training_state.pt`` (counters, schedule, and the optimizer where all processes hold the same) and,
-where ZeRO divides the optimizer, ``optimizer_rank_NN.pt`` of every process. Random numbers need
-no file: see `sgm.data.loader`.
+read; ``{iteration}-ema`` holds the same for the moving average, in float32. Beside the weights are
+``training_state.pt`` (counters, schedule, and the optimizer if all processes hold the same one)
+and, if ZeRO divides the optimizer, ``optimizer_rank_NN.pt`` of each process. The state of random
+numbers is not saved: each sample and step has its own seed, see `sgm.data.loader`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
@@ -26,32 +26,41 @@ from sgm.checkpoint.lora import lora_record
 from sgm.checkpoint.reading import read_checkpoint, tensors_of
 from sgm.checkpoint.strict_loading import check_fit
 from sgm.checkpoint.transformer import is_lora_matrix
+from sgm.distributed import is_main
 from sgm.errors import UserError
 from sgm.files import save_torch
 from sgm.training import run_folder
-from sgm.training.deepspeed_engine import WHAT_TO_DO, gathered
+from sgm.training.deepspeed_engine import NONFINITE_ADVICE, gathered, trained_weights
 from sgm.training.ema import WeightAverage
+from sgm.training.report import Report
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+    from sgm.engine import SATVideoDiffusionEngine
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = MODEL_FILES[0]
 STATE_FILE = "training_state.pt"
+_RANK_FILE = "optimizer_rank_{:02d}.pt"
 _STATE_KEYS = {"step", "samples", "processes", "schedule", "watched", "optimizer"}
 _COUNTS = ("step", "samples", "processes")
 _CONDITIONER = "conditioner."
 _LOSS_SCALER = "loss_scaler"
-# DeepSpeed's aids for other ways of loading than ours, made of its own classes.
+# DeepSpeed adds these objects for its own ways of loading, which are not used here.
 _UNUSED_KEYS = ("param_slice_mappings", "universal_checkpoint_info")
 
 
 @dataclass
-class Progress:
-    """How far a run is: optimizer steps, and samples of the stream that they have used."""
+class TrainingProgress:
+    """Progress of a run: optimizer steps done, and samples of the stream that they have used."""
 
     step: int = 0
     samples: int = 0
 
 
+@dataclass(kw_only=True)
 class Checkpointer:
     """Saves a run and restores it.
 
@@ -59,113 +68,102 @@ class Checkpointer:
         wrapped: DeepSpeed's engine.
         run: the run's folder.
         average: the moving average of the weights, if there is one.
-        watched: what else goes into the state, by name: objects with state_dict, which all
-            processes call, and load_state_dict.
-        limit: checkpoints that are kept; 0: all.
+        report: its sums of losses are saved too.
+        limit: number of checkpoints to keep; 0 keeps all.
         base: `fingerprint` of the weights that training began with.
     """
 
-    def __init__(
-        self,
-        wrapped: Any,
-        run: Path,
-        *,
-        average: WeightAverage | None,
-        watched: Mapping[str, Any],
-        limit: int,
-        base: str,
-    ) -> None:
-        self.wrapped = wrapped
-        self.run = run
-        self.average = average
-        self.watched = watched
-        self.limit = limit
-        self.base = base
-        self.divided = is_divided(wrapped.optimizer)
+    wrapped: DeepSpeedEngine
+    run: Path
+    average: WeightAverage | None
+    report: Report
+    limit: int
+    base: str | None
 
-    def save(self, progress: Progress) -> None:
-        """Write all of it, then make it the latest; all processes must call it.
+    def __post_init__(self) -> None:
+        from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+        # Whether each process holds its own part of the optimizer.
+        self.divided = isinstance(self.wrapped.optimizer, ZeROOptimizer)
+
+    def save(self, progress: TrainingProgress) -> None:
+        """Write a checkpoint and make it the latest one; all processes must call it.
 
         Raises:
             UserError: a file cannot be written, or a weight is not finite.
         """
         name = str(progress.step)
         folder = run_folder.new_partial(self.run, name)
-        names = [name]
-        self._write_weights(folder, averages=None)
+        self._write_weights(folder, averages={})
         if self.average is not None:
-            names.insert(0, f"{name}{run_folder.EMA}")
-            self._write_weights(
-                run_folder.new_partial(self.run, names[0]), averages=self.average.averages
-            )
+            ema = run_folder.new_partial(self.run, f"{name}{run_folder.EMA}")
+            self._write_weights(ema, averages=self.average.averages)
         if self.divided:
-            rank = distributed.get_rank()
-            save_torch(_plain(self._optimizer_state()), folder / _rank_file(rank))
-        state = self._state(progress)
-        if run_folder.is_main():
-            save_torch(_plain(state), folder / STATE_FILE)
-        distributed.barrier()
-        if run_folder.is_main():
-            run_folder.publish(self.run, *names)
-            run_folder.point_latest(self.run, progress.step)
-            run_folder.prune(self.run, self.limit, up_to=progress.step)
-            logger.info("saved %s", self.run / name)
-        distributed.barrier()
-
-    def restore(self, folder: Path) -> Progress:
-        """Take the state of the checkpoint in `folder`; its weights are in place already.
-
-        Raises:
-            UserError: a file is absent or damaged, or belongs to another number of processes or
-                to other settings of DeepSpeed.
-        """
-        state = _read_state(folder / STATE_FILE)
-        processes = distributed.get_world_size()
-        if (state["optimizer"] is None) != self.divided:
-            raise UserError(
-                f"{folder} was saved with another stage of zero_optimization or another precision; "
-                "set the deepspeed section as in training_config.yaml beside it"
-            )
-        if self.divided and state["processes"] != processes:
-            raise UserError(
-                f"{folder} was saved by {state['processes']} processes and ZeRO divided the "
-                f"optimizer among them, but now there are {processes}; resume with "
-                f"NPROC={state['processes']}, or start a new run with load: {folder}"
-            )
-        own = state["optimizer"]
-        if self.divided:
-            own = _read_state(folder / _rank_file(distributed.get_rank()))
-        try:
-            with _own_settings(self.wrapped):
-                self._load_optimizer(own)
-            self.wrapped.lr_scheduler.load_state_dict(state["schedule"])
-            _catch_up(self.wrapped.lr_scheduler, state["schedule"])
-            for name, part in self.watched.items():
-                part.load_state_dict(state["watched"][name])
-        except (KeyError, ValueError, RuntimeError, AssertionError, TypeError) as error:
-            logger.debug("%s", folder, exc_info=True)
-            reason = str(error).strip().splitlines() or [""]
-            raise UserError(
-                f"{folder} cannot be resumed ({type(error).__name__}: {reason[0]}); what is "
-                "trained and the deepspeed section must be as in training_config.yaml beside it"
-            ) from None
-        if self.average is not None:
-            self._restore_average(folder)
-        self.wrapped.global_steps = state["step"]
-        return Progress(step=state["step"], samples=state["samples"])
-
-    def _state(self, progress: Progress) -> dict[str, Any]:
-        return {
+            path = folder / _RANK_FILE.format(distributed.get_rank())
+            save_torch(_plain(self._optimizer_state()), path)
+        state = {
             "step": progress.step,
             "samples": progress.samples,
             "processes": distributed.get_world_size(),
             "schedule": self.wrapped.lr_scheduler.state_dict(),
-            "watched": {name: part.state_dict() for name, part in self.watched.items()},
+            "watched": {"report": self.report.state_dict()},  # all processes take part
             "optimizer": None if self.divided else self._optimizer_state(),
         }
+        if is_main():
+            save_torch(_plain(state), folder / STATE_FILE)
+        distributed.barrier()
+        if is_main():
+            run_folder.publish(self.run, progress.step, limit=self.limit)
+            logger.info("saved %s", self.run / name)
+        distributed.barrier()
 
-    def _write_weights(self, folder: Path, *, averages: Mapping[str, Tensor] | None) -> None:
-        """The weights as they are, or with `averages` in the place of those that are averaged."""
+    def restore(self, folder: Path) -> TrainingProgress:
+        """Restore the state in a checkpoint's folder; the weights must be loaded already.
+
+        Raises:
+            UserError: a file is missing or damaged, or belongs to another number of processes or
+                to other settings of DeepSpeed.
+        """
+        state = _read_state(folder / STATE_FILE)
+        processes = distributed.get_world_size()
+        difference = ""
+        if (state["optimizer"] is None) != self.divided:
+            difference = (
+                "with another stage of zero_optimization or another precision; set the deepspeed "
+                "section as in training_config.yaml beside it"
+            )
+        elif self.divided and state["processes"] != processes:
+            difference = (
+                f"by {state['processes']} processes and ZeRO divided the optimizer among them, but "
+                f"now there are {processes}; resume with NPROC={state['processes']}, or start a "
+                f"new run with load: {folder}"
+            )
+        if difference:
+            raise UserError(f"{folder} was saved {difference}")
+        optimizer = state["optimizer"]
+        if self.divided:
+            optimizer = _read_state(folder / _RANK_FILE.format(distributed.get_rank()))
+        try:
+            with _kept_settings(self.wrapped):
+                self._load_optimizer(optimizer)
+            schedule = self.wrapped.lr_scheduler
+            schedule.load_state_dict(state["schedule"])
+            if "num_iters" in state["schedule"]:  # SAT's schedule does not set itself to its step
+                schedule.step(state["schedule"]["num_iters"])
+            self.report.load_state_dict(state["watched"]["report"])
+        except (KeyError, ValueError, RuntimeError, AssertionError, TypeError) as error:
+            logger.debug("%s", folder, exc_info=True)
+            reason = str(error).strip().splitlines() or [""]
+            raise UserError(
+                f"{folder} cannot be resumed ({type(error).__name__}: {reason[0]}); the trained "
+                "weights and the deepspeed section must be as in training_config.yaml beside it"
+            ) from None
+        self._restore_average(folder.with_name(f"{folder.name}{run_folder.EMA}"))
+        self.wrapped.global_steps = state["step"]
+        return TrainingProgress(step=state["step"], samples=state["samples"])
+
+    def _write_weights(self, folder: Path, *, averages: Mapping[str, Tensor]) -> None:
+        """Write the weights; those with an average are replaced by it."""
         weights = trained_weights(self.wrapped.module)
         is_lora = trains_lora(self.wrapped.module)
         if not is_lora:
@@ -173,11 +171,17 @@ class Checkpointer:
         module = {}
         for name, weight in weights.items():
             with gathered(self.wrapped, [weight]):
-                if run_folder.is_main():
-                    source = (averages or {}).get(name, weight).detach()
-                    _check_finite(name, source)
-                    module[name] = source.to("cpu", copy=True)
-        if run_folder.is_main():
+                if not is_main():
+                    continue
+                source = averages.get(name, weight).detach()
+                # Training cannot continue from such weights; older checkpoints are worth more.
+                if not source.isfinite().all():
+                    raise UserError(
+                        f"the weight {name} is not finite any more, so nothing is saved; "
+                        f"{NONFINITE_ADVICE}"
+                    )
+                module[name] = source.to("cpu", copy=True)
+        if is_main():
             network = self.wrapped.module.model.diffusion_model
             record = {"lora": lora_record(network, self.base)} if is_lora else {}
             save_torch({"module": module, **record}, folder / WEIGHTS_FILE)
@@ -196,16 +200,25 @@ class Checkpointer:
         if not self.divided:
             optimizer.load_state_dict(state)
             return
-        # DeepSpeed wants the states of all processes and takes its own; one of its optimizers
-        # prints while it does so.
+        # DeepSpeed takes a mapping of all ranks' states and uses its own rank's. One of its
+        # optimizers prints while it loads.
         with contextlib.redirect_stdout(io.StringIO()):
             optimizer.load_state_dict({distributed.get_rank(): state}, load_from_fp32_weights=True)
 
     def _restore_average(self, folder: Path) -> None:
-        path = folder.with_name(f"{folder.name}{run_folder.EMA}") / WEIGHTS_FILE
+        """Load the moving average from its folder; warn if there is one but `ema_decay` is 0."""
+        if self.average is None:
+            if is_main() and folder.is_dir():
+                logger.warning(
+                    "%s holds a moving average, which ends here because ema_decay is 0; to "
+                    "continue it give --ema-decay as before",
+                    folder,
+                )
+            return
+        path = folder / WEIGHTS_FILE
         if not path.is_file():
             raise UserError(
-                f"{path} does not exist, so the moving average cannot be gone on with; resume with "
+                f"{path} does not exist, so the moving average cannot be continued; resume with "
                 "ema_decay 0"
             )
         module = tensors_of(read_checkpoint(path), path, wrapper="module")
@@ -216,18 +229,13 @@ class Checkpointer:
         self.average.load(found)
 
 
-def trained_weights(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The weights of a module that are trained, by name."""
-    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
-
-
 def trains_lora(module: torch.nn.Module) -> bool:
-    """Whether of a module's weights the matrices of a LoRA only are trained, and so saved."""
+    """Whether the trained weights of a module, which are saved, are LoRA matrices only."""
     return all(is_lora_matrix(name) for name in trained_weights(module))
 
 
 def holds_lora(checkpoint: Weights) -> bool:
-    """Whether a run's checkpoint holds the matrices of a LoRA only.
+    """Whether a run's checkpoint holds LoRA matrices only.
 
     Raises:
         UserError: its file of weights cannot be read.
@@ -237,11 +245,11 @@ def holds_lora(checkpoint: Weights) -> bool:
     return isinstance(state, Mapping) and "lora" in state
 
 
-def check_conditioner(engine: Any, checkpoint: Weights) -> dict[str, Tensor]:
-    """The text encoder's weights in a run's checkpoint, which holds them if they were trained.
+def check_conditioner(engine: SATVideoDiffusionEngine, checkpoint: Weights) -> dict[str, Tensor]:
+    """The text encoder's weights in a run's checkpoint; empty if they were not trained.
 
     Raises:
-        UserError: they are not those of this text encoder.
+        UserError: they do not fit this text encoder.
     """
     (file,) = checkpoint.files
     module = file.tensors(wrapper="module")
@@ -253,34 +261,45 @@ def check_conditioner(engine: Any, checkpoint: Weights) -> dict[str, Tensor]:
     return stored
 
 
-def restore_conditioner(engine: Any, stored: Mapping[str, Tensor]) -> None:
-    """Take the text encoder's weights from what `check_conditioner` returned."""
+@torch.no_grad()
+def restore_conditioner(engine: SATVideoDiffusionEngine, stored: Mapping[str, Tensor]) -> None:
+    """Copy the weights that `check_conditioner` returned into the text encoder."""
     own = dict(engine.named_parameters())
-    with torch.no_grad():
-        for name, tensor in stored.items():
-            own[name].copy_(tensor)
+    for name, tensor in stored.items():
+        own[name].copy_(tensor)
 
 
-def _check_finite(name: str, weight: Tensor) -> None:
-    """Keep weights that nobody can go on from out of checkpoints, which push older ones out."""
-    if not weight.isfinite().all():
-        raise UserError(
-            f"the weight {name} is not finite any more, so nothing is saved; {WHAT_TO_DO}"
-        )
+def check_state_file(path: Path) -> None:
+    """Check that a file of the state exists in a checkpoint's folder.
+
+    Raises:
+        UserError: it is missing, so only the weights beside it can be used.
+    """
+    if path.is_file():
+        return
+    load = str(path.parent)
+    if holds_lora(find_transformer(path.parent)):
+        load = f"the output of tools/merge_lora.py for the base model and {path.parent}"
+    raise UserError(
+        f"{path} does not exist, so the run cannot be resumed; start a new one with load: {load}"
+    )
 
 
-def is_divided(optimizer: Any) -> bool:
-    """Whether each process holds its own part of the optimizer."""
-    from deepspeed.runtime.base_optimizer import ZeROOptimizer
-
-    return isinstance(optimizer, ZeROOptimizer)
+def _read_state(path: Path) -> dict[str, Any]:
+    check_state_file(path)
+    state = read_checkpoint(path)
+    keys, counts = (_STATE_KEYS, _COUNTS) if path.name == STATE_FILE else (set(), ())
+    is_whole = isinstance(state, Mapping) and not keys - state.keys()
+    if not is_whole or not all(type(state[key]) is int and state[key] >= 0 for key in counts):
+        raise UserError(f"{path} is not the state of a run; resume from another checkpoint")
+    return state
 
 
 @contextlib.contextmanager
-def _own_settings(wrapped: Any) -> Iterator[None]:
-    """Within it an optimizer's state may be loaded; what it was built with (betas, …) stays.
+def _kept_settings(wrapped: DeepSpeedEngine) -> Iterator[None]:
+    """Keep the optimizer's own settings (weight decay, …) while a state is loaded in the context.
 
-    But for what follows from the schedule: the learning rate, and in DeepSpeed's OneCycle betas.
+    The learning rate, and betas in DeepSpeed's OneCycle, follow the schedule and are loaded.
     """
     optimizer = wrapped.basic_optimizer
     cycled = {"betas"} if getattr(wrapped.lr_scheduler, "cycle_momentum", False) else set()
@@ -291,43 +310,10 @@ def _own_settings(wrapped: Any) -> Iterator[None]:
         group.update(own)
 
 
-def _rank_file(rank: int) -> str:
-    return f"optimizer_rank_{rank:02d}.pt"
+def _plain(value: object) -> object:
+    """Copy a state as tensors, numbers, texts, lists and dicts only.
 
-
-def _read_state(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        load = path.parent
-        if holds_lora(find_transformer(path.parent)):
-            load = f"what tools/merge_lora.py makes of the base model and {path.parent}"
-        raise UserError(
-            f"{path} does not exist, so the run cannot be gone on with; start a new one with "
-            f"load: {load}"
-        )
-    state = read_checkpoint(path)
-    keys, counts = (_STATE_KEYS, _COUNTS) if path.name == STATE_FILE else (set(), ())
-    is_whole = isinstance(state, Mapping) and not keys - state.keys()
-    if not is_whole or not all(_is_count(state[key]) for key in counts):
-        raise UserError(
-            f"{path} is not what a run saves for itself; resume from another checkpoint"
-        )
-    return state
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _catch_up(schedule: Any, state: Mapping[str, Any]) -> None:
-    """Set SAT's schedule to the step that it was saved at, which it does not do by itself."""
-    if "num_iters" in state:
-        schedule.step(state["num_iters"])
-
-
-def _plain(value: Any) -> Any:
-    """`value` with nothing in it but tensors, numbers, texts, lists and dicts.
-
-    So the file can be read without running code from it.
+    A file of these can be read without running code from it.
     """
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}

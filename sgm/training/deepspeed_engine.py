@@ -9,57 +9,61 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from subprocess import SubprocessError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from sgm.config import TrainingArgs
 from sgm.errors import UserError
 from sgm.sat_runtime import quiet_sat
 from sgm.training.preflight import REFUSALS, SAT_OPTIMIZER, reason_of
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from sat.training.learning_rates import AnnealingLR
+
 logger = logging.getLogger(__name__)
 
 
-# Where the loss, its gradient or a weight is not finite.
-WHAT_TO_DO = (
-    "lower the learning rate or use bf16 in the deepspeed section, and go on from the last "
+# For messages about a loss, gradient or weight that is not finite.
+NONFINITE_ADVICE = (
+    "lower the learning rate or use bf16 in the deepspeed section, and continue from the last "
     "checkpoint with --resume"
 )
 
 
-def start_deepspeed(objective: nn.Module, settings: Mapping[str, Any], args: Any) -> Any:
-    """DeepSpeed's engine around `objective`, with the `deepspeed` section as its settings.
+def start_deepspeed(
+    objective: nn.Module, settings: Mapping[str, Any], args: TrainingArgs
+) -> DeepSpeedEngine:
+    """Build DeepSpeed's engine around `objective`, with the `deepspeed` section as its settings.
 
     The learning rate follows SAT's schedule unless the section has a ``scheduler`` of its own.
 
     Raises:
-        UserError: DeepSpeed refuses its settings.
+        UserError: DeepSpeed rejects its settings.
     """
     import deepspeed
 
-    # DeepSpeed insists on what launchers set, also for a process that was started without one.
+    # DeepSpeed needs this variable of launchers, also in a process that was started without one.
     os.environ.setdefault("LOCAL_RANK", "0")
-    # A section without a value is absent for the checks here; DeepSpeed would want its keys.
+    # The checks here treat a section without a value as missing; DeepSpeed would read its keys.
     settings = {key: value for key, value in settings.items() if value is not None}
     params = settings["optimizer"].get("params") or {}
     learning_rate = params.get("lr", 1e-3)  # the default of Adam in PyTorch
     groups = parameter_groups(objective)
-    schedule = None
-    if settings.get("scheduler"):
+    build = functools.partial(build_schedule, args=args, learning_rate=learning_rate)
+    schedule = None if settings.get("scheduler") else build
+    if schedule is None:
         groups = [{k: value for k, value in group.items() if k != "lr"} for group in groups]
-    else:
-
-        def schedule(optimizer: torch.optim.Optimizer) -> Any:
-            return build_schedule(optimizer, args, learning_rate=learning_rate)
-
     optimizer = None
     if settings["optimizer"]["type"] == SAT_OPTIMIZER:
-        # DeepSpeed knows its own and PyTorch's optimizers by name; SAT's is handed to it ready.
+        # DeepSpeed knows its own and PyTorch's optimizers by name; it is given SAT's as a function.
         del settings["optimizer"]
         optimizer = sat_optimizer(params)
-    # On a CPU it would compile a reduction in shared memory that only its inference uses.
+    # On a CPU DeepSpeed would compile a shared-memory reduction that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     printed = io.StringIO()
     try:
@@ -77,15 +81,20 @@ def start_deepspeed(objective: nn.Module, settings: Mapping[str, Any], args: Any
             f"deepspeed refuses its settings: {reason_of(error)}; change them in the section "
             "deepspeed"
         ) from None
-    finally:  # it prints which of its extensions it compiled
+    finally:  # it prints the extensions that it compiles
         logger.debug(printed.getvalue())
     fuse_gradient_checks(wrapped.optimizer)
     return wrapped
 
 
+def trained_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a module that are trained, by name."""
+    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+
+
 @contextlib.contextmanager
-def gathered(wrapped: Any, weights: list[nn.Parameter]) -> Iterator[None]:
-    """Within it `weights` are whole on every process, also where ZeRO-3 divides them."""
+def gathered(wrapped: DeepSpeedEngine, weights: list[nn.Parameter]) -> Iterator[None]:
+    """In this context `weights` are whole on each process, also where ZeRO-3 divides them."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     with GatheredParameters(weights, enabled=wrapped.zero_optimization_stage() == 3):
@@ -93,12 +102,12 @@ def gathered(wrapped: Any, weights: list[nn.Parameter]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def outside_forward(wrapped: Any) -> Iterator[None]:
-    """Within it parts of the model may be called by themselves, not through DeepSpeed's engine.
+def outside_forward(wrapped: DeepSpeedEngine) -> Iterator[None]:
+    """In this context parts of the model can be called directly, not through DeepSpeed's engine.
 
-    ZeRO-3 brings a weight together when its module is called. Those that are read otherwise, such
-    as the position table and LoRA's matrices, it looks for in its own forward pass only, unless
-    told to as here.
+    ZeRO-3 gathers a module's weights when the module is called. Weights that are read without a
+    call of their module, such as the position table and LoRA matrices, it gathers only during its
+    own forward pass, or while ``_in_forward`` is set, as it is here.
     """
     from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
 
@@ -116,36 +125,36 @@ def outside_forward(wrapped: Any) -> Iterator[None]:
             weights._in_forward = False
 
 
-def take_step(wrapped: Any) -> None:
-    """The engine's step.
+def take_step(wrapped: DeepSpeedEngine) -> None:
+    """Call the engine's step.
 
     Raises:
         UserError: float16's gradients still overflow at the smallest scale of the loss.
     """
     try:
         wrapped.step()
-    except Exception as error:  # which is all that DeepSpeed says it is
+    except Exception as error:  # DeepSpeed raises a bare Exception
         if "scale already at minimum" not in str(error):
             raise
         raise UserError(
             "the gradients of float16 overflow at every scale of the loss, down to the smallest; "
-            f"{WHAT_TO_DO}"
+            f"{NONFINITE_ADVICE}"
         ) from None
 
 
-def seeks_scale(wrapped: Any) -> bool:
-    """Whether float16 can still lower the scale of the loss, so that an overflow is nothing odd."""
+def seeks_scale(wrapped: DeepSpeedEngine) -> bool:
+    """Whether float16 can still lower the scale of the loss, so that an overflow is expected."""
     if not wrapped.fp16_enabled():
         return False
-    smallest = getattr(wrapped.optimizer.loss_scaler, "min_scale", None)  # a fixed one has none
+    smallest = getattr(wrapped.optimizer.loss_scaler, "min_scale", None)  # a fixed scale has none
     return smallest is not None and wrapped.optimizer.loss_scale > smallest
 
 
-def gradient_norm(wrapped: Any) -> float | Tensor | None:
-    """Norm of all gradients before clipping; DeepSpeed's where it computes one.
+def gradient_norm(wrapped: DeepSpeedEngine) -> Tensor | None:
+    """Norm of all gradients before clipping; None if DeepSpeed computes it itself.
 
-    To be called between the last backward pass of a step and the step: without ZeRO in float32
-    DeepSpeed keeps no norm, and after the step the gradients are gone.
+    Call it between the last backward pass of a step and the step. Without ZeRO in float32 DeepSpeed
+    keeps no norm, and after the step the gradients are gone.
     """
     if hasattr(wrapped.optimizer, "_global_grad_norm") or wrapped.zero_optimization_stage():
         return None
@@ -153,19 +162,19 @@ def gradient_norm(wrapped: Any) -> float | Tensor | None:
     return torch.nn.utils.get_total_norm(gradients)
 
 
-# ZeRO copies the gradients of a group to float32 as it steps: groups bound that memory to 1 GiB.
+# ZeRO copies the gradients of a group to float32 during the step. This limits the copy to 1 GiB.
 GROUP_ELEMENTS = 2**28
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """SAT's groups of the trained weights: without weight decay are biases and layer norms.
+    """SAT's parameter groups of the trained weights: no weight decay for biases and layer norms.
 
     Large groups are divided, which changes no result. ``lr`` of a group is a factor of the
     learning rate.
     """
     from sat.training.deepspeed_training import get_optimizer_param_groups
 
-    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    trained = trained_weights(module).values()
     every = sum(weight.numel() for weight in module.parameters())
     own = sum(weight.numel() for weight in trained)
     size = sum(weight.numel() * weight.element_size() for weight in trained) / 2**20
@@ -180,7 +189,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def _divided(group: Mapping[str, Any], seen: set[nn.Parameter]) -> list[dict[str, Any]]:
-    """Groups of bounded size; a weight that two modules share, as in T5, is taken once."""
+    """Groups of limited size; a weight that two modules share, as in T5, is included once."""
     parts: list[list[nn.Parameter]] = [[]]
     for weight in group["params"]:
         if weight in seen:
@@ -192,53 +201,57 @@ def _divided(group: Mapping[str, Any], seen: set[nn.Parameter]) -> list[dict[str
     return [{**group, "params": part} for part in parts]
 
 
-def sat_optimizer(params: Mapping[str, Any]) -> Callable[[Sequence[Any]], Optimizer]:
-    """A builder of SAT's fused Adam, whose CUDA code is compiled the first time."""
-    return functools.partial(_build_sat_optimizer, **params)
+def sat_optimizer(params: Mapping[str, Any]) -> Callable[[Sequence[object]], Optimizer]:
+    """A function that builds SAT's fused Adam for groups; its CUDA code is compiled at first use.
 
-
-def _build_sat_optimizer(groups: Sequence[Any], **params: Any) -> Optimizer:
-    """SAT's optimizer; UserError where it cannot be compiled."""
+    The function raises UserError if the code cannot be compiled.
+    """
     from sat import ops
 
-    try:
-        return ops.FusedEmaAdam(groups, **params)
-    except (IndexError, OSError, RuntimeError, AssertionError, SubprocessError) as error:
-        logger.debug("%s", SAT_OPTIMIZER, exc_info=True)
-        raise UserError(
-            f"deepspeed.optimizer.type: {SAT_OPTIMIZER} cannot be compiled here "
-            f"({type(error).__name__}); it needs a GPU and nvcc; without them use type: AdamW"
-        ) from None
+    def build(groups: Sequence[object]) -> Optimizer:
+        try:
+            return ops.FusedEmaAdam(groups, **params)
+        except (IndexError, OSError, RuntimeError, AssertionError, SubprocessError) as error:
+            logger.debug("%s", SAT_OPTIMIZER, exc_info=True)
+            raise UserError(
+                f"deepspeed.optimizer.type: {SAT_OPTIMIZER} cannot be compiled here "
+                f"({type(error).__name__}); it needs a GPU and nvcc; without them use type: AdamW"
+            ) from None
+
+    return build
 
 
 class StepGuard:
-    """Makes steps of an optimizer void: weights and moments stay as they are.
+    """Skips steps of an optimizer on request: weights and moments stay as they are.
 
-    DeepSpeed goes through its motions (reducing, clipping, clearing gradients) as always; only
-    the optimizer at its core finds no gradients.
+    DeepSpeed reduces, clips and clears gradients as usual; only the optimizer that it calls finds
+    no gradients while `void` is set.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.void = False
         optimizer.register_step_pre_hook(self._drop_gradients)
 
-    def _drop_gradients(self, optimizer: Optimizer, *_: Any) -> None:
+    def _drop_gradients(self, optimizer: Optimizer, *_: object) -> None:
         if self.void:
             for group in optimizer.param_groups:
                 for weight in group["params"]:
                     weight.grad = None
 
 
-# Share of the learning rate in the first `auto_warmup_steps`, while Adam's moments settle.
+# Fraction of the learning rate in the first `auto_warmup_steps`, while Adam's moments settle.
 AUTO_WARMUP_RATE = 0.05
-_NO_WARMUP = 1e-9  # steps: SAT divides by the length of the warm-up
+_NO_WARMUP = 1e-9  # steps; not 0, since SAT divides by the length of the warm-up
 
 
-def build_schedule(optimizer: Optimizer, args: Any, *, learning_rate: float) -> Any:
-    """SAT's schedule, set to the first step; its `step()` is to follow each optimizer step.
+def build_schedule(
+    optimizer: Optimizer, args: TrainingArgs, *, learning_rate: float
+) -> AnnealingLR:
+    """SAT's schedule, set to the first step; call its `step()` after each optimizer step.
 
-    The rate rises over the share `warmup` of the steps, then stays, falls in a line to 0, or as a
-    cosine to `lr_decay_ratio`. In the first `auto_warmup_steps` it is 5% at most.
+    The rate rises during the fraction `warmup` of the steps. Then it stays constant, falls linearly
+    to 0, or as a cosine to the fraction `lr_decay_ratio`. In the first `auto_warmup_steps` it is 5%
+    at most.
 
     Args:
         optimizer: its parameter groups must hold factors of the learning rate as ``lr``.
@@ -263,15 +276,15 @@ def build_schedule(optimizer: Optimizer, args: Any, *, learning_rate: float) -> 
         )
 
 
-_INVALID = -1.0  # what ZeRO makes of a norm that is not finite
+_INVALID = -1.0  # ZeRO's value for a norm that is not finite
 
 
-def fuse_gradient_checks(optimizer: Any) -> None:
-    """Let ZeRO 1 and 2 check the gradients of a step with a few kernels instead of ten a tensor.
+def fuse_gradient_checks(optimizer: object) -> None:
+    """Make ZeRO 1 and 2 check the gradients of a step with a few kernels instead of ten a tensor.
 
-    The GPU has nothing else to do then and waits for the CPU, which starts these kernels one by
-    one: 0.08 s of a step of 0.8 s, for LoRA's 240 tensors on an H100. Results differ in rounding
-    only. Other optimizers, and ZeRO with an offloaded one, are left alone.
+    The GPU is idle then and waits for the CPU, which launches these kernels one by one: 0.08 s of a
+    step of 0.8 s, for LoRA's 240 tensors on an H100. Results differ in rounding only. Other
+    optimizers, and ZeRO with an offloaded one, are not changed.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -283,11 +296,14 @@ def fuse_gradient_checks(optimizer: Any) -> None:
 
 
 class _GradientChecks:
-    """ZeRO asks first whether gradients are finite, then for their norm; one sum answers both."""
+    """Computes one sum of squares for both of ZeRO's questions: are gradients finite, their norm.
 
-    def __init__(self, optimizer: Any) -> None:
+    ZeRO calls `has_overflow` first, then `norm` for each group.
+    """
+
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
         self.optimizer = optimizer
-        # Of the groups whose norm has not been asked for yet, by the identity of their lists.
+        # Sums of the groups for which `norm` was not called yet, by the identity of their lists.
         self._square_sums: dict[int, Tensor] = {}
 
     def has_overflow(self) -> Tensor:
@@ -298,23 +314,23 @@ class _GradientChecks:
         total = sum(self._square_sums.values(), torch.zeros((), device=device))
         return ~total.isfinite().reshape(1)
 
-    def norm(self, gradients: Sequence[Tensor], params: Any, norm_type: float = 2) -> Tensor:
+    def norm(self, gradients: Sequence[Tensor], params: object, norm_type: float = 2) -> Tensor:
         """The norm of a group's gradients over all processes; -1 if it is not finite."""
         if norm_type != 2:
             raise NotImplementedError(f"norm_type={norm_type}: ZeRO takes the norm of order 2 only")
         total = self._square_sums.pop(id(gradients), None)
-        if total is None:  # settings may leave the check before it out
+        if total is None:  # some settings of DeepSpeed skip the check for overflow
             total = _square_sum(gradients, self.optimizer.device)
         distributed.all_reduce(total, group=self.optimizer.dp_process_group)
         norm = total.sqrt()
         return torch.where(norm.isfinite(), norm, torch.full_like(norm, _INVALID))
 
 
-def _square_sum(gradients: Iterable[Tensor | None], device: Any) -> Tensor:
-    """Sum of all squares, a float32 scalar; the zeros that fill a group up add nothing to it."""
+def _square_sum(gradients: Iterable[Tensor | None], device: str | torch.device) -> Tensor:
+    """Sum of all squares, a float32 scalar; the zeros that pad a group do not change it."""
     present = [gradient for gradient in gradients if gradient is not None]
     if not present:
         return torch.zeros((), device=device)
-    # In float32: the squares of float16 gradients, scaled up as they are, leave its range.
+    # In float32: the squares of scaled float16 gradients exceed the range of float16.
     norms = torch._foreach_norm(present, 2, dtype=torch.float32)
     return torch.stack(norms).square().sum()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
 
+from sgm.config import TrainingArgs
 from sgm.data.loader import STEP
+from sgm.distributed import is_main
 from sgm.errors import UserError
 from sgm.seeds import derived_seed
-from sgm.training.checkpoint import Checkpointer, Progress
+from sgm.training.checkpoint import Checkpointer, TrainingProgress
 from sgm.training.deepspeed_engine import (
-    WHAT_TO_DO,
+    NONFINITE_ADVICE,
     StepGuard,
     gradient_norm,
     outside_forward,
@@ -26,118 +29,139 @@ from sgm.training.report import Report
 from sgm.training.validation import Validation
 
 if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
     from sgm.engine import SATVideoDiffusionEngine
 
 logger = logging.getLogger(__name__)
 
 
-# A batch as it comes from the loader → (scaled latents, conditioning).
-GetInput = Callable[[Mapping[str, Any]], tuple[Tensor, dict[str, Tensor]]]
-
-
 class Trainer:
-    """Steps, and what happens between them.
+    """Runs the steps of a training, with validation and checkpoints between them.
 
     Args:
         wrapped: DeepSpeed's engine around the objective.
         engine: the model with all its parts.
-        args: train_iters, intervals, seed, nonfinite_limit.
-        batch_size: samples of a process in a forward pass.
+        args: train_iters, intervals, seed, nonfinite_limit, ema_decay, and those of the report.
+        run: the run's folder.
+        checkpoint: the folder of the iteration to resume from, if any.
+        validation: runs before the first step and every `eval_interval` steps.
+
+    Raises:
+        UserError: the run cannot be resumed from `checkpoint`, or a file cannot be written.
     """
 
     def __init__(
         self,
-        wrapped: Any,
-        engine: Any,
-        args: Any,
+        wrapped: DeepSpeedEngine,
+        engine: SATVideoDiffusionEngine,
+        args: TrainingArgs,
         *,
-        batch_size: int,
-        checkpointer: Checkpointer,
-        report: Report,
-        validation: Validation | None,
-        average: WeightAverage | None,
+        run: Path,
+        checkpoint: Path | None,
+        validation: Validation,
     ) -> None:
         self.wrapped = wrapped
         self.engine = engine
         self.args = args
-        self.batch_size = batch_size
-        self.checkpointer = checkpointer
-        self.report = report
         self.validation = validation
-        self.average = average
-        if wrapped.torch_autocast_enabled():  # DeepSpeed's is around its own forward pass only
+        self.average = WeightAverage(wrapped, args.ema_decay) if args.ema_decay else None
+        self.report = Report(
+            args,
+            folder=run,
+            start_step=int(checkpoint.name) if checkpoint else 0,
+            samples_per_step=wrapped.train_batch_size(),
+            is_main=is_main(),
+        )
+        self.checkpointer = Checkpointer(
+            wrapped=wrapped,
+            run=run,
+            average=self.average,
+            report=self.report,
+            limit=args.save_total_limit,
+            base=engine.base_fingerprint,
+        )
+        self.progress = TrainingProgress()
+        if checkpoint:
+            self.progress = self.checkpointer.restore(checkpoint)
+        if wrapped.torch_autocast_enabled():  # DeepSpeed applies it in its own forward only
             engine.model.autocast_dtype = wrapped.torch_autocast_dtype()
         self.guard = StepGuard(wrapped.basic_optimizer)
-        self.accumulation = wrapped.gradient_accumulation_steps()
+        self.batch_size = wrapped.train_micro_batch_size_per_gpu()
         self.num_nonfinite = 0
 
-    def run(self, batches: Iterator[Mapping[str, Any]], progress: Progress) -> None:
-        """Train from `progress` to `train_iters`; all processes take part.
+    def run(self, batches: Iterator[Mapping[str, Any]]) -> None:
+        """Train until `train_iters`; all processes take part.
+
+        Args:
+            batches: an endless stream of batches as `sgm.data.loader.collate` makes them, which
+                begins after `progress.samples`.
 
         Raises:
-            UserError: a checkpoint cannot be written, or the loss stays not finite.
+            UserError: a checkpoint cannot be written, or the loss is not finite for too many steps.
         """
+        progress, total = self.progress, self.args.train_iters
         try:
-            self._go_on(batches, progress)
+            if progress.step == 0:
+                self._validate()
+            if progress.step >= total:
+                logger.info(
+                    "%d steps are done and train_iters is %d, so nothing is left to do; raise it "
+                    "to continue training",
+                    *(progress.step, total),
+                )
+            while progress.step < total:
+                self._step(batches)
+                done = progress.step == total
+                if progress.step % self.args.eval_interval == 0 or done:
+                    self._validate()
+                if progress.step % self.args.save_interval == 0 or done:
+                    with self.report.pause():
+                        self.checkpointer.save(progress)
         except KeyboardInterrupt:
-            self._say_what_is_saved(progress.step)
+            self._log_interruption()
             raise
+        self.report.close()
 
-    def _go_on(self, batches: Iterator[Mapping[str, Any]], progress: Progress) -> None:
-        if progress.step == 0:
-            self._validate(progress)
-        if progress.step >= self.args.train_iters:
-            logger.info(
-                "%d steps are done and train_iters is %d, so nothing is left to do; raise it to "
-                "train on",
-                *(progress.step, self.args.train_iters),
-            )
-        while progress.step < self.args.train_iters:
-            self._step(batches, progress)
-            done = progress.step == self.args.train_iters
-            if progress.step % self.args.eval_interval == 0 or done:
-                self._validate(progress)
-            if progress.step % self.args.save_interval == 0 or done:
-                with self.report.pause():
-                    self.checkpointer.save(progress)
-
-    def _say_what_is_saved(self, step: int) -> None:
-        """For who ends a run: how to go on, and from where."""
+    def _log_interruption(self) -> None:
+        """Log how an interrupted run can be resumed."""
         run = self.checkpointer.run
         try:
             saved = (run / "latest").read_text("utf-8", errors="replace")
         except OSError:
-            told = f"nothing is saved yet in {run}"
+            hint = f"nothing is saved yet in {run}"
         else:
-            told = f"the last checkpoint is {run}/{saved}, from which --resume {run} goes on"
+            hint = f"the last checkpoint is {run}/{saved}; --resume {run} continues from it"
         with self.report.pause():
-            logger.info("stopped after step %d; %s", step, told)
+            logger.info("stopped after step %d; %s", self.progress.step, hint)
 
-    def _step(self, batches: Iterator[Mapping[str, Any]], progress: Progress) -> None:
+    def _step(self, batches: Iterator[Mapping[str, Any]]) -> None:
         """One step of the optimizer: `gradient_accumulation_steps` passes."""
-        losses, norm = [], None
-        learning_rate = self.wrapped.get_lr()[0]  # later it is the next step's
-        for part in range(self.accumulation):
-            batch = next(batches)  # first, as a loader that starts draws a number
+        progress, losses, norm = self.progress, [], None
+        accumulation = self.wrapped.gradient_accumulation_steps()
+        learning_rate = self.wrapped.get_lr()[0]  # after the step it is the next step's
+        for part in range(accumulation):
+            # The batch comes before the seed is set: a loader draws a number when it starts.
+            batch = next(batches)
             sample = progress.samples + distributed.get_rank() * self.batch_size
             torch.manual_seed(derived_seed(self.args.seed, STEP, sample))
             loss = self.wrapped(*self.engine.get_input(batch))
             self.wrapped.backward(loss)
             losses.append(loss.detach().float())
             progress.samples += distributed.get_world_size() * self.batch_size
-            if part == self.accumulation - 1:
+            if part == accumulation - 1:
                 norm = gradient_norm(self.wrapped)
-                self.guard.void = not self._all_finite(losses if norm is None else [*losses, norm])
+                self.guard.void = not _all_finite(losses if norm is None else [*losses, norm])
             take_step(self.wrapped)
         progress.step += 1
-        # DeepSpeed takes no step where gradients are not finite.
+        # DeepSpeed skips the step if gradients are not finite.
         has_moved = self.wrapped.was_step_applied()
         if self.guard.void or not (has_moved or seeks_scale(self.wrapped)):
             self._count_nonfinite(progress.step)
             return
-        if norm is None and has_moved:  # where float16 overflowed it is infinite
-            norm = self.wrapped.get_global_grad_norm()
         if has_moved:
+            if norm is None:  # after an overflow of float16 it would be infinite
+                norm = self.wrapped.get_global_grad_norm()
             self.num_nonfinite = 0
             if self.average is not None:
                 self.average.update(progress.step)
@@ -148,13 +172,6 @@ class Trainer:
             grad_norm=norm,
             loss_scale=self.wrapped.optimizer.loss_scale if self.wrapped.fp16_enabled() else None,
         )
-
-    def _all_finite(self, values: list[Tensor]) -> bool:
-        """Whether the losses of this step, and its gradients' norm, are finite everywhere."""
-        finite = torch.stack(values).isfinite().all().to(torch.int32)
-        if distributed.get_world_size() > 1:
-            distributed.all_reduce(finite, distributed.ReduceOp.MIN)
-        return bool(finite)
 
     def _count_nonfinite(self, step: int) -> None:
         self.num_nonfinite += 1
@@ -167,23 +184,29 @@ class Trainer:
         if self.num_nonfinite >= limit:
             raise UserError(
                 f"the loss or its gradient was not finite for {limit} steps in a row, up to step "
-                f"{step}; {WHAT_TO_DO}"
+                f"{step}; {NONFINITE_ADVICE}"
             )
 
-    def _validate(self, progress: Progress) -> None:
-        if self.validation is None:
-            return
+    def _validate(self) -> None:
         with self.report.pause(), outside_forward(self.wrapped):
             losses = self.validation.loss(self.engine)
-            self.report.validation(progress.step, losses)
-            self.validation.make_videos(self.engine, progress.step)
+            self.report.validation(self.progress.step, losses)
+            self.validation.make_videos(self.engine, self.progress.step)
+
+
+def _all_finite(values: list[Tensor]) -> bool:
+    """Whether all values are finite on all processes."""
+    finite = torch.stack(values).isfinite().all().to(torch.int32)
+    if distributed.get_world_size() > 1:
+        distributed.all_reduce(finite, distributed.ReduceOp.MIN)
+    return bool(finite)
 
 
 class TrainingObjective(nn.Module):
     """The loss of latents. Its weights are the transformer's, named as in SAT checkpoints.
 
-    Autoencoder and text encoder stay outside: DeepSpeed would change their precision, divide them
-    among processes and save them. Only a text encoder with ``is_trainable`` joins in.
+    Autoencoder and text encoder are not submodules: DeepSpeed would change their precision, divide
+    them among processes and save them. Only a text encoder with ``is_trainable`` is included.
     """
 
     def __init__(self, engine: SATVideoDiffusionEngine) -> None:
@@ -191,6 +214,7 @@ class TrainingObjective(nn.Module):
         self.model = engine.model
         self.denoiser = engine.denoiser
         self.loss_fn = engine.loss_fn
+        assert self.loss_fn is not None  # training is not started without one
         if engine.conditioner.is_trained:
             self.conditioner = engine.conditioner
 

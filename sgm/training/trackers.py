@@ -1,8 +1,10 @@
-"""Where a run's figures go besides the log: TensorBoard's files, and Weights & Biases."""
+"""Where the metrics of a run are written besides the log: a file, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import time
 import uuid
@@ -24,30 +26,76 @@ class Tracker(Protocol):
     """Keeps curves of numbers over steps."""
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Add a point to each curve; ``group/name`` is a curve's name."""
+        """Add a point to each curve; ``group/name`` is a curve's name. May raise OSError."""
 
     def close(self) -> None:
-        """Finish; nothing is logged after it."""
+        """Finish; nothing is logged afterwards."""
+
+
+class MetricsFile:
+    """A JSON Lines file: one object for each call of `log`.
+
+    An object holds ``step`` and the values by the names of their curves, such as ``train/loss``. A
+    value that is not finite becomes null.
+
+    Args:
+        path: the file; lines are appended if it exists.
+        start_step: step at which the run starts or is resumed. Lines of later steps, which the run
+            will do again, are removed, and so is a line that was cut off.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, *, start_step: int) -> None:
+        self.path = path
+        lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
+        with replacing(path) as partial:
+            kept = [line for line in lines if _step_of(line) <= start_step]
+            partial.write_text("".join(kept), "utf-8")
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Append a line."""
+        values: dict[str, float | None] = {"step": step}
+        for name, value in scalars.items():
+            values[_curve_name(name)] = value if math.isfinite(value) else None
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        """Do nothing; each line is on disk already."""
+
+
+def _curve_name(name: str) -> str:
+    return name.replace(" ", "_")  # TensorBoard allows no spaces
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class TensorBoard:
-    """Event files that ``tensorboard --logdir`` shows.
+    """Event files for ``tensorboard --logdir``.
 
-    Written by the caller's own thread and on disk when `log` returns: tensorboardX's usual writer
-    has a thread and a queue, and on a full disk the thread dies and the queue blocks the training.
+    Events are written by the caller's thread and are on disk when `log` returns. The usual writer
+    of tensorboardX has a thread and a queue; on a full disk the thread dies and the queue blocks
+    the training.
 
     Args:
-        folder: made if it is not there.
-        start_step: step that the run goes on from; points after it, of a process that was killed
-            before their step was saved, are hidden.
+        folder: made if it does not exist.
+        start_step: step at which the run starts or is resumed. TensorBoard hides points of later
+            steps, which a killed process left.
 
     Raises:
         UserError: the folder cannot be written to.
     """
 
     def __init__(self, folder: Path, *, start_step: int = 0) -> None:
-        self.folder = make_output_folder(folder)
-        # The writer's own name has the second of the start only.
+        make_output_folder(folder)
+        # The writer's own file name holds the time to the second only, so the process is added.
         self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
         if start_step > 0:
             session = SessionLog(status=SessionLog.START)
@@ -57,35 +105,26 @@ class TensorBoard:
         """Write one event with all `scalars`."""
         event = Event(wall_time=time.time(), step=step)
         for name, value in scalars.items():
-            # TensorBoard's names have no spaces.
-            event.summary.value.extend(scalar(name.replace(" ", "_"), value).value)
+            event.summary.value.extend(scalar(_curve_name(name), value).value)
         self._write(event)
 
     def _write(self, event: Event) -> None:
-        if self._writer is None:
-            return
-        try:
-            self._writer.write_event(event)
-            self._writer.flush()
-        except OSError as error:  # curves are not worth a run
-            logger.warning("%s: %s; it is written no further", self.folder, error)
-            self._writer = None
+        self._writer.write_event(event)
+        self._writer.flush()
 
     def close(self) -> None:
         """Close the file."""
-        if self._writer is not None:
-            self._writer.close()  # every event is on disk already
-            self._writer = None
+        self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; wandb's environment variables (WANDB_MODE …) hold.
+    """A run of Weights & Biases; wandb's environment variables (WANDB_MODE …) apply.
 
     Args:
-        folder: the run's; its name is the name there. What tells the run apart is kept in it, so
-            that one that is resumed goes on there too.
+        folder: the run's folder, whose name the run has there too. The identity of the run at
+            Weights & Biases is saved in it, so a resumed run continues there.
         project: of Weights & Biases.
-        config: what the run was started with.
+        config: the settings of the run.
 
     Raises:
         UserError: wandb is not installed, not logged in or cannot start.
@@ -98,16 +137,20 @@ class WeightsAndBiases:
             raise UserError(
                 "wandb: true, but wandb is not installed; pip install wandb, or use --no-wandb"
             ) from None
+        identity = folder / "wandb_id"
+        if not identity.is_file():
+            with replacing(identity) as partial:
+                partial.write_text(uuid.uuid4().hex, "utf-8")
         try:
             self._run = wandb.init(
                 project=project,
                 name=folder.name,
-                id=_run_id(folder),
+                id=identity.read_text("utf-8", errors="replace").strip(),
                 resume="allow",
                 dir=str(folder),
                 config=dict(config),
             )
-        except (wandb.Error, ValueError, OSError) as error:  # ValueError: a wrong variable
+        except (wandb.Error, ValueError, OSError) as error:  # ValueError: an invalid variable
             logger.debug("wandb.init", exc_info=True)
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise UserError(
@@ -120,18 +163,5 @@ class WeightsAndBiases:
         self._run.log(dict(scalars), step=step)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send all remaining data."""
         self._run.finish()
-
-
-def _run_id(folder: Path) -> str:
-    """The run's name for Weights & Biases, made up the first time.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    path = folder / "wandb_id"
-    if not path.is_file():
-        with replacing(path) as partial:
-            partial.write_text(uuid.uuid4().hex, "utf-8")
-    return path.read_text("utf-8", errors="replace").strip()

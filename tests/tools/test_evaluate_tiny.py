@@ -1,4 +1,4 @@
-"""The evaluation, on drawn clips in place of sampled ones."""
+"""The evaluation, on drawn clips instead of sampled ones."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The demonstration from start to end, with two steps on few clips and few sampling steps."""
+"""The whole demonstration with two training steps, few clips and few sampling steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_it_draws_trains_renders_and_says_how_to_go_on(here, capsys):
+def test_it_draws_trains_renders_and_prints_further_commands(here, capsys):
     flags = ["--train-data", str(here / "lesson" / "new"), str(here / "lesson" / "known")]
     flags += ["--valid-data", str(here / "lesson" / "valid"), "--cache-dir", str(here / "cache")]
     flags += ["--save", str(here / "ckpts"), "--train-iters", "2", "--device", "cpu"]
@@ -38,7 +38,7 @@ def test_it_draws_trains_renders_and_says_how_to_go_on(here, capsys):
     assert (folder / "before_after.png").is_file()
     videos = {part: list((folder / part).rglob("000000.mp4")) for part in ("before", "after")}
     assert [len(paths) for paths in videos.values()] == [1, 1]
-    # Two steps change the video, if little.
+    # Two steps change the video a little.
     assert videos["before"][0].read_bytes() != videos["after"][0].read_bytes()
     said = capsys.readouterr().out
     losses = teach_tiny.validation_losses(run)
@@ -57,7 +57,7 @@ def test_the_configurations_exist_and_train_lora_only():
     assert merged.args.train_data == [f"{teach_tiny.DATA}/{name}" for name in ("new", "known")]
 
 
-def test_data_that_is_there_or_elsewhere_is_not_drawn(here):
+def test_existing_data_and_other_folders_are_not_drawn(here):
     (here / "lesson").mkdir()
     for folder in (here / "lesson", here / "mine"):
         args = OmegaConf.create({"train_data": [str(folder / "new")], "valid_data": []})

@@ -31,13 +31,13 @@ class Small:
     folder: Path
 
     def file(self, name: str, *changes: Any) -> str:
-        """A configuration file with sections merged over the common ones."""
+        """Write a configuration file with changes of the common sections; returns its path."""
         path = self.folder / f"{name}.yaml"
         OmegaConf.save(OmegaConf.merge(self.config, *changes), path)
         return str(path)
 
     def train(self, file: str, run: Path, *flags: str) -> Path:
-        """A run in this process, in the folder `run`, and its folder."""
+        """Train in this process with the runs' folder `run`; returns the run's folder."""
         train_video.main(["--base", file, "--device", "cpu", "--save", str(run), *flags])
         (found,) = run.iterdir()
         return found

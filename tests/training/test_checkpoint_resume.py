@@ -1,5 +1,6 @@
-"""A run that is stopped, or killed at any moment, goes on as if nothing had been."""
+"""A stopped or killed run is resumed with the results of an uninterrupted one."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -47,7 +48,7 @@ def same(one, other):
 
 
 def steps(caplog):
-    """What was logged of each step, without its timing."""
+    """The logged line of each step, without its timing."""
     lines = [record.getMessage() for record in caplog.records]
     return [line.rpartition(", peak")[0].rsplit(",", 2)[0] for line in lines if "step " in line]
 
@@ -74,7 +75,7 @@ def test_a_resumed_run_ends_with_the_same_bits(small, tmp_path, caplog, monkeypa
 
 
 @pytest.mark.parametrize("zero", [0, 1])
-def test_settings_of_the_optimizer_are_those_of_the_run_that_goes_on(small, tmp_path, zero):
+def test_settings_of_the_optimizer_are_those_of_the_resumed_run(small, tmp_path, zero):
     deepspeed = {"zero_optimization": {"stage": zero}}
     file = small.file("first", {"deepspeed": deepspeed})
     run = small.train(file, tmp_path / "first", "--train-iters", "1")
@@ -89,7 +90,7 @@ def test_settings_of_the_optimizer_are_those_of_the_run_that_goes_on(small, tmp_
     assert not same(*ends)
 
 
-def test_a_text_encoder_that_is_trained_is_saved_and_gone_on_with(small, tmp_path):
+def test_a_text_encoder_that_is_trained_is_saved_and_resumed(small, tmp_path):
     node = dict(small.config.model.conditioner_config.params.emb_models[0], is_trainable=True)
     file = small.file("t5", {"model": {"conditioner_config": {"params": {"emb_models": [node]}}}})
     whole = small.train(file, tmp_path / "whole", "--train-iters", "2", "--save-interval", "1")
@@ -101,7 +102,7 @@ def test_a_text_encoder_that_is_trained_is_saved_and_gone_on_with(small, tmp_pat
     assert same(whole / "2", run / "2")
 
 
-def test_whoever_resumes_with_other_settings_is_told(small, tmp_path, capsys):
+def test_resuming_with_other_settings_is_one_sentence(small, tmp_path, capsys):
     divided = small.file("divided", {"deepspeed": {"zero_optimization": {"stage": 1}}})
     run = small.train(divided, tmp_path, "--train-iters", "1")
     resume = ["--device", "cpu", "--resume", str(run), "--train-iters", "2"]
@@ -116,17 +117,17 @@ def test_whoever_resumes_with_other_settings_is_told(small, tmp_path, capsys):
         "--base", lora, *resume
     )
     again = ["--base", divided, *resume]
-    assert "so the moving average cannot be gone on with" in error(*again, *EMA)
+    assert "so the moving average cannot be continued" in error(*again, *EMA)
     average = run / "1-ema" / "mp_rank_00_model_states.pt"
     average.parent.mkdir()
     for wrong in ({"module": {"any": torch.zeros(2)}}, {"any": torch.zeros(2)}):
-        torch.save(wrong, average)  # of another run, copied there
+        torch.save(wrong, average)  # copied from another run
         assert "does not fit what is trained" in error(*again, *EMA)
     state = run / "1" / "training_state.pt"
     content = torch.load(state)
     for wrong in ({"step": "x"}, {"samples": -5}, {"processes": None}):
         torch.save(content | wrong, state)
-        assert "is not what a run saves for itself" in error(*again)
+        assert "is not the state of a run" in error(*again)
     torch.save(content, state)
     state.write_bytes(state.read_bytes()[:1000])
     assert "training_state.pt is not a whole file" in error(*again)
@@ -134,14 +135,36 @@ def test_whoever_resumes_with_other_settings_is_told(small, tmp_path, capsys):
     assert f"start a new one with load: {run / '1'}" in error(*again)
 
 
-def test_a_lora_that_is_no_run_is_told_how_it_is_trained_on(small, tmp_path, capsys):
+def test_a_lora_without_a_state_is_found_before_data_is_read(small, tmp_path, capsys, monkeypatch):
     file = small.file("lora", {"model": LORA})
     run = small.train(file, tmp_path, "--train-iters", "1")
     (run / "1" / "training_state.pt").unlink()  # as tools/import_lora.py leaves it
+    monkeypatch.setattr(train_video, "load_data", lambda *_: pytest.fail("too late"))
     argv = ["--base", file, "--device", "cpu", "--resume", str(run), "--train-iters", "2"]
     assert run_command(lambda: train_video.main(argv)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"load: what tools/merge_lora.py makes of the base model and {run / '1'}" in error
+    assert f"load: the output of tools/merge_lora.py for the base model and {run / '1'}" in error
+
+
+def test_a_run_resumed_at_an_earlier_step_replaces_its_later_checkpoints(
+    small, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(train_video, "set_up_logging", lambda: None)  # caplog keeps its handler
+    file = small.file("earlier")
+    flags = ("--save-interval", "1", "--train-iters", "3")
+    run = small.train(file, tmp_path / "runs", *flags, *EMA)
+    weights = module_of(run / "3")
+    small.train(file, run.parent, *flags, "--resume", str(run / "3"))  # nothing is left to do
+    assert (run / "3-ema").is_dir() and "3-ema holds a moving average" in caplog.text
+    small.train(file, run.parent, *flags, "--resume", str(run / "1"))
+    found = module_of(run / "3")
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert "1-ema holds a moving average, which ends here" in caplog.text
+    assert "later checkpoints (2, 3) are renamed" in caplog.text
+    folders = sorted(path.name for path in run.iterdir() if path.name[0].isdecimal())
+    assert folders == ["1", "1-ema", "2", "3"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
 
 
 def _train(argv):
@@ -150,7 +173,7 @@ def _train(argv):
 
 
 def test_a_run_that_is_killed_at_any_moment_resumes(small, tmp_path):
-    """NUM_KILLS=20 in the environment kills as often; the suite has no time for more than a few."""
+    """The environment variable NUM_KILLS sets the number of kills; few by default, for speed."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(
         ["tests.training.test_checkpoint_resume", "deepspeed", "sgm.engine"]
@@ -165,7 +188,7 @@ def test_a_run_that_is_killed_at_any_moment_resumes(small, tmp_path):
         process.start()
         deadline = time.monotonic() + 300
         newest = reached[-1] if reached else 0
-        while latest(tmp_path) <= newest:  # it is under way
+        while latest(tmp_path) <= newest:  # until it has saved again
             assert process.is_alive() and time.monotonic() < deadline, process.exitcode
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.5))

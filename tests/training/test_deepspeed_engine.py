@@ -1,4 +1,4 @@
-"""What DeepSpeed is given: groups of weights, the learning rate, void steps, fused checks."""
+"""DeepSpeed's engine: groups of weights, the learning rate, skipped steps, fused checks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_large_groups_are_divided_and_lose_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("foreach", [True, False])
-def test_a_void_step_changes_neither_weights_nor_moments(foreach):
+def test_a_skipped_step_changes_neither_weights_nor_moments(foreach):
     weight = nn.Parameter(torch.ones(3))
     adam = torch.optim.AdamW([weight], lr=0.1, foreach=foreach)
     guard = StepGuard(adam)
@@ -57,7 +57,7 @@ def test_a_void_step_changes_neither_weights_nor_moments(foreach):
 
 
 def rates(steps, **args):
-    """Learning rates of the first `steps` optimizer steps, of 1.0 at most; SAT's rules."""
+    """Learning rates of the first `steps` optimizer steps, at most 1.0."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = build_schedule(optimizer, TrainingArgs(**args), learning_rate=1.0)
     found = []
@@ -82,7 +82,7 @@ def test_the_first_steps_take_5_percent_at_most():
 def test_a_cosine_ends_at_its_ratio():
     style = {"lr_decay_style": "cosine", "lr_decay_ratio": 0.1, "auto_warmup_steps": 0}
     found = rates(9, train_iters=99, lr_decay_iters=4, warmup=0.0, **style)
-    # 0.1 + 0.9 (1 + cos(π n/4))/2 for n = 1 … 4, then it stays.
+    # 0.1 + 0.9 (1 + cos(π n/4))/2 for n = 1 … 4, then constant.
     assert found[:4] == pytest.approx([0.868198, 0.55, 0.231802, 0.1], abs=1e-6)
     assert found[4:] == pytest.approx([0.1] * 5)
 
@@ -127,4 +127,4 @@ def test_norm_and_overflow_are_those_of_deepspeed(
     assert found[0][0] > 1
     assert found[0][0] == pytest.approx(expected[0][0], rel=1e-6)
     assert found[1] == expected[1]
-    assert len(sums) == 2  # of its one group, once in each step
+    assert len(sums) == 2  # one group, once in each step

@@ -1,4 +1,4 @@
-"""What a step changes and what not, alone and shared by two processes."""
+"""Training steps: what they change, in one process and in two; interruptions and bad values."""
 
 import subprocess
 import sys
@@ -80,7 +80,7 @@ def train_as_rank(rank: int, argv: list[str]) -> int:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_two_processes_give_the_result_of_one(small, tmp_path, stage):
-    # Levels of noise that depend on the rank would make a better, but another run.
+    # By default noise levels depend on the rank, so the runs would differ.
     alike = {"model": {"loss_fn_config": {"params": {"sigma_sampler_config": {}}}}}
     sampling = alike["model"]["loss_fn_config"]["params"]["sigma_sampler_config"]
     sampling["params"] = {"uniform_sampling": False}
@@ -90,7 +90,7 @@ def test_two_processes_give_the_result_of_one(small, tmp_path, stage):
     one = small.train(small.file("one", alike, accumulated), tmp_path / "one", *flags)
     base = small.file("two", alike, {"deepspeed": zero})
     argv = ["--base", base, "--device", "cpu", "--save", str(tmp_path / "two"), *flags]
-    if stage == 1:  # once as users start it
+    if stage == 1:  # start it once as users do
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         command = [sys.executable, *command, ROOT / "train_video.py", *argv]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
@@ -178,7 +178,7 @@ def test_a_gradient_that_is_not_finite_skips_its_step_too(
         (SimpleNamespace(loss_scale=4, loss_scaler=SimpleNamespace()), False),
     ],
 )
-def test_an_overflow_is_nothing_odd_while_the_scale_can_fall(optimizer, seeks):
+def test_an_overflow_is_expected_while_the_scale_can_fall(optimizer, seeks):
     half = SimpleNamespace(fp16_enabled=lambda: True, optimizer=optimizer)
     assert seeks_scale(half) == seeks
     assert not seeks_scale(SimpleNamespace(fp16_enabled=lambda: False, optimizer=optimizer))
@@ -192,16 +192,14 @@ def test_a_step_that_seeks_the_scale_is_not_counted(small, tmp_path, monkeypatch
     flags = ("--train-iters", "3", "--save-interval", "3", "--nonfinite-limit", "1", *EMA)
     zero = {"deepspeed": {"zero_optimization": {"stage": 1}}}
     run = small.train(small.file("seeks", zero), tmp_path, *flags)
-    average = module_of(run / "3-ema")  # takes no part in steps that were none
+    average = module_of(run / "3-ema")  # is not updated in skipped steps
     assert all(torch.equal(average[n], w.float()) for n, w in start_of(small).items())
     assert "not finite" not in caplog.text
     assert "step 3 of 3" in caplog.text and "grad norm" not in caplog.text  # it is infinite then
 
 
 @pytest.mark.parametrize("interval", [1, 9])
-def test_who_ends_a_run_is_told_from_where_it_goes_on(
-    small, tmp_path, monkeypatch, caplog, interval
-):
+def test_an_interrupted_run_logs_how_it_is_resumed(small, tmp_path, monkeypatch, caplog, interval):
     monkeypatch.setattr(train_video, "set_up_logging", lambda: None)
     caplog.set_level("INFO")
     whole, calls = SATVideoDiffusionEngine.get_input, iter(range(9))
@@ -215,10 +213,10 @@ def test_who_ends_a_run_is_told_from_where_it_goes_on(
     with pytest.raises(KeyboardInterrupt):
         small.train(small.file("end"), tmp_path, "--save-interval", str(interval))
     (run,) = tmp_path.iterdir()
-    told = f"nothing is saved yet in {run}"
+    hint = f"nothing is saved yet in {run}"
     if interval == 1:
-        told = f"the last checkpoint is {run}/2, from which --resume {run} goes on"
-    assert caplog.messages[-1].startswith("stopped after step 2") and told in caplog.messages[-1]
+        hint = f"the last checkpoint is {run}/2; --resume {run} continues from it"
+    assert caplog.messages[-1].startswith("stopped after step 2") and hint in caplog.messages[-1]
 
 
 def test_validation_encodes_as_training_does_and_runs_the_network_under_its_autocast(
@@ -282,7 +280,7 @@ def test_validation_before_the_first_step_is_the_same_with_divided_weights(
     monkeypatch.setattr(train_video, "set_up_logging", lambda: None)
     caplog.set_level("INFO")
     valid = {"args": {"valid_data": [str(small.folder / "clips")], "valid_videos": 0}}
-    # 0: not even small weights, such as LoRA's, stay whole.
+    # 0 divides small weights, such as LoRA's, too.
     divided = {"stage": 3, "stage3_param_persistence_threshold": 0}
     for name, zero in (("whole", {"stage": 0}), ("divided", divided)):
         file = small.file(name, valid, {"model": LORA, "deepspeed": {"zero_optimization": zero}})
@@ -292,8 +290,8 @@ def test_validation_before_the_first_step_is_the_same_with_divided_weights(
     assert whole == divided
 
 
-def test_every_optimizer_that_scales_the_loss_tells_its_scale():
-    """Steps in float16 need a GPU, but the report reads this of whichever of them is used."""
+def test_every_optimizer_that_scales_the_loss_has_its_scale():
+    """Steps in float16 need a GPU, so this tests only that the attribute exists."""
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 

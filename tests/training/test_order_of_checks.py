@@ -21,7 +21,7 @@ SHAPES = {"A": (3, 8), "B": (8, 3)}
 MISTAKES = {
     "a mistyped key of the loss": ({f"{LOSS}.offset_noise_lvl": 0.0}, "unknown key 'offset_noise"),
     "an unknown class of the loss": ({"loss_fn_config.target": "sgm.nothing.Loss"}, "no module"),
-    "no loss": ({"loss_fn_config": None}, "loss_fn_config is absent"),
+    "no loss": ({"loss_fn_config": None}, "loss_fn_config is missing"),
     "another sampler": ({"sampler_config.target": "torch.nn.ReLU"}, "unknown key 'num_steps'"),
     "a mistyped key of the denoiser": ({"denoiser_config.params.idx": 1}, "unknown key 'idx'"),
     "a mistyped key beside T5": ({f"{T5}[0].is_trained": True}, "unknown key 'is_trained'"),

@@ -1,8 +1,9 @@
-"""What a run says of itself: lines, smoothing, curves, and what happens without wandb."""
+"""The report of a run: lines, smoothing, metrics.jsonl, TensorBoard, and wandb."""
 
 from __future__ import annotations
 
 import io
+import json
 import logging
 import math
 import re
@@ -20,7 +21,7 @@ from sgm.training.report import Report, time_in_words
 
 
 class Clock:
-    """Time that passes only when told to."""
+    """Time that passes only when a test sets it."""
 
     def __init__(self):
         self.now = 100.0
@@ -38,18 +39,18 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def build(tmp_path, caplog):
-    """Makes a report that is closed at the end, with arguments of its own."""
+    """A function that makes reports from arguments; they are closed at the end."""
     caplog.set_level(logging.INFO, logger="sgm")
     made = []
 
     def make(*, start_step=0, total_steps=1000, is_main=True, **args):
         defaults = {"log_interval": 2, "wandb": False, "wandb_project_name": "project"}
+        defaults["train_iters"] = total_steps
         made.append(
             Report(
                 SimpleNamespace(**defaults | args),
                 folder=tmp_path / "run-01",
                 start_step=start_step,
-                total_steps=total_steps,
                 samples_per_step=4,
                 is_main=is_main,
             )
@@ -86,7 +87,7 @@ def test_a_line_has_all_figures(build, clock, caplog):
     )
 
 
-def test_what_there_is_not_is_left_out(build, caplog):
+def test_missing_values_are_left_out(build, caplog):
     run(build(), [1.0, 1.0])
     assert re.search(r"lr 1\.00e-04, \d+\.\d{3} s/step", lines(caplog)[0])
 
@@ -125,7 +126,7 @@ def test_what_is_saved_is_the_same_share_on_each_process(build, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.copy_(sums))
     assert one.state_dict() == other.state_dict() == {"sums": (sums / 2).tolist()}
-    assert torch.equal(one._sums, other._sums)  # nor does it matter which run is resumed
+    assert torch.equal(one._sums, other._sums)  # so each process can resume from either
 
 
 def test_the_loss_is_not_read_before_a_line_is_due(build, monkeypatch):
@@ -172,12 +173,12 @@ def test_losses_are_the_mean_over_processes(build, monkeypatch, caplog):
     # (1 + 1 + 8) / (2 + 2); fading, the own losses of two steps weigh 0.0396 in all.
     total, number = 0.0396 + 8, 0.0396 + 2
     assert f"loss 2.5000 (smoothed {total / number:.4f})" in lines(caplog)[0]
-    # Each process goes on from half of that, faded by two more steps.
+    # Each process continues from half of that, faded by two more steps.
     total, number = (0.98**2 * half / 2 + own for half, own in ((total, total), (number, number)))
     assert f"loss 2.5000 (smoothed {total / number:.4f})" in lines(caplog)[1]
 
 
-def test_other_processes_say_and_write_nothing(build, caplog, tmp_path):
+def test_other_processes_log_and_write_nothing(build, caplog, tmp_path):
     report = build(is_main=False)
     run(report, [1.0, 1.0])
     report.validation(2, {"loss": 1.0})
@@ -223,7 +224,7 @@ def events(folder):
     return found
 
 
-def test_tensorboard_has_every_curve_as_soon_as_the_line_is_said(build, clock, tmp_path):
+def test_tensorboard_has_every_curve_as_soon_as_the_line_is_logged(build, clock, tmp_path):
     report = build()
     run(report, [1.0, 3.0], clock=clock, grad_norm=0.5, loss_scale=256.0)
     report.validation(2, {"loss": 0.25, "loss 0-249": 0.5})
@@ -242,6 +243,21 @@ def test_tensorboard_has_every_curve_as_soon_as_the_line_is_said(build, clock, t
     assert curves == {"valid/loss": 0.25, "valid/loss_0-249": 0.5}
 
 
+def test_the_metrics_file_has_a_line_for_each_report(build, tmp_path):
+    report = build()
+    run(report, [math.nan, math.nan, 1.0, 3.0])
+    report.validation(4, {"loss": 0.25, "loss 0-249": 0.5})
+    path = tmp_path / "run-01" / "metrics.jsonl"
+    first, second, valid = map(json.loads, path.read_text().splitlines())
+    assert first["step"] == 2 and first["train/loss"] is None and "train/grad_norm" not in first
+    assert (second["step"], second["train/loss"], second["train/lr"]) == (4, 2.0, 1e-4)
+    assert valid == {"step": 4, "valid/loss": 0.25, "valid/loss_0-249": 0.5}
+    with path.open("a") as file:
+        file.write('{"step": 5, "train/lo')  # the process is killed
+    build(start_step=3)
+    assert path.read_text() == json.dumps(first) + "\n"
+
+
 def test_tensorboard_hides_what_a_resumed_run_does_again(build, tmp_path):
     build(start_step=3)
     session = events(tmp_path / "run-01" / "tensorboard")[-1]
@@ -250,15 +266,20 @@ def test_tensorboard_hides_what_a_resumed_run_does_again(build, tmp_path):
 
 def test_a_full_disk_ends_the_curves_and_not_the_run(build, caplog):
     report = build()
-    (board,) = report.trackers
 
-    def fail(event):
+    def fail(*_):
         raise OSError(28, "No space left on device")
 
+    _, board = report.trackers
     board._writer.write_event = fail
     run(report, [1.0] * 4)
     assert len([line for line in lines(caplog) if line.startswith("step")]) == 2
     assert caplog.text.count("No space left on device; it is written no further") == 1
+    (metrics,) = report.trackers
+    metrics.log = fail
+    run(report, [1.0] * 4, first=5)
+    assert len([line for line in lines(caplog) if line.startswith("step")]) == 4
+    assert caplog.text.count("No space left on device; it is written no further") == 2
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(build, tmp_path):
@@ -286,7 +307,7 @@ def test_on_a_terminal_there_is_a_bar_too(build, monkeypatch, caplog):
 
 
 class FakeWandb:
-    """Stands in for the package: remembers what it was told."""
+    """Stands in for the package and records its calls."""
 
     class Error(Exception):
         pass
@@ -307,7 +328,7 @@ class FakeWandb:
         self.finished += 1
 
 
-def test_wandb_gets_the_curves_and_goes_on_with_a_resumed_run(build, monkeypatch, tmp_path):
+def test_wandb_gets_the_curves_and_continues_a_resumed_run(build, monkeypatch, tmp_path):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     report = build(wandb=True)

@@ -1,4 +1,4 @@
-"""Folders of runs: finding a checkpoint, giving it its name, and clearing old ones away."""
+"""Folders of runs: finding, publishing and deleting checkpoints."""
 
 import os
 import shutil
@@ -25,8 +25,7 @@ def saved(run, *iterations):
     for iteration in iterations:
         for name in (f"{iteration}", f"{iteration}-ema"):
             (run_folder.new_partial(run, name) / "weights").write_text(name)
-        run_folder.publish(run, f"{iteration}-ema", f"{iteration}")
-        run_folder.point_latest(run, iteration)
+        run_folder.publish(run, iteration, limit=0)
     return run
 
 
@@ -55,7 +54,7 @@ def test_other_ranks_take_the_folder_that_rank_0_made(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.distributed.broadcast_object_list", receive)
     args = TrainingArgs(save=str(tmp_path))
     with pytest.raises(UserError, match="is not there for process 1: save must be .* share"):
-        run_folder.start_run(args)  # on another machine, with a disk of its own
+        run_folder.start_run(args)  # on another machine with its own disk
     assert names(tmp_path) == []
     (tmp_path / "made by rank 0").mkdir()
     assert run_folder.start_run(args) == tmp_path / "made by rank 0"
@@ -79,17 +78,17 @@ def test_a_path_may_name_a_run_or_one_of_its_iterations(tmp_path, given, found):
 
 
 @pytest.mark.parametrize("content", ["../..", "7", "a\0b", ""])
-def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+def test_a_folder_without_a_checkpoint_is_one_sentence(tmp_path, content):
     (tmp_path / "latest").write_text(content)
-    with pytest.raises(UserError, match="resume: .* is no checkpoint of a run"):
+    with pytest.raises(UserError, match="resume: .* is not a checkpoint of a run"):
         run_folder.find_checkpoint(TrainingArgs(resume=str(tmp_path)))
     with pytest.raises(UserError, match="resume: latest: no run named finetune-"):
         run_folder.find_checkpoint(TrainingArgs(resume="latest", save=str(tmp_path)))
 
 
 @pytest.mark.parametrize("given", ["/", "."])
-def test_a_folder_without_a_name_is_no_checkpoint(given):
-    with pytest.raises(UserError, match="is no checkpoint of a run"):
+def test_a_folder_without_a_name_is_not_a_checkpoint(given):
+    with pytest.raises(UserError, match="is not a checkpoint of a run"):
         run_folder.find_checkpoint(TrainingArgs(resume=given))
 
 
@@ -103,37 +102,35 @@ def test_names_that_are_too_long_are_one_sentence(tmp_path):
 def test_only_the_newest_are_kept_and_half_written_ones_cleared(tmp_path):
     run = saved(tmp_path / "a", 2, 4, 10)
     (run / "12.partial").mkdir()
-    run_folder.prune(run, 2, up_to=10)
+    run_folder.publish(run, 10, limit=2)
     run_folder.reserve(run)
     assert names(run) == [".lock", "10", "10-ema", "4", "4-ema", "latest"]
-    run_folder.prune(run, 0, up_to=10)
+    run_folder.publish(run, 10, limit=0)
     assert len(names(run)) == 6
 
 
-def test_a_checkpoint_takes_the_place_of_one_of_the_same_iteration(tmp_path):
-    run = saved(tmp_path / "a", 2)
-    (run / "2" / "old").touch()
-    saved(run, 2)
-    assert names(run / "2") == ["weights"]
-    assert names(run) == ["2", "2-ema", "latest"]
+def test_resuming_sets_later_iterations_aside_until_the_next_save(tmp_path, caplog):
+    caplog.set_level("WARNING")  # commands that other tests call may have set it higher
+    run = saved(tmp_path / "a", 1, 2, 10)
+    run_folder.set_aside_later(run / "10")
+    assert not caplog.messages and len(names(run)) == 7
+    run_folder.set_aside_later(run / "1")
+    later = ["10-ema.old", "10.old", "2-ema.old", "2.old"]
+    assert names(run) == ["1", "1-ema", *later, "latest"]
+    assert (run / "latest").read_text() == "1"
+    (message,) = caplog.messages
+    assert "resumed at step 1; its later checkpoints (2, 10) are renamed" in message
+    (run_folder.new_partial(run, "2") / "weights").write_text("new")  # without a moving average
+    run_folder.publish(run, 2, limit=0)
+    assert names(run) == ["1", "1-ema", "2", "latest"]
+    assert (run / "2" / "weights").read_text() == "new"
 
 
-def test_an_average_goes_with_the_weights_that_it_is_of(tmp_path):
-    run = saved(tmp_path / "a", 2, 4)
-    run_folder.new_partial(run, "4")  # by a run that was resumed without ema_decay
-    run_folder.publish(run, "4")
-    assert names(run) == ["2", "2-ema", "4", "latest"]
-
-
-@pytest.mark.parametrize("calls_before_the_kill", range(4))
-def test_whoever_is_killed_while_a_checkpoint_is_replaced_gets_a_whole_one(
+@pytest.mark.parametrize("calls_before_the_kill", range(9))
+def test_a_process_that_is_killed_while_checkpoints_are_replaced_leaves_a_whole_one(
     tmp_path, monkeypatch, calls_before_the_kill
 ):
-    run = saved(tmp_path / "a", 2)
-    (run / "2" / "mark").touch()
-    (run / "2-ema" / "mark").touch()
-    for name in ("2", "2-ema"):
-        (run_folder.new_partial(run, name) / "weights").write_text("new")
+    run = saved(tmp_path / "a", 1, 2)
     replace, calls = os.replace, iter(range(100))
 
     def killed(*paths):
@@ -141,19 +138,29 @@ def test_whoever_is_killed_while_a_checkpoint_is_replaced_gets_a_whole_one(
             raise KeyboardInterrupt
         replace(*paths)
 
+    def resume():
+        run_folder.set_aside_later(run / "1")
+        for name in ("2", "2-ema"):
+            (run_folder.new_partial(run, name) / "weights").write_text(f"new {name}")
+        run_folder.publish(run, 2, limit=1)
+
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            run_folder.publish(run, "2-ema", "2")
+            resume()
+            raise KeyboardInterrupt  # after the last call
     found = run_folder.find_checkpoint(TrainingArgs(resume=str(run)))
     run_folder.reserve(run)
-    assert found == run / "2" and names(run) == [".lock", "2", "2-ema", "latest"]
-    for name in ("2", "2-ema"):
-        assert names(run / name) == ["mark", "weights"]
-        assert (run / name / "weights").read_text() == name
+    new = "new " if found.name == "2" and calls_before_the_kill else ""
+    for name in (found.name, f"{found.name}-ema"):
+        assert (run / name / "weights").read_text() == f"{new}{name}"
+    if found.name == "1":  # and resuming once more works
+        resume()
+    assert {"2", "2-ema", "latest"} <= set(names(run))
+    assert (run / "latest").read_text() == "2"
 
 
-def test_a_run_that_ended_before_it_saved_is_told_from_what_is_no_run(tmp_path):
+def test_a_run_that_ended_before_it_saved_has_its_own_sentence(tmp_path):
     run_folder.save_config(
         SimpleNamespace(args=TrainingArgs(), model={}, data={}, deepspeed={}), tmp_path
     )
@@ -167,19 +174,8 @@ def test_a_run_that_ended_before_it_saved_is_told_from_what_is_no_run(tmp_path):
     for name in ("1", "10"):
         shutil.rmtree(tmp_path / name)
     (tmp_path / run_folder.CONFIG_FILE).unlink()
-    with pytest.raises(UserError, match=f"^resume: {tmp_path} is no checkpoint of a run"):
+    with pytest.raises(UserError, match=f"^resume: {tmp_path} is not a checkpoint of a run"):
         run_folder.find_checkpoint(TrainingArgs(resume=f"{tmp_path}/"))
-
-
-def test_what_a_resumed_run_leaves_behind_is_named(tmp_path, caplog):
-    caplog.set_level("WARNING")  # commands that other tests call may have set it higher
-    saved(tmp_path, 1, 2, 10)
-    run_folder.warn_of_what_stays(tmp_path / "10", averages=True)
-    assert not caplog.messages
-    run_folder.warn_of_what_stays(tmp_path / "1", averages=False)
-    average, later = caplog.messages
-    assert "moving average, which ends here" in average and "--ema-decay" in average
-    assert "saved after step 1 stays (2 of it, up to step 10) until" in later
 
 
 def test_a_model_that_is_not_as_before_is_named(tmp_path, caplog):
@@ -198,7 +194,7 @@ def test_a_model_that_is_not_as_before_is_named(tmp_path, caplog):
     config.deepspeed = {"bf16": {"enabled": True}}
     with pytest.raises(UserError, match="was trained in float32, and .* asks for bfloat16; set it"):
         run_folder.compare_with_last_start(config, tmp_path)
-    for damaged in ("model: [", "model: {}\ndeepspeed: 3"):  # nothing can be said then
+    for damaged in ("model: [", "model: {}\ndeepspeed: 3"):  # cannot be compared
         (tmp_path / "training_config.yaml").write_text(damaged)
         run_folder.compare_with_last_start(config, tmp_path)
     assert len(caplog.messages) == 1

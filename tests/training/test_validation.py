@@ -1,4 +1,4 @@
-"""Validation: a loss that repeats, and videos beside those of the model before training."""
+"""Validation: a reproducible loss, and videos next to those from before training."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHAPE = (1, 3, 2, 2, 3)  # b t c h w: nine video frames of 16 x 24 pixels
 
 
 class Network(nn.Module):
-    """Answers a multiple of its input and remembers what it was asked."""
+    """Returns a multiple of its input and records its inputs."""
 
     diffusion_model = None
 
@@ -108,7 +108,7 @@ def items(*values, **more):
 
 @pytest.fixture
 def build(tmp_path):
-    """Makes a validation of data, with arguments and settings of its own."""
+    """A function that makes a validation from data and arguments."""
 
     def make(dataset=None, *, prompts=(), lockstep=False, data=None, **args):
         args = {
@@ -146,7 +146,7 @@ def test_each_sample_is_asked_once_in_each_quarter_with_noise_of_its_own(build):
     assert quarters == [[0, 0], [1, 1], [2, 2], [3, 3], [0], [1], [2], [3]]
     timesteps = [t for _, timesteps in engine.model.asked for t in timesteps]
     assert len({t % 250 for t in timesteps}) > 6
-    # The clean latents are zeros, so what is asked is noise times its level.
+    # The clean latents are zeros, so the input is noise times its level.
     noise = torch.cat([x / x.std(dim=(1, 2, 3, 4), keepdim=True) for x, _ in engine.model.asked])
     distances = torch.pdist(noise.flatten(1))
     assert len(noise) == 12 and distances.min() > 1
@@ -158,7 +158,7 @@ def test_the_loss_repeats_whatever_the_batches_and_the_random_numbers_before(bui
     torch.manual_seed(99)
     torch.rand(7)
     assert build(data).loss(Engine()) == first
-    # Sums of other lengths differ in the last digits.
+    # Sums of different lengths differ in the last digits.
     assert build(data, eval_batch_size=3).loss(Engine()) == pytest.approx(first, rel=1e-6)
     assert build(data, num_workers=3).loss(Engine()) == first
     assert build(data, seed=2).loss(Engine())["loss"] != first["loss"]
@@ -166,7 +166,7 @@ def test_the_loss_repeats_whatever_the_batches_and_the_random_numbers_before(bui
 
 
 class Windows(list):
-    """Items that begin at a random place, like a long clip's."""
+    """Items with a random start, like windows of a long clip."""
 
     def __getitem__(self, index):
         item = super().__getitem__(index)
@@ -234,7 +234,7 @@ def test_the_base_models_row_stands_above_every_later_one(build, tmp_path):
         engine.model.factor.fill_(0.5)
     before = iio.imread(base)
     assert before.shape == (16, 6 * 24, 3)
-    # Another process, as after a resumption; and a second time, which adds no third row.
+    # A new process, as after resuming, adds a second row; another one adds no third row.
     for iteration in (10, 20):
         _, sheet = build(prompts=["a"]).make_videos(engine, iteration)
         after = iio.imread(sheet)
@@ -302,7 +302,7 @@ def test_without_a_sampler_it_is_said_once_that_there_are_no_videos(build, caplo
     engine.sampler = None
     validation = build(prompts=["a"])
     assert validation.make_videos(engine, 0) == validation.make_videos(engine, 10) == []
-    assert caplog.text.count("sampler_config is absent") == 1
+    assert caplog.text.count("sampler_config is missing") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -1,8 +1,8 @@
-"""A folder of drawn clips in the layout that fine-tuning reads: videos/N.mp4 and labels/N.txt.
+"""Draw a folder of clips in the layout of fine-tuning data: videos/N.mp4 and labels/N.txt.
 
     python -m tools.tiny.draw_clips --output data/shapes --count 200
 
-Writes data to try fine-tuning with; the bundled model itself is trained on clips drawn on the fly.
+The clips are for trying fine-tuning; the bundled model was trained on clips drawn on the fly.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ def write_clips(clips: ShapeClips, folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw and write; refuse to mix with what is there."""
+    """Draw the clips; an --output that is not empty is an error."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other clips")
-    parser.add_argument("--held-out", action="store_true", help="combinations kept from training")
+    parser.add_argument("--seed", type=int, default=0, help="each seed draws different clips")
+    parser.add_argument(
+        "--held-out", action="store_true", help="draw the combinations kept from training"
+    )
     options = parser.parse_args(argv)
     set_up_logging()
     if options.count < 1:

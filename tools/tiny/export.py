@@ -1,8 +1,8 @@
-"""From a training run to the bundled folder: the transformer in float16, and T5's trained weights.
+"""Export a training run to the bundled folder: the transformer in float16 and T5's weights.
 
     python -m tools.tiny.export --load ckpts/tiny-… --output CogVideoX-tiny-sat
 
-The folder must hold the T5 folder that the run started from (see tools/tiny/make_t5.py).
+--output must hold the T5 folder that the run started from (see tools/tiny/make_t5.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T5_PREFIX = "conditioner.embedders.0.transformer."
 
 
 def write_transformer(state: dict[str, Tensor], folder: Path, *, tag: str) -> None:
-    """``{folder}/{tag}/mp_rank_00_model_states.pt`` and ``{folder}/latest``, as published."""
+    """Write ``{folder}/{tag}/mp_rank_00_model_states.pt`` and ``{folder}/latest``."""
     module = {
         name: tensor.half()
         for name, tensor in state.items()
@@ -40,16 +40,16 @@ def write_transformer(state: dict[str, Tensor], folder: Path, *, tag: str) -> No
 
 
 def write_t5(state: dict[str, Tensor], path: Path) -> None:
-    """Replace the weights of a T5 folder by trained ones of the same names.
+    """Replace the weights in a T5 file by trained ones of the same names.
 
     Raises:
-        UserError: the run trained no T5, or another one.
+        UserError: the run did not train T5, or trained a different one.
     """
     trained = {n.removeprefix(T5_PREFIX): t for n, t in state.items() if n.startswith(T5_PREFIX)}
     names = set(tensors_of(read_checkpoint(path), path, wrapper="module"))
     if not names <= set(trained):
-        raise UserError(f"the run holds no T5 that fits {path}; was its is_trainable true?")
-    # Tied weights have two names in a checkpoint and one in the file.
+        raise UserError(f"the run holds no T5 weights that fit {path}; was its is_trainable true?")
+    # Tied weights have two names in a checkpoint and one in the T5 file.
     tensors = {name: trained[name].contiguous() for name in sorted(names)}
     with replacing(path) as partial:
         save_file(tensors, partial, {"format": "pt"})
@@ -58,7 +58,7 @@ def write_t5(state: dict[str, Tensor], path: Path) -> None:
 
 
 def main() -> int:
-    """Split the checkpoint and write its parts."""
+    """Write the two parts of the checkpoint."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--load", type=Path, required=True, help="the run's folder or a file")
     parser.add_argument("--output", type=Path, required=True)

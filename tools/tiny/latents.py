@@ -1,4 +1,4 @@
-"""Latents of drawn clips, made once, and the dataset that training reads them from.
+"""Encode drawn clips to a file of latents; the dataset that reads this file.
 
 python -m tools.tiny.latents --output latents.safetensors --count 30000
 """
@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,9 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.files import replacing
 from sgm.progress import Progress
-from sgm.util import instantiate_from_config
 from tools.tiny.shapes import ShapeClips
-from tools.tiny.train_vae import CONFIG
+from tools.tiny.train_vae import CONFIG, default_device, encode_means, load_autoencoder
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +28,8 @@ logger = logging.getLogger(__name__)
 class LatentClips(Dataset):
     """Unscaled latents and captions of a file that this module wrote, held in memory.
 
-    Items: ``{"mp4": float32 (t, c, h, w), "txt": caption}``, for ``latent_input: true``. The latent
-    is the mean: the spread around it is far below the diffusion's own noise.
+    Items: ``{"mp4": float32 (t, c, h, w), "txt": caption}``, for ``latent_input: true``. Latents
+    are means: the autoencoder's deviation from them is far below the noise of diffusion.
 
     Args:
         data_dir: the file.
@@ -49,30 +47,29 @@ class LatentClips(Dataset):
         return {"mp4": self.latents[index].float(), "txt": self.captions[index]}
 
 
-@torch.no_grad()
 def encode(clips: ShapeClips, config: str, *, batch_size: int, num_workers: int) -> Tensor:
     """Means of the latents of all clips, (n, t, c, h, w), float16."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    node = OmegaConf.to_container(OmegaConf.load(config).model.first_stage_config, resolve=True)
-    vae = instantiate_from_config(node).eval().to(device)
+    vae = load_autoencoder(config)
     loader = DataLoader(clips, batch_size=batch_size, num_workers=num_workers)
     parts = []
     with Progress(len(loader), unit="batch") as progress:
         for batch in loader:
-            moments, _ = vae.encode(batch["mp4"].transpose(1, 2).to(device), unregularized=True)
-            parts.append(moments.chunk(2, dim=1)[0].transpose(1, 2).half().cpu())
+            means = encode_means(vae, batch["mp4"].transpose(1, 2).to(default_device()))
+            parts.append(means.transpose(1, 2).half().cpu())
             progress.step("encoding")
     return torch.cat(parts)
 
 
 def main() -> int:
-    """Draw, encode, save."""
+    """Draw and encode the clips and save the latents."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--config", default=CONFIG, help="its autoencoder is used")
+    parser.add_argument("--config", default=CONFIG, help="configuration of the autoencoder")
     parser.add_argument("--count", type=int, default=30000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--held-out", action="store_true", help="clips that training never sees")
+    parser.add_argument(
+        "--held-out", action="store_true", help="draw the combinations kept from training"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-workers", type=int, default=min(os.cpu_count() or 1, 12))
     options = parser.parse_args()

@@ -1,20 +1,17 @@
-"""A dataset that teaches CogVideoX-tiny a subject that it has never heard of.
+"""A dataset that teaches CogVideoX-tiny a new subject.
 
-A kite is a magenta triangle: the word is new, and names colour and shape at once. Among the clips
-of kites are three times as many of what the model knows, for without these it would forget it. Some
-ways to fly are kept from training, to ask for afterwards.
+A kite is a magenta triangle: the word is new to the model and means colour and shape at once. The
+dataset has three times as many clips of known subjects as of kites, so that the model does not
+forget them. Some combinations of direction and background are kept from training for the prompts
+afterwards.
 """
 
 from __future__ import annotations
 
 import itertools
-import shutil
 from pathlib import Path
 
-import numpy as np
-
-from sgm.errors import UserError
-from sgm.files import make_output_folder
+from sgm.files import new_folder
 from tools.tiny.draw_clips import write_clips
 from tools.tiny.shapes import (
     BACKGROUNDS,
@@ -28,25 +25,29 @@ from tools.tiny.shapes import (
 
 SUBJECT, COLOR, SHAPE = "kite", "magenta", "triangle"
 NUM_NEW, NUM_KNOWN, NUM_VALID = 32, 96, 16
-# Direction and background of what is asked for afterwards: each direction once, each background.
+# Direction and background of the prompts afterwards: each direction once, all backgrounds.
 ASKED = (("left", "black"), ("right", "white"), ("up", "gray"), ("down", "black"))
 
 _SEED = 5
-_PARTIAL = ".partial"
 
 
 def name_subject(caption: str) -> str:
-    """The caption with the subject's own word for its colour and shape."""
+    """The caption with the word of the subject instead of its colour and shape."""
     return caption.replace(f"{COLOR} {SHAPE}", SUBJECT)
 
 
 def parse_prompt(prompt: str) -> ShapeSpec:
-    """What a prompt that names the subject asks for. Raises ValueError as `parse_caption` does."""
+    """The attributes in a prompt that names the subject. Raises ValueError as `parse_caption`."""
     return parse_caption(prompt.replace(SUBJECT, f"{COLOR} {SHAPE}"))
 
 
 class SubjectClips(ShapeClips):
-    """Clips of the subject, with its own word in the captions."""
+    """Clips of the subject, with its word in the captions.
+
+    Args:
+        num_clips, seed: as for `ShapeClips`.
+        asked: draw the combinations of `ASKED`; otherwise all others.
+    """
 
     def __init__(self, num_clips: int, seed: int, *, asked: bool) -> None:
         pairs = itertools.product(DIRECTIONS, BACKGROUNDS)
@@ -58,14 +59,9 @@ class SubjectClips(ShapeClips):
         """The caption of clip `index`. Raises IndexError."""
         return name_subject(super().caption(index))
 
-    def draw(self, index: int) -> tuple[np.ndarray, str]:
-        """Clip `index` as uint8 (17, 64, 96, 3) with its caption. Raises IndexError."""
-        frames, caption = super().draw(index)
-        return frames, name_subject(caption)
-
 
 def prompts() -> list[str]:
-    """The 16 prompts to ask afterwards: the pairs kept from training, in every wording."""
+    """The 16 prompts after training: the pairs kept from training, in each wording."""
     specs = [ShapeSpec(COLOR, SHAPE, *pair) for pair in ASKED]
     return [name_subject(s.caption(wording)) for wording in range(len(WORDINGS)) for s in specs]
 
@@ -77,23 +73,19 @@ def draw_dataset(
     num_known: int = NUM_KNOWN,
     num_valid: int = NUM_VALID,
 ) -> None:
-    """Draw ``new``, ``known`` and ``valid`` in `folder`, each as fine-tuning reads it.
+    """Draw ``new``, ``known`` and ``valid`` in `folder`, each in the layout of fine-tuning data.
 
-    To train on: the subject, and what the model was trained on before; to validate with: the
-    subject as it is asked for afterwards. `folder` gets its name at the end.
+    ``new`` holds the subject and ``known`` what the model was trained on before; training uses
+    both. ``valid`` holds the subject as in `prompts`. `folder` exists only when it is complete.
 
     Raises:
         UserError: `folder` exists, or a file cannot be written.
     """
-    if folder.exists():
-        raise UserError(f"{folder} exists and is left alone; remove it to draw it again")
-    partial = folder.with_name(folder.name + _PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)  # of an earlier run that was stopped
     parts = {
         "new": SubjectClips(num_new, _SEED, asked=False),
         "known": ShapeClips(num_known, _SEED + 1, combinations=training_combinations()),
         "valid": SubjectClips(num_valid, _SEED + 2, asked=True),
     }
-    for name, clips in parts.items():
-        write_clips(clips, make_output_folder(partial / name))
-    partial.rename(folder)
+    with new_folder(folder) as partial:
+        for name, clips in parts.items():
+            write_clips(clips, partial / name)

@@ -1,8 +1,8 @@
-"""A T5 encoder folder for CogVideoX-tiny: a tokenizer of its own and untrained weights.
+"""Make the T5 folder of CogVideoX-tiny: its tokenizer and untrained weights.
 
     python -m tools.tiny.make_t5 --output CogVideoX-tiny-sat/t5
 
-Its weights are trained together with the transformer and written back by tools/tiny/export.py.
+The weights are trained together with the transformer; tools/tiny/export.py replaces them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
-from sgm.errors import UserError
+from sgm.files import new_folder
 from tools.tiny.shapes import ShapeClips
 
-VOCAB_SIZE = 384  # 256 bytes, so that any prompt can be spelt, and the words of the captions
+VOCAB_SIZE = 384  # 256 bytes, for any prompt, and the words of the captions
 NUM_CAPTIONS = 3000
-WORD_REPEATS = 200  # so that words come out as one token each
+WORD_REPEATS = 200  # makes each word one token
 
 
 def train_tokenizer(folder: Path, *, seed: int) -> None:
@@ -41,7 +41,7 @@ def train_tokenizer(folder: Path, *, seed: int) -> None:
 
 
 def make_encoder(folder: Path) -> None:
-    """Write ``config.json`` and ``model.safetensors`` of an untrained encoder of T5 v1.1's form."""
+    """Write ``config.json`` and ``model.safetensors`` of an untrained T5 v1.1 encoder."""
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
@@ -52,18 +52,16 @@ def make_encoder(folder: Path) -> None:
 
 
 def main() -> int:
-    """Make the folder; refuse to touch one that exists."""
+    """Make the folder; an existing one is an error."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     set_up_logging()
-    if options.output.exists():
-        raise UserError(f"{options.output} exists and is left alone; remove it or choose another")
-    options.output.mkdir(parents=True)
     torch.manual_seed(options.seed)
-    train_tokenizer(options.output, seed=options.seed)
-    make_encoder(options.output)
+    with new_folder(options.output) as folder:
+        train_tokenizer(folder, seed=options.seed)
+        make_encoder(folder)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""What a video shows, measured from its pixels alone: colour, shape, direction, background.
+"""Measure colour, shape, direction and background in a video from its pixels.
 
-Knows the toy world's palette and outlines (`shapes.py`), but not what a video is meant to show.
-A value that nothing in the video supports clearly is None, so a blur or an empty frame is no hit.
+The measurement uses the palette and outlines of `shapes.py`, but not the video's caption. A value
+that is not clear in the video is None, so a blurred or empty video does not count as right.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from tools.tiny.shapes import (
 
 ATTRIBUTES = ("color", "shape", "direction", "background")
 
-# Distances in RGB. Two colours of the palette are at least 130 apart, two backgrounds 200: within
-# half of that, no other one is near.
+# Distances in RGB. Two colours of the palette differ by at least 130, two backgrounds by 200, so a
+# colour within half of that has one nearest entry.
 MAX_COLOR_DISTANCE = 65.0
 MAX_BACKGROUND_DISTANCE = 65.0
-MIN_CONTRAST = 40.0  # less than that between shape and background is no shape
-BORDER = 2  # pixels at the frame's edge, which show the background almost everywhere
+MIN_CONTRAST = 40.0  # between shape and background
+BORDER = 2  # pixels at the frame's edge, which nearly always show the background
 
 MIN_AREA = 40.0  # in pixels; the smallest drawn shape has 160
-MIN_VISIBLE_SHARE = 0.9  # of the frames
+MIN_VISIBLE_FRACTION = 0.9  # of the frames
 # Overlap (intersection over union) with an ideal outline of the same area and centre. Drawn shapes
 # reach 0.98 and more, after H.264 0.87; triangles and squares of one area overlap by 0.71.
 MIN_OVERLAP = 0.8
 MIN_SPEED = 0.3  # pixels a frame; drawn shapes move by 0.6 and more
-MAX_DRIFT = 0.5  # speed across the direction, as a part of that along it
+MAX_DRIFT = 0.5  # speed across the direction, as a fraction of that along it
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The four attributes in the words of captions; None where the video has no clear one."""
+    """The four attributes in the words of captions; None if the video does not show it clearly."""
 
     color: str | None
     shape: str | None
@@ -50,7 +50,7 @@ class Measurement:
     background: str | None
 
     def matches(self, spec: ShapeSpec) -> dict[str, bool]:
-        """For each of `ATTRIBUTES`, whether the video shows what `spec` says."""
+        """For each of `ATTRIBUTES`, whether the video agrees with `spec`."""
         return {name: getattr(self, name) == getattr(spec, name) for name in ATTRIBUTES}
 
 
@@ -71,18 +71,15 @@ def measure(video: np.ndarray) -> Measurement:
     background = _background(pixels)
     contrast = np.linalg.norm(pixels - background, axis=3)  # (t, h, w)
     peak = float(np.percentile(contrast, 99))  # every drawn shape covers more than one percent
+    background_name = _nearest(background, BACKGROUNDS, MAX_BACKGROUND_DISTANCE)
     if peak < MIN_CONTRAST:
-        background_name = _nearest(background, BACKGROUNDS, MAX_BACKGROUND_DISTANCE)
         return Measurement(None, None, None, background_name)
     color = np.median(pixels[contrast > 0.75 * peak], axis=0)
-    mask = _mask(pixels, background, color)
-    shape, direction = _shape_and_direction(mask)
-    return Measurement(
-        color=_nearest(color, COLORS, MAX_COLOR_DISTANCE),
-        shape=shape,
-        direction=direction,
-        background=_nearest(background, BACKGROUNDS, MAX_BACKGROUND_DISTANCE),
-    )
+    axis = color - background
+    # Pixels more than halfway from background to colour belong to the shape: bool (t, h, w).
+    mask = (pixels - background) @ axis > 0.5 * (axis @ axis)
+    color_name = _nearest(color, COLORS, MAX_COLOR_DISTANCE)
+    return Measurement(color_name, *_shape_and_direction(mask), background_name)
 
 
 def _background(pixels: np.ndarray) -> np.ndarray:
@@ -95,23 +92,17 @@ def _background(pixels: np.ndarray) -> np.ndarray:
 def _nearest(
     rgb: np.ndarray, palette: Mapping[str, tuple[int, int, int]], limit: float
 ) -> str | None:
-    """Name of the nearest colour of `palette`, None if none is within `limit`."""
+    """Name of the nearest colour of `palette`; None if it is farther than `limit`."""
     distances = {name: float(np.linalg.norm(rgb - value)) for name, value in palette.items()}
     name = min(distances, key=distances.__getitem__)
     return name if distances[name] <= limit else None
 
 
-def _mask(pixels: np.ndarray, background: np.ndarray, color: np.ndarray) -> np.ndarray:
-    """Pixels that are more than halfway from background to colour: bool (t, h, w)."""
-    axis = color - background
-    return (pixels - background) @ axis > 0.5 * (axis @ axis)
-
-
 def _shape_and_direction(mask: np.ndarray) -> tuple[str | None, str | None]:
-    """Outline and motion of what `mask` (t, h, w) marks."""
+    """Outline and motion of the shape in `mask` (t, h, w)."""
     areas = mask.sum(axis=(1, 2)).astype(np.float64)
     visible = np.flatnonzero(areas >= MIN_AREA)
-    if len(visible) < max(2, MIN_VISIBLE_SHARE * len(mask)):
+    if len(visible) < max(2, MIN_VISIBLE_FRACTION * len(mask)):
         return None, None
     mask, areas = mask[visible], areas[visible]
     x = np.arange(mask.shape[2]) + 0.5  # pixel centres
@@ -124,7 +115,7 @@ def _shape_and_direction(mask: np.ndarray) -> tuple[str | None, str | None]:
 def _shape(
     mask: np.ndarray, areas: np.ndarray, center_x: np.ndarray, center_y: np.ndarray
 ) -> str | None:
-    """The ideal outline of equal area and centre of mass that overlaps best, over all frames."""
+    """The ideal outline of the same area and centre of mass with the best median overlap."""
     x = np.arange(mask.shape[2]) + 0.5
     y = np.arange(mask.shape[1]) + 0.5
     overlaps = {}
@@ -140,7 +131,7 @@ def _shape(
 
 
 def _direction(times: np.ndarray, center_x: np.ndarray, center_y: np.ndarray) -> str | None:
-    """Where the centre moves, by the slope of a straight line through its positions."""
+    """The direction in which the centre moves, from a straight line fitted to its positions."""
     slopes = np.polyfit(times, np.stack([center_x, center_y], axis=1), deg=1)[0]  # (2,)
     along = int(np.argmax(np.abs(slopes)))
     speed, drift = abs(slopes[along]), abs(slopes[1 - along])

@@ -1,17 +1,15 @@
 """The toy world of CogVideoX-tiny: one coloured shape moving on a plain background.
 
-Holds the caption grammar, the drawing of clips, and `ShapeClips`, which draws on the fly.
-Frames are 64 x 96 (h x w), 17 a clip; y grows downwards.
+Contains the caption grammar, the drawing of clips, and `ShapeClips`, which draws on the fly. A clip
+has 17 frames of 64 x 96 (h x w); y grows downwards.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import torch
@@ -19,7 +17,7 @@ from torch.utils.data import Dataset
 
 NUM_FRAMES, HEIGHT, WIDTH, FPS = 17, 64, 96, 8
 
-# Softened primaries: H.264 and the VAE keep them without clipping at 0 and 255.
+# Softened primary colours: H.264 and the VAE keep them without clipping at 0 and 255.
 COLORS = {
     "red": (220, 40, 40),
     "green": (40, 175, 60),
@@ -32,7 +30,7 @@ SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y)
 BACKGROUNDS = {"black": (12, 12, 12), "gray": (128, 128, 128), "white": (244, 244, 244)}
 
-# Radius in pixels and speed in pixels a frame. A word narrows the range; without one all is used.
+# Radius in pixels and speed in pixels a frame, by the word in the caption; None: no word.
 # Shapes are large because the autoencoder halves space three times: the corners of small ones are
 # too faint in the latents to be learnt in minutes.
 # The largest shape at the highest speed still fits: 2 * 21 * 1.04 + 0.9 * 16 + 2 * MARGIN < HEIGHT.
@@ -47,7 +45,7 @@ WORDINGS = (
     "a {background} background with {subject} moving {motion}",
 )
 
-# How far a shape of radius 1 reaches, so that all three look about equally large.
+# Half the sizes of shapes of radius 1. With these all three look about equally large.
 _SQUARE_HALF = 0.9
 _TRIANGLE_HALF_WIDTH = 1.2
 _TRIANGLE_HALF_HEIGHT = _TRIANGLE_HALF_WIDTH * 3**0.5 / 2  # equilateral, apex up
@@ -61,18 +59,15 @@ UNIT_AREAS = {
     "square": 4 * _SQUARE_HALF**2,
     "triangle": 2 * _TRIANGLE_HALF_WIDTH * _TRIANGLE_HALF_HEIGHT,
 }
-# How far the centre of mass lies below the centre of the bounding box.
+# Distance of the centre of mass below the centre of the bounding box, for radius 1.
 CENTROID_OFFSETS = {"circle": 0.0, "square": 0.0, "triangle": _TRIANGLE_HALF_HEIGHT / 3}
 
 HELD_OUT_FILE = Path(__file__).with_name("held_out.txt")
-NUM_HELD_OUT = 44
-_HELD_OUT_SEED = 4
-_MAX_HELD_OUT_SHARE_OF_PAIR = 0.4
 
 
 @dataclass(frozen=True)
 class ShapeSpec:
-    """What a caption says. Raises ValueError for a word that the grammar does not have."""
+    """The attributes in a caption. Raises ValueError for a word that the grammar does not have."""
 
     color: str
     shape: str
@@ -89,7 +84,7 @@ class ShapeSpec:
 
     @property
     def combination(self) -> tuple[str, str, str, str]:
-        """The four attributes that held-out clips are chosen by."""
+        """The four attributes by which held-out clips are chosen."""
         return self.color, self.shape, self.direction, self.background
 
     def caption(self, wording: int = 0) -> str:
@@ -111,10 +106,10 @@ _OPTIONAL = ("size", "speed")
 
 
 def parse_caption(caption: str) -> ShapeSpec:
-    """Read a caption of any wording back.
+    """The attributes in a caption of any wording.
 
     Raises:
-        ValueError: an attribute is missing or said twice.
+        ValueError: an attribute is missing or given twice.
     """
     words = caption.lower().replace(",", " ").replace(".", " ").split()
     found: dict[str, str | None] = {}
@@ -132,40 +127,17 @@ def all_combinations() -> list[ShapeSpec]:
     return [ShapeSpec(*c) for c in itertools.product(COLORS, SHAPES, DIRECTIONS, BACKGROUNDS)]
 
 
-def choose_held_out() -> list[ShapeSpec]:
-    """The rule behind `held_out.txt`: 44 combinations, in the order of `all_combinations`.
-
-    Combinations are shuffled with a fixed seed and taken in turn, except where one would hold out
-    more than 40% of those that share a pair of attribute values (red circle, circle on gray, …).
-    So every pair is still trained on, in at least 60% of its combinations.
-    """
-    specs = all_combinations()
-    pair_sizes = Counter(pair for spec in specs for pair in _pairs(spec))
-    taken_per_pair: Counter[tuple[str, str]] = Counter()
-    shuffled = list(specs)
-    Random(_HELD_OUT_SEED).shuffle(shuffled)
-    chosen: set[ShapeSpec] = set()
-    for spec in shuffled:
-        pairs = _pairs(spec)
-        if all(taken_per_pair[p] + 1 <= _MAX_HELD_OUT_SHARE_OF_PAIR * pair_sizes[p] for p in pairs):
-            chosen.add(spec)
-            taken_per_pair.update(pairs)
-        if len(chosen) == NUM_HELD_OUT:
-            break
-    return [spec for spec in specs if spec in chosen]
-
-
-def _pairs(spec: ShapeSpec) -> list[tuple[str, str]]:
-    return list(itertools.combinations(spec.combination, 2))
-
-
 def held_out_combinations() -> list[ShapeSpec]:
-    """The stored combinations that training never sees."""
+    """The 44 stored combinations that training never sees.
+
+    Each pair of attribute values (red circle, circle on gray, …) is trained on in at least 60% of
+    its combinations; tests/tools/tiny/test_shapes.py has the rule.
+    """
     return [parse_caption(line) for line in HELD_OUT_FILE.read_text("utf-8").splitlines()]
 
 
 def training_combinations() -> list[ShapeSpec]:
-    """The other 172 combinations."""
+    """The 172 combinations that are not held out."""
     held_out = set(held_out_combinations())
     return [spec for spec in all_combinations() if spec not in held_out]
 
@@ -173,8 +145,9 @@ def training_combinations() -> list[ShapeSpec]:
 def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
     """Distance in pixels to the outline of `shape`, positive inside.
 
-    dx and dy count from the centre of its bounding box. Exact inside and along edges; beyond
-    corners the distance to the nearer edge's line, which is enough for one-pixel anti-aliasing.
+    dx and dy are measured from the centre of its bounding box. The distance is exact inside and
+    along edges. Beyond corners it is the distance to the nearer edge's line, which is enough for
+    anti-aliasing of one pixel.
     """
     if shape == "circle":
         return radius - np.sqrt(dx * dx + dy * dy)
@@ -188,7 +161,7 @@ def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -
 def coverage(
     shape: str, center_x: np.ndarray, center_y: np.ndarray, *, radius: float | np.ndarray
 ) -> np.ndarray:
-    """Part of each pixel that a shape covers, for (t,) centres of its bounding box.
+    """Fraction of each pixel that a shape covers, for (t,) centres of its bounding box.
 
     Returns:
         float32 (t, 64, 96) in [0, 1].
@@ -203,7 +176,7 @@ def coverage(
 def draw_clip(spec: ShapeSpec, rng: np.random.Generator) -> np.ndarray:
     """Draw one clip: uint8 (17, 64, 96, 3), RGB.
 
-    Radius, speed and start are drawn uniformly from all that keep the shape inside the frame.
+    Radius, speed and start are drawn uniformly such that the shape stays inside the frame.
     """
     radius = np.float32(rng.uniform(*SIZES[spec.size]))
     travel = rng.uniform(*SPEEDS[spec.speed]) * (NUM_FRAMES - 1)
@@ -214,7 +187,7 @@ def draw_clip(spec: ShapeSpec, rng: np.random.Generator) -> np.ndarray:
         reach = MARGIN + radius * HALF_EXTENTS[spec.shape][axis] + abs(sign) * travel / 2
         centers.append(rng.uniform(reach, length - reach) + sign * step)
     mask = coverage(spec.shape, centers[0], centers[1], radius=radius)
-    # Blending by table: 256 shades between background and colour are as many as uint8 can show.
+    # Blend by table: uint8 shows no more than 256 shades between background and colour.
     shade = np.linspace(0, 1, 256)[:, None]
     ends = np.array(BACKGROUNDS[spec.background]), np.array(COLORS[spec.color])
     table = np.rint(ends[0] * (1 - shade) + ends[1] * shade).astype(np.uint8)
@@ -228,11 +201,16 @@ def clip_to_tensor(frames: np.ndarray) -> torch.Tensor:
 
 
 class ShapeClips(Dataset):
-    """Clips drawn on the fly; item `index` depends on (seed, index) alone, in any process.
+    """Clips drawn on the fly; item `index` depends only on (seed, index).
 
-    Items: ``{"mp4": float32 (17, 3, 64, 96) in [-1, 1], "txt": caption}``. Combinations are drawn
-    uniformly from the 172 of training, from the held-out 44, or from those that are given. Part of
-    the captions say size or speed, or use another wording.
+    Items: ``{"mp4": float32 (17, 3, 64, 96) in [-1, 1], "txt": caption}``. Some captions name size
+    or speed, or use another wording.
+
+    Args:
+        num_clips: number of items.
+        seed: each seed gives different clips.
+        held_out: draw the 44 held-out combinations, not the 172 of training.
+        combinations: draw these instead.
     """
 
     MENTION_PROBABILITY = 0.25
@@ -256,17 +234,17 @@ class ShapeClips(Dataset):
         return self.num_clips
 
     def caption(self, index: int) -> str:
-        """The caption of clip `index` alone, which takes no drawing. Raises IndexError."""
+        """The caption of clip `index`, without drawing it. Raises IndexError."""
         spec, wording, _ = self._describe(index)
         return spec.caption(wording)
 
     def draw(self, index: int) -> tuple[np.ndarray, str]:
         """Clip `index` as uint8 (17, 64, 96, 3) with its caption. Raises IndexError."""
-        spec, wording, rng = self._describe(index)
-        return draw_clip(spec, rng), spec.caption(wording)
+        spec, _, rng = self._describe(index)
+        return draw_clip(spec, rng), self.caption(index)
 
     def _describe(self, index: int) -> tuple[ShapeSpec, int, np.random.Generator]:
-        """What clip `index` shows, its wording, and the generator that the drawing goes on with."""
+        """The attributes of clip `index`, its wording, and the generator for drawing it."""
         if not 0 <= index < self.num_clips:
             raise IndexError(f"clip {index} of {self.num_clips}")
         rng = np.random.default_rng((self.seed, index))

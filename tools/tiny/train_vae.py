@@ -2,8 +2,8 @@
 
     python -m tools.tiny.train_vae --output CogVideoX-tiny-sat/vae/3d-vae.pt
 
-Prints the PSNR of fresh clips while it goes, and at the end the factor that brings the latents to
-unit variance: `scale_factor` of the configurations.
+Logs the PSNR of new clips during training. At the end it logs `scale_factor` for the
+configurations, the factor that gives latents unit variance.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.files import save_torch
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.autoencoder_training import TrainableVideoAutoencoder
+from sgm.util import instantiate_from_config
 from tools.tiny.shapes import NUM_FRAMES, ShapeClips
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "configs/cogvideox_tiny_infer.yaml"
-FRESH_SEED = 10**6  # of clips that no training run draws
+FRESH_SEED = 10**6  # draws clips that no training run draws
 
 
 class Autoencoder(TrainableVideoAutoencoder):
-    """The autoencoder with a learning rate that rises, then falls to zero along a half cosine."""
+    """The autoencoder with a learning rate that rises linearly, then falls to 0 as a cosine."""
 
     num_steps: int
     warmup_steps: int
     num_frames: int
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """As for any autoencoder, on the first `num_frames` frames of each clip."""
+        """The training step on the first `num_frames` frames of each clip."""
         return super().training_step({"mp4": batch["mp4"][:, : self.num_frames]}, batch_idx)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW and the schedule, stepped with every batch."""
+        """AdamW, and the schedule, which steps after each batch."""
         trained = [weight for weight in self.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.01)
 
@@ -66,32 +67,49 @@ def psnr(video: Tensor, target: Tensor) -> Tensor:
 
 
 def fresh_clips(count: int, device: torch.device) -> Tensor:
-    """Clips of held-out combinations that no training run sees: (b, 3, t, h, w)."""
+    """Clips of held-out combinations, which no training run draws: (b, 3, t, h, w)."""
     clips = ShapeClips(count, FRESH_SEED, held_out=True)
     batch = default_collate([clips[index]["mp4"] for index in range(count)])
     return batch.transpose(1, 2).to(device)
 
 
+def load_autoencoder(*configs: str) -> VideoAutoencoderInferenceWrapper:
+    """The autoencoder of merged configurations with its weights, on a GPU if there is one."""
+    config = OmegaConf.merge(*map(OmegaConf.load, configs))
+    node = OmegaConf.to_container(config.model.first_stage_config, resolve=True)
+    return instantiate_from_config(node).eval().to(default_device())
+
+
+def default_device() -> torch.device:
+    """A GPU if there is one, otherwise the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def encode_means(vae: VideoAutoencoderInferenceWrapper, clips: Tensor) -> Tensor:
+    """Means of the latents (b, z, t, h, w) of clips (b, 3, t', h', w')."""
+    moments, _ = vae.encode(clips, unregularized=True)
+    return moments.chunk(2, dim=1)[0]
+
+
 @torch.no_grad()
 def reconstruct(vae: VideoAutoencoderInferenceWrapper, clips: Tensor) -> tuple[Tensor, Tensor]:
     """PSNR of each clip (b,), and the latents' means (b, z, t, h, w), in the weights' precision."""
-    moments, _ = vae.encode(clips, unregularized=True)
-    means = moments.chunk(2, dim=1)[0]
+    means = encode_means(vae, clips)
     return psnr(vae.decode(means), clips), means
 
 
-class Report(pl.Callback):
-    """A line with the PSNR of fresh clips every `interval` steps."""
+class PsnrLogger(pl.Callback):
+    """Logs loss and PSNR of new clips every `interval` steps."""
 
-    def __init__(self, num_steps: int, *, interval: int) -> None:
-        self.num_steps = num_steps
+    def __init__(self, interval: int) -> None:
         self.interval = interval
         self.started = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, vae: Any, outputs: Mapping[str, Tensor], batch: Any, index: int
     ) -> None:
-        """Called by Lightning after each step."""
+        """Log a line if one is due; Lightning calls this after each step."""
         step = trainer.global_step
         if step % self.interval:
             return
@@ -100,13 +118,13 @@ class Report(pl.Callback):
         logger.info(
             "step %d of %d: loss %.4f, fresh clips %.1f dB, latents' std %.3f, %.3f s a step, "
             "%.0f s left",
-            step, self.num_steps, float(outputs["loss"]), float(fidelity.mean()),
-            float(means.std()), seconds, seconds * (self.num_steps - step),
+            step, trainer.max_steps, float(outputs["loss"]), float(fidelity.mean()),
+            float(means.std()), seconds, seconds * (trainer.max_steps - step),
         )  # fmt: skip
 
 
 def build(config: str, *, load: str | None, learning_rate: float, kl_weight: float) -> Autoencoder:
-    """The autoencoder of a configuration's `first_stage_config`, with weights of `load` or none."""
+    """The autoencoder of `first_stage_config`, with the weights of `load` or random ones."""
     node = OmegaConf.to_container(OmegaConf.load(config).model.first_stage_config, resolve=True)
     ignored = {"ckpt_path", "ignore_keys", *Autoencoder.IGNORED_PARAMS}
     params = {name: value for name, value in node["params"].items() if name not in ignored}
@@ -127,17 +145,17 @@ def parse_options() -> argparse.Namespace:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--config", default=CONFIG)
-    parser.add_argument("--load", help="go on from these weights")
+    parser.add_argument("--load", help="start from these weights")
     parser.add_argument(
-        "--decoder-only", action="store_true", help="leave the encoder, and so all latents, as is"
+        "--decoder-only", action="store_true", help="do not change the encoder and the latents"
     )
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help="of each clip: 8k+1")
+    parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help="8k+1 of each clip")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warmup-steps", type=int, default=100)
     parser.add_argument("--kl-weight", type=float, default=3e-4)
-    parser.add_argument("--precision", default="bf16-mixed", help="as Lightning's Trainer takes it")
+    parser.add_argument("--precision", default="bf16-mixed", help="for Lightning's Trainer")
     parser.add_argument("--num-workers", type=int, default=min(os.cpu_count() or 1, 12))
     parser.add_argument("--report-interval", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -145,7 +163,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Train, report, save."""
+    """Train and save the autoencoder, then log its fidelity."""
     options = parse_options()
     set_up_logging()
     pl.seed_everything(options.seed, verbose=False)
@@ -169,10 +187,10 @@ def main() -> int:
         max_steps=options.steps, precision=options.precision, gradient_clip_val=1.0,
         logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, devices=1, benchmark=True,
-        callbacks=[Report(options.steps, interval=options.report_interval)],
+        callbacks=[PsnrLogger(options.report_interval)],
     )  # fmt: skip
     trainer.fit(vae, loader)
-    vae = vae.float().eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    vae = vae.float().eval().to(default_device())
     save(vae, options.output)
     results = [reconstruct(vae, part) for part in fresh_clips(64, vae.device).split(8)]
     fidelity = torch.cat([one for one, _ in results])

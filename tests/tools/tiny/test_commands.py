@@ -63,7 +63,9 @@ def test_t5_folder_loads_and_spells_words_that_no_caption_has(tmp_path, monkeypa
     pieces = SentencePieceProcessor(model_file=str(folder / "spiece.model"))
     assert (pieces.pad_id(), pieces.eos_id(), pieces.unk_id()) == (0, 1, 2)
     caption = "on a gray background, a magenta triangle is moving right"
-    assert len(pieces.encode(caption)) == len(caption.split()) + 1  # a word each, and the comma
+    assert (
+        len(pieces.encode(caption)) == len(caption.split()) + 1
+    )  # one token a word, and the comma
     embedder = FrozenT5Embedder(str(folder), max_length=32)
     ids = embedder.tokenizer(["a panda", "龙在天上飞 🐉"])
     assert ids.shape == (2, 32) and int(ids.max()) < embedder.transformer.config.vocab_size
@@ -107,7 +109,7 @@ def test_learning_rate_rises_then_falls_to_zero():
     vae.num_steps, vae.warmup_steps = 1000, 100
     factor = vae.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas[0]
     assert factor(0) == pytest.approx(0.01)
-    # Warm after 100 steps; the half cosine is at a half in the middle, at zero from the end on.
+    # The warm-up ends after 100 steps; the half cosine is 0.5 in the middle and 0 from its end.
     assert factor(500) == pytest.approx(0.5)
     assert factor(1000) == pytest.approx(0) and factor(1500) == pytest.approx(0)
     assert isinstance(vae, VideoAutoencoderInferenceWrapper)

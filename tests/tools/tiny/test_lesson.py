@@ -1,4 +1,4 @@
-"""The dataset that teaches a subject: what it holds, and what is kept from it."""
+"""The dataset that teaches a subject: its contents, and what it leaves out."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ def test_prompts_are_sixteen_and_ask_for_every_direction_and_background():
     assert {spec.background for spec in specs} == set(BACKGROUNDS)
 
 
-def test_the_bundled_model_has_never_heard_of_the_subject():
+def test_the_subject_is_new_to_the_bundled_model():
     clips = ShapeClips(300, seed=0)
     assert not any(SUBJECT in clips.caption(index) for index in range(len(clips)))
 
 
-def test_a_folder_that_exists_is_left_alone(folder):
-    with pytest.raises(UserError, match="exists and is left alone"):
+def test_an_existing_folder_is_left_alone(folder):
+    with pytest.raises(UserError, match="exists already and is left alone"):
         draw_dataset(folder)

@@ -1,4 +1,4 @@
-"""The measurement: right on what is drawn, also when damaged, and None where nothing is clear."""
+"""The measurement: right for drawn clips, also damaged ones, and None if nothing is clear."""
 
 import imageio.v3 as iio
 import numpy as np
