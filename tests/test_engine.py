@@ -247,13 +247,13 @@ def test_our_kernel_leaves_to_another_what_it_has_to_compute_twice(
 
     def calls_of_a_video():
         kernel_calls.clear()
-        engine.sample(
+        sampled = engine.sample_steps(
             cond,
             engine.conditioner.unconditional(cond),
             (1, 3, 4, 4, 6),
             generator=torch.Generator().manual_seed(1),
-            callback=lambda step_index, *_: steps.append(step_index),
         )
+        steps.extend(step.step_index for step in sampled)
         return len(kernel_calls)
 
     num_steps = engine.sampler.num_steps

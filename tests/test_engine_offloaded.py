@@ -29,12 +29,14 @@ def build(small_model):
     return make
 
 
-def video_of(engine, **options):
+def video_of(engine, callback=lambda step: None):
     """Latents and frames of a prompt."""
     cond = engine.conditioner.encode(["a red circle"])
     uncond = engine.conditioner.unconditional(cond)
     generator = torch.Generator().manual_seed(1)
-    latents = engine.sample(cond, uncond, SHAPE, generator=generator, **options)
+    for step in engine.sample_steps(cond, uncond, SHAPE, generator=generator):
+        callback(step)
+    latents = step.x
     return latents, torch.cat(list(engine.decode_first_stage(latents)), dim=1)
 
 
