@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from sgm.pipeline import CogVideoX, Video
     from sgm.progress import Progress
 
-# Heavy modules (PyTorch, SAT) are imported at first use, so that a mistake in the command line or in
-# a configuration is reported at once.
+# Heavy modules (PyTorch, SAT) are imported at first use, so that a mistake in the command line or
+# in a configuration is reported at once.
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,9 @@ class VideoFolder:
             folder = self.folder / prompt.folder_name / str(sample)
             path = folder / "000000.mp4"
             # One sample at a time, so that none depends on their number.
-            events = self.pipe.stream(prompt.text, index=(prompt.line, sample), path=path)
+            events = self.pipe.stream(
+                prompt.text, index=(prompt.line, sample), path=path.absolute()
+            )
             for event in events:
                 if isinstance(event, Step):
                     self.progress.step(f"prompt {prompt.line}, sample {sample}")

@@ -27,13 +27,14 @@ from tools import benchmark
 from tools.bench import inference
 from tools.bench import jobs as jobs_module
 from tools.bench.inference import inference_jobs
-from tools.bench.jobs import METHODS, SECTIONS, Job, Result, run_job, run_jobs
-from tools.bench.measuring import Measured, forward_flops, measure
+from tools.bench.jobs import METHODS, SECTIONS, BenchmarkResult, Job, run_job, run_jobs
+from tools.bench.measuring import Measured, forward_flops
+from tools.bench.workload import Workload
 from tools.benchmark import (
     build_parser,
-    check_flags,
     choose_sections,
     config_with_weights,
+    fill_in,
     main,
     print_table,
     report,
@@ -99,11 +100,13 @@ def test_operations_of_the_2b_model_by_hand() -> None:
     assert flops == pytest.approx(119.98e12, rel=1e-4)
 
 
-def test_median_leaves_the_warmup_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_median_leaves_the_warmup_out(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0, 1, 3, 9])  # calls of 1, 2 and 6 s
     monkeypatch.setattr("tools.bench.measuring.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("tools.bench.workload.choose_device", lambda: CPU)
     calls = []
-    measured = measure(lambda: calls.append(1), device=CPU, warmup=2, steps=3)
+    work = Workload(config, options("--warmup", "2", "--steps", "3"))
+    measured = work.measure(lambda: calls.append(1))
     assert measured == Measured(seconds=2, peak_memory=0, spread=1.25)
     assert len(calls) == 5
 
@@ -151,7 +154,7 @@ def test_what_fails_or_does_not_apply_stops_no_other_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # Nothing of this file, which another process cannot import.
-    idle = partial(inference.step_with_fp8, None, None)
+    idle = partial(inference.step_with_fp8, None)
     wrong, deadly = partial(int, "x"), partial(os._exit, 9)
     runs = [idle, wrong, deadly, partial(Measured, 2.0, 3 * 10**9)]
     jobs = [Job("step", label, run, "same") for label, run in zip("nabc", runs, strict=True)]
@@ -206,8 +209,8 @@ def test_warmup_and_steps_count_whole_videos(
         return engine
 
     monkeypatch.setattr("sgm.pipeline.load_engine", counting)
-    monkeypatch.setattr(inference.inputs, "WARMUP_STEPS", 3)
-    inference.pipeline(with_weights, options("--warmup", "2", "--steps", "3"))
+    monkeypatch.setattr("tools.bench.workload.WARMUP_STEPS", 3)
+    inference.pipeline(Workload(with_weights, options("--warmup", "2", "--steps", "3")))
     assert num_steps == [3, 3, 2, 2, 2]
 
 
@@ -226,10 +229,10 @@ def test_neighbours_share_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_table_compares_within_a_section(capsys: pytest.CaptureFixture[str]) -> None:
     numbers = (0.5, 2.0, 3 * 10**9, 1e12, 0.25, 0.01)
-    own = Result("decode", "own", "cpu", *numbers, startup_seconds=4.0)
-    broken = Result("decode", "tiled", failure="no memory")
-    rival = Result("decode", "diffusers", "cpu", 1.0, 1.0, is_reference=True)
-    other = Result("step", "own", "cpu", 3.0, 1 / 3)
+    own = BenchmarkResult("decode", "own", "cpu", *numbers, startup_seconds=4.0)
+    broken = BenchmarkResult("decode", "tiled", failure="no memory")
+    rival = BenchmarkResult("decode", "diffusers", "cpu", 1.0, 1.0, is_reference=True)
+    other = BenchmarkResult("step", "own", "cpu", 3.0, 1 / 3)
     print_table([own, broken, rival, other])
     _, *lines, start = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines] == [
@@ -343,9 +346,9 @@ def test_attention_is_that_of_the_flag_or_of_the_configuration(
     path.write_text(yaml.safe_dump(sections))
     results = []
 
-    def run_here(jobs: list[Job], *_: Any, **__: Any) -> list[Result]:
+    def run_here(jobs: list[Job], *_: Any, **__: Any) -> list[BenchmarkResult]:
         results.extend(run_job(job, started=0.0) for job in jobs)
-        return [result for result in results if isinstance(result, Result)]
+        return [result for result in results if isinstance(result, BenchmarkResult)]
 
     monkeypatch.setattr(benchmark, "report", run_here)
     assert main(["--base", str(path), "--only", "step", *flags]) == 1
@@ -358,7 +361,7 @@ def test_attention_is_that_of_the_flag_or_of_the_configuration(
     )
     asked: list[Config] = []
     config = parse_config(SamplingArgs, "", ["--base", INFER])
-    inference.pipeline(config, options("--attention", "sdpa"))
+    inference.pipeline(Workload(config, options("--attention", "sdpa")))
     assert asked[0].args.attention == "sdpa" != config.args.attention
 
 
@@ -369,20 +372,20 @@ def test_this_projects_kernel_is_not_for_training() -> None:
 
 def test_flags_of_training_have_defaults() -> None:
     given = options("--rank", "4")
-    check_flags(given, ["train"])
+    fill_in(given, parse_config(TrainingArgs, "", ["--base", SFT]))
     assert (given.methods, given.rank, given.keep) == (METHODS, 4, ("attention",))
 
 
 def test_the_exit_code_tells_of_a_failure(
     small: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = [Result("decode", "own", "cpu", 1.0, 1.0)]
+    results = [BenchmarkResult("decode", "own", "cpu", 1.0, 1.0)]
     heads = []
     monkeypatch.setattr(benchmark, "report", lambda jobs, file, head: heads.append(head) or results)
     assert main(["--base", small, "--only", "decode"]) == 0
     head = heads[0]
     assert (head["argv"], head["base"]) == (["--base", small, "--only", "decode"], [small])
     assert head["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
-    results.append(Result("decode", "diffusers", failure="no memory"))
+    results.append(BenchmarkResult("decode", "diffusers", failure="no memory"))
     assert main(["--base", small, "--only", "decode"]) == 1
     assert "failed: no memory" in capsys.readouterr().out
