@@ -29,7 +29,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Packages whose versions can change the pixels of a video.
-PACKAGES = "torch SwissArmyTransformer transformers imageio-ffmpeg triton flash-attn-4".split()
+PACKAGES = (
+    "torch",
+    "SwissArmyTransformer",
+    "transformers",
+    "imageio-ffmpeg",
+    "triton",
+    "flash-attn-4",
+)
 
 
 def get_prompts(args: SamplingArgs, rank: Rank) -> Iterable[Prompt]:
@@ -46,67 +53,61 @@ def get_prompts(args: SamplingArgs, rank: Rank) -> Iterable[Prompt]:
     return read_typed_prompts()
 
 
-class VideoFolder:
-    """Makes the videos of prompts and writes them with their records into the output folder.
+def make_videos(pipe: CogVideoX, config: Config, prompt: Prompt, *, progress: Progress) -> None:
+    """Make all samples of a prompt and write them with their records into the output folder.
 
     Args:
         pipe: the model.
         config: the configuration of the run.
+        prompt: the prompt.
         progress: counts the steps.
+
+    Raises:
+        UserError: a file cannot be written, or the result is not finite.
+        LostProcess: this process failed in work that others need.
     """
+    from sgm.pipeline import Step
+    from sgm.video import write_contact_sheet
 
-    def __init__(self, pipe: CogVideoX, config: Config, *, progress: Progress) -> None:
-        self.pipe = pipe
-        self.config = config
-        self.folder = Path(config.args.output_dir)
-        self.progress = progress
+    for sample in range(config.args.batch_size):
+        folder = Path(config.args.output_dir, prompt.folder_name, str(sample))
+        path = folder / "000000.mp4"
+        # One sample at a time, so that none depends on their number.
+        index = (prompt.line, sample)
+        for event in pipe.stream(prompt.text, index=index, path=path.absolute()):
+            if isinstance(event, Step):
+                progress.step(f"prompt {prompt.line}, sample {sample}")
+        if len(event.frames):  # with parallel: video, only the first process has frames
+            write_contact_sheet(event.frames, folder / "contact_sheet.png")
+            write_record(config, prompt, sample, event, folder / "run.json")
+            seconds = event.sampling_seconds + event.decoding_seconds
+            progress.say(f"{path} ({seconds:.1f} s)")
 
-    def make(self, prompt: Prompt) -> None:
-        """Make all samples of a prompt.
 
-        Raises:
-            UserError: a file cannot be written, or the result is not finite.
-            LostProcess: this process failed in work that others need.
-        """
-        from sgm.pipeline import Step
-        from sgm.video import write_contact_sheet
+def write_record(config: Config, prompt: Prompt, sample: int, video: Video, path: Path) -> None:
+    """Write a JSON file with the settings that reproduce a video, and with its timings.
 
-        for sample in range(self.config.args.batch_size):
-            folder = self.folder / prompt.folder_name / str(sample)
-            path = folder / "000000.mp4"
-            # One sample at a time, so that none depends on their number.
-            events = self.pipe.stream(
-                prompt.text, index=(prompt.line, sample), path=path.absolute()
-            )
-            for event in events:
-                if isinstance(event, Step):
-                    self.progress.step(f"prompt {prompt.line}, sample {sample}")
-            if len(event.frames):  # with parallel: video, only the first process has frames
-                write_contact_sheet(event.frames, folder / "contact_sheet.png")
-                self._write_record(prompt, sample, event, folder)
-                seconds = event.sampling_seconds + event.decoding_seconds
-                self.progress.say(f"{path} ({seconds:.1f} s)")
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from sgm.video import write_json
 
-    def _write_record(self, prompt: Prompt, sample: int, video: Video, folder: Path) -> None:
-        """Write run.json: the settings that reproduce the video, and the timings."""
-        from sgm.video import write_json
-
-        record = {
-            "prompt": prompt.text,
-            "line": prompt.line,
-            "sample": sample,
-            "seed": self.config.args.seed,
-            "config_files": self.config.files,
-            "args": asdict(self.config.args),
-            "model": self.config.model,
-            "versions": {"python": platform.python_version()} | installed_versions(PACKAGES),
-            "timings": {
-                "sampling_seconds": video.sampling_seconds,
-                "decoding_seconds": video.decoding_seconds,
-                **peak_memory(),
-            },
-        }
-        write_json(record, folder / "run.json")
+    record = {
+        "prompt": prompt.text,
+        "line": prompt.line,
+        "sample": sample,
+        "seed": config.args.seed,
+        "config_files": config.files,
+        "args": asdict(config.args),
+        "model": config.model,
+        "versions": {"python": platform.python_version()} | installed_versions(PACKAGES),
+        "timings": {
+            "sampling_seconds": video.sampling_seconds,
+            "decoding_seconds": video.decoding_seconds,
+            **peak_memory(),
+        },
+    }
+    write_json(record, path)
 
 
 def peak_memory() -> dict[str, float]:
@@ -130,21 +131,20 @@ def sample_all(pipe: CogVideoX, config: Config, prompts: Iterable[Prompt], *, ra
     Raises:
         LostProcess: several processes make each video together, and this one failed.
     """
-    from sgm import progress as progress_module
     from sgm.parallel.processes import LostProcess
+    from sgm.progress import Progress
 
     # Every process reports the files that it writes, and the first one its steps.
-    progress_module.logger.setLevel(logging.INFO)
+    logging.getLogger("sgm.progress").setLevel(logging.INFO)
     steps = None
     if isinstance(prompts, list):  # the number of typed prompts is unknown
         steps = len(prompts) * config.args.batch_size * pipe.engine.sampler.num_steps
     pipe.compile(num_steps=steps or 0)
     failed = 0
-    with progress_module.Progress(steps, lines=rank.index == 0) as progress:
-        videos = VideoFolder(pipe, config, progress=progress)
+    with Progress(steps, lines=rank.index == 0) as progress:
         for prompt in prompts:
             try:
-                videos.make(prompt)
+                make_videos(pipe, config, prompt, progress=progress)
             except LostProcess:
                 raise
             except Exception as error:  # no error of one prompt stops the others

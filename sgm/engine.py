@@ -94,7 +94,6 @@ class SATVideoDiffusionEngine(nn.Module):
         dtype, device: of all parts. On the device "meta" all parts are built without values, even
             those that are not kept, and compared with the headers of their files; `load_weights`
             then loads the values.
-        text_device, stream_text: as in `load_weights`.
         tile_decode: decode in tiles, see sgm/models/tiled_decoding.py.
 
     Attributes:
@@ -130,8 +129,6 @@ class SATVideoDiffusionEngine(nn.Module):
         lora: Sequence[LoraChoice] = (),
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        text_device: str | torch.device | None = None,
-        stream_text: bool = False,
         tile_decode: bool = False,
     ) -> None:
         super().__init__()
@@ -192,7 +189,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self._network_here: AbstractContextManager[None] = nullcontext()
         self._decoder_here: AbstractContextManager[None] = nullcontext()
         if not is_meta:
-            self.load_weights(device, text_device=text_device, stream_text=stream_text)
+            self.load_weights(device)
 
     def load_weights(
         self,
@@ -460,7 +457,7 @@ class SATVideoDiffusionEngine(nn.Module):
         return latents, self._here(self.conditioner(batch))
 
 
-def _checked_prefixes(value: object, names: Collection[str]) -> tuple[str, ...]:
+def _checked_prefixes(value: Sequence[str] | None, names: Collection[str]) -> tuple[str, ...]:
     """`not_trainable_prefixes` as a tuple; null is empty.
 
     Args:

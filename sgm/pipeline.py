@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import operator
 import threading
 import time
 import weakref
@@ -143,7 +142,7 @@ class CogVideoX:
         *,
         embed: Callable[[Sequence[str]], Conditioning] | None = None,
     ) -> None:
-        self.engine = engine
+        self.engine: SATVideoDiffusionEngine | None = engine  # None once it is closed
         self.defaults = defaults
         self._model = model
         self._embed = embed or engine.conditioner.encode
@@ -157,7 +156,7 @@ class CogVideoX:
 
     @classmethod
     def from_config(
-        cls, *files: str | Path, allow_target: Sequence[str] = (), **args: Any
+        cls, *files: str | Path, allow_target: Sequence[str] = (), **args: object
     ) -> CogVideoX:
         """Load the model that YAML files describe.
 
@@ -490,4 +489,4 @@ class CogVideoX:
 def _plain_integer(value: T) -> T | int:
     """An integer of any type, such as NumPy's, as int; any other value as it is."""
     is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-    return operator.index(value) if is_integer else value
+    return int(value) if is_integer else value

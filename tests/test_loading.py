@@ -1,4 +1,4 @@
-"""Which memory mode is chosen, and that what it is chosen by is the size of the model."""
+"""The choice of the memory mode from the sizes of the model and the free memory."""
 
 import dataclasses
 import logging

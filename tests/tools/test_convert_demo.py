@@ -36,7 +36,7 @@ def failure(status: int, message: str = "it is so") -> tuple[int, Any]:
 
 
 class Endpoint:
-    """Answers requests with `answers` in order, the last of them for ever; keeps the requests."""
+    """Answers requests with `answers` in order, repeats the last one, and keeps the requests."""
 
     def __init__(self) -> None:
         self.answers: list[tuple[int, Any]] = []
