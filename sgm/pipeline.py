@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
@@ -142,11 +142,12 @@ class CogVideoX:
         *,
         embed: Callable[[Sequence[str]], Conditioning] | None = None,
     ) -> None:
-        self.engine: SATVideoDiffusionEngine | None = engine  # None once it is closed
+        self.engine = engine  # None once it is closed
         self.defaults = defaults
         self._model = model
-        self._embed = embed or engine.conditioner.encode
-        self._embedded: dict[str, tuple[str, Conditioning]] = {}  # the last text of each kind
+        embed = embed or engine.conditioner.encode
+        # Caches two texts: the last prompt and the last negative prompt.
+        self._encode = lru_cache(maxsize=2)(lambda text: embed([text]))
         self._rgb: Tensor | None = None
         self._busy = threading.Lock()
         self.group: distributed.ProcessGroup | None = None
@@ -226,8 +227,7 @@ class CogVideoX:
                 running.close()
         with self._alone(needs_open=False):
             engine, self.engine = self.engine, None
-            self._embedded.clear()
-            self._embed = self._rgb = None
+            self._encode = self._rgb = None
             if engine is None:
                 return
             for weight in chain(engine.parameters(), engine.buffers()):
@@ -281,19 +281,27 @@ class CogVideoX:
                 result is not finite, or the file cannot be written.
             LostProcess: this process failed in work that others need.
         """
-        with self._alone():
-            request = self._request(
-                prompt,
-                index,
-                negative_prompt=negative_prompt,
-                seed=seed,
-                num_steps=num_steps,
-                guidance_scale=guidance_scale,
-                num_frames=num_frames,
+        with self._alone():  # so that a call while another one runs fails here already
+            sampler = self.engine.sampler
+            if num_steps is not None or guidance_scale is not None:
+                sampler = sampler.adjusted(num_steps=num_steps, guidance_scale=guidance_scale)
+        checked_value(prompt, str, where="CogVideoX: prompt")
+        given = {"negative_prompt": negative_prompt, "seed": _plain_integer(seed)}
+        settings = replace(self.defaults, **check_given(SamplingArgs, given, where="CogVideoX"))
+        if num_frames is not None:
+            num_latents = num_latent_frames(_plain_integer(num_frames), self._model)
+            settings = replace(settings, shape=(num_latents, *settings.shape[1:]))
+        pair = index if isinstance(index, tuple) else (index, 0)
+        line_and_sample = tuple(map(_plain_integer, pair))
+        if len(pair) != 2 or not all(type(n) is int and n >= 0 for n in line_and_sample):
+            raise UserError(
+                f"index: {index!r} must be a whole number from 0, or a pair of these: the line of "
+                "a prompt file and the number of the sample"
             )
         if path is not None:
             # In a group only the first process would fail here, and the others would wait for it.
             path = mp4_path(path) if self.group is None else Path(path).absolute()
+        request = _Request(prompt, settings, line_and_sample, sampler)
         run = self._run(request, path, decode=decode)
         self._running = weakref.ref(run)
         return run
@@ -343,39 +351,6 @@ class CogVideoX:
         with self._alone():
             yield from self._decode(latents)
 
-    def _request(
-        self,
-        prompt: str,
-        index: int | tuple[int, int],
-        *,
-        num_steps: int | None,
-        guidance_scale: float | None,
-        num_frames: int | None,
-        **texts_and_seed: str | int | None,
-    ) -> _Request:
-        """Check the arguments of `stream` and complete them.
-
-        Raises:
-            UserError: a value cannot be used.
-        """
-        checked_value(prompt, str, where="CogVideoX: prompt")
-        plain = {name: _plain_integer(value) for name, value in texts_and_seed.items()}
-        settings = replace(self.defaults, **check_given(SamplingArgs, plain, where="CogVideoX"))
-        pair = index if isinstance(index, tuple) else (index, 0)
-        line_and_sample = tuple(map(_plain_integer, pair))
-        if len(pair) != 2 or not all(type(n) is int and n >= 0 for n in line_and_sample):
-            raise UserError(
-                f"index: {index!r} must be a whole number from 0, or a pair of these: the line of "
-                "a prompt file and the number of the sample"
-            )
-        if num_frames is not None:
-            num_latents = num_latent_frames(_plain_integer(num_frames), self._model)
-            settings = replace(settings, shape=(num_latents, *settings.shape[1:]))
-        sampler = self.engine.sampler
-        if num_steps is not None or guidance_scale is not None:
-            sampler = sampler.adjusted(num_steps=num_steps, guidance_scale=guidance_scale)
-        return _Request(prompt, settings, line_and_sample, sampler)
-
     def _require_open(self) -> None:
         """Raise UserError if the pipeline is closed, LostProcess if others cannot go on with it."""
         if self.engine is None:
@@ -413,7 +388,9 @@ class CogVideoX:
                 self.compile(num_steps=request.sampler.num_steps)
             is_together = self.group is not None
             with in_step(together=is_together):
-                cond, uncond = self._conditioning(request)
+                cond, negative = self._encode(request.prompt), request.settings.negative_prompt
+                unconditional = self.engine.conditioner.unconditional
+                uncond = self._encode(negative) if negative else unconditional(cond)
                 started = time.perf_counter()
                 try:
                     latents = yield from self._sample(request, cond, uncond)
@@ -439,13 +416,6 @@ class CogVideoX:
                 array = collect_frames(frames, path if writes else None, fps=fps)
             yield Video(array, fps, sampled - started, time.perf_counter() - sampled)
 
-    def _conditioning(self, request: _Request) -> tuple[Conditioning, Conditioning]:
-        """Conditioning of both branches of guidance."""
-        cond = self._encode("prompt", request.prompt)
-        if request.settings.negative_prompt:
-            return cond, self._encode("negative", request.settings.negative_prompt)
-        return cond, self.engine.conditioner.unconditional(cond)
-
     def _sample(
         self, request: _Request, cond: Conditioning, uncond: Conditioning
     ) -> Generator[Step, None, Tensor]:
@@ -469,13 +439,6 @@ class CogVideoX:
             for chunk in chunks:
                 yield to_uint8(chunk[0])
 
-    def _encode(self, kind: str, text: str) -> Conditioning:
-        """Conditioning of a text; the last one of each kind is cached."""
-        kept = self._embedded.get(kind)
-        if kept is None or kept[0] != text:
-            kept = self._embedded[kind] = text, self._embed([text])
-        return kept[1]
-
     def _preview(self, latents: Tensor) -> np.ndarray:
         """Latents (1, t, c, h, w) → (t, h, w, 3) uint8; see `Step.preview`."""
         self._require_open()
@@ -488,5 +451,6 @@ class CogVideoX:
 
 def _plain_integer(value: T) -> T | int:
     """An integer of any type, such as NumPy's, as int; any other value as it is."""
-    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-    return int(value) if is_integer else value
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return value

@@ -102,7 +102,7 @@ def test_operations_of_the_2b_model_by_hand() -> None:
 
 def test_median_leaves_the_warmup_out(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0, 1, 3, 9])  # calls of 1, 2 and 6 s
-    monkeypatch.setattr("tools.bench.measuring.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("tools.bench.workload.time.perf_counter", lambda: next(clock))
     monkeypatch.setattr("tools.bench.workload.choose_device", lambda: CPU)
     calls = []
     work = Workload(config, options("--warmup", "2", "--steps", "3"))
@@ -283,9 +283,9 @@ def test_weights_of_other_tools_are_an_error(config: Config, tmp_path: Path, nam
     message = (
         f"--weights {folder} does not hold weights that this tool wrote: load: .* does not exist"
     )
-    with pytest.raises(UserError, match=f"{message}; name a new folder"):
-        with config_with_weights(config, folder):
-            pass
+    failure = pytest.raises(UserError, match=f"{message}; name a new folder")
+    with failure, config_with_weights(config, folder):
+        pass
 
 
 def test_sections_follow_from_the_configuration() -> None:

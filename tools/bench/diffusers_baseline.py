@@ -146,23 +146,19 @@ def pipeline(work: Workload) -> Measured:
 def _transformer(work: Workload, dtype: torch.dtype) -> nn.Module:
     node = work.config.model["network_config"]
     sizes = sizes_of(build_on_meta(node).state_dict(), "transformer", "the configuration")
-    model = _build(
-        transformer_config(sizes, geometry_of(node["params"])), dtype, device=work.device
-    )
+    model = _build(transformer_config(sizes, geometry_of(node["params"])), dtype, work.device)
     randomize(model)
     return model
 
 
 def _vae(work: Workload) -> nn.Module:
-    model = work.config.model
-    sizes = sizes_of(
-        build_on_meta(model["first_stage_config"]).state_dict(), "vae", "the configuration"
-    )
-    geometry = geometry_of(model["network_config"]["params"])
-    return _build(vae_config(sizes, geometry, scaling_factor=1.0), work.dtype, device=work.device)
+    node = work.config.model["first_stage_config"]
+    sizes = sizes_of(build_on_meta(node).state_dict(), "vae", "the configuration")
+    geometry = geometry_of(work.config.model["network_config"]["params"])
+    return _build(vae_config(sizes, geometry, scaling_factor=1.0), work.dtype, work.device)
 
 
-def _build(config: dict[str, Any], dtype: torch.dtype, *, device: torch.device) -> nn.Module:
+def _build(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The model of a config.json, with the random weights of its constructor."""
     import diffusers
 

@@ -1,12 +1,9 @@
-"""Time, memory and counted operations of a call, for all sections of the benchmark."""
+"""Results of measurements, counted operations and random weights, for all sections."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,38 +37,6 @@ class Measured:
 def choose_device() -> torch.device:
     """The first GPU, or the CPU if there is none."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def measure(call: Callable[[], object], *, device: torch.device, steps: int) -> Measured:
-    """The median time of `steps` calls, and their peak memory."""
-    if device.type == "cuda":  # compiling and tuning before took memory of their own
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    clock = _gpu_clock if device.type == "cuda" else _cpu_clock
-    times = clock(call, steps)
-    seconds = statistics.median(times)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    return Measured(seconds, peak, spread=(max(times) - min(times)) / 2 / seconds)
-
-
-def _cpu_clock(call: Callable[[], object], times: int) -> list[float]:
-    """Seconds of each call."""
-    marks = [time.perf_counter()]
-    for _ in range(times):
-        call()
-        marks.append(time.perf_counter())
-    return [end - start for start, end in pairwise(marks)]
-
-
-def _gpu_clock(call: Callable[[], object], times: int) -> list[float]:
-    """Seconds of each call by the GPU's clock, without waiting for the GPU between calls."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        call()
-        mark.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1000 for start, end in pairwise(marks)]
 
 
 def peak_rate(device: torch.device) -> float | None:

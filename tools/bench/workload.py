@@ -1,10 +1,13 @@
-"""A configuration, the options of the benchmark, and random inputs of the model's sizes."""
+"""The work of a line of the benchmark: its configuration, options, random inputs and timing."""
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from sgm.config import Config
 from sgm.preflight import TEMPORAL_FACTOR, latent_shape
-from tools.bench.measuring import Measured, choose_device, measure
+from tools.bench.measuring import Measured, choose_device
 
 PROMPT = "a red circle moving left"
 WARMUP_STEPS = 2  # sampling steps of a warm-up video; they compile all that the measured one runs
@@ -56,19 +59,26 @@ class Workload:
         *,
         warmup: int = 1,
         steps: int = 3,
-        warm_up: Callable[[], object] | None = None,
+        warmup_call: Callable[[], object] | None = None,
     ) -> Measured:
-        """Time and memory of `call`.
+        """Median time and peak memory of `call`.
 
         Args:
             call: the work.
             warmup, steps: how often it is called before and while it is measured, unless the
                 options say so.
-            warm_up: called in its place before it is measured.
+            warmup_call: called in its place before it is measured.
         """
         for _ in range(self.options.warmup or warmup):
-            (warm_up or call)()
-        return measure(call, device=self.device, steps=self.options.steps or steps)
+            (warmup_call or call)()
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:  # compiling and tuning in the warm-up took memory of their own
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        times = (_gpu_clock if on_gpu else _cpu_clock)(call, self.options.steps or steps)
+        seconds = statistics.median(times)
+        peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+        return Measured(seconds, peak, spread=(max(times) - min(times)) / 2 / seconds)
 
     def measure_step(self, call: Callable[[], object]) -> Measured:
         """As `measure`, for a sampling step: a GPU settles at its power limit after some steps."""
@@ -78,7 +88,9 @@ class Workload:
     def measure_videos(self, make: Callable[[int], object]) -> Measured:
         """As `measure`, for ``make(num_steps)``, which makes a whole video."""
         num_steps = self.config.model["sampler_config"]["params"]["num_steps"]
-        return self.measure(lambda: make(num_steps), steps=1, warm_up=lambda: make(WARMUP_STEPS))
+        return self.measure(
+            lambda: make(num_steps), steps=1, warmup_call=lambda: make(WARMUP_STEPS)
+        )
 
     def video_shape(self) -> tuple[int, ...]:
         """Shape (1, t, 3, h, w) of the video that the configuration makes."""
@@ -109,3 +121,23 @@ class Workload:
         """Latents (1, t, c, h, w), texts (2, n, d) and timestep (1,) of a step with guidance."""
         texts = torch.randn(2, *self.text_shape(), device=self.device)
         return self.latents(), texts, torch.tensor([500], device=self.device)
+
+
+def _cpu_clock(call: Callable[[], object], times: int) -> list[float]:
+    """Seconds of each call."""
+    marks = [time.perf_counter()]
+    for _ in range(times):
+        call()
+        marks.append(time.perf_counter())
+    return [end - start for start, end in pairwise(marks)]
+
+
+def _gpu_clock(call: Callable[[], object], times: int) -> list[float]:
+    """Seconds of each call by the GPU's clock, without waiting for the GPU between calls."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1000 for start, end in pairwise(marks)]
