@@ -1,4 +1,4 @@
-"""The name by which SAT's scripts and older code import the engine; it is in sgm/engine.py."""
+"""The module from which SAT's scripts and older code import the engine of sgm/engine.py."""
 
 from sgm.engine import SATVideoDiffusionEngine
 

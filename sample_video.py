@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from sgm.pipeline import CogVideoX, Video
     from sgm.progress import Progress
 
-# Heavy modules (PyTorch, SAT) are imported where they are first needed, so that a mistake in the
-# command line or a configuration is answered at once.
+# Heavy modules (PyTorch, SAT) are imported at first use, so that a mistake in the command line or
+# in a configuration is reported at once.
 
 logger = logging.getLogger(__name__)
 
-# What the numbers of a video depend on.
+# Packages whose versions can change the pixels of a video.
 PACKAGES = (
     "torch",
     "SwissArmyTransformer",
@@ -39,10 +39,10 @@ PACKAGES = (
 
 
 def get_prompts(args: SamplingArgs, rank: Rank) -> Iterable[Prompt]:
-    """The prompts that this rank works on.
+    """The prompts of this rank.
 
     Raises:
-        UserError: the prompt file is wrong, or several processes would share one keyboard.
+        UserError: the prompt file is invalid, or prompts are typed and there are several processes.
     """
     if args.input_type == "txt":
         prompts = read_prompt_file(args.input_file)
@@ -52,63 +52,65 @@ def get_prompts(args: SamplingArgs, rank: Rank) -> Iterable[Prompt]:
     return read_typed_prompts()
 
 
-class VideoFolder:
-    """The output folder: makes the videos of prompts and writes them with their records."""
+def make_videos(pipe: CogVideoX, config: Config, prompt: Prompt, *, progress: Progress) -> None:
+    """Make all samples of a prompt and write them with their records into the output folder.
 
-    def __init__(self, pipe: CogVideoX, config: Config, *, progress: Progress) -> None:
-        self.pipe = pipe
-        self.config = config
-        self.folder = Path(config.args.output_dir)
-        self.progress = progress
+    Args:
+        pipe: the model.
+        config: the configuration of the run.
+        prompt: the prompt.
+        progress: counts the steps.
 
-    def make(self, prompt: Prompt) -> None:
-        """All samples of a prompt.
+    Raises:
+        UserError: a file cannot be written, or the result is not finite.
+        LostProcess: this process failed in work that others need.
+    """
+    from sgm.pipeline import Step
+    from sgm.video import write_contact_sheet
 
-        Raises:
-            UserError: a file cannot be written, or the result is not finite.
-            LostProcess: this process failed where the others need it.
-        """
-        from sgm.pipeline import Step
-        from sgm.video import write_contact_sheet
+    for sample in range(config.args.batch_size):
+        folder = Path(config.args.output_dir, prompt.folder_name, str(sample))
+        path = folder / "000000.mp4"
+        # One sample at a time, so that none depends on their number.
+        index = (prompt.line, sample)
+        for event in pipe.stream(prompt.text, index=index, path=path.absolute()):
+            if isinstance(event, Step):
+                progress.step(f"prompt {prompt.line}, sample {sample}")
+        if len(event.frames):  # with parallel: video, only the first process has frames
+            write_contact_sheet(event.frames, folder / "contact_sheet.png")
+            write_record(config, prompt, sample, event, folder / "run.json")
+            seconds = event.sampling_seconds + event.decoding_seconds
+            progress.say(f"{path} ({seconds:.1f} s)")
 
-        for sample in range(self.config.args.batch_size):
-            folder = self.folder / prompt.folder_name / str(sample)
-            path = folder / "000000.mp4"
-            # Samples are drawn singly, so that none depends on how many there are.
-            place = (prompt.line, sample)
-            for event in self.pipe.stream(prompt.text, index=place, path=path.absolute()):
-                if isinstance(event, Step):
-                    self.progress.step(f"prompt {prompt.line}, sample {sample}")
-            if len(event.frames):  # made together, the first process alone has them
-                write_contact_sheet(event.frames, folder / "contact_sheet.png")
-                self._write_record(prompt, sample, event, folder)
-                seconds = event.sampling_seconds + event.decoding_seconds
-                self.progress.say(f"{path} ({seconds:.1f} s)")
 
-    def _write_record(self, prompt: Prompt, sample: int, video: Video, folder: Path) -> None:
-        """run.json: all that is needed to make the video again, and how long it took."""
-        from sgm.video import write_json
+def write_record(config: Config, prompt: Prompt, sample: int, video: Video, path: Path) -> None:
+    """Write a JSON file with the settings that reproduce a video, and with its timings.
 
-        timings = {
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from sgm.video import write_json
+
+    record = {
+        "prompt": prompt.text,
+        "line": prompt.line,
+        "sample": sample,
+        "seed": config.args.seed,
+        "config_files": config.files,
+        "args": config.args.model_dump(),
+        "model": config.model,
+        "versions": {"python": platform.python_version()} | installed_versions(PACKAGES),
+        "timings": {
             "sampling_seconds": video.sampling_seconds,
             "decoding_seconds": video.decoding_seconds,
-        }
-        record = {
-            "prompt": prompt.text,
-            "line": prompt.line,
-            "sample": sample,
-            "seed": self.config.args.seed,
-            "config_files": self.config.files,
-            "args": self.config.args.model_dump(),
-            "model": self.config.model,
-            "versions": {"python": platform.python_version()} | installed_versions(PACKAGES),
-            "timings": timings | peak_memory(),
-        }
-        write_json(record, folder / "run.json")
+            **peak_memory(),
+        },
+    }
+    write_json(record, path)
 
 
 def peak_memory() -> dict[str, float]:
-    """Peak memory of this process so far: of the host, and of the GPU where one is used."""
+    """Peak memory of this process so far in GiB: host memory, and GPU memory if it uses a GPU."""
     import resource
 
     import torch
@@ -120,32 +122,31 @@ def peak_memory() -> dict[str, float]:
 
 
 def sample_all(pipe: CogVideoX, config: Config, prompts: Iterable[Prompt], *, rank: Rank) -> int:
-    """Make every prompt's videos; one that fails is reported and does not stop the others.
+    """Make the videos of all prompts; a prompt that fails is reported and does not stop the others.
 
     Returns:
         Number of prompts that failed.
 
     Raises:
-        LostProcess: several processes work on each video, and this one failed in that.
+        LostProcess: several processes make each video together, and this one failed.
     """
-    from sgm import progress as progress_module
     from sgm.parallel.processes import LostProcess
+    from sgm.progress import Progress
 
-    # Every process reports what it has written, but the first one's steps stand for all.
-    progress_module.logger.setLevel(logging.INFO)
+    # Every process reports the files that it writes, and the first one its steps.
+    logging.getLogger("sgm.progress").setLevel(logging.INFO)
     steps = None
-    if isinstance(prompts, list):  # else they are still to be typed
+    if isinstance(prompts, list):  # the number of typed prompts is unknown
         steps = len(prompts) * config.args.batch_size * pipe.engine.sampler.num_steps
     pipe.compile(num_steps=steps or 0)
     failed = 0
-    with progress_module.Progress(steps, lines=rank.index == 0) as progress:
-        videos = VideoFolder(pipe, config, progress=progress)
+    with Progress(steps, lines=rank.index == 0) as progress:
         for prompt in prompts:
             try:
-                videos.make(prompt)
+                make_videos(pipe, config, prompt, progress=progress)
             except LostProcess:
                 raise
-            except Exception as error:  # whatever it is, the other prompts have a right to be made
+            except Exception as error:  # no error of one prompt stops the others
                 failed += 1
                 logger.debug("prompt %d", prompt.line, exc_info=True)
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,12 +1,12 @@
 """Text to video with CogVideoX on SwissArmyTransformer: ``from sgm import CogVideoX``.
 
-With it SAT is imported in part only; see sgm/sat_runtime.py. PyTorch is imported when `CogVideoX`
-is first asked for.
+Only a part of SAT is imported, see sgm/sat_runtime.py. PyTorch is imported at the first use of
+`CogVideoX`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sgm.sat_runtime import leave_out_unused_parts
 
@@ -18,8 +18,8 @@ __all__ = ["CogVideoX", "Step", "Video"]
 leave_out_unused_parts()
 
 
-def __getattr__(name: str) -> Any:
-    """`CogVideoX` and what it gives, whose import takes seconds (PEP 562)."""
+def __getattr__(name: str) -> type[CogVideoX] | type[Step] | type[Video]:
+    """Import `CogVideoX`, `Step` or `Video` at first use, since that takes seconds (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from sgm import pipeline

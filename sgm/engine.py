@@ -1,14 +1,14 @@
-"""The engine that wires the parts of a configuration: transformer, autoencoder, text encoder."""
+"""The engine: the transformer, autoencoder and text encoder of a configuration."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -27,6 +27,7 @@ from sgm.checkpoint.transformer import (
 from sgm.config import LoraChoice
 from sgm.errors import UserError, nearest_name
 from sgm.models.autoencoder import (
+    VideoAutoencoderInferenceWrapper,
     build_first_stage,
     draw_latents,
     encode_moments,
@@ -35,36 +36,40 @@ from sgm.models.autoencoder import (
 )
 from sgm.models.tiled_decoding import decode_tiled
 from sgm.modules.autoencoding.causal_conv import ConvCache, HostConvCache
-from sgm.modules.diffusionmodules.sampling import SampledStep, Sampler, StepCallback
+from sgm.modules.diffusionmodules.sampling import SampledStep, Sampler
 from sgm.offload import OffloadedWeights, move_to_host
 from sgm.parallel.decoding import decode_together
 from sgm.util import instantiate_from_config, instantiate_part
+
+if TYPE_CHECKING:
+    from sgm.models.transformer import DiffusionTransformer
 
 Config = Mapping[str, Any]
 
 
 class NetworkWrapper(nn.Module):
-    """Calls the transformer in its own precision, with float32 on both sides.
+    """Calls the transformer in its own precision; inputs and outputs are float32.
 
-    The name of its one module gives the weights the prefix ``model.diffusion_model.`` of SAT
-    checkpoints.
+    The attribute `diffusion_model` gives the weights the prefix ``model.diffusion_model.`` that
+    they have in SAT checkpoints.
 
     Attributes:
-        autocast_dtype: products are computed in this type, by `torch.autocast`; None for that of
-            the weights.
+        autocast_dtype: dtype of matrix products under `torch.autocast`; None uses that of the
+            weights.
     """
 
-    def __init__(self, diffusion_model: nn.Module) -> None:
+    diffusion_model: DiffusionTransformer
+
+    def __init__(self, diffusion_model: DiffusionTransformer) -> None:
         super().__init__()
         self.diffusion_model = diffusion_model
         self.autocast_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor, timesteps: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """x (b, t, c, h, w), timesteps (b,) in 0…999, cond of k b samples → (k b, t, c, h, w)."""
-        dtype, autocast = self.diffusion_model.dtype, nullcontext()
-        if self.autocast_dtype is not None:
-            autocast = torch.autocast(x.device.type, self.autocast_dtype)
-        with autocast:
+        dtype = self.diffusion_model.dtype
+        is_autocast = self.autocast_dtype is not None
+        with torch.autocast(x.device.type, self.autocast_dtype) if is_autocast else nullcontext():
             output = self.diffusion_model(
                 x.to(dtype), timesteps=timesteps, context=cond["crossattn"].to(dtype)
             )
@@ -72,32 +77,38 @@ class NetworkWrapper(nn.Module):
 
 
 class SATVideoDiffusionEngine(nn.Module):
-    """Text to video, and the parts of its training loss.
+    """The parts of a text-to-video model, and of its training loss.
 
     Args:
         network_config … loss_fn_config: nodes of the parts, see README.
-        scale_factor: latents are multiplied by it after encoding, divided by it before decoding.
-        not_trainable_prefixes: names of weights that begin so are not trained; ``all`` leaves
-            only the LoRA matrices.
+        scale_factor: latents are multiplied by it after encoding and divided by it before decoding.
+        not_trainable_prefixes: weights whose names begin with one of these are not trained;
+            ``all`` trains the LoRA matrices only.
         lora_config: node of the LoRA mixin; older files have it in the network's `modules`.
-        input_key: the batch's entry that holds the video (or its latents).
-        latent_input: batches hold unscaled latents; the autoencoder is then not built.
-        cached_input: batches come from a cache (see sgm/data/cache.py); neither the autoencoder
-            nor the text encoder is then kept.
+        input_key: the entry of a batch that holds the video (or its latents).
+        latent_input: batches hold unscaled latents, so the autoencoder is not built.
+        cached_input: batches come from a cache (see sgm/data/cache.py), so neither the autoencoder
+            nor the text encoder is kept.
         load: weights of the transformer, of SAT or diffusers; None starts from random ones.
-        lora: LoRAs that are merged into these weights; a `lora_config` is then without effect.
-        dtype, device: of all parts. On the device "meta" all parts are built without values, also
+        lora: LoRAs to merge into these weights; `lora_config` then has no effect.
+        dtype, device: of all parts. On the device "meta" all parts are built without values, even
             those that are not kept, and compared with the headers of their files; `load_weights`
-            then puts the values in place.
-        text_device, stream_text: as in `load_weights`.
+            then loads the values.
         tile_decode: decode in tiles, see sgm/models/tiled_decoding.py.
 
+    Attributes:
+        decoding_group: processes that decode each video together; the first of them gets it. None:
+            this process decodes alone.
+
     Raises:
-        UserError: a parameter or a file is wrong.
+        UserError: a parameter or a file is invalid.
     """
 
-    # Of older files: nothing here runs under autocast, and logging is the trainer's business.
+    # Keys of older files without effect: there is no autocast to disable, and the trainer logs.
     IGNORED_PARAMS = frozenset({"disable_first_stage_autocast", "log_keys"})
+
+    first_stage_model: VideoAutoencoderInferenceWrapper | None
+    sampler: Sampler | None
 
     def __init__(
         self,
@@ -118,20 +129,19 @@ class SATVideoDiffusionEngine(nn.Module):
         lora: Sequence[LoraChoice] = (),
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        text_device: str | torch.device | None = None,
-        stream_text: bool = False,
         tile_decode: bool = False,
     ) -> None:
         super().__init__()
-        self.scale_factor = _checked_scale(scale_factor)
-        self.not_trainable_prefixes = _checked_prefixes(not_trainable_prefixes)
+        if not math.isfinite(scale_factor) or scale_factor <= 0:
+            raise UserError(f"model.scale_factor: {scale_factor!r} must be a finite number above 0")
+        self.scale_factor = scale_factor
         self.input_key = input_key
         self.latent_input = latent_input
         config = _network_config(network_config, lora_config, with_lora=not lora)
         self._network_config = config
         self._dtype = dtype
         self._weights = None if load is None else find_transformer(load)
-        if self._weights is not None:  # for `base_weights`, from whichever folder that is asked
+        if self._weights is not None:  # for `base_weights`, which may be read from another folder
             self._weights_place = os.path.abspath(self._weights.path)
             self._weights_state = self._weights.state()
         self.base_fingerprint: str | None = None  # of the weights before training and LoRAs
@@ -140,7 +150,9 @@ class SATVideoDiffusionEngine(nn.Module):
         self.model = NetworkWrapper(network)
         self._found = None if self._weights is None else check_transformer(network, self._weights)
         self._updates = read_updates(lora, dict(network.named_parameters()))
-        self._check_prefixes()
+        self.not_trainable_prefixes = _checked_prefixes(
+            not_trainable_prefixes, names_with_lora(network)
+        )
         self.denoiser = instantiate_part(denoiser_config, "denoiser_config", needs=["__call__"])
         self.sampler = self.loss_fn = None
         if sampler_config:
@@ -148,20 +160,22 @@ class SATVideoDiffusionEngine(nn.Module):
             self.sampler = instantiate_part(sampler_config, "sampler_config", needs=needs)
         if loss_fn_config:
             self.loss_fn = instantiate_part(loss_fn_config, "loss_fn_config", needs=["__call__"])
-        self._first_stage = {"config": first_stage_config, "dtype": dtype}
-        self._decoding_group: torch.distributed.ProcessGroup | None = None
+        self._first_stage_config = first_stage_config
+        self.decoding_group: torch.distributed.ProcessGroup | None = None
         self.tile_decode = tile_decode
         self._make_cache: Callable[[], ConvCache] = ConvCache
         self.first_stage_model = None
         is_meta = torch.device(device).type == "meta"
         if cached_input:
-            if is_meta:  # only to be checked; its file stays mapped for the cache
-                build_first_stage(**self._first_stage, device="meta")
-            # It has no weights: what remains of the autoencoder where its moments are kept.
+            if is_meta:  # only to check it; its file stays mapped for the cache
+                build_first_stage(first_stage_config, dtype=dtype, device="meta")
+            # Cached moments need no other part of the autoencoder; this one has no weights.
             regularizer = (first_stage_config.get("params") or {}).get("regularizer_config")
             self.regularizer = instantiate_from_config(regularizer)
         elif not latent_input:
-            self.first_stage_model = build_first_stage(**self._first_stage, device="meta")
+            self.first_stage_model = build_first_stage(
+                first_stage_config, dtype=dtype, device="meta"
+            )
         self.conditioner = instantiate_part(
             conditioner_config,
             "conditioner_config",
@@ -175,7 +189,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self._network_here: AbstractContextManager[None] = nullcontext()
         self._decoder_here: AbstractContextManager[None] = nullcontext()
         if not is_meta:
-            self.load_weights(device, text_device=text_device, stream_text=stream_text)
+            self.load_weights(device)
 
     def load_weights(
         self,
@@ -184,48 +198,57 @@ class SATVideoDiffusionEngine(nn.Module):
         text_device: str | torch.device | None = None,
         stream_text: bool = False,
     ) -> None:
-        """Put the weights of all parts in place, which were built on the device "meta".
+        """Load the weights of all parts, which were built on the device "meta".
 
-        Parts without a file get random weights. To be called once.
+        Parts without a file get random weights. Call this once.
 
         Args:
             device: of all parts.
-            text_device: of the text encoder, if it is another.
-            stream_text: weights of the text encoder are on its device while they are used only;
-                see `offload` for the other parts.
+            text_device: of the text encoder; None: `device`.
+            stream_text: keep the weights of the text encoder on its device only while they are
+                used; see `offload` for the other parts.
+
+        Raises:
+            UserError: a file cannot be read.
+            RuntimeError: the weights are loaded already.
         """
         if self.base_fingerprint is not None:
             raise RuntimeError("the weights of this engine are loaded already")
-        place = {"dtype": self._dtype, "device": device}
-        network = self.model.diffusion_model
+        network, dtype = self.model.diffusion_model, self._dtype
         if self._found is None:
-            network = instantiate_from_config(self._network_config).to(**place)
+            network = instantiate_from_config(self._network_config).to(dtype=dtype, device=device)
             self.model.diffusion_model = network.train(self.training)
             self.base_fingerprint = fingerprint(network.state_dict())
         else:
-            self.base_fingerprint = load_transformer(network, self._found, **place)
+            self.base_fingerprint = load_transformer(
+                network, self._found, dtype=dtype, device=device
+            )
             self._found = None
             self._weights.release()
         if self._updates:
             merge_updates(network, self._updates, base=self.base_fingerprint)
             for update in self._updates:
-                if isinstance(update.path, Weights):  # found by the caller, who keeps it
+                if isinstance(update.path, Weights):  # the caller keeps it
                     update.path.release()
             self._updates = []
         if self.first_stage_model is not None:
-            built = load_first_stage(self.first_stage_model, **self._first_stage, device=device)
-            self.first_stage_model, self.regularizer = built, built.regularization
+            self.first_stage_model = load_first_stage(
+                self.first_stage_model, self._first_stage_config, dtype=dtype, device=device
+            )
+            self.regularizer = self.first_stage_model.regularization
         self.conditioner.load_weights(
             device if text_device is None else text_device, streamed=stream_text
         )
-        self._freeze()
+        for name, weight in network.named_parameters():
+            if not self._is_trained(name):
+                weight.requires_grad_(False)
 
     @property
     def base_weights(self) -> Mapping[str, Tensor]:
-        """The transformer's weights before any LoRA, mapped anew from the file or folder `load`.
+        """The transformer's weights before any LoRA, mapped again from the file or folder `load`.
 
         Raises:
-            UserError: it is not as it was when the weights were loaded.
+            UserError: the file changed after the weights were loaded.
         """
         weights = find_transformer(self._weights_place)
         if weights.state() != self._weights_state:
@@ -237,13 +260,13 @@ class SATVideoDiffusionEngine(nn.Module):
         return base
 
     def replace_loras(self, loras: Sequence[LoraChoice]) -> None:
-        """Merge LoRAs into the weights in the place of those that were merged before.
+        """Merge LoRAs into the weights, and remove those that were merged before.
 
         The result has the bytes of a fresh start with these LoRAs.
 
         Raises:
-            UserError: a file is not a LoRA of this model, or the base weights cannot be read any
-                more; nothing is changed then.
+            UserError: a file is not a LoRA of this model, or the base weights can no longer be
+                read; the weights are then unchanged.
         """
         replace_loras(
             self.model.diffusion_model,
@@ -254,7 +277,7 @@ class SATVideoDiffusionEngine(nn.Module):
         )
 
     def _check_text_width(self) -> None:
-        """Raise UserError where the text encoder's embeddings are not as wide as the network's."""
+        """Raise UserError if the text encoder's embeddings and the network differ in width."""
         given = getattr(self.conditioner, "text_width", None)
         wanted = getattr(self.model.diffusion_model, "text_width", None)
         if None not in (given, wanted) and given != wanted:
@@ -264,41 +287,20 @@ class SATVideoDiffusionEngine(nn.Module):
                 "belongs to this model"
             )
 
-    def _check_prefixes(self) -> None:
-        """Compare `not_trainable_prefixes` with the names that weights have beside LoRA layers.
-
-        Raises:
-            UserError: one of them matches no weight.
-        """
-        names = names_with_lora(self.model.diffusion_model)
-        for prefix in self.not_trainable_prefixes:
-            if prefix != "all" and not any(name.startswith(prefix) for name in names):
-                known = {name.split(".")[0] + "." for name in names}
-                raise UserError(
-                    f"not_trainable_prefixes: no weight's name begins with {prefix!r}; "
-                    f"{nearest_name(prefix, known)}"
-                )
-
     def check_trained(self) -> None:
-        """Raise UserError where no weight is trained; the engine may be on the device "meta"."""
+        """Raise UserError if no weight is trained; the engine may be on the device "meta"."""
         names = names_with_lora(self.model.diffusion_model)
         if not any(map(self._is_trained, names)) and not self.conditioner.is_trained:
             raise UserError("no weight is trained; check not_trainable_prefixes and lora_config")
 
     def _is_trained(self, name: str) -> bool:
-        """Whether `not_trainable_prefixes` leave the transformer's weight of this name trained."""
+        """Whether the transformer's weight of this name is trained."""
         if "all" in self.not_trainable_prefixes:
             return is_lora_matrix(name)
         return not name.startswith(self.not_trainable_prefixes)
 
-    def _freeze(self) -> None:
-        """Apply `not_trainable_prefixes` to the transformer's weights."""
-        for name, weight in self.model.diffusion_model.named_parameters():
-            if not self._is_trained(name):
-                weight.requires_grad_(False)
-
     def train(self, mode: bool = True) -> SATVideoDiffusionEngine:
-        """Switch to training; the autoencoder, which is never trained here, stays as it is."""
+        """Switch to training mode; the autoencoder, which is never trained here, stays in eval."""
         super().train(mode)
         if self.first_stage_model is not None:
             self.first_stage_model.eval()
@@ -306,30 +308,33 @@ class SATVideoDiffusionEngine(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the network computes; its weights may be offloaded from there."""
+        """The device on which the network computes; offloaded weights wait on the CPU."""
         return self._offloaded_from or next(self.model.parameters()).device
 
     @contextmanager
     def loaded_first_stage(self) -> Iterator[None]:
-        """Within this context the autoencoder is there; one that was not is dropped afterwards.
+        """Load the autoencoder for this context, if `cached_input` or `latent_input` left it out.
 
         Raises:
-            UserError: its file is wrong.
+            UserError: its file is invalid.
         """
         if self.first_stage_model is not None:
             yield
             return
-        self.first_stage_model = build_first_stage(**self._first_stage, device=self.device)
+        self.first_stage_model = build_first_stage(
+            self._first_stage_config, dtype=self._dtype, device=self.device
+        )
         try:
             yield
         finally:
             self.first_stage_model = None
 
     def offload(self) -> None:
-        """Keep the weights of network and decoder in the host's memory from now on; for inference.
+        """Keep the weights of network and decoder in the host's memory from now on, for inference.
 
-        The network is on its device within `sample_steps`, the decoder within
-        `decode_first_stage`, whose convolutions keep their frames on the host too (in one process).
+        The network is on its device during `sample_steps`, the decoder during
+        `decode_first_stage`. The decoder's convolutions keep the frames between chunks on the host
+        too (in one process).
         """
         device, decoder = self.device, self.first_stage_model.decoder
         self._offloaded_from = device
@@ -347,42 +352,37 @@ class SATVideoDiffusionEngine(nn.Module):
         return draw_latents(self.first_stage_model.regularization, moments) * self.scale_factor
 
     def fit_rgb(self) -> Tensor:
-        """See `sgm.models.autoencoder.fit_rgb`; an offloaded encoder comes to its device for it."""
+        """As `sgm.models.autoencoder.fit_rgb`; an offloaded encoder is loaded for it."""
         encoder_here: AbstractContextManager[None] = nullcontext()
         if self._offloaded_from is not None:
             encoder_here = OffloadedWeights(self.first_stage_model.encoder, self.device)
         with encoder_here:
             return fit_rgb(self.first_stage_model)
 
-    def share_decoding(self, group: torch.distributed.ProcessGroup) -> None:
-        """Decode with the other processes of `group`; the first of them gets the video."""
-        self._decoding_group = group
-
     @torch.no_grad()
-    def decode_first_stage(self, latents: Tensor) -> Iterator[Tensor]:
+    def decode_first_stage(self, latents: Tensor) -> Generator[Tensor, None, None]:
         """Scaled latents (b, t', c, h, w) → chunks (b, t, 3, 8h, 8w) of the video, in order.
 
-        Values are about [-1, 1], float32. A chunk comes when the next one is on its way, so that a
-        GPU makes that while frames are written.
+        Values are about [-1, 1], float32. A chunk is yielded after the next one is launched, so
+        that a GPU computes while frames are written.
         """
         z = rearrange(latents / self.scale_factor, "b t c h w -> b c t h w")
-        group = self._decoding_group
+        first_stage, group = self.first_stage_model, self.decoding_group
         with self._decoder_here:
-            z = z.to(next(self.first_stage_model.decoder.parameters()))
+            z = z.to(next(first_stage.decoder.parameters()))
             if group is None:
-                decode = partial(self.first_stage_model.decode_streamed, cache=self._make_cache())
+                decode = partial(first_stage.decode_streamed, cache=self._make_cache())
             else:
-                decode = partial(decode_together, self.first_stage_model, group=group)
+                decode = partial(decode_together, first_stage, group=group)
             if self.tile_decode:
-                factor = self.first_stage_model.encoder.space_factor
-                decode = partial(decode_tiled, decode, factor=factor)
-            made: Tensor | None = None
+                decode = partial(decode_tiled, decode, factor=first_stage.encoder.space_factor)
+            previous: Tensor | None = None
             for chunk in decode(z):
-                if made is not None:
-                    yield made
-                made = rearrange(chunk.float(), "b c t h w -> b t c h w")
-            if made is not None:  # with several processes it is None on all but the first
-                yield made
+                if previous is not None:
+                    yield previous
+                previous = rearrange(chunk.float(), "b c t h w -> b t c h w")
+            if previous is not None:  # with several processes it is None on all but the first
+                yield previous
 
     @torch.no_grad()
     def sample_steps(
@@ -393,14 +393,15 @@ class SATVideoDiffusionEngine(nn.Module):
         *,
         generator: torch.Generator,
         sampler: Sampler | None = None,
-    ) -> Iterator[SampledStep]:
-        """Sample scaled latents, a step each time the next one is asked for.
+    ) -> Generator[SampledStep, None, None]:
+        """Sample scaled latents; each step is computed when it is requested.
 
         Args:
             cond, uncond: conditioning of both branches of guidance, on any device.
             shape: (b, t, c, h, w) of the latents.
-            generator: source of all noise, on the CPU, so that a seed means the same everywhere.
-            sampler: None: the configuration's.
+            generator: source of all noise, on the CPU, so that a seed gives the same noise for
+                every device.
+            sampler: None: the one of the configuration.
 
         Yields:
             Each step; the last one's `x` is the result, float32.
@@ -409,7 +410,7 @@ class SATVideoDiffusionEngine(nn.Module):
         is_on_gpu = self.device.type == "cuda"
 
         def draw() -> Tensor:
-            # From page-locked memory the host need not wait until the GPU is ready to copy.
+            # The host does not wait for the copy if the memory is page-locked.
             noise = torch.randn(*shape, generator=generator, pin_memory=is_on_gpu)
             return noise.to(self.device, non_blocking=True)
 
@@ -427,31 +428,22 @@ class SATVideoDiffusionEngine(nn.Module):
                     review_attention()
                 yield step
 
-    def sample(
-        self, *inputs: Any, callback: StepCallback | None = None, **named_inputs: Any
-    ) -> Tensor:
-        """Sample scaled latents (b, t, c, h, w): all of `sample_steps`, a callback after each."""
-        for step in self.sample_steps(*inputs, **named_inputs):
-            if callback is not None:
-                callback(step.step_index, self.sampler.num_steps, step.x)
-        return step.x
-
     def _here(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Conditioning on the network's device; the text encoder may have another."""
+        """Conditioning on the network's device; the text encoder may be on another."""
         return {key: embedding.to(self.device) for key, embedding in cond.items()}
 
     def get_input(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the loss is computed on, from a batch of either kind.
+        """Latents and conditioning of a training batch, the inputs of the loss.
 
         Args:
             batch: `input_key` (b, t, 3, h, w), a video in [-1, 1], or unscaled latents with
-                `latent_input`; or from a cache ``moments`` (b, t', 2c, h, w). And the texts that
-                the conditioner reads, or from a cache ``crossattn`` (b, n_text, d_text).
+                `latent_input`; from a cache ``moments`` (b, t', 2c, h, w). Also the texts that the
+                conditioner reads; from a cache ``crossattn`` (b, n_text, d_text).
 
         Returns:
             Scaled latents (b, t', c, h, w), float32, and conditioning, on the network's device.
-            Drawn from torch's global generators, for both kinds of batch alike: the noise in the
-            latents, then which samples' text is dropped.
+            torch's global generators draw first the noise in the latents, then the samples whose
+            text is dropped, in the same order for every kind of batch.
         """
         if "moments" in batch:
             moments = batch["moments"].to(self.device, non_blocking=True)
@@ -465,33 +457,46 @@ class SATVideoDiffusionEngine(nn.Module):
         return latents, self._here(self.conditioner(batch))
 
 
-def _checked_scale(value: float) -> float:
-    """`scale_factor`, if it is finite and above 0; UserError if not."""
-    if not math.isfinite(value) or value <= 0:
-        raise UserError(f"model.scale_factor: {value!r} must be a finite number above 0")
-    return value
+def _checked_prefixes(value: Sequence[str] | None, names: Collection[str]) -> tuple[str, ...]:
+    """`not_trainable_prefixes` as a tuple; null is empty.
 
+    Args:
+        value: of the configuration.
+        names: of the transformer's weights, those of LoRA layers included.
 
-def _checked_prefixes(value: Any) -> tuple[str, ...]:
-    """`not_trainable_prefixes`, null as none, if it is a list of texts; UserError if not."""
+    Raises:
+        UserError: it is not a list of texts, or one of them matches no weight.
+    """
     prefixes = () if value is None else value
     is_list = isinstance(prefixes, Sequence) and not isinstance(prefixes, str)
     if not is_list or not all(isinstance(prefix, str) and prefix for prefix in prefixes):
         raise UserError(
             f"model.not_trainable_prefixes: {value!r} must be a list of texts, for example ['all']"
         )
+    for prefix in prefixes:
+        if prefix != "all" and not any(name.startswith(prefix) for name in names):
+            known = {name.split(".")[0] + "." for name in names}
+            raise UserError(
+                f"not_trainable_prefixes: no weight's name begins with {prefix!r}; "
+                f"{nearest_name(prefix, known)}"
+            )
     return tuple(prefixes)
 
 
 def _network_config(config: Config, lora_config: Config | None, *, with_lora: bool) -> Config:
-    """The transformer's node with the `lora_config` of either place in it, or of neither.
+    """The transformer's node with `lora_config` in its `modules`, or without it.
+
+    Args:
+        config: the node; it may have a `lora_config` of its own.
+        lora_config: that of the section `model`.
+        with_lora: False: leave both out.
 
     Raises:
-        UserError: the two places differ.
+        UserError: both are set and differ.
     """
     params = config.get("params") if isinstance(config, Mapping) else None
     modules = params.get("modules") if isinstance(params, Mapping) else None
-    if not isinstance(modules, Mapping):  # whoever builds it says what is wrong
+    if not isinstance(modules, Mapping):  # building the transformer raises UserError for it
         return config
     own = modules.get("lora_config") or lora_config
     if lora_config and own != lora_config:

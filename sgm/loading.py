@@ -1,11 +1,11 @@
-"""Loading an engine for inference: its device, what is on the GPU and when, what is compiled."""
+"""Load an engine for inference: choose its device and memory mode, compile it."""
 
 from __future__ import annotations
 
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -24,41 +24,41 @@ from sgm.util import check_params
 logger = logging.getLogger(__name__)
 
 
-# From so many steps on, compiling pays on a GPU: 5 to 10 s once, and 0.08 s less for each step.
+# Least number of steps for which compiling pays on a GPU: it takes 5 to 10 s once, and saves 0.08 s
+# a step.
 COMPILE_STEPS = 100
-# A transformer of so many weights takes minutes for a step on a CPU.
+# Number of weights from which a step of the transformer takes minutes on a CPU.
 LARGE_MODEL = 500_000_000
 
-# The most that is there beside the weights, counted in half types and without compiling, which
-# takes half as much. Sampling: in tokens of a guided step, as wide as the network. Decoding: in the
-# first 9 frames with the last level's channels; 3 of these 9 are kept by convolutions between
-# chunks, on the host in mode low.
+# Peak memory beside the weights, measured in half precision without compiling, which halves it.
+# Sampling: as a multiple of the tokens of a guided step, in the network's width. Decoding: as a
+# multiple of the first 9 frames with the channels of the last level. 3 of these 9 are what the
+# convolutions keep between chunks; in mode low they are on the host.
 SAMPLING_TENSORS = 16
 DECODING_TENSORS, DECODING_TENSORS_LOW = 9, 6
 
 _GIB = 2**30
-RESERVE = _GIB  # for what CUDA's libraries take for themselves, and for gaps between tensors
+RESERVE = _GIB  # for the CUDA libraries' own memory and for fragmentation
 
 
 def choose_device(args: CommonArgs, rank: Rank) -> torch.device:
-    """The device of this rank.
+    """The device of this rank: the CPU, or the GPU with its local index.
 
     Raises:
-        UserError: a GPU is asked for and there is none.
+        UserError: the host has no GPU for it, and `args.device` asks for one.
     """
-    if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if args.device == "cpu" or (args.device == "auto" and not num_gpus):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    if rank.local_index >= num_gpus:
         raise UserError(
-            "device: cuda, but PyTorch sees no GPU; use --device cpu or check nvidia-smi"
-        )
-    if rank.local_index >= torch.cuda.device_count():
-        raise UserError(
-            f"this host has {torch.cuda.device_count()} GPUs, too few for process "
-            f"{rank.local_index + 1}; lower NPROC or use --device cpu"
+            f"this host has {num_gpus} GPUs, too few for process {rank.local_index + 1}; lower "
+            "NPROC or use --device cpu"
+            if num_gpus
+            else "device: cuda, but PyTorch sees no GPU; use --device cpu or check nvidia-smi"
         )
     device = torch.device("cuda", rank.local_index)
-    torch.cuda.set_device(device)  # where NCCL and the kernels of others expect it
+    torch.cuda.set_device(device)  # NCCL and other libraries' kernels use the current device
     return device
 
 
@@ -69,11 +69,11 @@ def load_engine(
 
     Args:
         config: the configuration.
-        device: where the engine computes.
-        weights: what `check_sampling` found for it, if that was called already.
+        device: the engine's.
+        weights: the result of `check_sampling`, if that was called already.
 
     Raises:
-        UserError: the configuration or a file of weights is wrong.
+        UserError: the configuration or a file of weights is invalid.
     """
     args = config.args
     weights = weights or check_sampling(config)
@@ -92,13 +92,13 @@ def load_engine(
         "dtype": dtype,
         "device": "meta",
         "tile_decode": args.tile_decode,
-        "latent_input": False,  # of training batches; sampling decodes in any case
+        "latent_input": False,  # this is for training batches; sampling needs the autoencoder
     }
     params = check_params(
         SATVideoDiffusionEngine, weights.within(config.model) | extra, where=config.place("model")
     )
     if not params.get("sampler_config"):
-        raise UserError(f"{config.place('model')}: sampler_config is absent; sampling needs one")
+        raise UserError(f"{config.place('model')}: sampler_config is missing; sampling needs one")
     engine = SATVideoDiffusionEngine(**params).eval()
     memory = choose_memory(args, engine, device=device, dtype=dtype)
     engine.load_weights(device, stream_text=memory == "low")
@@ -111,26 +111,26 @@ def load_engine(
 
 
 @dataclass(frozen=True)
-class Needs:
-    """Bytes of GPU memory that making a video takes at its peak in each mode."""
+class MemoryNeeds:
+    """Peak GPU memory in bytes of making a video, in each memory mode."""
 
     high: int
     low: int
 
 
 def choose_memory(
-    args: Any, engine: SATVideoDiffusionEngine, *, device: torch.device, dtype: torch.dtype
+    args: SamplingArgs, engine: SATVideoDiffusionEngine, *, device: torch.device, dtype: torch.dtype
 ) -> Literal["high", "low"]:
-    """The mode that `args.memory` means on this device; logs it, with the reason.
+    """The memory mode of a run on this device; logs it with the reason.
 
     Args:
-        args: of the sampling command.
+        args: of the sampling command. ``memory: auto`` counts with its `sampling_num_frames`.
         engine: on the device "meta".
         device, dtype: of the run.
     """
     if device.type != "cuda":
         if args.memory == "low":
-            logger.info("memory: high, since on a CPU everything is in one memory anyway")
+            logger.info("memory: high, since a CPU has one memory only")
         return "high"
     if args.memory != "auto":
         logger.info("memory: %s, as asked for", args.memory)
@@ -141,20 +141,28 @@ def choose_memory(
     return mode
 
 
-def plan(needs: Needs, *, free: int) -> tuple[Literal["high", "low"], str]:
+def plan(needs: MemoryNeeds, *, free: int) -> tuple[Literal["high", "low"], str]:
     """The mode for a GPU with `free` bytes, and the reason as the end of a sentence."""
-    high, low, there = (f"{size / _GIB:.1f}" for size in (needs.high, needs.low, free))
+    high, low, available = (f"{size / _GIB:.1f}" for size in (needs.high, needs.low, free))
     if needs.high <= free:
-        return "high", f"all weights on the GPU need about {high} of its {there} free GiB"
+        return "high", f"all weights on the GPU need about {high} of its {available} free GiB"
     reason = (
-        f"all weights on the GPU need about {high} GiB and {there} are free; they come to it while "
-        f"they are used only, which needs about {low}"
+        f"all weights on the GPU need about {high} GiB and {available} are free; keeping each part "
+        f"there only while it is used needs about {low}"
     )
     return "low", reason if needs.low <= free else f"{reason}, still more than is free"
 
 
-def estimate_needs(args: Any, engine: SATVideoDiffusionEngine, *, dtype: torch.dtype) -> Needs:
-    """What the videos of a command need, from the sizes of an engine on the device "meta"."""
+def estimate_needs(
+    args: SamplingArgs, engine: SATVideoDiffusionEngine, *, dtype: torch.dtype
+) -> MemoryNeeds:
+    """Estimate the peak memory of sampling and decoding from the sizes of the parts.
+
+    Args:
+        args: sizes of the videos.
+        engine: on the device "meta".
+        dtype: of the run.
+    """
     network, autoencoder = engine.model.diffusion_model, engine.first_stage_model
     text_bytes = sum(weight.nbytes for weight in engine.conditioner.parameters())
     network_bytes, autoencoder_bytes, decoder_bytes = (
@@ -171,7 +179,7 @@ def estimate_needs(args: Any, engine: SATVideoDiffusionEngine, *, dtype: torch.d
     frames = num_frames * num_pixels * channels * dtype.itemsize
     sampling = tokens * SAMPLING_TENSORS
     weights = network_bytes + autoencoder_bytes + text_bytes
-    return Needs(
+    return MemoryNeeds(
         high=RESERVE + weights + max(sampling, frames * DECODING_TENSORS),
         low=RESERVE + max(network_bytes + sampling, decoder_bytes + frames * DECODING_TENSORS_LOW),
     )
@@ -180,22 +188,27 @@ def estimate_needs(args: Any, engine: SATVideoDiffusionEngine, *, dtype: torch.d
 def compile_network(
     engine: SATVideoDiffusionEngine, choice: bool | None, *, num_steps: int
 ) -> bool:
-    """Compile the transformer's blocks where `choice` asks for it, or where it is None and pays.
+    """Compile the transformer's blocks if `choice` is true, or if it is None and compiling pays.
+
+    Args:
+        engine: with its weights.
+        choice: the option `compile`.
+        num_steps: number of steps that the engine will compute.
 
     Returns:
-        Whether they are compiled.
+        Whether the blocks are compiled.
     """
     if choice is None:
         is_long = num_steps >= COMPILE_STEPS
         choice = engine.device.type == "cuda" and is_long and can_compile_kernels()
     if choice:
-        logger.info("the transformer is compiled in the first step, which takes longer for that")
+        logger.info("the transformer is compiled in the first step, which takes longer")
         engine.model.diffusion_model.compile_blocks()
     return choice
 
 
 def warn_of_settings(engine: SATVideoDiffusionEngine, args: SamplingArgs) -> None:
-    """Warn of what will take long, and of what does not do what it looks like."""
+    """Warn of settings that make sampling slow and of settings without effect."""
     num_weights = sum(weight.numel() for weight in engine.model.parameters())
     if engine.device.type == "cpu" and num_weights > LARGE_MODEL:
         logger.warning("without a GPU a step of this model takes many minutes, a video hours")
@@ -208,8 +221,9 @@ def warn_of_settings(engine: SATVideoDiffusionEngine, args: SamplingArgs) -> Non
     if own_steps != num_steps:
         logger.warning(
             "guider_config has num_steps %d, the sampler %d: guidance then follows the curve of "
-            "another number of steps; change both alike",
-            *(own_steps, num_steps),
+            "another number of steps; set both to the same number",
+            own_steps,
+            num_steps,
         )
     if args.tile_decode and max(engine.model.diffusion_model.frame_shape[1:]) <= TILE:
         logger.warning("tile_decode has no effect: these frames fit into one tile")

@@ -1,4 +1,4 @@
-"""Text to video in one place: encode the prompt, sample latents, decode them."""
+"""Text to video: encode the prompt, sample latents, decode them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from itertools import chain
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from sgm.checkpoint.find import find_lora
-from sgm.config import Config, SamplingArgs, check_given, load_config
+from sgm.config import Config, SamplingArgs, check_given, checked_value, load_config
 from sgm.distributed import Rank
 from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError
@@ -26,14 +27,13 @@ from sgm.loading import choose_device, compile_network, load_engine, warn_of_set
 from sgm.modules.diffusionmodules.sampling import Sampler
 from sgm.modules.transformer.step_cache import cached_steps
 from sgm.parallel.processes import LostProcess, group_of_all, in_step, share_sampling
-from sgm.preflight import RunWeights, check_sampling, latent_shape, num_latent_frames
+from sgm.preflight import RunWeights, check_sampling, num_latent_frames
 from sgm.seeds import sample_generator
 from sgm.util import allow_targets
 from sgm.video import collect_frames, mp4_path, to_uint8, write_mp4
 
 Conditioning = dict[str, Tensor]
-
-_BUSY = "this pipeline is at work; wait for its end, or leave the loop over its steps"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +41,10 @@ class Video:
     """A finished video.
 
     Attributes:
-        frames: (t, h, w, 3) uint8. Where several processes made it together, only the first of them
-            has frames.
+        frames: (t, h, w, 3) uint8. If several processes made the video together, only the first of
+            them has frames.
         fps: frames per second.
-        sampling_seconds, decoding_seconds: time that it took; decoding includes writing the mp4.
+        sampling_seconds, decoding_seconds: times in seconds; decoding includes writing the mp4.
     """
 
     frames: np.ndarray
@@ -63,13 +63,13 @@ class Video:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A step of sampling that is done.
+    """A finished step of sampling.
 
     Attributes:
         step_index: 0..num_steps-1.
         num_steps: steps of the run.
-        latents: (1, t, c, h, w) float32, scaled, on the model's device; after the last step the
-            result. They must not be changed in place.
+        latents: (1, t, c, h, w) float32, scaled, on the model's device. Those of the last step are
+            the result. Do not change them in place.
     """
 
     step_index: int
@@ -80,15 +80,18 @@ class Step:
     def preview(self) -> np.ndarray:
         """This step's estimate of the video, one pixel for each latent: (t, h, w, 3) uint8.
 
-        Nothing is decoded: a linear map, fitted to the autoencoder at the first call, gives the
-        colours. Waits for the device.
+        The colours come from a linear map of the latents, fitted to the autoencoder at the first
+        call; nothing is decoded. Waits for the device.
+
+        Raises:
+            UserError: the pipeline is closed.
         """
         return self._preview()
 
 
 @dataclass(frozen=True)
 class CallDefaults:
-    """Settings of a pipeline: those that a call may replace, and those of every call.
+    """Settings of a pipeline; arguments of a call replace some of them.
 
     Attributes:
         shape: (t, c, h, w) of the latents.
@@ -98,40 +101,21 @@ class CallDefaults:
         compile: whether to compile the transformer's blocks; None: see `CogVideoX.compile`.
     """
 
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     fps: float
     seed: int
     negative_prompt: str = ""
     step_cache: float = 0.0
     compile: bool | None = False
 
-    @classmethod
-    def of(cls, args: SamplingArgs, model: Mapping[str, Any]) -> CallDefaults:
-        """The defaults that `args` and the section `model` of a configuration give.
-
-        Raises:
-            UserError: the model does not make videos of that size.
-        """
-        return cls(
-            shape=latent_shape(args, model),
-            fps=args.sampling_fps,
-            seed=args.seed,
-            negative_prompt=args.negative_prompt,
-            step_cache=args.step_cache,
-            compile=args.compile,
-        )
-
 
 @dataclass(frozen=True)
 class _Request:
-    """One video to make, with all values checked."""
+    """One video to make: the arguments of a call, checked and completed."""
 
     prompt: str
-    negative_prompt: str
-    seed: int
-    line: int
-    sample: int
-    shape: tuple[int, int, int, int]  # (t, c, h, w) of the latents
+    settings: CallDefaults
+    line_and_sample: tuple[int, ...]
     sampler: Sampler
 
 
@@ -143,8 +127,11 @@ class CogVideoX:
     Args:
         engine: in evaluation mode, with a sampler.
         model: the section `model` of its configuration.
-        defaults: values of a call that does not give them.
-        embed: conditioning of texts; None: by the engine's text encoder.
+        defaults: values for the arguments that a call leaves out.
+        embed: returns the conditioning of texts; None: the engine's text encoder.
+
+    Attributes:
+        group: the processes that make each video together; None if this process is alone.
     """
 
     def __init__(
@@ -155,35 +142,37 @@ class CogVideoX:
         *,
         embed: Callable[[Sequence[str]], Conditioning] | None = None,
     ) -> None:
-        self.engine = engine
+        self.engine = engine  # None once it is closed
         self.defaults = defaults
         self._model = model
-        self._embed = embed or engine.conditioner.encode
-        self._embedded: dict[str, tuple[str, Conditioning]] = {}  # the last text of each kind
+        embed = embed or engine.conditioner.encode
+        # Caches two texts: the last prompt and the last negative prompt.
+        self._encode = lru_cache(maxsize=2)(lambda text: embed([text]))
         self._rgb: Tensor | None = None
         self._busy = threading.Lock()
-        self.group: distributed.ProcessGroup | None = None  # processes that make videos together
-        self._is_lost = False  # whether this process has left a video that others make with it
+        self.group: distributed.ProcessGroup | None = None
+        self._is_lost = False  # whether this process left a video that others make with it
         self._running: weakref.ref[Iterator[Step | Video]] | None = None
         self._is_compiled = False
 
     @classmethod
     def from_config(
-        cls, *files: str | Path, allow_target: Sequence[str] = (), **args: Any
+        cls, *files: str | Path, allow_target: Sequence[str] = (), **args: object
     ) -> CogVideoX:
         """Load the model that YAML files describe.
 
         Args:
             files: merged in this order, as by ``--base`` of sample_video.py.
-            allow_target: further dotted prefixes under which the files may name classes; for files
-                that you trust.
-            args: keys of the section `args`; they win over the files. Relative paths, those in the
-                files too, start at the current folder.
+            allow_target: further dotted prefixes under which the files may name classes. Add only
+                those of files that you trust.
+            args: keys of the section `args`; they override the files. Relative paths, also in the
+                files, start at the current folder.
 
         Raises:
             UserError: a value, a file or the weights cannot be used.
         """
-        given = check_given(SamplingArgs, args, where="from_config")
+        plain = {name: _plain_integer(value) for name, value in args.items()}
+        given = check_given(SamplingArgs, plain, where="from_config")
         names = [str(file) for file in files]
         config = load_config(SamplingArgs, names, given, allow_target=allow_target)
         pipe = cls.load(config, check_sampling(config))
@@ -192,22 +181,29 @@ class CogVideoX:
 
     @classmethod
     def load(cls, config: Config, weights: RunWeights) -> CogVideoX:
-        """Load the model of a configuration, with weights that `check_sampling` found.
+        """Load the model of a configuration with the weights that `check_sampling` found.
 
-        With ``parallel: video`` the processes that torchrun started make each video together.
+        With ``parallel: video`` the processes of torchrun make each video together.
 
         Raises:
             UserError: the configuration or the weights cannot be used.
         """
         rank = Rank.from_environment()
         allow_targets(config.allow_target)
-        device = choose_device(config.args, rank)
-        engine = load_engine(config, device, weights=weights)
-        pipe = cls(engine, config.model, CallDefaults.of(config.args, config.model))
-        if config.args.parallel == "video" and rank.world_size > 1:
-            share_sampling(engine.model.diffusion_model, engine.sampler)
-            pipe.group = group_of_all()
-            engine.share_decoding(pipe.group)
+        engine = load_engine(config, choose_device(config.args, rank), weights=weights)
+        args, network = config.args, engine.model.diffusion_model
+        defaults = CallDefaults(
+            shape=(args.sampling_num_frames, *network.frame_shape),
+            fps=args.sampling_fps,
+            seed=args.seed,
+            negative_prompt=args.negative_prompt,
+            step_cache=args.step_cache,
+            compile=args.compile,
+        )
+        pipe = cls(engine, config.model, defaults)
+        if args.parallel == "video" and rank.world_size > 1:
+            share_sampling(network, engine.sampler)
+            pipe.group = engine.decoding_group = group_of_all()
         return pipe
 
     def __enter__(self) -> CogVideoX:
@@ -218,7 +214,7 @@ class CogVideoX:
             self.close()
 
     def close(self) -> None:
-        """Drop the weights, so that their memory is free for others; no video can be made then.
+        """Free the memory of the weights; the pipeline then makes no more videos.
 
         A stream that waits for its next step ends.
 
@@ -229,16 +225,15 @@ class CogVideoX:
         if running is not None:
             with suppress(ValueError):  # it is computing, in another thread
                 running.close()
-        with self._alone():
+        with self._alone(needs_open=False):
             engine, self.engine = self.engine, None
-            self._embedded.clear()
-            self._embed = self._rgb = None
+            self._encode = self._rgb = None
             if engine is None:
                 return
             for weight in chain(engine.parameters(), engine.buffers()):
-                weight.data = weight.data.new_empty(0)  # also for others that hold the module
+                weight.data = weight.data.new_empty(0)  # others may hold the module
             del engine, weight
-            gc.collect()  # modules whose weights are streamed refer to themselves
+            gc.collect()  # modules with streamed weights are in reference cycles
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
 
@@ -269,14 +264,14 @@ class CogVideoX:
             prompt: what to show.
             negative_prompt: what not to show; empty: the trained unconditional embedding.
             seed: any integer. A video depends on the seed, its prompts and `index`.
-            num_steps: steps of sampling, 2..1000; also the guider's own number.
-            guidance_scale: the guider's `scale`. For DynamicCFG that is the height of its curve, so
+            num_steps: steps of sampling, 2..1000; sets the guider's `num_steps` too.
+            guidance_scale: the guider's `scale`. For DynamicCFG this is the height of its curve, so
                 that 0 means no guidance.
             num_frames: frames of the video, for example 49.
-            index: a line of a prompt file, from 0, or a pair of a line and the number of a sample.
-            path: an mp4, written while decoding goes on; its folder is made where it is missing.
-            decode: False: only sample; the last step's latents are the result, and `path` is not
-                used.
+            index: a line of a prompt file, from 0, or a pair of a line and a sample.
+            path: an mp4, written while decoding goes on. Its folder is created if missing.
+            decode: False: only sample. The latents of the last step are the result, and `path` is
+                not used.
 
         Yields:
             A `Step` for each step, and the `Video` last.
@@ -286,28 +281,35 @@ class CogVideoX:
                 result is not finite, or the file cannot be written.
             LostProcess: this process failed in work that others need.
         """
-        request = self._request(
-            prompt,
-            {"negative_prompt": negative_prompt, "seed": seed},
-            num_steps=num_steps,
-            guidance_scale=guidance_scale,
-            num_frames=num_frames,
-            index=index,
-        )
-        if self._busy.locked():
-            raise UserError(_BUSY)
-        if path is not None and self.group is None:
-            path = mp4_path(path)
-        # Together only the first process finds out at the end: all must do the same until then.
-        target = None if path is None else Path(path).absolute()
-        run = self._run(request, target) if decode else self._sample_alone(request)
+        with self._alone():  # so that a call while another one runs fails here already
+            sampler = self.engine.sampler
+            if num_steps is not None or guidance_scale is not None:
+                sampler = sampler.adjusted(num_steps=num_steps, guidance_scale=guidance_scale)
+        checked_value(prompt, str, where="CogVideoX: prompt")
+        given = {"negative_prompt": negative_prompt, "seed": _plain_integer(seed)}
+        settings = replace(self.defaults, **check_given(SamplingArgs, given, where="CogVideoX"))
+        if num_frames is not None:
+            num_latents = num_latent_frames(_plain_integer(num_frames), self._model)
+            settings = replace(settings, shape=(num_latents, *settings.shape[1:]))
+        pair = index if isinstance(index, tuple) else (index, 0)
+        line_and_sample = tuple(map(_plain_integer, pair))
+        if len(pair) != 2 or not all(type(n) is int and n >= 0 for n in line_and_sample):
+            raise UserError(
+                f"index: {index!r} must be a whole number from 0, or a pair of these: the line of "
+                "a prompt file and the number of the sample"
+            )
+        if path is not None:
+            # In a group only the first process would fail here, and the others would wait for it.
+            path = mp4_path(path) if self.group is None else Path(path).absolute()
+        request = _Request(prompt, settings, line_and_sample, sampler)
+        run = self._run(request, path, decode=decode)
         self._running = weakref.ref(run)
         return run
 
     def set_loras(self, loras: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]) -> None:
-        """Merge LoRAs into the weights in the place of those that were merged before.
+        """Merge LoRAs into the weights, and remove those that were merged before.
 
-        The weights are restored from their files first, so that the result has the bytes of a fresh
+        The weights are restored from their files first, so the result has the bytes of a fresh
         start with these LoRAs.
 
         Args:
@@ -315,23 +317,25 @@ class CogVideoX:
                 these; an empty list restores the base model.
 
         Raises:
-            UserError: a file is not a LoRA of this model (nothing is changed then), a call is
-                running, or the pipeline is closed.
+            UserError: a file is not a LoRA of this model (the weights are then unchanged), a call
+                is running, or the pipeline is closed.
         """
         choices = check_given(SamplingArgs, {"lora": loras or []}, where="set_loras")["lora"]
         with self._alone():
-            self._require_open()
-            found = [replace(choice, path=find_lora(choice.path)) for choice in choices]
-            self.engine.replace_loras(found)
+            self.engine.replace_loras(choices)
 
     def compile(self, *, num_steps: int) -> None:
-        """Compile the transformer's blocks, if the option `compile` says so or is not given.
+        """Compile the transformer's blocks if the option `compile` is true, or if it is not set.
 
-        Compiled blocks round differently, so this is for before the first video. A pipeline on
-        which it is not called compiles with ``compile=True`` only.
+        Compiled blocks round differently, so call this before the first video. Without this call,
+        the first video compiles the blocks if the option is true.
 
         Args:
-            num_steps: steps that are to come; without the option, a GPU compiles from 100 on.
+            num_steps: number of steps to come; if the option is not set, a GPU compiles from 100
+                on.
+
+        Raises:
+            UserError: the pipeline is closed.
         """
         self._require_open()
         self._is_compiled = self._is_compiled or compile_network(
@@ -345,55 +349,10 @@ class CogVideoX:
             UserError: another call is running, or the pipeline is closed.
         """
         with self._alone():
-            self._require_open()
             yield from self._decode(latents)
 
-    def _decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        with closing(self.engine.decode_first_stage(latents)) as chunks:
-            for chunk in chunks:
-                yield to_uint8(chunk[0])
-
-    def _request(
-        self,
-        prompt: str,
-        texts_and_seed: Mapping[str, Any],
-        *,
-        num_steps: int | None,
-        guidance_scale: float | None,
-        num_frames: int | None,
-        index: int | tuple[int, int],
-    ) -> _Request:
-        """Check the arguments of `stream` and complete them.
-
-        Raises:
-            UserError: a value cannot be used, or the pipeline is closed.
-        """
-        self._require_open()
-        if not isinstance(prompt, str):
-            raise UserError(f"prompt: {prompt!r} must be a text")
-        given = check_given(SamplingArgs, texts_and_seed, where="CogVideoX")
-        place = index if isinstance(index, tuple) else (index, 0)
-        if len(place) != 2 or not all(type(number) is int and number >= 0 for number in place):
-            raise UserError(
-                f"index: {index!r} must be a whole number from 0, or a pair of these: the line of "
-                "a prompt file and the number of the sample"
-            )
-        shape, sampler = self.defaults.shape, self.engine.sampler
-        if num_frames is not None:
-            shape = (num_latent_frames(num_frames, self._model), *shape[1:])
-        if num_steps is not None or guidance_scale is not None:
-            sampler = sampler.adjusted(num_steps=num_steps, guidance_scale=guidance_scale)
-        return _Request(
-            prompt,
-            given.get("negative_prompt", self.defaults.negative_prompt),
-            given.get("seed", self.defaults.seed),
-            *place,
-            shape=shape,
-            sampler=sampler,
-        )
-
     def _require_open(self) -> None:
-        """Raise UserError where the pipeline is closed, LostProcess where others left it behind."""
+        """Raise UserError if the pipeline is closed, LostProcess if others cannot go on with it."""
         if self.engine is None:
             raise UserError("this pipeline is closed; load it again with CogVideoX.from_config")
         if self._is_lost:
@@ -403,89 +362,84 @@ class CogVideoX:
             )
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Raise UserError where another call is running, and keep others out meanwhile."""
+    def _alone(self, *, needs_open: bool = True) -> Iterator[None]:
+        """Let no other call run within this context.
+
+        Raises:
+            UserError: another call is running, or the pipeline is closed (if `needs_open`).
+        """
         if not self._busy.acquire(blocking=False):
-            raise UserError(_BUSY)
+            raise UserError(
+                "this pipeline is at work; wait for its end, or leave the loop over its steps"
+            )
         try:
+            if needs_open:
+                self._require_open()
             yield
         finally:
             self._busy.release()
 
-    def _run(self, request: _Request, path: Path | None) -> Iterator[Step | Video]:
-        """One video, from the prompt to its frames."""
-        fps = self.defaults.fps
-        with self._alone():
-            latents, started = yield from self._sample(request)
+    def _run(
+        self, request: _Request, path: Path | None, *, decode: bool
+    ) -> Generator[Step | Video, None, None]:
+        """Make one video; `stream` says what is yielded and raised."""
+        with self._alone():  # the pipeline may be closed since the call
+            if self.defaults.compile and not self._is_compiled:
+                self.compile(num_steps=request.sampler.num_steps)
             is_together = self.group is not None
-            writes = not is_together or self.group.rank() == 0
+            with in_step(together=is_together):
+                cond, negative = self._encode(request.prompt), request.settings.negative_prompt
+                unconditional = self.engine.conditioner.unconditional
+                uncond = self._encode(negative) if negative else unconditional(cond)
+                started = time.perf_counter()
+                try:
+                    latents = yield from self._sample(request, cond, uncond)
+                except GeneratorExit:
+                    self._is_lost = is_together
+                    raise
+            if not decode:
+                return
             with in_step(together=is_together):
                 is_finite = bool(latents.isfinite().all())  # waits for the device
                 sampled = time.perf_counter()
                 chunks = self._decode(latents)
-                # Together all of it now, so that no process waits for the first one's writing.
+                # In a group, decode to the end: no process waits while the first one writes.
                 frames = list(chunks) if is_together else chunks
+            writes = not is_together or self.group.rank() == 0
             if writes and not is_finite:
                 raise UserError(
                     "the result is not finite; the weights may be damaged, or try --bf16 or full "
                     "precision"
                 )
-            with closing(chunks):  # the decoder's weights may be on the GPU until then
-                made = collect_frames(frames, path if writes else None, fps=fps)
-            yield Video(made, fps, sampled - started, time.perf_counter() - sampled)
+            fps = self.defaults.fps
+            with closing(chunks):  # takes the decoder's weights off the GPU after a failure too
+                array = collect_frames(frames, path if writes else None, fps=fps)
+            yield Video(array, fps, sampled - started, time.perf_counter() - sampled)
 
-    def _sample_alone(self, request: _Request) -> Iterator[Step]:
-        with self._alone():
-            yield from self._sample(request)
+    def _sample(
+        self, request: _Request, cond: Conditioning, uncond: Conditioning
+    ) -> Generator[Step, None, Tensor]:
+        """Yield the steps of a video; return its latents."""
+        steps = self.engine.sample_steps(
+            cond,
+            uncond,
+            (1, *request.settings.shape),
+            generator=sample_generator(request.settings.seed, *request.line_and_sample),
+            sampler=request.sampler,
+        )
+        network = self.engine.model.diffusion_model
+        with cached_steps(network, self.defaults.step_cache), closing(steps):
+            for step in steps:
+                preview = partial(self._preview, step.denoised)
+                yield Step(step.step_index, request.sampler.num_steps, step.x, preview)
+        return step.x
 
-    def _sample(self, request: _Request) -> Generator[Step, None, tuple[Tensor, float]]:
-        """The steps of a video; returns its latents, and when sampling began."""
-        self._require_open()  # it may be closed since the call
-        if self.defaults.compile and not self._is_compiled:
-            self.compile(num_steps=request.sampler.num_steps)
-        with in_step(together=self.group is not None), self._to_the_end():
-            cond = self._encode("prompt", request.prompt)
-            if request.negative_prompt:
-                uncond = self._encode("negative", request.negative_prompt)
-            else:
-                uncond = self.engine.conditioner.unconditional(cond)
-            started = time.perf_counter()
-            network = self.engine.model.diffusion_model
-            steps = self.engine.sample_steps(
-                cond,
-                uncond,
-                (1, *request.shape),
-                generator=sample_generator(request.seed, request.line, request.sample),
-                sampler=request.sampler,
-            )
-            with cached_steps(network, self.defaults.step_cache), closing(steps):
-                for step in steps:
-                    denoised = step.denoised
-                    yield Step(
-                        step.step_index,
-                        request.sampler.num_steps,
-                        step.x,
-                        lambda denoised=denoised: self._picture(denoised),
-                    )
-        return step.x, started
+    def _decode(self, latents: Tensor) -> Generator[np.ndarray, None, None]:
+        with closing(self.engine.decode_first_stage(latents)) as chunks:
+            for chunk in chunks:
+                yield to_uint8(chunk[0])
 
-    @contextmanager
-    def _to_the_end(self) -> Iterator[None]:
-        """Note where this process leaves work that others do with it."""
-        try:
-            yield
-        except GeneratorExit:
-            self._is_lost = self.group is not None
-            raise
-
-    def _encode(self, kind: str, text: str) -> Conditioning:
-        """Conditioning of a text; that of the last one of its kind is kept."""
-        kept = self._embedded.get(kind)
-        if kept is None or kept[0] != text:
-            kept = self._embedded[kind] = text, self._embed([text])
-        return kept[1]
-
-    def _picture(self, latents: Tensor) -> np.ndarray:
+    def _preview(self, latents: Tensor) -> np.ndarray:
         """Latents (1, t, c, h, w) → (t, h, w, 3) uint8; see `Step.preview`."""
         self._require_open()
         if self._rgb is None:
@@ -493,3 +447,10 @@ class CogVideoX:
         unscaled = (latents[0] / self.engine.scale_factor).float().cpu()
         colours = unscaled.movedim(1, -1) @ self._rgb[:-1] + self._rgb[-1]  # (t, h, w, 3)
         return to_uint8(colours.movedim(-1, 1))
+
+
+def _plain_integer(value: T) -> T | int:
+    """An integer of any type, such as NumPy's, as int; any other value as it is."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return value

@@ -116,7 +116,8 @@ def draw(engine):
     cond = engine.eval().conditioner.encode(["a red circle"])
     uncond = engine.conditioner.unconditional(cond)
     generator = torch.Generator().manual_seed(0)
-    return engine.sample(cond, uncond, (1, 3, 4, 4, 6), generator=generator)
+    *_, step = engine.sample_steps(cond, uncond, (1, 3, 4, 4, 6), generator=generator)
+    return step.x
 
 
 def test_old_names_build_an_engine_that_samples_with_lora_in_either_place(small_model):

@@ -16,9 +16,10 @@ def build(small_model):
     small_model["network_config"]["params"]["modules"].pop("lora_config", None)
     small_model["network_config"]["params"]["num_frames"] = 17  # two chunks
 
-    def make(**changes):
+    def make(stream_text=False, device="cpu", **changes):
         params = check_params(SATVideoDiffusionEngine, small_model | changes, where="model")
-        engine = SATVideoDiffusionEngine(**params).eval()
+        engine = SATVideoDiffusionEngine(**params, device="meta").eval()
+        engine.load_weights(device, stream_text=stream_text)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for part in (engine.model, engine.first_stage_model):
@@ -29,12 +30,14 @@ def build(small_model):
     return make
 
 
-def video_of(engine, **options):
+def video_of(engine, callback=lambda step: None):
     """Latents and frames of a prompt."""
     cond = engine.conditioner.encode(["a red circle"])
     uncond = engine.conditioner.unconditional(cond)
     generator = torch.Generator().manual_seed(1)
-    latents = engine.sample(cond, uncond, SHAPE, generator=generator, **options)
+    for step in engine.sample_steps(cond, uncond, SHAPE, generator=generator):
+        callback(step)
+    latents = step.x
     return latents, torch.cat(list(engine.decode_first_stage(latents)), dim=1)
 
 

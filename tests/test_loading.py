@@ -1,4 +1,4 @@
-"""Which memory mode is chosen, and that what it is chosen by is the size of the model."""
+"""The choice of the memory mode from the sizes of the model and the free memory."""
 
 import logging
 import re
@@ -8,7 +8,7 @@ import torch
 
 from sgm.config import SamplingArgs
 from sgm.engine import SATVideoDiffusionEngine
-from sgm.loading import RESERVE, Needs, choose_memory, estimate_needs, plan
+from sgm.loading import RESERVE, MemoryNeeds, choose_memory, estimate_needs, plan
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.util import build_on_meta, check_params
 
@@ -17,7 +17,7 @@ ARGS = SamplingArgs(latent_channels=4, sampling_num_frames=3, sampling_image_siz
 
 
 @pytest.mark.parametrize(
-    "free, mode, words",
+    ("free", "mode", "words"),
     [
         (21, "high", "all weights on the GPU need about 20.0 of its 21.0 free GiB"),
         (20, "high", "20.0 free"),
@@ -26,7 +26,7 @@ ARGS = SamplingArgs(latent_channels=4, sampling_num_frames=3, sampling_image_siz
     ],
 )
 def test_the_first_mode_that_fits_is_taken_and_says_why(free, mode, words):
-    found, reason = plan(Needs(high=20 * GIB, low=5 * GIB), free=free * GIB)
+    found, reason = plan(MemoryNeeds(high=20 * GIB, low=5 * GIB), free=free * GIB)
     assert found == mode and re.search(words, reason)
 
 
@@ -101,4 +101,4 @@ def test_on_a_cpu_it_is_always_high_and_says_so_if_low_was_asked_for(small_model
     caplog.set_level(logging.INFO)
     assert {chosen(mode, small_model, "cpu") for mode in ("auto", "high", "low")} == {"high"}
     (message,) = caplog.messages
-    assert message.startswith("memory: high, since on a CPU")
+    assert message.startswith("memory: high, since a CPU")

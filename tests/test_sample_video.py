@@ -132,13 +132,13 @@ def test_bf16_runs_on_the_cpu_and_is_close(base, sampled, tmp_path):
     assert np.abs(difference).mean() < 6
 
 
-def test_what_has_no_effect_and_what_takes_long_is_told(base, tmp_path, capfd, monkeypatch):
+def test_settings_without_effect_and_slow_ones_give_warnings(base, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("sgm.loading.LARGE_MODEL", 0)
     assert sample(base, tmp_path, "--parallel", "video", "--tile-decode", prompts=PROMPTS[:1]) == 0
-    told = capfd.readouterr().err
-    assert "parallel: video has no effect" in told and "tile_decode has no effect" in told
-    assert "a step of this model takes many minutes" in told
-    assert "guider_config has num_steps 30, the sampler 2: guidance then follows" in told
+    printed = capfd.readouterr().err
+    assert "parallel: video has no effect" in printed and "tile_decode has no effect" in printed
+    assert "a step of this model takes many minutes" in printed
+    assert "guider_config has num_steps 30, the sampler 2: guidance then follows" in printed
 
 
 def test_a_prompt_that_is_too_long_gives_a_warning_that_quotes_the_rest(base, tmp_path, capfd):
@@ -320,7 +320,7 @@ def test_a_full_disk_gives_one_sentence_and_leaves_no_partial_file(tmp_path, lim
         mount = 'mount -t tmpfs -o size=32k tmpfs "$0"'
         isolated = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
         if subprocess.run([*isolated, mount, str(tmp_path)], capture_output=True).returncode:
-            pytest.skip("this machine lets nobody mount a small disk")
+            pytest.skip("users cannot mount a small disk on this machine")
         run = [*isolated, mount + ' && exec "$@"', str(tmp_path), *run]
     else:
         run = ["sh", "-c", 'ulimit -f 8 && exec "$@"', "sh", *run]  # 8 blocks of 512 bytes

@@ -57,7 +57,7 @@ def test_the_mode_of_memory_reaches_the_engine(monkeypatch, memory):
     engine.model.register_forward_pre_hook(lambda *_: away.append(weight.data_ptr() != home))
     cond = engine.conditioner.encode(["a red circle"])
     generator = torch.Generator().manual_seed(0)
-    engine.sample(cond, cond, (1, 1, 8, 8, 12), generator=generator)
+    list(engine.sample_steps(cond, cond, (1, 1, 8, 8, 12), generator=generator))
     assert any(away[1:]) == (memory == "low")
     # On the host they wait in the type of their file, float32, while nothing is embedded.
     waiting = next(embedder.transformer.encoder.block[0].parameters()).dtype

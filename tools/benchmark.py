@@ -1,9 +1,9 @@
-"""Time and memory of a configuration, piece by piece or as a whole, with random or real weights.
+"""Measure time and memory of a configuration, piece by piece or as a whole.
 
     python tools/benchmark.py --base configs/cogvideox_2b_infer.yaml --against diffusers
     python tools/benchmark.py --base configs/cogvideox_2b_sft.yaml --only train --against diffusers
 
-A configuration with a section `deepspeed` trains, one without makes videos:
+A configuration with a section `deepspeed` is for training, one without it for making videos:
 
     step      one sampling step with guidance: a batched forward of the transformer
     decode    latents to the frames of a video
@@ -12,9 +12,9 @@ A configuration with a section `deepspeed` trains, one without makes videos:
     pipeline  a prompt to a video: T5, all steps of the sampler, decoding
     train     a training step: the objective, DeepSpeed's engine and the optimizer
 
-Where the files that a configuration names are not there, or `--weights` says so, random weights are
-written and read. Time and memory do not depend on their values, but for attention on Hopper GPUs:
-the wider its scores are spread, the more of it is computed twice.
+If the weights of the configuration are missing, or if `--weights` names a new folder, random
+weights are written and read. Time and memory do not depend on the values of weights, except for
+attention on Hopper GPUs: the wider its scores are spread, the higher is the fallback ratio.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from sgm.config import Config, SamplingArgs, TrainingArgs
 from sgm.errors import UserError, nearest_name
 from sgm.files import installed_versions, new_folder, replacing
 from sgm.preflight import check_model_section, find_weights, latent_shape
-from tools.bench.inputs import run_dtype, t5_params
-from tools.bench.jobs import INFERENCE_SECTIONS, METHODS, SECTIONS, Job, Result, run_jobs
+from tools.bench.jobs import INFERENCE_SECTIONS, METHODS, SECTIONS, BenchmarkResult, Job, run_jobs
+from tools.bench.workload import run_dtype, t5_params
 
 GB = 1e9
 _WITH_WEIGHTS = ("pipeline", "t5")  # the sections that read files
@@ -51,10 +51,10 @@ _TRAINING = {"methods": METHODS, "rank": 128, "keep": ("attention",)}  # default
 
 
 def sections_of(text: str) -> list[str]:
-    """Sections of a list with commas, in their usual order.
+    """The sections in a list with commas, in the order of the table.
 
     Raises:
-        argparse.ArgumentTypeError: one is unknown.
+        argparse.ArgumentTypeError: a section is unknown.
     """
     names = text.split(",")
     for name in names:
@@ -66,10 +66,10 @@ def sections_of(text: str) -> list[str]:
 
 
 def choose_sections(config: Config, asked: Sequence[str] | None) -> list[str]:
-    """What to measure of a configuration: all that it can do, or what is asked for.
+    """The sections to measure: those of ``--only``, or all that the configuration is for.
 
     Raises:
-        UserError: something is asked for that this configuration is not for.
+        UserError: the configuration is not for a section of ``--only``.
     """
     trains = bool(config.deepspeed)
     possible = ("train",) if trains else INFERENCE_SECTIONS
@@ -82,70 +82,68 @@ def choose_sections(config: Config, asked: Sequence[str] | None) -> list[str]:
     return list(asked or possible)
 
 
-def check_packages(options: argparse.Namespace, sections: Sequence[str]) -> None:
-    """Raise UserError unless the packages that the options need are installed."""
-    if options.against:
-        packages = ["diffusers", "peft"] if "train" in sections else ["diffusers"]
-        missing = [name for name in packages if importlib.util.find_spec(name) is None]
-        if missing:
-            raise UserError(
-                f"--against {options.against} needs {' and '.join(missing)}; pip install them"
-            )
-    if options.attention != "flash":
-        return
-    from sgm.modules.transformer.attention import flash_is_installed  # imports PyTorch
+def fill_in(options: argparse.Namespace, config: Config) -> None:
+    """Replace the options that are not given and have a default that depends on others."""
+    options.attention = options.attention or config.args.attention
+    if options.compile is None:
+        import torch
 
-    if not flash_is_installed():
-        raise UserError(
-            'attention: flash needs FlashAttention-4; pip install --pre "flash-attn-4[cu13]"'
-        )
-
-
-def check_flags(options: argparse.Namespace, sections: Sequence[str]) -> None:
-    """Refuse flags that nothing would read, and fill in the training's where they are absent.
-
-    Raises:
-        UserError: a number below 1, a flag or kernel that is not for these sections, or a result
-            that could not be written.
-    """
-    names = ", ".join(sections)
+        options.compile = torch.cuda.is_available()
     for name, default in _TRAINING.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
-        elif "train" not in sections:
-            raise UserError(f"--{name} is for train, but only {names} would be measured")
+
+
+def find_mistakes(
+    options: argparse.Namespace, sections: Sequence[str], config: Config
+) -> Iterator[str]:
+    """Yield a sentence for each option that cannot be used, before the defaults are filled in."""
+    trains, names = "train" in sections, ", ".join(sections)
+    for name in _TRAINING:
+        if getattr(options, name) is not None and not trains:
+            yield f"--{name} is for train, but only {names} would be measured"
     if any(n is not None and n < 1 for n in (options.steps, options.warmup, options.rank)):
-        raise UserError("--steps, --warmup and --rank must be at least 1")
-    if options.attention == "hopper" and "train" in sections:
-        raise UserError("--attention hopper is for sampling; for training take flash or sdpa")
-    if options.weights and not any(section in _WITH_WEIGHTS for section in sections):
-        raise UserError(
-            f"--weights is for {' and '.join(_WITH_WEIGHTS)}, but only {names} would be measured"
-        )
+        yield "--steps, --warmup and --rank must be at least 1"
+    attention = options.attention or config.args.attention
+    if attention == "hopper" and trains:
+        yield "--attention hopper is for sampling; for training take flash or sdpa"
+    if options.weights and not set(sections) & set(_WITH_WEIGHTS):
+        yield f"--weights is for {' and '.join(_WITH_WEIGHTS)}, but only {names} would be measured"
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
-        raise UserError(f"--json {options.json}: name a file in a folder that exists")
+        yield f"--json {options.json}: name a file in a folder that exists"
+    packages = ["diffusers", *(["peft"] if trains else [])] if options.against else []
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        yield f"--against {options.against} needs {' and '.join(missing)}; pip install them"
+    if attention == "flash":
+        from sgm.modules.transformer.attention import flash_is_installed  # imports PyTorch
+
+        if not flash_is_installed():
+            yield 'attention: flash needs FlashAttention-4; pip install --pre "flash-attn-4[cu13]"'
+    for node in () if trains else ("conditioner_config", "first_stage_config", "sampler_config"):
+        if not config.model.get(node):
+            yield f"model.{node} is missing; a configuration that samples has it"
 
 
 @contextmanager
 def config_with_weights(config: Config, folder: Path | None) -> Iterator[Config]:
-    """The configuration with paths of weights that are there.
+    """The configuration with paths of existing weights.
 
     Args:
-        config: as the files say it.
-        folder: weights in place of those that `config` names; random ones are written to it, if
-            it does not exist. None: those of `config`, or random ones in a folder that is removed
-            afterwards.
+        config: as the files give it.
+        folder: weights to use in place of those of `config`. If it does not exist, random ones are
+            written to it. None: those of `config`, or random ones in a temporary folder.
 
     Raises:
         UserError: the folder cannot be written, or holds something else.
     """
     with ExitStack() as stack:
         if folder is None:
-            lacking = _lacking(config)
-            if lacking is None:
+            reason = _why_unusable(config)
+            if reason is None:
                 yield config
                 return
-            print(f"random weights, since {lacking}", file=sys.stderr)
+            print(f"random weights, since {reason}", file=sys.stderr)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "weights"
         if not folder.exists():
             print(f"writing random weights to {folder} …", file=sys.stderr, flush=True)
@@ -156,17 +154,16 @@ def config_with_weights(config: Config, folder: Path | None) -> Iterator[Config]
         changed.args.load = str(paths["load"])
         changed.model["first_stage_config"]["params"]["ckpt_path"] = str(paths["vae"])
         t5_params(changed)["model_dir"] = str(paths["t5"])
-        lacking = _lacking(changed)
-        if lacking:
+        if reason := _why_unusable(changed):
             raise UserError(
                 f"--weights {folder} does not hold weights that this tool wrote: "
-                f"{lacking.partition(';')[0]}; name a new folder"
+                f"{reason.partition(';')[0]}; name a new folder"
             )
         yield changed
 
 
-def _lacking(config: Config) -> str | None:
-    """Which of the weights that a configuration names are not there."""
+def _why_unusable(config: Config) -> str | None:
+    """The error about the weights of a configuration; None if all of them exist."""
     try:
         find_weights(config.model, config.args.load)
     except UserError as error:
@@ -183,7 +180,7 @@ def _paths_in(folder: Path) -> dict[str, Path]:
 
 
 def _write_apart(config: Config, folder: Path) -> None:
-    """Random weights, from a process of its own, which leaves nothing on the GPU."""
+    """Write random weights in a process of its own, which leaves nothing on the GPU."""
     from tools.make_random_weights import write_weights
 
     paths = _paths_in(folder)
@@ -193,30 +190,32 @@ def _write_apart(config: Config, folder: Path) -> None:
         pool.submit(write).result()
 
 
-def circumstances(argv: Sequence[str], files: Sequence[str]) -> dict[str, Any]:
-    """What results are to be read with: the command line, its configurations, the versions."""
-    versions = installed_versions(("torch", "triton", "flash-attn-4", "diffusers"))
-    return {"argv": list(argv), "base": list(files), "versions": versions}
+def report(
+    jobs: Sequence[Job], json_file: Path | None, *, head: Mapping[str, Any]
+) -> list[BenchmarkResult]:
+    """Run all jobs, print each result when it is finished, and return all of them.
 
+    Args:
+        jobs: the jobs.
+        json_file: the results are written to it too, as a list `results` after the keys of `head`.
+        head: the command line, its configurations and the versions of packages.
 
-def report(jobs: Sequence[Job], json_file: Path | None, *, head: Mapping[str, Any]) -> list[Result]:
-    """Run all jobs; every result is told as soon as it is there.
-
-    With a `json_file` it is written there too, in a list `results` after what `head` holds.
+    Raises:
+        UserError: the file cannot be written.
     """
-    results: list[Result] = []
+    results: list[BenchmarkResult] = []
     for result in run_jobs(jobs):
         results.append(result)
         print(_line(result, None), file=sys.stderr, flush=True)
         if json_file:
-            told = {**head, "results": [dataclasses.asdict(one) for one in results]}
+            content = {**head, "results": [dataclasses.asdict(one) for one in results]}
             with replacing(json_file) as partial_file:
-                partial_file.write_text(json.dumps(told, indent=1), "utf-8")
+                partial_file.write_text(json.dumps(content, indent=1), "utf-8")
     return results
 
 
-def print_table(results: Sequence[Result]) -> None:
-    """One line for each result, compared with the reference of its section."""
+def print_table(results: Sequence[BenchmarkResult]) -> None:
+    """Print a line for each result, compared with the reference of its section."""
     print(
         f"{'section':9} {'implementation':40} {'seconds':>8} {'+-':>5} {'samples/s':>9} "
         f"{'peak GB':>8} {'of peak':>8} {'time':>7}"
@@ -233,7 +232,7 @@ def print_table(results: Sequence[Result]) -> None:
             )
 
 
-def _line(result: Result, reference: float | None) -> str:
+def _line(result: BenchmarkResult, reference: float | None) -> str:
     start = f"{result.section:9} {result.label:40}"
     if result.failure:
         return f"{start} failed: {result.failure}"
@@ -258,7 +257,7 @@ def build_parser() -> CommandParser:
         metavar="SECTION,…",
         help="what to measure; default: all that the configuration is for",
     )
-    parser.add_argument("--against", choices=("diffusers",), help="measure another code beside it")
+    parser.add_argument("--against", choices=("diffusers",), help="measure a baseline too")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
     parser.add_argument(
         "--attention",
@@ -266,14 +265,17 @@ def build_parser() -> CommandParser:
         help="kernel of attention; default: args.attention of the configuration",
     )
     parser.add_argument(
-        "--warmup", type=int, help="runs before the measured: 1; train: 3; a step on a GPU: 5"
+        "--warmup", type=int, help="runs before the measured ones: 1; train: 3; step on a GPU: 5"
     )
     parser.add_argument(
-        "--steps", type=int, help="measured runs: 3; pipeline: 1; train, and a step on a GPU: 10"
+        "--steps", type=int, help="measured runs: 3; pipeline: 1; train, and step on a GPU: 10"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to it too")
     parser.add_argument(
-        "--weights", type=Path, metavar="DIR", help="read weights there; random ones if it is new"
+        "--weights",
+        type=Path,
+        metavar="DIR",
+        help="folder of the weights; if new, random ones are written",
     )
     training = parser.add_argument_group("of training")
     training.add_argument("--methods", nargs="*", choices=METHODS, help="default: all")
@@ -282,13 +284,13 @@ def build_parser() -> CommandParser:
         "--keep",
         nargs="+",
         choices=("block", "attention", "all"),
-        help="what activation checkpointing keeps of each block; default: attention",
+        help="activation checkpointing policies to measure; default: attention",
     )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, measure, report; 1 if a line failed."""
+    """Parse, measure, report; returns the exit code: 1 if a line failed."""
     argv = sys.argv[1:] if argv is None else argv
     options = build_parser().parse_args(argv)
     set_up_logging()
@@ -297,15 +299,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     sections = choose_sections(config, options.only)
     if sections == ["train"]:
         config = parse_config(TrainingArgs, "", files)
-    options.attention = options.attention or config.args.attention
-    check_flags(options, sections)
-    check_packages(options, sections)
-    head = circumstances(argv, options.base)
-    if options.compile is None:
-        import torch
-
-        options.compile = torch.cuda.is_available()
     check_model_section(config.model)
+    for mistake in find_mistakes(options, sections, config):
+        raise UserError(mistake)
+    fill_in(options, config)
+    versions = installed_versions(("torch", "triton", "flash-attn-4", "diffusers"))
+    head = {"argv": list(argv), "base": options.base, "versions": versions}
     if sections == ["train"]:
         from tools.bench.training import training_jobs  # imports DeepSpeed
 
@@ -314,10 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tools.bench.inference import inference_jobs
 
         latent_shape(config.args, config.model)
-        for node in ("conditioner_config", "first_stage_config", "sampler_config"):
-            if not config.model.get(node):
-                raise UserError(f"model.{node} is absent; a configuration that samples has it")
-        needs = any(section in _WITH_WEIGHTS for section in sections)
+        needs = set(sections) & set(_WITH_WEIGHTS)
         with config_with_weights(config, options.weights) if needs else nullcontext(config) as used:
             results = report(inference_jobs(used, sections, options), options.json, head=head)
     print_table(results)

@@ -1,21 +1,23 @@
 """Turn short ideas into the long English prompts that CogVideoX was trained on.
 
     export OPENAI_API_KEY=...                         # of any service with OpenAI's interface
-    export OPENAI_BASE_URL=http://localhost:8000/v1   # if it is not OpenAI's own
+    export OPENAI_BASE_URL=http://localhost:8000/v1   # if it is not OpenAI's own service
     python tools/convert_demo.py --prompt "a girl flies a kite by the sea"
     python tools/convert_demo.py --input-file ideas.txt --output-file prompts.txt
 
-Ideas may be in any language, one on each line of the file; the prompts come in the same order, one
-on each line, ready as `input_file` of sample_video.py. Needs the package openai, which nothing
-else here does: pip install openai
+Ideas may be in any language, one on each line of the file. The prompts are written in the same
+order, one on each line; the file can be the `input_file` of sample_video.py. Only this tool needs
+the package openai: pip install openai
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -31,10 +33,10 @@ from sgm.prompts import read_prompt_file
 if TYPE_CHECKING:
     import openai
 
-# Local models on a CPU take long for their first word.
+# Long enough for the first word of a local model on a CPU.
 TIMEOUT_SECONDS = 120.0
 
-# The video model reads 226 T5 tokens, about 170 English words; what is longer is cut.
+# The video model reads 226 T5 tokens, about 170 English words, and cuts the rest.
 INSTRUCTIONS = """\
 You write prompts for a text-to-video model. The user sends an idea, in any language. Answer with \
 one English paragraph that describes the video of it, and with nothing else: no title, no \
@@ -78,36 +80,37 @@ EXAMPLES = (
 
 
 def make_client(*, retries: int) -> openai.OpenAI:
-    """A client of the endpoint that the environment names.
+    """A client of the endpoint in the environment.
 
     Raises:
-        UserError: the package is absent, or the key or the address in the environment is unfit.
+        UserError: the package is missing, or the key or the address in the environment is invalid.
     """
-    try:
-        import openai
-    except ImportError:
-        raise UserError(
-            f"the package openai is not installed in {sys.executable}; run 'pip install openai'"
-        ) from None
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not key or not key.isascii():
-        raise UserError(
-            f"OPENAI_API_KEY {'holds characters that no key has' if key else 'is not set'}; export "
-            "the key of your service, or any word for a local server that asks for none"
-        )
     address = os.environ.get("OPENAI_BASE_URL", "").strip() or None
-    if address and not address.startswith(("http://", "https://")):
-        raise UserError(
-            f"OPENAI_BASE_URL {address!r} is no web address; it should look like "
+    mistake = ""
+    if importlib.util.find_spec("openai") is None:
+        mistake = f"the package openai is missing in {sys.executable}; run 'pip install openai'"
+    elif not key or not key.isascii():
+        mistake = (
+            f"OPENAI_API_KEY {'contains characters other than ASCII' if key else 'is not set'}; "
+            "export the key of your service, or any word for a local server without keys"
+        )
+    elif address and not address.startswith(("http://", "https://")):
+        mistake = (
+            f"OPENAI_BASE_URL {address!r} is not a web address; it should look like "
             "http://localhost:8000/v1"
         )
+    if mistake:
+        raise UserError(mistake)
+    import openai
+
     return openai.OpenAI(
         api_key=key, base_url=address, max_retries=retries, timeout=TIMEOUT_SECONDS
     )
 
 
 def _explain(error: openai.OpenAIError, address: str, *, model: str) -> str:
-    """One sentence for what the endpoint at `address` did instead of answering."""
+    """A sentence for an error of the client with the endpoint at `address`."""
     import openai
 
     if isinstance(error, openai.APITimeoutError):
@@ -116,21 +119,20 @@ def _explain(error: openai.OpenAIError, address: str, *, model: str) -> str:
         reason = error.__cause__ or error
         return f"{address} cannot be reached ({reason}); check the network and OPENAI_BASE_URL"
     if not isinstance(error, openai.APIStatusError):
-        return f"{address} gave an answer that cannot be read ({error}); check OPENAI_BASE_URL"
+        return f"the answer of {address} cannot be read ({error}); check OPENAI_BASE_URL"
     body = error.body.get("message") if isinstance(error.body, dict) else None
-    said = " ".join(str(body or error.response.reason_phrase).split())
-    refusal = f"{address} refused the request ({error.status_code}: {said})"
-    if error.status_code in (401, 403):
-        return f"{refusal}; check OPENAI_API_KEY"
-    if error.status_code == 404:
-        return f"{refusal}; check --model, now {model!r}, and OPENAI_BASE_URL"
-    if error.status_code == 429:
-        return f"{refusal}; its limit is reached: wait, or give more --retries"
-    return f"{refusal}; the service's own documents say what this means"
+    reason = " ".join(str(body or error.response.reason_phrase).split())
+    advice = {
+        401: "check OPENAI_API_KEY",
+        403: "check OPENAI_API_KEY",
+        404: f"check --model, now {model!r}, and OPENAI_BASE_URL",
+        429: "its limit is reached: wait, or give more --retries",
+    }.get(error.status_code, "see the documentation of the service")
+    return f"{address} refused the request ({error.status_code}: {reason}); {advice}"
 
 
 def _as_one_line(answer: str) -> str:
-    """An answer without line breaks and without the quotation marks that some models put."""
+    """An answer without line breaks, and without quotation marks around all of it."""
     line = " ".join(answer.split())
     for start, end in ('""', "''", "“”", "``"):
         if len(line) > 1 and line[0] == start and line[-1] == end and start not in line[1:-1]:
@@ -141,11 +143,14 @@ def _as_one_line(answer: str) -> str:
 def rewrite(client: openai.OpenAI, idea: str, *, model: str, tries: int) -> str:
     """The prompt for an idea, one line of text.
 
-    The client itself repeats requests that failed on the way; `tries` counts those that were
-    answered with nothing, as models do now and then.
+    Args:
+        client: repeats requests that fail on the way.
+        idea: in any language.
+        model: the service's name of the model.
+        tries: how often to ask until the answer has text; models give empty answers now and then.
 
     Raises:
-        UserError: the endpoint cannot be reached, refuses, or gives no text in all tries.
+        UserError: the endpoint cannot be reached or refuses, or no answer has text.
     """
     import openai
 
@@ -155,52 +160,54 @@ def rewrite(client: openai.OpenAI, idea: str, *, model: str, tries: int) -> str:
         messages.append({"role": "assistant", "content": prompt})
     messages.append({"role": "user", "content": idea})
     address = str(client.base_url).rstrip("/")
+    mistake = f"the model {model} gave no text for {idea!r} in {tries} tries"
     for _ in range(tries):
         try:
             completion = client.chat.completions.create(model=model, messages=messages)
         except openai.OpenAIError as error:
-            raise UserError(_explain(error, address, model=model)) from None
-        choices = getattr(completion, "choices", None)  # a web page arrives here as a plain str
+            mistake = _explain(error, address, model=model)
+            break
+        choices = getattr(completion, "choices", None)  # the client returns a web page as a str
         if not choices:
-            raise UserError(
-                f"{address} gave an answer that is no chat completion; OPENAI_BASE_URL should be "
-                "the address of the interface, which often ends in /v1"
+            mistake = (
+                f"the answer of {address} is not a chat completion; OPENAI_BASE_URL should be the "
+                "address of the interface, which often ends in /v1"
             )
+            break
         message = choices[0].message
         if getattr(message, "refusal", None):
-            raise UserError(f"the model {model} refused {idea!r}: {_as_one_line(message.refusal)}")
+            mistake = f"the model {model} refused {idea!r}: {_as_one_line(message.refusal)}"
+            break
         if prompt := _as_one_line(message.content or ""):
             return prompt
-    raise UserError(f"the model {model} gave no text for {idea!r} in {tries} tries")
+    raise UserError(mistake)
 
 
-def rewrite_all(ideas: Sequence[str], to_prompt: Callable[[str], str], output: TextIO) -> None:
-    """Write the prompt of each idea to `output`, one a line, as soon as it is there."""
-    for idea in tqdm(ideas, unit="prompt", disable=len(ideas) < 2):
-        output.write(to_prompt(idea) + "\n")
-        output.flush()
-
-
-def _write_file(path: Path, write: Callable[[TextIO], None]) -> None:
-    """Have `write` fill a file beside `path`, which then takes its name.
+@contextmanager
+def _output(path: Path | None) -> Iterator[TextIO]:
+    """The stream to write to: stdout, or a file beside `path` that is renamed to it at the end.
 
     Raises:
-        UserError: the file cannot be written; or that of `write`, saying what is kept.
+        UserError: the file cannot be written; or that of the context, which names the file if some
+            of it was written.
     """
-    beside = path.with_name(path.name + ".partial")
+    if path is None:
+        yield sys.stdout
+        return
+    partial = path.with_name(path.name + ".partial")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            write(file)
-        beside.replace(path)
+        with partial.open("w", encoding="utf-8") as file:
+            yield file
+        partial.replace(path)
     except OSError as error:
         raise UserError(
             f"output_file {path} cannot be written ({error.strerror}); choose another place"
         ) from None
     except UserError as error:
-        if beside.stat().st_size == 0:
-            beside.unlink()
+        if partial.stat().st_size == 0:
+            partial.unlink()
             raise
-        raise UserError(f"{error} (the prompts before it are kept in {beside})") from None
+        raise UserError(f"{error} (the prompts before it are kept in {partial})") from None
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -225,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
     Raises:
-        UserError: an input, the environment or the endpoint is unfit.
+        UserError: an input or the environment is invalid, or the endpoint fails.
     """
     flags = _parse(argv)
     if flags.input_file is None:
@@ -233,18 +240,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         ideas = [idea.text for idea in read_prompt_file(flags.input_file)]
     client = make_client(retries=flags.retries)
-
-    def write(output: TextIO) -> None:
-        rewrite_all(
-            ideas,
-            lambda idea: rewrite(client, idea, model=flags.model, tries=flags.retries + 1),
-            output,
-        )
-
-    if flags.output_file is None:
-        write(sys.stdout)
-    else:
-        _write_file(flags.output_file, write)
+    with _output(flags.output_file) as output:
+        for idea in tqdm(ideas, unit="prompt", disable=len(ideas) < 2):
+            prompt = rewrite(client, idea, model=flags.model, tries=flags.retries + 1)
+            output.write(f"{prompt}\n")
+            output.flush()
     return 0
 
 

@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     train_video.main(["--base", *CONFIGS, *flags])
     from sgm.training.run_folder import find_checkpoint
 
-    run = find_checkpoint(replace(args, resume=args.resume or "latest")).parent
+    run = find_checkpoint(args.model_copy(update={"resume": args.resume or "latest"})).parent
     found = compare(run, num_prompts=options.prompts, device=args.device)
     losses = validation_losses(run)
     if len(losses) > 1:

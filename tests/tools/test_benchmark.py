@@ -1,4 +1,4 @@
-"""What is chosen, told and kept of a benchmark; a line of each kind on small sizes."""
+"""The benchmark: its options, reports and random weights; a line of each kind on small sizes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from tools import benchmark
 from tools.bench import inference
 from tools.bench import jobs as jobs_module
 from tools.bench.inference import inference_jobs
-from tools.bench.jobs import METHODS, SECTIONS, Job, Result, run_job, run_jobs
-from tools.bench.measuring import Measured, forward_flops, measure
+from tools.bench.jobs import METHODS, SECTIONS, BenchmarkResult, Job, run_job, run_jobs
+from tools.bench.measuring import Measured, forward_flops
+from tools.bench.workload import Workload
 from tools.benchmark import (
     build_parser,
-    check_flags,
     choose_sections,
     config_with_weights,
+    fill_in,
     main,
     print_table,
     report,
@@ -99,11 +100,13 @@ def test_operations_of_the_2b_model_by_hand() -> None:
     assert flops == pytest.approx(119.98e12, rel=1e-4)
 
 
-def test_median_leaves_the_warmup_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_median_leaves_the_warmup_out(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0, 1, 3, 9])  # calls of 1, 2 and 6 s
-    monkeypatch.setattr("tools.bench.measuring.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("tools.bench.workload.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("tools.bench.workload.choose_device", lambda: CPU)
     calls = []
-    measured = measure(lambda: calls.append(1), device=CPU, warmup=2, steps=3)
+    work = Workload(config, options("--warmup", "2", "--steps", "3"))
+    measured = work.measure(lambda: calls.append(1))
     assert measured == Measured(seconds=2, peak_memory=0, spread=1.25)
     assert len(calls) == 5
 
@@ -115,7 +118,7 @@ def test_all_lines_of_inference(with_weights: Config, against: tuple[str, ...]) 
     jobs = inference_jobs(with_weights, SECTIONS, options(*against))
     jobs = [job for job in jobs if job.label.startswith("own") != bool(against)]
     results = {(job.section, job.label): run_job(job, started=0.0) for job in jobs}
-    rivals = {
+    baseline = {
         ("step", "diffusers"), ("decode", "diffusers"), ("decode", "diffusers, tiled"),
         ("encode", "diffusers"), ("encode", "diffusers, one pass"), ("t5", "transformers"),
         ("pipeline", "diffusers"),
@@ -136,7 +139,7 @@ def test_all_lines_of_inference(with_weights: Config, against: tuple[str, ...]) 
         flops = 2 * (2 * 12 * 192**2 * 44 + 4 * 192 * 44**2)
         assert results["step", "own"].model_flops == flops
     else:
-        assert set(results) == rivals
+        assert set(results) == baseline
         compared = {section for (section, _), one in results.items() if one.is_reference}
         assert compared == {"step", "decode", "encode", "t5", "pipeline"}
     assert {key: one.failure for key, one in results.items() if one.failure} == {}
@@ -150,8 +153,8 @@ def test_the_compiled_step_is_the_one_to_compare_with(config: Config) -> None:
 def test_what_fails_or_does_not_apply_stops_no_other_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    # Nothing of this file, which another process cannot import.
-    idle = partial(inference.step_with_fp8, None, None)
+    # Another process cannot import this file, so its functions are not used.
+    idle = partial(inference.step_with_fp8, None)
     wrong, deadly = partial(int, "x"), partial(os._exit, 9)
     runs = [idle, wrong, deadly, partial(Measured, 2.0, 3 * 10**9)]
     jobs = [Job("step", label, run, "same") for label, run in zip("nabc", runs, strict=True)]
@@ -160,15 +163,15 @@ def test_what_fails_or_does_not_apply_stops_no_other_line(
     reasons = [reason, "its process ended with code 9", None]
     assert [result.failure for result in results] == reasons
     assert (results[2].seconds, results[2].device) == (2.0, "cpu")
-    told = capfd.readouterr().err
-    assert "step      a" in told and f"failed: {reason}" in told
-    assert "step: n is left out: there are no float8 products here" in told
+    printed = capfd.readouterr().err
+    assert "step      a" in printed and f"failed: {reason}" in printed
+    assert "step: n is left out: there are no float8 products here" in printed
     written = json.loads((tmp_path / "out.json").read_text())
     lines = [dataclasses.asdict(result) for result in results]
     assert written == {"base": ["x.yaml"], "results": lines}
 
 
-def test_who_stops_listening_ends_the_process() -> None:
+def test_the_process_ends_if_no_more_results_are_taken() -> None:
     runs = partial(int, "x"), partial(time.sleep, 60)
     results = run_jobs([Job("step", "a", run, "same") for run in runs])
     next(results)
@@ -177,7 +180,9 @@ def test_who_stops_listening_ends_the_process() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_a_process_that_nobody_listens_to_ends_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_whose_receiver_is_gone_ends_without_output(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def interrupted() -> Measured:
         raise KeyboardInterrupt
 
@@ -206,8 +211,8 @@ def test_warmup_and_steps_count_whole_videos(
         return engine
 
     monkeypatch.setattr("sgm.pipeline.load_engine", counting)
-    monkeypatch.setattr(inference.inputs, "WARMUP_STEPS", 3)
-    inference.pipeline(with_weights, options("--warmup", "2", "--steps", "3"))
+    monkeypatch.setattr("tools.bench.workload.WARMUP_STEPS", 3)
+    inference.pipeline(Workload(with_weights, options("--warmup", "2", "--steps", "3")))
     assert num_steps == [3, 3, 2, 2, 2]
 
 
@@ -226,11 +231,11 @@ def test_neighbours_share_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_table_compares_within_a_section(capsys: pytest.CaptureFixture[str]) -> None:
     numbers = (0.5, 2.0, 3 * 10**9, 1e12, 0.25, 0.01)
-    own = Result("decode", "own", "cpu", *numbers, startup_seconds=4.0)
-    broken = Result("decode", "tiled", failure="no memory")
-    rival = Result("decode", "diffusers", "cpu", 1.0, 1.0, is_reference=True)
-    other = Result("step", "own", "cpu", 3.0, 1 / 3)
-    print_table([own, broken, rival, other])
+    own = BenchmarkResult("decode", "own", "cpu", *numbers, startup_seconds=4.0)
+    broken = BenchmarkResult("decode", "tiled", failure="no memory")
+    baseline = BenchmarkResult("decode", "diffusers", "cpu", 1.0, 1.0, is_reference=True)
+    other = BenchmarkResult("step", "own", "cpu", 3.0, 1 / 3)
+    print_table([own, broken, baseline, other])
     _, *lines, start = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines] == [
         ["step", "own", "3.000", "0.0%", "0.333", "-", "-", "-"],
@@ -272,13 +277,15 @@ def test_random_weights_are_removed_or_kept(
 
 
 @pytest.mark.parametrize("name", ["", "file"])
-def test_weights_of_others_are_refused(config: Config, tmp_path: Path, name: str) -> None:
+def test_weights_of_other_tools_are_an_error(config: Config, tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     folder = tmp_path / name
-    told = f"--weights {folder} does not hold weights that this tool wrote: load: .* does not exist"
-    with pytest.raises(UserError, match=f"{told}; name a new folder"):
-        with config_with_weights(config, folder):
-            pass
+    message = (
+        f"--weights {folder} does not hold weights that this tool wrote: load: .* does not exist"
+    )
+    failure = pytest.raises(UserError, match=f"{message}; name a new folder")
+    with failure, config_with_weights(config, folder):
+        pass
 
 
 def test_sections_follow_from_the_configuration() -> None:
@@ -307,7 +314,7 @@ def test_mistakes_on_the_command_line(
     monkeypatch.undo()
 
     def without_package(name: str) -> None:
-        raise ModuleNotFoundError  # as for a module of a package that is not there
+        raise ModuleNotFoundError  # as for a module of a package that is missing
 
     monkeypatch.setattr("tools.benchmark.importlib.util.find_spec", without_package)
     with pytest.raises(UserError, match=r'install --pre "flash-attn-4\[cu13\]"'):
@@ -315,7 +322,7 @@ def test_mistakes_on_the_command_line(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--methods", "full"], "--methods is for train, but only t5 would be measured"),
         (["--rank", "4"], "--rank is for train"),
@@ -325,11 +332,11 @@ def test_mistakes_on_the_command_line(
         (["--json", "."], "--json .: name a file in a folder"),
     ],
 )
-def test_flags_that_would_be_in_vain(
-    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_flags_without_effect_are_errors(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         main(["--base", INFER, "--only", "t5", *words])
 
 
@@ -343,9 +350,9 @@ def test_attention_is_that_of_the_flag_or_of_the_configuration(
     path.write_text(yaml.safe_dump(sections))
     results = []
 
-    def run_here(jobs: list[Job], *_: Any, **__: Any) -> list[Result]:
+    def run_here(jobs: list[Job], *_: Any, **__: Any) -> list[BenchmarkResult]:
         results.extend(run_job(job, started=0.0) for job in jobs)
-        return [result for result in results if isinstance(result, Result)]
+        return [result for result in results if isinstance(result, BenchmarkResult)]
 
     monkeypatch.setattr(benchmark, "report", run_here)
     assert main(["--base", str(path), "--only", "step", *flags]) == 1
@@ -358,7 +365,7 @@ def test_attention_is_that_of_the_flag_or_of_the_configuration(
     )
     asked: list[Config] = []
     config = parse_config(SamplingArgs, "", ["--base", INFER])
-    inference.pipeline(config, options("--attention", "sdpa"))
+    inference.pipeline(Workload(config, options("--attention", "sdpa")))
     assert asked[0].args.attention == "sdpa" != config.args.attention
 
 
@@ -369,20 +376,20 @@ def test_this_projects_kernel_is_not_for_training() -> None:
 
 def test_flags_of_training_have_defaults() -> None:
     given = options("--rank", "4")
-    check_flags(given, ["train"])
+    fill_in(given, parse_config(TrainingArgs, "", ["--base", SFT]))
     assert (given.methods, given.rank, given.keep) == (METHODS, 4, ("attention",))
 
 
-def test_the_exit_code_tells_of_a_failure(
+def test_the_exit_code_after_a_failure(
     small: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = [Result("decode", "own", "cpu", 1.0, 1.0)]
+    results = [BenchmarkResult("decode", "own", "cpu", 1.0, 1.0)]
     heads = []
     monkeypatch.setattr(benchmark, "report", lambda jobs, file, head: heads.append(head) or results)
     assert main(["--base", small, "--only", "decode"]) == 0
     head = heads[0]
     assert (head["argv"], head["base"]) == (["--base", small, "--only", "decode"], [small])
     assert head["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
-    results.append(Result("decode", "diffusers", failure="no memory"))
+    results.append(BenchmarkResult("decode", "diffusers", failure="no memory"))
     assert main(["--base", small, "--only", "decode"]) == 1
     assert "failed: no memory" in capsys.readouterr().out

@@ -36,7 +36,7 @@ def failure(status: int, message: str = "it is so") -> tuple[int, Any]:
 
 
 class Endpoint:
-    """Answers requests with `answers` in order, the last of them for ever; keeps the requests."""
+    """Answers requests with `answers` in order, repeats the last one, and keeps the requests."""
 
     def __init__(self) -> None:
         self.answers: list[tuple[int, Any]] = []
@@ -143,8 +143,8 @@ def test_tries_end_after_the_given_number(endpoint):
         (failure(429), ["limit", "--retries"]),
         (failure(400, "bad\nthing"), ["400: bad thing"]),
         ((502, "<html>gateway</html>"), ["502"]),
-        ((200, "<html>hello</html>"), ["no chat completion", "/v1"]),
-        ((200, {"error": "x"}), ["no chat completion"]),
+        ((200, "<html>hello</html>"), ["not a chat completion", "/v1"]),
+        ((200, {"error": "x"}), ["not a chat completion"]),
         (completion(None, refusal="I will not."), ["refused 'x'", "I will not."]),
         (completion("  \n"), ["no text for 'x' in 1 tries"]),
     ],

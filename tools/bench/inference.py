@@ -1,6 +1,6 @@
-"""Sampling, piece by piece and as a whole: this project's own side, and the list of all lines.
+"""Sampling, piece by piece and as a whole: this project's side, and the list of all lines.
 
-Each piece is built alone, so that its peak of memory is its own; the whole is the engine of
+Each piece is built alone, so that its peak memory is its own. The whole is the pipeline of
 sample_video.py with files of weights.
 """
 
@@ -26,17 +26,12 @@ from sgm.modules.transformer.linear import fp8_runs_on, quantize_linears
 from sgm.pipeline import CogVideoX
 from sgm.preflight import check_sampling, head_size
 from sgm.util import instantiate_from_config
-from tools.bench import diffusers_baseline, inputs
-from tools.bench.jobs import INFERENCE_SECTIONS, DoesNotApply, Job
-from tools.bench.measuring import (
-    Measured,
-    choose_device,
-    forward_flops,
-    measure,
-    random_network,
-)
+from tools.bench import diffusers_baseline as baseline
+from tools.bench.jobs import Job, NotApplicableError
+from tools.bench.measuring import Measured, forward_flops, random_network
+from tools.bench.workload import PROMPT, Workload
 
-Piece = Callable[[Config, argparse.Namespace], Measured]
+Piece = Callable[[Workload], Measured]
 
 
 def inference_jobs(
@@ -44,58 +39,48 @@ def inference_jobs(
 ) -> list[Job]:
     """The jobs of `sections`, implementation by implementation.
 
-    The pipelines have processes of their own: the first one's start is measured too, and the other
-    one's memory counts.
+    Each pipeline has a process of its own: the start of the first one is measured too, and the
+    memory of the low one is its own.
     """
     lines: list[tuple[str, str, Piece, str]] = [
-        ("step", "own", partial(step, kernel=options.attention), "pieces"),
-        ("step", "own, flash", partial(step_by_another, kernel="flash"), "pieces"),
-        ("step", "own, sdpa", partial(step_by_another, kernel="sdpa"), "pieces"),
+        ("step", "own", step, "pieces"),
+        ("step", "own, flash", partial(step_with_kernel, kernel="flash"), "pieces"),
+        ("step", "own, sdpa", partial(step_with_kernel, kernel="sdpa"), "pieces"),
         ("step", "own, fp8", step_with_fp8, "pieces"),
         ("decode", "own", decode, "pieces"),
         ("encode", "own", encode, "pieces"),
         ("t5", "own", embed_text, "pieces"),
         ("pipeline", "own", pipeline, "pipeline"),
     ]
-    references = dict.fromkeys(INFERENCE_SECTIONS, "diffusers") | {"t5": "transformers"}
+    references = {"t5": "transformers"}  # those of the other sections are "diffusers"
     if options.against:
-        lines.append(
-            ("step", "diffusers", partial(diffusers_baseline.step, compiled=False), "diffusers")
-        )
+        lines.append(("step", "diffusers", baseline.step, "diffusers"))
         if options.compile:
-            references["step"] = "diffusers, compiled"
-            lines.append(
-                (
-                    "step",
-                    references["step"],
-                    partial(diffusers_baseline.step, compiled=True),
-                    "diffusers",
-                )
-            )
+            references["step"] = label = "diffusers, compiled"
+            lines.append(("step", label, partial(baseline.step, compiled=True), "diffusers"))
+        tiled, at_once = (
+            partial(baseline.decode, tiled=True),
+            partial(baseline.encode, at_once=True),
+        )
         lines += [
-            ("decode", "diffusers", partial(diffusers_baseline.decode, tiled=False), "diffusers"),
-            (
-                "decode",
-                "diffusers, tiled",
-                partial(diffusers_baseline.decode, tiled=True),
-                "diffusers",
-            ),
-            ("encode", "diffusers", partial(diffusers_baseline.encode, at_once=False), "diffusers"),
-            (
-                "encode",
-                "diffusers, one pass",
-                partial(diffusers_baseline.encode, at_once=True),
-                "diffusers",
-            ),
-            ("t5", "transformers", diffusers_baseline.embed_text, "diffusers"),
-            ("pipeline", "diffusers", diffusers_baseline.pipeline, "diffusers"),
+            ("decode", "diffusers", baseline.decode, "diffusers"),
+            ("decode", "diffusers, tiled", tiled, "diffusers"),
+            ("encode", "diffusers", baseline.encode, "diffusers"),
+            ("encode", "diffusers, one pass", at_once, "diffusers"),
+            ("t5", "transformers", baseline.embed_text, "diffusers"),
+            ("pipeline", "diffusers", baseline.pipeline, "diffusers"),
         ]
     if torch.cuda.is_available():
         in_low_memory = partial(pipeline, memory="low")
         lines.append(("pipeline", "own, memory low", in_low_memory, "low memory"))
+    work = Workload(config, options)
     return [
         Job(
-            section, label, partial(run, config, options), process, references.get(section) == label
+            section,
+            label,
+            partial(run, work),
+            process,
+            is_reference=label == references.get(section, "diffusers"),
         )
         for section, label, run, process in lines
         if section in sections
@@ -103,32 +88,31 @@ def inference_jobs(
 
 
 @torch.no_grad()
-def step(
-    config: Config, options: argparse.Namespace, *, kernel: str, in_fp8: bool = False
-) -> Measured:
+def step(work: Workload, *, kernel: str | None = None, in_fp8: bool = False) -> Measured:
     """One batched forward of the transformer for both branches of guidance.
 
-    Its operations are counted as if the branches shared none.
+    Args:
+        work: its options choose the kernel of attention.
+        kernel: another kernel.
+        in_fp8: compute the products of the MLPs in float8.
+
+    Returns:
+        The measurement; operations are counted as if the branches shared none.
     """
-    device, node = choose_device(), config.model["network_config"]
-    dtype = inputs.run_dtype(config)
-    check_attention(kernel, config.model, device=device, dtype=dtype)
+    kernel, device, dtype = kernel or work.options.attention, work.device, work.dtype
+    check_attention(kernel, work.config.model, device=device, dtype=dtype)
+    node = work.config.model["network_config"]
     network = random_network(node, dtype=dtype, device=device).eval()
     network.set_attention(kernel)
     layers = network.transformer.layers
     num_weights = sum(weight.numel() for weight in layers.parameters() if weight.ndim == 2)
     if in_fp8:
         quantize_linears(network)
-    if options.compile:
+    if work.options.compile:
         network.compile_blocks()
     wrapper = NetworkWrapper(network)
-    latents, texts, timestep = inputs.step_inputs(config, device)
-    cond = {"crossattn": texts}
-    measured = measure(
-        lambda: wrapper(latents, timestep, cond),
-        device=device,
-        **inputs.step_repeats(options, device),
-    )
+    latents, texts, timestep = work.step_inputs()
+    measured = work.measure_step(lambda: wrapper(latents, timestep, {"crossattn": texts}))
     flops = forward_flops(
         num_weights,
         num_tokens=texts.shape[1] + math.prod((latents.shape[1], *network.grid_size)),
@@ -139,90 +123,79 @@ def step(
 
 
 @torch.no_grad()
-def step_by_another(config: Config, options: argparse.Namespace, *, kernel: Kernel) -> Measured:
-    """A step with this attention, where it is there and `step` takes another.
+def step_with_kernel(work: Workload, *, kernel: Kernel) -> Measured:
+    """A step with another kernel of attention than the fastest, which `step` takes.
 
     Raises:
-        DoesNotApply: it is not so.
+        NotApplicableError: `step` takes this kernel, or it does not run here.
     """
-    token = torch.empty(1, dtype=inputs.run_dtype(config), device=choose_device())
-    fastest, *others = list_kernels(token, head_size=head_size(config.model))
-    if options.attention != "auto":
-        raise DoesNotApply(f"{options.attention} alone was asked for")
+    token = torch.empty(1, dtype=work.dtype, device=work.device)
+    fastest, *others = list_kernels(token, head_size=head_size(work.config.model))
+    if work.options.attention != "auto":
+        raise NotApplicableError(f"{work.options.attention} alone was asked for")
     if kernel == fastest:
-        raise DoesNotApply("the line before is of the same kernel")
+        raise NotApplicableError("the line before is of the same kernel")
     if kernel not in others:
-        raise DoesNotApply("this kernel does not run here")
-    return step(config, options, kernel=kernel)
+        raise NotApplicableError("this kernel does not run here")
+    return step(work, kernel=kernel)
 
 
-def step_with_fp8(config: Config, options: argparse.Namespace) -> Measured:
-    """A step with float8 products, on a GPU that has them.
+def step_with_fp8(work: Workload) -> Measured:
+    """A step with float8 products.
 
     Raises:
-        DoesNotApply: on another.
+        NotApplicableError: the device does not have them.
     """
-    device = choose_device()
-    if device.type != "cuda" or not fp8_runs_on(device):
-        raise DoesNotApply("there are no float8 products here")
-    return step(config, options, kernel=options.attention, in_fp8=True)
+    if not torch.cuda.is_available() or not fp8_runs_on(work.device):
+        raise NotApplicableError("there are no float8 products here")
+    return step(work, in_fp8=True)
 
 
 @torch.no_grad()
-def decode(config: Config, options: argparse.Namespace) -> Measured:
+def decode(work: Workload) -> Measured:
     """Latents to frames, chunk by chunk; none is kept."""
-    device, vae = _first_stage(config)
-    latents = inputs.latents(config, device).transpose(1, 2).to(inputs.run_dtype(config))
+    vae = _first_stage(work)
+    latents = work.latents().transpose(1, 2).to(work.dtype)
 
     def run() -> None:
         for _ in vae.decode_streamed(latents):
             pass
 
-    return measure(run, device=device, **inputs.repeats(options))
+    return work.measure(run)
 
 
 @torch.no_grad()
-def encode(config: Config, options: argparse.Namespace) -> Measured:
+def encode(work: Workload) -> Measured:
     """Frames to moments."""
-    device, vae = _first_stage(config)
-    video = inputs.video(config, device).to(inputs.run_dtype(config))
-    return measure(lambda: encode_moments(vae, video), device=device, **inputs.repeats(options))
+    vae, video = _first_stage(work), work.video().to(work.dtype)
+    return work.measure(lambda: encode_moments(vae, video))
 
 
-def _first_stage(config: Config) -> tuple[torch.device, torch.nn.Module]:
-    """The autoencoder with random weights, and where it is."""
-    device, node = choose_device(), copy.deepcopy(config.model["first_stage_config"])
+def _first_stage(work: Workload) -> torch.nn.Module:
+    """The autoencoder with random weights."""
+    node = copy.deepcopy(work.config.model["first_stage_config"])
     node["params"]["ckpt_path"] = None
-    with device:
-        return device, build_first_stage(node, dtype=inputs.run_dtype(config), device=device)
+    with work.device:
+        return build_first_stage(node, dtype=work.dtype, device=work.device)
 
 
-def embed_text(config: Config, options: argparse.Namespace) -> Measured:
+def embed_text(work: Workload) -> Measured:
     """A prompt through the text encoder."""
-    device = choose_device()
-    conditioner = instantiate_from_config(
-        config.model["conditioner_config"], dtype=inputs.run_dtype(config), device=device
-    ).eval()
-    return measure(
-        lambda: conditioner.encode([inputs.PROMPT]), device=device, **inputs.repeats(options)
-    )
+    node = work.config.model["conditioner_config"]
+    conditioner = instantiate_from_config(node, dtype=work.dtype, device=work.device).eval()
+    return work.measure(lambda: conditioner.encode([PROMPT]))
 
 
-def pipeline(config: Config, options: argparse.Namespace, *, memory: str = "high") -> Measured:
+def pipeline(work: Workload, *, memory: str = "high") -> Measured:
     """A prompt to frames of 8 bits on the host, as sample_video.py makes them."""
-    config = copy.deepcopy(config)
+    config, options = copy.deepcopy(work.config), work.options
     config.args.memory = memory
     config.args.attention = options.attention
     config.args.compile = options.compile
     with no_garbage_collection():
         pipe = CogVideoX.load(config, check_sampling(config))
     ready_at = time.time()
-    # Each a text of its own, since the pipeline keeps the embedding of the last one.
-    prompts = (f"{inputs.PROMPT} {number}" for number in itertools.count())
-    times = inputs.repeats(options, steps=1)
-    for _ in range(times["warmup"]):
-        pipe(next(prompts), num_steps=inputs.WARMUP_STEPS)
-    measured = measure(
-        lambda: pipe(next(prompts)), device=pipe.engine.device, warmup=0, steps=times["steps"]
-    )
+    # A new text for each video, since the pipeline caches the embedding of the last one.
+    prompts = (f"{PROMPT} {number}" for number in itertools.count())
+    measured = work.measure_videos(lambda num_steps: pipe(next(prompts), num_steps=num_steps))
     return dataclasses.replace(measured, ready_at=ready_at)

@@ -1,4 +1,4 @@
-"""Lines of the benchmark's table, each measured in a process that what came before cannot reach."""
+"""Measure the lines of the benchmark's table in processes of their own."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ SECTIONS = (*INFERENCE_SECTIONS, "train")
 METHODS = ("lora", "full", "offload")  # of training
 
 
-class DoesNotApply(Exception):
-    """Raised by a line that cannot be measured here, or need not be; its text says why."""
+class NotApplicableError(Exception):
+    """A line cannot be measured on this device, or need not be; the message says why."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What makes one line of the table.
+    """The work of one line of the table.
 
     Args:
         section: what is measured.
-        label: whose, and how.
-        run: measures it, or raises `DoesNotApply`; a function that can be pickled.
-        process: neighbours of the same process share one, and so what it has compiled.
-        is_reference: the section's other lines are compared with this one.
+        label: the implementation.
+        run: measures it, or raises `NotApplicableError`; it can be pickled.
+        process: consecutive jobs with the same name share a process and its compiled code.
+        is_reference: the other lines of the section are compared with this one.
     """
 
     section: str
@@ -49,12 +49,19 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Result:
-    """A line of the table; its `spread` is that of `Measured`.
+class BenchmarkResult:
+    """A line of the table. A failed one has a `failure`, the reason, and no numbers.
 
-    `peak_memory` is in bytes, 0 on a CPU; `peak_share` of the device's dense bf16 rate, None where
-    that or `model_flops` is not known. `startup_seconds` go from the start of the process until
-    all was loaded. A line that failed has a reason and no numbers.
+    Args:
+        section, label, is_reference: as in `Job`.
+        device: name of the GPU, or "cpu".
+        seconds, peak_memory, spread: as in `Measured`.
+        samples_per_second: 1 / `seconds`.
+        model_flops: operations, if they are counted.
+        peak_share: fraction of the device's dense bf16 rate; None if that or `model_flops` is
+            unknown.
+        startup_seconds: from the start of the process until everything was loaded.
+        failure: one line.
     """
 
     section: str
@@ -71,20 +78,20 @@ class Result:
     is_reference: bool = False
 
 
-def run_jobs(jobs: Sequence[Job]) -> Iterator[Result]:
-    """The results of all jobs, in order, each as soon as it is there; tells on stderr what runs."""
+def run_jobs(jobs: Sequence[Job]) -> Iterator[BenchmarkResult]:
+    """Yield the result of each job, in order, when it is finished; prints to stderr what runs."""
     started = time.monotonic()
     for _, group in itertools.groupby(jobs, key=lambda job: job.process):
         yield from _run_apart(list(group), started)
 
 
-def _run_apart(jobs: Sequence[Job], started: float) -> Iterator[Result]:
-    """The results of jobs that share a process; if it dies of one, the rest get another."""
+def _run_apart(jobs: Sequence[Job], started: float) -> Iterator[BenchmarkResult]:
+    """Yield the results of jobs that share a process; if it ends early, the rest get another."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(jobs, sender, time.time()))
     process.start()
-    sender.close()  # the other end is the process's alone, so that its death ends the pipe
+    sender.close()  # the process holds the only other copy, so its end closes the pipe
     try:
         for index, job in enumerate(jobs):
             elapsed = time.monotonic() - started
@@ -94,33 +101,40 @@ def _run_apart(jobs: Sequence[Job], started: float) -> Iterator[Result]:
             except EOFError:
                 process.join()
                 reason = f"its process ended with code {process.exitcode}"
-                yield Result(job.section, job.label, failure=reason)
-                rest = jobs[index + 1 :]
-                if rest:
+                yield BenchmarkResult(job.section, job.label, failure=reason)
+                if rest := jobs[index + 1 :]:
                     yield from _run_apart(rest, started)
                 return
-            if isinstance(result, DoesNotApply):
+            if isinstance(result, NotApplicableError):
                 print(f"{job.section}: {job.label} is left out: {result}", file=sys.stderr)
             else:
                 yield result
         process.join()
-    finally:  # whoever stops listening ends the process too
+    finally:  # also if the caller takes no more results
         process.terminate()
         process.join()
 
 
 def _work(jobs: Sequence[Job], sender: Connection, started: float) -> None:
-    """The process: sends each job's result, or why there is none, to the other end."""
+    """Run in the process: send the result of each job, or the reason why it has none."""
     set_up_logging()
     try:
         for job in jobs:
             sender.send(run_job(job, started=started))
     except (KeyboardInterrupt, BrokenPipeError):
-        return  # nobody listens any more
+        return  # the receiver is gone
 
 
-def run_job(job: Job, *, started: float) -> Result | DoesNotApply:
-    """A job's result in this process, which began at `started`; nothing stays in its memory."""
+def run_job(job: Job, *, started: float) -> BenchmarkResult | NotApplicableError:
+    """Run a job in this process, which began at `started`, and free the GPU memory it took.
+
+    Args:
+        job: the job.
+        started: `time.time()` at the start of the process.
+
+    Returns:
+        Its result, or the reason why it has none.
+    """
     import torch
 
     from tools.bench.measuring import choose_device, peak_rate
@@ -128,19 +142,19 @@ def run_job(job: Job, *, started: float) -> Result | DoesNotApply:
     device = choose_device()
     try:
         measured = job.run()
-    except DoesNotApply as reason:
+    except NotApplicableError as reason:
         return reason
-    except Exception as error:  # whatever it is, the other lines can be measured all the same
+    except Exception as error:  # no error of one line stops the others
         logger.debug("%s: %s", job.section, job.label, exc_info=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return Result(job.section, job.label, failure=reason)
+        return BenchmarkResult(job.section, job.label, failure=reason)
     finally:
         if device.type == "cuda":
-            torch.compiler.reset()  # what was compiled may hold weights
+            torch.compiler.reset()  # compiled code may hold weights
             gc.collect()
             torch.cuda.empty_cache()
     seconds, flops, rate = measured.seconds, measured.flops, peak_rate(device)
-    return Result(
+    return BenchmarkResult(
         section=job.section,
         label=job.label,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

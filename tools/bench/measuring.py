@@ -1,12 +1,9 @@
-"""Timing, memory and counted operations of one piece of work, for all sections of the benchmark."""
+"""Results of measurements, counted operations and random weights, for all sections."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,14 +17,14 @@ PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "H200": 989, "A100": 312
 
 @dataclass(frozen=True)
 class Measured:
-    """What a piece of work took.
+    """Time and memory of a call.
 
     Args:
-        seconds: median of its repetitions.
-        peak_memory: bytes on the GPU over all of them, weights included; 0 on a CPU.
-        spread: half of what the slowest took longer than the fastest, as a share of `seconds`.
-        flops: operations that the model asks for; None where they are not counted.
-        ready_at: `time.time()` at which everything was loaded, where that is of interest.
+        seconds: median of the repetitions.
+        peak_memory: peak bytes on the GPU over all repetitions, with weights; 0 on a CPU.
+        spread: half the difference of the slowest and the fastest, as a fraction of `seconds`.
+        flops: operations of the model; None if they are not counted.
+        ready_at: `time.time()` when everything was loaded; None if that is not measured.
     """
 
     seconds: float
@@ -38,46 +35,12 @@ class Measured:
 
 
 def choose_device() -> torch.device:
-    """The first GPU, where there is one."""
+    """The first GPU, or the CPU if there is none."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def measure(call: Callable[[], Any], *, device: torch.device, warmup: int, steps: int) -> Measured:
-    """The median of `steps` calls after `warmup` others, and the peak of memory over the former."""
-    for _ in range(warmup):
-        call()
-    if device.type == "cuda":  # compiling and tuning take memory of their own
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    clock = _gpu_clock if device.type == "cuda" else _cpu_clock
-    times = clock(call, steps)
-    seconds = statistics.median(times)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    return Measured(seconds, peak, spread=(max(times) - min(times)) / 2 / seconds)
-
-
-def _cpu_clock(call: Callable[[], Any], times: int) -> list[float]:
-    """Seconds of each of some calls."""
-    marks = [time.perf_counter()]
-    for _ in range(times):
-        call()
-        marks.append(time.perf_counter())
-    return [end - start for start, end in pairwise(marks)]
-
-
-def _gpu_clock(call: Callable[[], Any], times: int) -> list[float]:
-    """The same by the GPU's clock; as in a run, nobody waits for it between two calls."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        call()
-        mark.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1000 for start, end in pairwise(marks)]
-
-
 def peak_rate(device: torch.device) -> float | None:
-    """The device's dense bf16 rate in FLOP/s, if it is known."""
+    """The device's dense bf16 rate in FLOP/s; None if it is unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -86,16 +49,19 @@ def peak_rate(device: torch.device) -> float | None:
 
 
 def forward_flops(linear_weights: int, *, num_tokens: int, num_layers: int, width: int) -> float:
-    """Operations of the blocks for one sample, a multiply-add counted as two.
+    """Operations of the blocks for one sample; a multiply-add counts as two.
 
-    `linear_weights` counts the weights of all blocks that each token is multiplied with; besides
-    there are queries with keys and their products with values.
+    Args:
+        linear_weights: number of weights of all blocks that each token is multiplied with.
+        num_tokens: of text and video.
+        num_layers: number of blocks.
+        width: of a token, for the attention's two products, queries with keys and with values.
     """
     return 2.0 * linear_weights * num_tokens + 4.0 * num_layers * width * num_tokens**2
 
 
 def fill_random(name: str, weight: Tensor) -> None:
-    """A random matrix in place; a vector that scales becomes ones, one that shifts zeros."""
+    """Fill a weight in place: matrices with random values, scales with ones, shifts with zeros."""
     if weight.ndim > 1:
         weight.normal_(std=0.02)
     else:
@@ -104,7 +70,7 @@ def fill_random(name: str, weight: Tensor) -> None:
 
 @torch.no_grad()
 def randomize(module: nn.Module) -> None:
-    """Random values for all parameters of a module."""
+    """Fill all parameters of a module as `fill_random` does."""
     for name, weight in module.named_parameters():
         fill_random(name, weight)
 

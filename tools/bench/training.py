@@ -1,7 +1,7 @@
 """Training steps: the project's own objective, DeepSpeed's engine and the optimizer.
 
-Time and memory do not depend on the values of weights, so all are random; so are latents and text
-embeddings, which come as from a cache (`args.cache_dir`).
+Weights are random, since time and memory do not depend on their values. Latents and text
+embeddings are random too and are given as from a cache (`args.cache_dir`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,18 +27,21 @@ from sgm.modules.transformer.attention import check_attention
 from sgm.training.deepspeed_engine import start_deepspeed
 from sgm.training.loop import TrainingObjective
 from sgm.util import instantiate_from_config
-from tools.bench import diffusers_baseline, inputs
+from tools.bench import diffusers_baseline
 from tools.bench.jobs import METHODS, Job
-from tools.bench.measuring import Measured, choose_device, forward_flops, measure, random_network
-
-WARMUP, STEPS = 3, 10
+from tools.bench.measuring import Measured, forward_flops, random_network
+from tools.bench.workload import Workload
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of training: what is trained, and how.
+    """A method of training, with the settings of the transformer.
 
-    `method` is one of METHODS, or "diffusers"; `keep` and `kernel` are those of the transformer.
+    Args:
+        method: one of METHODS, or "diffusers".
+        keep: the activation checkpointing policy of `DiffusionTransformer.set_checkpointing`.
+        compiled: compile the blocks.
+        kernel: of attention.
     """
 
     method: str
@@ -46,7 +50,7 @@ class Variant:
     kernel: str = "auto"
 
     def label(self) -> str:
-        """The variant in a few words."""
+        """The variant as the table of results names it."""
         if self.method not in METHODS:
             return f"{self.method}, LoRA"
         parts = [self.method, f"keep {self.keep or 'all'}"]
@@ -55,7 +59,7 @@ class Variant:
 
 
 def training_jobs(config: Config, options: argparse.Namespace) -> list[Job]:
-    """A job for each variant that the options ask for, each with a process of its own."""
+    """A job for each variant in the options, each with a process of its own."""
     variants = [
         Variant(method, None if keep == "all" else keep, options.compile, options.attention)
         for method in options.methods
@@ -77,23 +81,20 @@ def training_jobs(config: Config, options: argparse.Namespace) -> list[Job]:
 
 def run_variant(config: Config, variant: Variant, options: argparse.Namespace) -> Measured:
     """Build and measure one variant."""
-    device = choose_device()
-    flops = None
+    work, flops = Workload(config, options), None
     if variant.method in METHODS:
-        step, flops = own_step(config, variant, rank=options.rank, device=device)
+        step, flops = own_step(work, variant)
     else:
-        step = diffusers_baseline.training_step(config, rank=options.rank, device=device)
-    sample = random_inputs(config, device)
-    times = inputs.repeats(options, warmup=WARMUP, steps=STEPS)
-    measured = measure(lambda: step(*sample), device=device, **times)
+        step = diffusers_baseline.training_step(work)
+    sample = random_inputs(work)
+    measured = work.measure(lambda: step(*sample), warmup=3, steps=10)
     return dataclasses.replace(measured, flops=flops)
 
 
-def own_step(
-    config: Config, variant: Variant, *, rank: int, device: torch.device
-) -> tuple[Callable[[Tensor, Tensor], None], float]:
-    """A training step of (latents, text embedding) through the project's own path; its FLOPs."""
-    network = build_network(config, variant, rank=rank, device=device)
+def own_step(work: Workload, variant: Variant) -> tuple[Callable[[Tensor, Tensor], None], float]:
+    """A training step of (latents, text embedding) in this project, and its operations."""
+    config = work.config
+    network = build_network(config, variant, rank=work.options.rank, device=work.device)
     engine = SimpleNamespace(
         model=NetworkWrapper(network),
         denoiser=instantiate_from_config(config.model["denoiser_config"]),
@@ -104,21 +105,25 @@ def own_step(
     )
     settings = deepspeed_settings(config, offload=variant.method == "offload")
     wrapped = start_deepspeed(TrainingObjective(engine).train(), settings, config.args)
-    grid = network.grid_size[0] * network.grid_size[1] * network.num_latent_frames
-    tokens = network.mixins["pos_embed"].text_length + grid
+    num_tokens = network.mixins["pos_embed"].text_length
+    num_tokens += math.prod(network.grid_size) * network.num_latent_frames
 
     def step(latents: Tensor, context: Tensor) -> None:
         loss = wrapped(latents, {"crossattn": context})
         wrapped.backward(loss)
         wrapped.step()
 
-    return step, step_flops(network, num_tokens=tokens)
+    return step, step_flops(network, num_tokens=num_tokens)
 
 
 def build_network(
     config: Config, variant: Variant, *, rank: int, device: torch.device
 ) -> DiffusionTransformer:
-    """The transformer of a configuration with random weights, set up as the variant says."""
+    """The transformer of a configuration with random weights, set up for the variant.
+
+    Raises:
+        UserError: the kernel of attention does not run on the device.
+    """
     node = copy.deepcopy(config.model["network_config"])
     modules = node["params"]["modules"]
     modules.pop("lora_config", None)
@@ -138,10 +143,10 @@ def build_network(
 
 
 def step_flops(network: DiffusionTransformer, *, num_tokens: int) -> float:
-    """Operations that a training step of one sample needs, without what is computed twice.
+    """Operations of a training step of one sample, without recomputed activations.
 
-    The backward pass of a product costs as much again for each factor that has a gradient; every
-    activation has one, and of the weights those that are trained.
+    The backward pass of a matrix product costs as much as its forward pass for each factor that has
+    a gradient: the activation always, the weight if it is trained.
     """
     weights = [weight for weight in network.transformer.layers.parameters() if weight.ndim == 2]
     width, num_layers = network.hidden_size, len(network.transformer.layers)
@@ -155,7 +160,7 @@ def deepspeed_settings(config: Config, *, offload: bool) -> dict[str, Any]:
     """The `deepspeed` section in bf16 with PyTorch's fused AdamW, one sample at a time."""
     params = dict(config.deepspeed["optimizer"].get("params") or {})
     zero = dict(config.deepspeed.get("zero_optimization") or {})
-    # One process has nobody to talk to meanwhile, and the CPU would wait for the GPU for it.
+    # A single process has no communication to overlap, and would wait for the GPU.
     zero |= {"stage": max(zero.get("stage", 0), 2), "overlap_comm": False}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -171,12 +176,12 @@ def deepspeed_settings(config: Config, *, offload: bool) -> dict[str, Any]:
     }
 
 
-def random_inputs(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+def random_inputs(work: Workload) -> tuple[Tensor, Tensor]:
     """Latents (1, t, c, h, w) float32 and a text embedding (1, n, d) bf16 of the model's sizes."""
-    params = config.model["network_config"]["params"]
+    params = work.config.model["network_config"]["params"]
     frames = (params["num_frames"] - 1) // params["time_compressed_rate"] + 1
     shape = (params["in_channels"], params["latent_height"], params["latent_width"])
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, frames, *shape, generator=generator)
-    context = torch.randn(1, *inputs.text_shape(config), generator=generator)
-    return latents.to(device), context.to(device, torch.bfloat16)
+    context = torch.randn(1, *work.text_shape(), generator=generator)
+    return latents.to(work.device), context.to(work.device, torch.bfloat16)
