@@ -176,7 +176,7 @@ def test_two_runs_at_once_install_once(repository, capfd):
 
 
 def make_by_hand(venv: Path, *, exit_code: int) -> Path:
-    """An environment with a file of the user's whose Python meets the ranges if `exit_code` is 0."""
+    """An environment that a user made; its Python meets the ranges if `exit_code` is 0."""
     python = venv / "bin" / "python"
     python.parent.mkdir(parents=True, exist_ok=True)
     (venv / "pyvenv.cfg").touch()
