@@ -197,6 +197,8 @@ def run_command(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         code, message = 130, "stopped"
     if Rank.from_environment().index > 0:
+        if code == 130:  # rank 0 prints it
+            return code
         time.sleep(1)  # rank 0 usually fails for the same reason, and then torchrun ends this rank
     sys.stderr.write(f"{message}\n")  # one write, so that lines of several processes do not mix
     return code
