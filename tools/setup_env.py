@@ -63,16 +63,17 @@ def unmet_requirements(path: Path) -> list[str]:
     except ImportError:
         return ["packaging (missing)"]
     unmet = []
-    for requirement in map(Requirement, requirement_lines(path)):
+    for line in requirement_lines(path):
+        requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate():
             continue
         try:
             version = metadata.version(requirement.name)
             # None if an installation was interrupted.
             if not requirement.specifier.contains(Version(version or "").base_version):
-                unmet.append(f"{requirement} (installed: {version})")
+                unmet.append(f"{line} (installed: {version})")
         except (metadata.PackageNotFoundError, InvalidVersion):
-            unmet.append(f"{requirement} (missing)")
+            unmet.append(f"{line} (missing)")
     return unmet
 
 
@@ -179,7 +180,7 @@ def choose_python(requirements: Path, folder: Path) -> str:
             the ranges.
         folder: the virtual environment to use or make.
 
-    Exits with code 1 and a sentence if there is none and none can be made.
+    Exits with code 1 and a sentence if no such interpreter exists and .venv cannot be made.
     """
     ranges = requirements.with_suffix(".in")
     unmet = unmet_requirements(ranges)

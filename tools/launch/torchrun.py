@@ -1,6 +1,6 @@
 """torchrun without its own stack trace: the error of the process that fails is the last line.
 
-    python -m tools.launch.torchrun --standalone --nproc-per-node 2 sample_video.py …
+python -m tools.launch.torchrun --standalone --nproc-per-node 2 sample_video.py …
 """
 
 from __future__ import annotations
