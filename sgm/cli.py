@@ -190,10 +190,11 @@ def run_command(main: Callable[[], int]) -> int:
         first_line = str(error).splitlines()[0]
         code, message = 1, f"error: {first_line} (see 'Troubleshooting' in README)"
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
+        module = error.name or ""
+        package = module.partition(".")[0]
         if not package or (_ROOT / package).exists() or (_ROOT / f"{package}.py").exists():
             raise
-        code, message = 1, f"error: {_missing_package(package, error.name)}"
+        code, message = 1, f"error: {_missing_package(package, module)}"
     except KeyboardInterrupt:
         code, message = 130, "stopped"
     if Rank.from_environment().index > 0:

@@ -46,6 +46,7 @@ def leave_out_unused_parts() -> None:
 def _import_without_code(name: str) -> None:
     """Import the package `name`, whose code runs when a name is asked for that it does not have."""
     spec = find_spec(name)
+    assert spec is not None
     package = module_from_spec(spec)
     sys.modules[name] = package
     parent, _, child = name.rpartition(".")
@@ -62,7 +63,7 @@ def _import_without_code(name: str) -> None:
             raise AttributeError(f"module {name!r} has no attribute {attribute!r}")
         return vars(package)[attribute]
 
-    package.__getattr__ = find  # called for missing names (PEP 562)
+    vars(package)["__getattr__"] = find  # called for missing names (PEP 562)
 
 
 def _run_code(name: str) -> None:
@@ -72,7 +73,7 @@ def _run_code(name: str) -> None:
         return
     without_deepspeed = name == _PARALLEL and "deepspeed" not in sys.modules
     if without_deepspeed:
-        sys.modules["deepspeed"] = None  # an import of it fails
+        sys.modules["deepspeed"] = None  # type: ignore[assignment]  # an import of it fails
     try:
         importlib.reload(package)  # does nothing while the code runs
     finally:
