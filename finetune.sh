@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune a model: bash finetune.sh [CONFIG.yaml ...] [--FLAG ...]
-# Without a configuration: the 2B model where its weights and data are, else the small bundled one,
-# which is taught a new word. Training takes all visible GPUs, or NPROC processes; several
+# Without a configuration: the 2B model if its weights and data exist, else the small bundled model,
+# which learns a new word. Training takes all visible GPUs, or NPROC processes. Several
 # machines (NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT) meet through torchrun.
 # Paths are relative to this folder.
 set -euo pipefail

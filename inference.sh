@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make videos from prompts: bash inference.sh [CONFIG.yaml ...] [--FLAG ...]
-# Without a configuration: the 2B model where its weights are, else the small bundled one.
+# Without a configuration: the 2B model if its weights exist, else the small bundled model.
 # NPROC=4 splits the prompts over 4 processes (GPUs). Paths are relative to this folder.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/tools/launch/launch.sh"

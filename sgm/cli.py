@@ -1,9 +1,8 @@
-"""What commands do alike: options, logging, errors as one sentence with an exit code."""
+"""What all commands share: options, logging, and errors as one sentence with an exit code."""
 
 from __future__ import annotations
 
 import argparse
-import atexit
 import gc
 import importlib.util
 import itertools
@@ -11,77 +10,89 @@ import logging
 import os
 import re
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sgm.distributed import Rank
 from sgm.errors import UserError, nearest_name
-from sgm.one_voice import said_by_another
 
 _ROOT = Path(__file__).parents[1]
 
-# What libraries would say among our lines; who wants it back sets the variable otherwise.
+# Output of libraries that is held back. A user who wants it sets the variable to another value.
 _QUIET = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' bar over the text encoder's weights
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # the progress bar of transformers for T5's weights
     "TRANSFORMERS_VERBOSITY": "error",  # its table of T5's decoder weights, which are not needed
+}
+
+# Loggers whose messages are about the prompts and clips of one rank. Other loggers of sgm write the
+# same warnings on every rank.
+LOGGERS_OF_ONE_RANK = {
+    "sgm.data.cache",
+    "sgm.data.cache_store",
+    "sgm.modules.encoders.modules",
+    "sgm.progress",
+    "sgm.training.validation",
 }
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether DeepSpeed says more than that it found no GPU, which our own lines say better."""
+    """Whether a record is not DeepSpeed's report of a missing GPU, which our log repeats."""
     return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
 def _is_for_users(record: logging.LogRecord) -> bool:
-    """Whether it is a warning, or not from an installed library: those report what they found."""
+    """Whether a record is a warning or comes from code that is not an installed library."""
     is_installed = {"site-packages", "dist-packages"} & set(Path(record.pathname).parts)
     return record.levelno >= logging.WARNING or not is_installed
 
 
-class _OneVoice(logging.StreamHandler):
-    """Writes to stderr what no other process has said."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """As its base; a message that cannot be put together is for that one to report."""
-        with suppress(TypeError, ValueError, KeyError):
-            if record.levelno >= logging.WARNING and said_by_another(self.format(record)):
-                return
-        super().emit(record)
+def _is_of_this_rank(record: logging.LogRecord) -> bool:
+    """Whether rank 0 does not log the same record."""
+    is_shared = record.name.startswith("sgm.") and record.name not in LOGGERS_OF_ONE_RANK
+    return record.levelno >= logging.ERROR or not is_shared
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
-    """Plain lines on stderr from `level` on; from libraries, and on other ranks, only warnings.
+    """Log plain lines to stderr from `level` on.
 
-    A warning that several ranks give is shown once.
+    Libraries log only warnings and errors. Ranks above 0 log only errors and the warnings that
+    rank 0 does not log.
 
-    To be called before SAT, DeepSpeed or transformers are imported: what they would report of
-    their own start is held back.
+    Call this before SAT, DeepSpeed or transformers are imported, to hold back what they report
+    when they are imported.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    # DeepSpeed sets the level of its logger itself, at import; a filter outlives that.
+    # DeepSpeed sets the level of its logger when it is imported; a filter stays.
     logging.getLogger("DeepSpeed").addFilter(_is_news)
-    level = level if Rank.from_environment().index == 0 else logging.WARNING
-    handler = _OneVoice(sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_is_for_users)
+    if Rank.from_environment().index > 0:
+        level = logging.WARNING
+        handler.addFilter(_is_of_this_rank)
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
 
 
-_TRUTH = ("true", "false", "yes", "no", "on", "off", "0", "1")  # what YAML files and others say
+_TRUTH = ("true", "false", "yes", "no", "on", "off", "0", "1")  # values of switches elsewhere
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse with one sentence for a mistake, and flags in full, with - or _ between words."""
+    """An argparse parser that reports a mistake in one sentence.
+
+    Flags cannot be abbreviated. Their words may be joined by - or _.
+    """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
-        """As argparse; a flag that is unknown is named before what is absent."""
+        """Parse like argparse, but report an unknown flag before a missing one.
+
+        Exits with code 2 after one line on stderr if the command line is invalid.
+        """
         words = [self._with_hyphens(word) for word in (sys.argv[1:] if args is None else args)]
         flags = itertools.takewhile(lambda word: word != "--", words)
         switch = None
@@ -111,41 +122,39 @@ class CommandParser(argparse.ArgumentParser):
         self.error(f"unknown argument {word!r}{hint}")
 
     def _with_hyphens(self, word: str) -> str:
-        """``--batch_size=2`` as ``--batch-size=2``; what is no flag stays as it is."""
+        """``--batch_size=2`` as ``--batch-size=2``; a word that is not a flag is not changed."""
         name, equals, value = word.partition("=")
         hyphened = name.replace("_", "-")
         is_flag = name.startswith("--") and hyphened in self._option_string_actions
         return hyphened + equals + value if is_flag else word
 
     def error(self, message: str) -> NoReturn:
-        """Exit with 2 after one line, where argparse would put the list of all flags first."""
+        """Exit with code 2 after one line, without argparse's list of all flags."""
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """While libraries are imported and models built: all that they make is there to stay.
+    """Disable the garbage collector while libraries are imported and models are built.
 
-    Python would look through it for garbage again and again, which takes a fifth of start-up.
-    Nor will it look there later, until an end other than that of `run_and_exit`, where Triton
-    reports what is not taken down.
+    Nearly all objects made then live until the end. Searching them for garbage would take a fifth
+    of the start-up, so they are also frozen: the collector never looks at them later.
     """
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        atexit.register(gc.unfreeze)
         gc.enable()
 
 
 def add_option(parser: argparse.ArgumentParser, name: str, **settings: Any) -> None:
-    """Add the option ``--{name}``, spelt with _ or -; `settings` as in `add_argument`."""
+    """Add the option ``--{name}``, spelled with _ or -. `settings` go to `add_argument`."""
     parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **settings)
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
-    """Add ``--fp16`` and ``--bf16``: the result's `dtype` is the name of a torch.dtype, or None."""
+    """Add ``--fp16`` and ``--bf16``. The parsed `dtype` is the name of a torch.dtype or None."""
     group = parser.add_mutually_exclusive_group()
     for flag, name in (("--fp16", "float16"), ("--bf16", "bfloat16")):
         group.add_argument(
@@ -158,7 +167,7 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
 
 
 def _missing_package(package: str, module: str) -> str:
-    """What to do where a `module` of an installed `package` is absent, or all of that is."""
+    """The error for a missing `module`: its `package` is missing, or is another version."""
     advice = "install what requirements.txt names: pip install -r requirements.txt"
     if importlib.util.find_spec(package) is not None:
         return f"{package} in {sys.executable} has no {module}, so it is another version; {advice}"
@@ -166,44 +175,50 @@ def _missing_package(package: str, module: str) -> str:
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """Run a command's `main`; its exit code, or 1 and a sentence for a user's mistake.
+    """Run a command's `main` and return its exit code.
 
-    That a package is absent is one only where it is imported in `main`, not before.
+    A `UserError`, a lack of memory or a missing package is printed as one sentence, and the exit
+    code is 1. Packages that are imported before `main` is called are not covered. Ctrl-C gives 130.
     """
     try:
         return main()
     except UserError as error:
-        code, said = 1, f"error: {error}"
+        code, message = 1, f"error: {error}"
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
         first_line = str(error).splitlines()[0]
-        code, said = 1, f"error: {first_line} (see 'Troubleshooting' in README)"
+        code, message = 1, f"error: {first_line} (see 'Troubleshooting' in README)"
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
+        module = error.name or ""
+        package = module.partition(".")[0]
         if not package or (_ROOT / package).exists() or (_ROOT / f"{package}.py").exists():
             raise
-        code, said = 1, f"error: {_missing_package(package, error.name)}"
+        code, message = 1, f"error: {_missing_package(package, module)}"
     except KeyboardInterrupt:
-        code, said = 130, "stopped"
-    if said_by_another(said):
-        time.sleep(0.2)  # torchrun ends the others, so the one that says it too, once one has left
-    else:
-        sys.stderr.write(f"{said}\n")  # in one piece, where several processes have one to say
+        code, message = 130, "stopped"
+    if Rank.from_environment().index > 0:
+        if code == 130:  # rank 0 prints it
+            return code
+        time.sleep(1)  # rank 0 usually fails for the same reason, and then torchrun ends this rank
+    sys.stderr.write(f"{message}\n")  # one write, so that lines of several processes do not mix
     return code
 
 
 def run_and_exit(main: Callable[[], int]) -> NoReturn:
-    """`run_command` as the whole of a process.
+    """Run a command's `main` with `run_command` as the whole of a process, and exit with its code.
 
-    At its end threads are waited for and what is registered for it is called, as ever; but then
-    Python would take a second to take apart all that was loaded, and is not let.
+    The garbage collector is switched off for the end of the process, where Python would spend a
+    second searching the loaded libraries for garbage.
     """
     code = run_command(main)
-    threading._shutdown()
-    atexit._run_exitfuncs()
+    gc.disable()
+    gc.freeze()
     for stream in (sys.stdout, sys.stderr):
-        # None or closed, where a caller has closed it; or nobody reads it any more.
-        with suppress(AttributeError, ValueError, BrokenPipeError):
+        try:
             stream.flush()
-    os._exit(code)
+        except (AttributeError, ValueError):  # the caller has closed it
+            pass
+        except BrokenPipeError:  # the reader has left; Python's own flush would report that
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)

@@ -1,13 +1,16 @@
-"""SwissArmyTransformer (SAT): what of it is imported, and what it needs before it builds a layer.
+"""SwissArmyTransformer (SAT): which parts of it are imported, and its process groups.
 
-Its packages import all of their models and its own trainer, and with these wandb, datasets, pandas,
-transformers and DeepSpeed: two seconds, and many more where files come over a network. Here such a
-package counts as imported before its code has run. That runs when a name is wanted which is not a
-module of its own, or one of SAT's ready models. Until then the registry in which SAT looks for
-models to download is empty: who needs that imports sat before sgm.
+The packages of SAT import all of its models and its trainer, and with these wandb, datasets,
+pandas, transformers and DeepSpeed. That takes two seconds, and many more from a network drive. So
+three of its packages count as imported before their code has run. The code runs when something
+asks for a name that is not a module of the package. Until then, the registry in which SAT looks
+for models to download is empty; a program that needs it imports sat before sgm.
 
-On a machine with a GPU SAT imports DeepSpeed besides, for its checkpointing of activations. Here it
-does without, as it does on others.
+Compiling for a GPU pickles a class of SAT. That may ask for such a name, and then all of SAT is
+imported once.
+
+`sat.mpu` imports DeepSpeed on a machine with a GPU, for activation checkpointing. Here it does
+without, as it does on other machines.
 """
 
 from __future__ import annotations
@@ -17,121 +20,86 @@ import importlib
 import logging
 import os
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec, module_from_spec
-from types import ModuleType
-from typing import Any
 
 from sgm.distributed import Rank
 
-_MODELS = "sat.model.official"  # its modules rely on the code of sat.model
-_PARALLEL = "sat.mpu"  # imports DeepSpeed, or goes on without it
-_NAMES_OF_THE_CODE = ("__all__", "__version__")  # other special names a package has, or has not
+_MODELS = "sat.model.official"  # its modules need the code of sat.model
+_PARALLEL = "sat.mpu"  # imports DeepSpeed if it can
 
 
 def leave_out_unused_parts() -> None:
-    """To be called before SAT is imported; without effect after that, or where it is absent."""
-    os.environ.setdefault("SAT_LOGLEVEL", "WARNING")  # it reports that it does without DeepSpeed
+    """Put the packages of SAT into `sys.modules` without running their code.
+
+    Call this before SAT is imported. It has no effect later, or if SAT is not installed.
+    """
+    os.environ.setdefault("SAT_LOGLEVEL", "WARNING")  # SAT reports that DeepSpeed is missing
     if "sat" in sys.modules or find_spec("sat") is None:
         return
-    sat = _Unexecuted(find_spec("sat"))
-    model = _Unexecuted(find_spec("sat.model"))
-    sat.package.model = model.package
-    sys.meta_path[:0] = [_WholeBeforeModels(model), _WithoutDeepSpeed()]
+    for name in ("sat", "sat.model", _PARALLEL):
+        _import_without_code(name)
+    sys.meta_path.insert(0, _CodeBeforeModels)
 
 
-class _Unexecuted:
-    """A package that is imported but for its code."""
+def _import_without_code(name: str) -> None:
+    """Import the package `name`, whose code runs when a name is asked for that it does not have."""
+    spec = find_spec(name)
+    assert spec is not None
+    package = module_from_spec(spec)
+    sys.modules[name] = package
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, package)
 
-    def __init__(self, spec: ModuleSpec) -> None:
-        self.spec = spec
-        self.lock = threading.RLock()
-        self.is_running = False
-        self.package = module_from_spec(spec)
-        self.package.__getattr__ = self.find  # for what it does not have yet (PEP 562)
-        sys.modules[spec.name] = self.package
-
-    def find(self, attribute: str) -> Any:
-        """A module of the package, or what its code defines."""
-        name = self.spec.name
-        is_of_the_code = not attribute.startswith("__") or attribute in _NAMES_OF_THE_CODE
-        if is_of_the_code and find_spec(f"{name}.{attribute}") is not None:
+    def find(attribute: str) -> object:
+        is_special = attribute.startswith("__") and attribute not in ("__all__", "__version__")
+        if not is_special and find_spec(f"{name}.{attribute}"):
             return importlib.import_module(f"{name}.{attribute}")
-        if is_of_the_code:
-            self.execute()
-        if attribute not in self.package.__dict__:
+        if not is_special:
+            _run_code(name)
+        if attribute not in vars(package):
             raise AttributeError(f"module {name!r} has no attribute {attribute!r}")
-        return self.package.__dict__[attribute]
+        return vars(package)[attribute]
 
-    def execute(self) -> None:
-        """Run the code once; if it fails, it is run again, and fails, where it is needed next."""
-        with self.lock:
-            has_run = "__getattr__" not in self.package.__dict__
-            if has_run or self.is_running:  # while it runs it may ask for names of itself
-                return
-            self.is_running = True
-            try:
-                self.spec.loader.exec_module(self.package)
-                del self.package.__getattr__
-            finally:
-                self.is_running = False
+    vars(package)["__getattr__"] = find  # called for missing names (PEP 562)
 
 
-class _WholeBeforeModels:
-    """Runs the code of `sat.model` where one of SAT's models is imported, as Python would."""
-
-    def __init__(self, package: _Unexecuted) -> None:
-        self.package = package
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> None:
-        """Finds nothing itself: what comes after it does."""
-        if name == _MODELS:
-            self.package.execute()
-
-
-class _WithoutDeepSpeed:
-    """Loads `sat.mpu` while DeepSpeed counts as absent, unless it is imported already."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """The module where Python would find it, with a loader of its own; of others nothing."""
-        if name != _PARALLEL or "deepspeed" in sys.modules:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is not None and isinstance(spec.loader, SourceFileLoader):
-            spec.loader = _LoaderWithoutDeepSpeed(spec.loader.name, spec.loader.path)
-        return spec
-
-
-class _LoaderWithoutDeepSpeed(SourceFileLoader):
-    """Loads as Python does; meanwhile other threads find no DeepSpeed either."""
-
-    def exec_module(self, module: ModuleType) -> None:
-        before = sys.modules.get("deepspeed")
-        sys.modules["deepspeed"] = None  # which makes Python say that there is none
-        try:
-            super().exec_module(module)
-        finally:
+def _run_code(name: str) -> None:
+    """Run the code of a package that was imported without, unless it is running or has run."""
+    package = sys.modules[name]
+    if "__getattr__" not in vars(package):
+        return
+    without_deepspeed = name == _PARALLEL and "deepspeed" not in sys.modules
+    if without_deepspeed:
+        sys.modules["deepspeed"] = None  # type: ignore[assignment]  # an import of it fails
+    try:
+        importlib.reload(package)  # does nothing while the code runs
+    finally:
+        if without_deepspeed:
             del sys.modules["deepspeed"]
-            if before is not None:
-                sys.modules["deepspeed"] = before
+    vars(package).pop("__getattr__", None)
+
+
+class _CodeBeforeModels:
+    """A finder that runs the code of `sat.model` before one of SAT's models is imported."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        """Find nothing; the next finders do."""
+        if name == _MODELS:
+            _run_code("sat.model")
 
 
 def ensure_process_groups() -> None:
     """Create the process groups that SAT's layers ask for their size, unless they exist.
 
-    A training run has made them already, and nothing happens. A process on its own gets a group
-    of one, whose store lives in its memory: it takes no port and meets no other job. Under torchrun
-    (``WORLD_SIZE`` above 1) the ranks meet at the address that torchrun gives them; every rank
-    holds the whole model. GPU tensors go through NCCL: gloo would take each by way of the host,
-    even with nobody to send it to. Unlike SAT's own start-up for single models, this
-    leaves the random generators alone.
+    A single process gets a group of one, whose store is in its memory: it takes no port and does
+    not meet another job. Under torchrun (``WORLD_SIZE`` above 1) the ranks meet at the address that
+    torchrun gives them, and every rank holds the whole model. GPU tensors go through NCCL, since
+    gloo copies each to the host, even in a group of one. Unlike SAT's own start-up for single
+    models, this does not change the state of random generators.
     """
     import torch
     from sat import mpu
@@ -150,11 +118,11 @@ def ensure_process_groups() -> None:
 
 
 def leave_process_groups_at_exit() -> None:
-    """Have the process groups taken down at exit; NCCL warns of a process that ends without.
+    """Destroy the process groups at exit. NCCL warns of a process that exits without this.
 
-    A process on its own has called this with its groups; again does no harm. One of several is to
-    call it when its work is done, so not after a failure: NCCL would wait for what the others no
-    longer take part in.
+    `ensure_process_groups` calls this in a single process; a second call does no harm. One of
+    several processes calls it when its work is done, not after a failure: NCCL would wait for
+    operations in which the other processes no longer take part.
     """
     atexit.register(_leave_process_groups)
 
@@ -168,9 +136,9 @@ def _leave_process_groups() -> None:
 
 @contextmanager
 def quiet_sat() -> Iterator[None]:
-    """Hold back what SAT reports below an error.
+    """Hold back SAT's messages below an error.
 
-    That is a line for every layer it changes, and warnings about optional packages at import.
+    SAT logs a line for every layer that it changes, and warnings about optional packages.
     """
     sat_logger = logging.getLogger("sat")
     level = sat_logger.level

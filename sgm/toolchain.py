@@ -15,30 +15,31 @@ from sgm.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-# Compilers that Triton looks for, unless CC names one, and torch.compile on a CPU, unless CXX does.
+# Triton looks for the C compilers unless CC is set, torch.compile on a CPU for the others unless
+# CXX is set.
 _C_COMPILERS, _CPP_COMPILERS = ("clang", "gcc"), ("clang++", "g++")
 
 
 @functools.lru_cache
 def can_compile_kernels() -> bool:
-    """Whether Triton is there with the C compiler and the headers that it needs.
+    """Whether Triton is installed, with the C compiler and the Python headers that it needs.
 
-    If not, a warning says once what is missing; everything works without, only slower.
+    If not, one warning says what is missing. Everything works without kernels, but slower.
     """
-    lacking = None
+    missing = None
     if find_spec("triton") is None:
-        lacking = "triton is not installed"
+        missing = "triton is not installed"
     elif not (os.environ.get("CC") or any(map(shutil.which, _C_COMPILERS))):
-        lacking = "there is no C compiler (install gcc)"
+        missing = "there is no C compiler (install gcc)"
     elif not _has_headers():
-        lacking = "Python's headers are not there (install python3-dev)"
-    if lacking:
-        logger.warning("no kernels of our own on the GPU, so it is slower: %s", lacking)
-    return lacking is None
+        missing = "Python's headers are missing (install python3-dev)"
+    if missing:
+        logger.warning("no kernels of our own on the GPU, so it is slower: %s", missing)
+    return missing is None
 
 
 def _has_headers() -> bool:
-    """Whether Python's headers are where compilers look; on Debian the default is another place."""
+    """Whether Python's headers are where compilers look, which on Debian is not the default."""
     if os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH"):
         return True
     schemes = {sysconfig.get_default_scheme(), "posix_prefix"}
@@ -50,7 +51,7 @@ def check_compile(device_type: str) -> None:
     """Check that torch.compile can work for "cuda" or "cpu".
 
     Raises:
-        UserError: something that it needs is not there.
+        UserError: a compiler or Python's headers are missing.
     """
     if device_type == "cuda":
         works = can_compile_kernels()

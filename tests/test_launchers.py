@@ -13,7 +13,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = ["inference.sh", "finetune.sh", "tests/run.sh", ".ci/run", "tools/launch/launch.sh"]
-TOOLS = ["__init__", "setup_env", "check_requirements", "launch/__init__", "launch/choose_config"]
+TOOLS = ["__init__", "setup_env", "launch/__init__", "launch/choose_config"]
 
 # Stands for sample_video.py and train_video.py: says what it was called with, and from where.
 STUB = """import json, os, sys
@@ -34,7 +34,8 @@ def copy(tmp_path: Path) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, root / name)
     (root / "sgm").symlink_to(REPOSITORY / "sgm")  # where choose_config has the paths from
-    (root / "requirements.txt").write_text("# nothing\n")
+    for name in ("requirements.in", "requirements.txt"):
+        (root / name).write_text("# nothing\n")
     (root / "sample_video.py").write_text(STUB)
     (root / "train_video.py").write_text(STUB)
     (root / "tools" / "teach_tiny.py").write_text(STUB)
@@ -272,9 +273,9 @@ def test_an_old_or_absent_python_is_one_sentence(copy, tmp_path, name):
 
 
 def test_a_failed_set_up_ends_the_launcher(copy):
-    (copy / "requirements.txt").write_text("absent-package==1.0  # why\n")
+    (copy / "requirements.in").write_text("absent-package==1.0  # why\n")
     (copy / ".venv").write_text("a file in the place of the folder\n")
     done = run(["inference.sh"], copy)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines()[-1].startswith("error: the set-up of ")
+    assert done.stderr.startswith(f"error: {copy}/.venv does not meet requirements.in")
     assert "Traceback" not in done.stderr

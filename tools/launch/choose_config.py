@@ -3,9 +3,9 @@
     python tools/launch/choose_config.py [flags of sample_video.py]
     python tools/launch/choose_config.py --train [flags of train_video.py]
 
-That is the 2B model's where the weights that it names (and the training data) exist, and else the
-bundled model's, after saying on stderr what is missing. Run from the repository, to which the
-paths are relative. A path that a flag names must exist.
+It is the configuration of the 2B model if the weights (and training data) that it names exist.
+Otherwise it is that of the bundled model, and stderr says what is missing. Run it from the
+repository, since its paths are relative. A path that a flag names must exist.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def data_paths(config: Any, train_data: Sequence[str] | None = None) -> list[str
 def choose_config(
     load: str | None = None, *, train: bool = False, train_data: Sequence[str] | None = None
 ) -> tuple[str, list[str]]:
-    """The configuration to run and the paths whose absence decided so.
+    """The configuration to run, and the missing paths because of which it was chosen.
 
-    A file that cannot be read is chosen as it is: whoever runs it says what is wrong with it.
+    A configuration that cannot be read is chosen too: the command that runs it reports the error.
 
     Args:
         load, train_data: the flags of these names.
-        train: choose for training, which needs data too. The bundled model takes the data that is
-            given, and without any the lesson that draws its own.
+        train: choose for training, which needs data too. The bundled model is trained on
+            `train_data`, and if there is none, on the lesson, which draws its own data.
 
     Raises:
         ValueError: a path that a flag names does not exist.
@@ -89,7 +89,7 @@ def _is_missing(path: str) -> bool:
 
 
 def main() -> None:
-    """Print the choice, and on stderr the reason where it is not the 2B model."""
+    """Print the choice, and on stderr the reason if it is not the 2B model."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--load", nargs="?")
@@ -103,7 +103,7 @@ def main() -> None:
         full, what = (FULL_TRAIN, "weights or data") if flags.train else (FULL, "weights")
         instead = "A lesson for the bundled model" if config == LESSON else "The bundled model"
         print(
-            f"{full} names {what} that are not there: {', '.join(missing)}. How to get the "
+            f"{full} names {what} that do not exist: {', '.join(missing)}. How to get the "
             f"weights: 'Getting the 2B weights' in README.md. {instead} instead, with {config}",
             file=sys.stderr,
         )

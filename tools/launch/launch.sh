@@ -1,4 +1,4 @@
-# Sourced by inference.sh, finetune.sh, tests/run.sh and .ci/run: what they do alike.
+# Common code of inference.sh, finetune.sh, tests/run.sh and .ci/run, which source this file.
 # After use_python, $python is an interpreter that meets the requirements file.
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -20,10 +20,10 @@ use_python() {
     python=$(cd "$repository" && "$active" -m tools.setup_env "$1") || exit
 }
 
-# split_arguments ARGUMENTS...: sets ${configs[@]}, the leading ones that are no flags, and
-# ${flags[@]}, the rest. A configuration is looked up where the command was given, then in the
-# repository, from which everything runs; one that is in neither is missed where it was looked for
-# first. A --base before the configurations may stand or not.
+# split_arguments ARGUMENTS...: sets ${configs[@]}, the leading arguments that are not flags, and
+# ${flags[@]}, the rest. A configuration is looked up in the current folder, then in the repository,
+# from which everything runs. If it is in neither, its path is that in the current folder. A --base
+# before the configurations is optional.
 split_arguments() {
     configs=()
     [ "${1:-}" != --base ] || shift
@@ -44,13 +44,13 @@ split_arguments() {
     done
 }
 
-# has_flag WORDS: whether ${flags[@]} hold these words in this order, or with = between them.
+# has_flag WORDS: whether ${flags[@]} contain these words in this order, or with = between them.
 has_flag() {
     [[ " ${flags[*]} " == *" $1 "* || " ${flags[*]} " == *" ${1/ /=} "* ]]
 }
 
-# show_help SCRIPT: where help is asked for, prints what the launcher says of itself and the help of
-# the Python script, whose --base the launcher gives, and ends.
+# show_help SCRIPT: if the flags ask for help, prints the first comment of the launcher and the help
+# of the Python script, and exits.
 show_help() {
     local flag
     for flag in ${flags[@]+"${flags[@]}"}; do
@@ -62,7 +62,7 @@ show_help() {
     done
 }
 
-# visible_gpus: prints how many GPUs a program would see. PyTorch would take seconds to say so.
+# visible_gpus: prints how many GPUs a program would see. Importing PyTorch for it takes seconds.
 visible_gpus() {
     local found named=() name visible=0
     found=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || found=0
@@ -72,14 +72,14 @@ visible_gpus() {
     fi
     IFS=, read -ra named <<<"$CUDA_VISIBLE_DEVICES"
     for name in ${named[@]+"${named[@]}"}; do
-        [ "$name" != -1 ] || break # CUDA ignores what follows it
+        [ "$name" != -1 ] || break # CUDA ignores the names after it
         visible=$((visible + 1))
     done
     echo $((visible < found ? visible : found))
 }
 
-# default_processes SCRIPT: prints how many processes run where NPROC is not set: for training one
-# for each GPU; otherwise one, as a prompt of inference.sh is never split.
+# default_processes SCRIPT: prints how many processes run if NPROC is not set: one for each GPU for
+# training, otherwise one.
 default_processes() {
     local gpus=1
     if [ "$1" = train_video.py ] && ! has_flag "--device cpu"; then
@@ -88,7 +88,7 @@ default_processes() {
     echo $((gpus > 1 ? gpus : 1))
 }
 
-# check_number NAME VALUE FROM: fails unless the value is a whole number from FROM on.
+# check_number NAME VALUE FROM: fails unless the value is a whole number of at least FROM.
 check_number() {
     [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ && $2 -ge $3 ]] ||
         fail "$1=$2: it must be a whole number from $3" 2
@@ -113,8 +113,8 @@ meeting_place() {
     meeting+=(--master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 }
 
-# run_script SCRIPT: with ${configs[@]} and ${flags[@]}, in one process or in NPROC of torchrun on
-# each of NNODES machines.
+# run_script SCRIPT: runs it with ${configs[@]} and ${flags[@]}, in one process, or by torchrun in
+# NPROC processes on each of NNODES machines.
 run_script() {
     local processes=${NPROC:-} threads meeting
     [ -n "$processes" ] || processes=$(default_processes "$1")
@@ -124,7 +124,7 @@ run_script() {
     if [ "$processes ${meeting[0]}" = "1 --standalone" ]; then
         exec "$python" "$1" --base "${configs[@]}" "${flags[@]}"
     fi
-    # torchrun would give each process one thread, and say so.
+    # By default torchrun gives each process one thread and prints a note about it.
     threads=$(($(nproc) / processes))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
     exec "$python" -m tools.launch.torchrun "${meeting[@]}" --nproc-per-node "$processes" \

@@ -1,4 +1,4 @@
-"""The launcher of several processes: what they say alike, and an end from outside."""
+"""The launcher of several processes: their messages, and an end from outside."""
 
 import os
 import signal
@@ -17,8 +17,10 @@ from sgm.errors import UserError
 
 rank = os.environ["RANK"]
 set_up_logging()
-for said in ("to both", "to both", f"to {rank}"):
-    logging.getLogger("any").warning("a warning %s", said)
+for _ in range(2):
+    logging.getLogger("sgm.loading").warning("a warning on both")
+logging.getLogger("sgm.data.cache").warning("a warning on %s", rank)
+logging.getLogger("my_model").warning("my warning on %s", rank)
 pathlib.Path(__file__).with_name(f"rank-{rank}").touch()
 while not all(pathlib.Path(__file__).with_name(f"rank-{other}").exists() for other in "01"):
     time.sleep(0.01)
@@ -30,29 +32,44 @@ run_and_exit(main)
 """
 
 
-def test_what_two_processes_say_alike_is_said_once(tmp_path, pytestconfig):
-    notes, root = tmp_path / "notes", str(pytestconfig.rootpath)
-    notes.mkdir()
-    script = tmp_path / "talking.py"
-    script.write_text(TALKING, encoding="utf-8")
+def launch(script, pytestconfig):
+    """Run a script in two processes; returns the finished process."""
+    root = str(pytestconfig.rootpath)
     command = ["-m", "tools.launch.torchrun", "--standalone", "--nproc-per-node", "2", str(script)]
-    run = subprocess.run(
+    return subprocess.run(
         [sys.executable, *command],
         cwd=root,
-        env=os.environ | {"PYTHONPATH": root, "TMPDIR": str(notes)},
+        env=os.environ | {"PYTHONPATH": root},
         capture_output=True,
         text=True,
         timeout=60,
     )
+
+
+def test_what_two_processes_print_alike_is_printed_once(tmp_path, pytestconfig):
+    script = tmp_path / "talking.py"
+    script.write_text(TALKING, encoding="utf-8")
+    run = launch(script, pytestconfig)
     assert run.returncode == 1
-    lines = [line for line in run.stderr.splitlines() if "a warning" in line or "mistake" in line]
+    lines = [line for line in run.stderr.splitlines() if "warning" in line or "mistake" in line]
     assert sorted(lines) == [
-        "a warning to 0",
-        "a warning to 1",
-        *["a warning to both"] * 2,  # of one process, which may repeat itself
+        "a warning on 0",
+        "a warning on 1",
+        *["a warning on both"] * 2,  # of one process, which may repeat itself
         "error: a mistake of both in \\udcff.mp4",
+        "my warning on 0",
+        "my warning on 1",
     ]
-    assert list(notes.glob("said-by-rank-*")) == []
+
+
+def test_a_mistake_of_one_process_is_printed_by_it(tmp_path, pytestconfig):
+    script = tmp_path / "talking.py"
+    alone = "if rank == '1':\n        raise UserError('a mistake of 1')\n    time.sleep(60)"
+    mistake = TALKING.index("raise UserError")
+    script.write_text(TALKING[:mistake] + alone + "\n\nrun_and_exit(main)\n", encoding="utf-8")
+    run = launch(script, pytestconfig)
+    assert run.returncode == 1
+    assert run.stderr.endswith("error: a mistake of 1\n")
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
