@@ -31,7 +31,6 @@ _QUIET = {
 # same warnings on every rank.
 LOGGERS_OF_ONE_RANK = {
     "sgm.data.cache",
-    "sgm.data.cache_store",
     "sgm.modules.encoders.modules",
     "sgm.progress",
     "sgm.training.validation",

@@ -46,7 +46,7 @@ def lora_from_text(text: str) -> LoraChoice:
     """Parse ``PATH`` or ``PATH:SCALE``; if a path of the whole text exists, it is the path.
 
     Raises:
-        ValueError: the scale is not a finite number; the message is a sentence for the user.
+        UserError: the scale is not a finite number.
     """
     path, colon, number = text.rpartition(":")
     if not colon or not path or os.path.exists(os.path.expanduser(text)):
@@ -55,7 +55,7 @@ def lora_from_text(text: str) -> LoraChoice:
         scale = float(number)
     except ValueError:
         if os.path.exists(os.path.expanduser(path)):
-            raise ValueError(
+            raise UserError(
                 f"{text}: {colon + number!r} is not a number; write the strength after the colon, "
                 "as in PATH:0.8"
             ) from None
@@ -65,28 +65,35 @@ def lora_from_text(text: str) -> LoraChoice:
 
 def _lora(path: object, scale: object, *, where: object) -> LoraChoice:
     if not isinstance(path, str) or not path:
-        raise ValueError(f"{where} has no path; add the LoRA's folder or file")
+        raise UserError(f"{where} has no path; add the LoRA's folder or file")
     if not is_finite_number(scale):
-        raise ValueError(
+        raise UserError(
             f"scale {scale!r} of {where} must be a finite number; 1 is the LoRA as trained"
         )
     return LoraChoice(path, float(scale))
 
 
+def _validate_lora(item: object) -> LoraChoice:
+    try:
+        return _lora_from_item(item)
+    except UserError as error:  # pydantic adds the place of the item to a ValueError
+        raise ValueError(str(error)) from None
+
+
 def _lora_from_item(item: object) -> LoraChoice:
-    """A LoRA from an item of the list ``lora:``, a path or ``{path, scale}``; raises ValueError."""
+    """A LoRA from an item of the list ``lora:``, a path or ``{path, scale}``."""
     if isinstance(item, LoraChoice):
         return item
     if isinstance(item, str) and item:
         return lora_from_text(item)
     if not isinstance(item, Mapping):
-        raise ValueError(
+        raise UserError(
             f"{item!r} is not a LoRA: write a path, or {{path: …, scale: …}}, or a list of these"
         )
     unknown = [key for key in item if key not in ("path", "scale")]
     if unknown:
         hint = nearest_name(unknown[0], ("path", "scale"))
-        raise ValueError(f"unknown key {str(unknown[0])!r} in {dict(item)}; {hint}")
+        raise UserError(f"unknown key {str(unknown[0])!r} in {dict(item)}; {hint}")
     path = item.get("path")
     return _lora(path, item.get("scale", 1.0), where=path or dict(item))
 
@@ -99,7 +106,7 @@ def _as_list(value: object) -> object:
 Texts = Annotated[list[str], BeforeValidator(_as_list)]
 Numbers = Annotated[list[int], BeforeValidator(_as_list)]
 Loras = Annotated[
-    list[Annotated[InstanceOf[LoraChoice], BeforeValidator(_lora_from_item)]],
+    list[Annotated[InstanceOf[LoraChoice], BeforeValidator(_validate_lora)]],
     BeforeValidator(_as_list),
 ]
 

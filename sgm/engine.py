@@ -80,7 +80,8 @@ class SATVideoDiffusionEngine(nn.Module):
     """The parts of a text-to-video model, and of its training loss.
 
     Args:
-        network_config … loss_fn_config: nodes of the parts, see README.
+        network_config, denoiser_config, conditioner_config, first_stage_config, sampler_config,
+            loss_fn_config: nodes of the parts of the model, each a `target` with its `params`.
         scale_factor: latents are multiplied by it after encoding and divided by it before decoding.
         not_trainable_prefixes: weights whose names begin with one of these are not trained;
             ``all`` trains the LoRA matrices only.

@@ -84,7 +84,10 @@ def explain(
     is_own = issubclass(owner, Options | Section)
     if field is None or not is_own or kind not in _DESCRIBED:
         return f"{where}: {_shortened(value)}: {first['msg']}"
-    return f"{where}: {_shortened(value)} must be {describe(field)}"
+    expected = describe(field)
+    if kind == "finite_number":
+        expected = expected.replace("a number", "a finite number")
+    return f"{where}: {_shortened(value)} must be {expected}"
 
 
 # Kinds of errors that the description of the field explains.

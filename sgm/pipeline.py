@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from sgm.config import Config, SamplingArgs, check_given, checked_value, load_config
+from sgm.config import Config, SamplingArgs, check_given, load_config
 from sgm.distributed import Rank
 from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError
@@ -285,7 +285,8 @@ class CogVideoX:
             sampler = self.engine.sampler
             if num_steps is not None or guidance_scale is not None:
                 sampler = sampler.adjusted(num_steps=num_steps, guidance_scale=guidance_scale)
-        checked_value(prompt, str, where="CogVideoX: prompt")
+        if not isinstance(prompt, str):
+            raise UserError(f"CogVideoX: prompt: {prompt!r} must be a text")
         given = {"negative_prompt": negative_prompt, "seed": _plain_integer(seed)}
         settings = replace(self.defaults, **check_given(SamplingArgs, given, where="CogVideoX"))
         if num_frames is not None:

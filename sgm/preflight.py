@@ -229,7 +229,8 @@ def weight_paths(model: Mapping[str, Any]) -> Iterator[WeightPath]:
     conditioner = model.get("conditioner_config")
     params = conditioner.get("params") if isinstance(conditioner, Mapping) else None
     embedders = params.get("emb_models") if isinstance(params, Mapping) else None
-    for index, node in enumerate(embedders if isinstance(embedders, list | tuple) else ()):
+    is_list = isinstance(embedders, Sequence) and not isinstance(embedders, str)
+    for index, node in enumerate(embedders if is_list else ()):
         target = node.get("target") if isinstance(node, Mapping) else None
         if isinstance(target, str) and TARGET_ALIASES.get(target, target) == T5_EMBEDDER:
             where = f"conditioner_config.params.emb_models[{index}]"

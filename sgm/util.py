@@ -130,7 +130,7 @@ def check_params(cls: type, params: Mapping[str, Any], *, where: str) -> dict[st
     named = [p for p in signature if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     known = {parameter.name: parameter for parameter in named}
     allowed = [*known.keys() - SET_BY_CODE, *ignored]
-    check_known([name for name in used if name not in known], allowed, where=f"params of {where}")
+    check_known([name for name in used if name not in known], allowed, where=where)
     for name, value in used.items():
         # Other annotations are left to the constructor.
         has_type, expected = _PLAIN_TYPES.get(known[name].annotation, (None, ""))
@@ -138,7 +138,7 @@ def check_params(cls: type, params: Mapping[str, Any], *, where: str) -> dict[st
             raise UserError(f"{where}: {name}: {value!r} must be {expected}")
     for parameter in named:
         if parameter.default is parameter.empty and parameter.name not in used:
-            raise UserError(f"{where}: params.{parameter.name} is missing; add it")
+            raise UserError(f"{where}: {parameter.name} is missing; add it")
     return used
 
 
@@ -166,7 +166,7 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: object) -> Any: 
     params = node.get("params") or {}
     if not isinstance(params, Mapping):
         raise UserError(f"{node['target']}: params must hold keys, not {params!r}")
-    used = check_params(cls, {**params, **extra}, where=node["target"])
+    used = check_params(cls, {**params, **extra}, where=f"params of {node['target']}")
     try:
         return cls(**used)
     except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError) as error:

@@ -98,7 +98,7 @@ def test_a_single_value_is_a_list_of_one(parse):
         ("args: {batch_size: 0}", "batch_size: 0 must be a whole number of at least 1"),
         ("args: {sampling_fps: 0}", "at least 1"),
         ("args: {step_cache: -0.1}", "step_cache: -0.1 must be a number of at least 0"),
-        ("args: {step_cache: .nan}", "step_cache: nan must be a number"),
+        ("args: {step_cache: .nan}", "step_cache: nan must be a finite number"),
         ("args: {step_cache: 0.1, parallel: video}", "step_cache does not go with parallel: video"),
         ("args: {seed: !!int abc}", "not valid YAML"),
         ("args: &a [*a]", "not valid YAML"),

@@ -24,7 +24,7 @@ ROOMS = {
     **dict.fromkeys(
         [
             *("sgm", "sgm.cli", "sgm.config", "sgm.distributed", "sgm.errors", "sgm.files"),
-            *("sgm.offload", "sgm.preflight", "sgm.progress", "sgm.prompts"),
+            *("sgm.offload", "sgm.options", "sgm.preflight", "sgm.progress", "sgm.prompts"),
             *("sgm.sat_runtime", "sgm.seeds", "sgm.toolchain", "sgm.util", "sgm.video"),
             *("sgm.checkpoint", "sgm.checkpoint.diffusers_folder", "sgm.checkpoint.find"),
             *("sgm.checkpoint.reading", "sgm.checkpoint.strict_loading", "sgm.checkpoint.table"),

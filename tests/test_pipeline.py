@@ -140,7 +140,7 @@ def test_integers_of_numpy_are_integers(pipe):
     seed, line, sample, one, two = np.array([7, 1, 2, 1, 2])
     same = pipe(PROMPT, seed=seed, index=(line, sample), num_frames=one, num_steps=two)
     np.testing.assert_array_equal(same.frames, plain.frames)
-    with pytest.raises(UserError, match="seed: True is not a whole number"):
+    with pytest.raises(UserError, match="seed: True must be a whole number"):
         pipe(PROMPT, seed=True)
 
 
@@ -257,7 +257,7 @@ def test_loras_are_set_from_any_folder_and_after_an_interruption(
         ({"negative_prompt": 3}, "CogVideoX: negative_prompt: 3 must be a text"),
         ({"index": -1}, "index: -1 must be a whole number from 0"),
         ({"index": (1, 2, 3)}, "index: .* must be a whole number from 0"),
-        ({"prompt": None}, "prompt: None is not a text"),
+        ({"prompt": None}, "prompt: None must be a text"),
         ({"path": "video.gif"}, "path: 'video.gif' must be the name of an mp4"),
         ({"path": "/dev/null/video.mp4"}, "path: '/dev/null/video.mp4' cannot be written"),
     ],

@@ -82,7 +82,9 @@ def test_what_the_gpu_cannot_do_is_refused_before_weights_are_read(monkeypatch, 
 def test_a_mistyped_key_of_the_model_names_its_files():
     config = parse_config(SamplingArgs, "", ["--base", CONFIG])
     config.model["scale_factr"] = config.model.pop("scale_factor")
-    with pytest.raises(UserError, match=rf"{CONFIG}: model: .*'scale_factr'.*'scale_factor'"):
+    with pytest.raises(
+        UserError, match=rf"'scale_factr' in configuration {CONFIG}: model; .*'scale_factor'"
+    ):
         load_engine(config, CPU)
 
 

@@ -98,12 +98,12 @@ def test_a_mistyped_class_gets_the_nearest_name():
 
 
 def test_an_unknown_parameter_gets_the_nearest_name():
-    with pytest.raises(UserError, match=r"unknown key 'widht' in params of part; .*'width'"):
+    with pytest.raises(UserError, match=r"unknown key 'widht' in part; .*'width'"):
         check_params(Part, {"widht": 1}, where="part")
 
 
 def test_an_absent_parameter_is_named():
-    with pytest.raises(UserError, match="part: params.width is missing"):
+    with pytest.raises(UserError, match="part: width is missing"):
         check_params(Part, {"depth": 1}, where="part")
 
 

@@ -131,7 +131,11 @@ def test_a_folder_without_usable_clips_lists_them_and_fails_with_a_sentence(tmp_
             "data.target: None must be data_video.SFTDataset",
         ),
         ("{target: torch.nn.Identity}", "x.png", "must be data_video.SFTDataset"),
-        ("{target: data_video.SFTDataset, params: {fps: 8}}", "x.png", "lacks video_size"),
+        (
+            "{target: data_video.SFTDataset, params: {fps: 8}}",
+            "x.png",
+            "data: video_size is missing",
+        ),
         ("{target: data_video.SFTDataset, params: {fqs: 8}}", "x.png", "did you mean 'fps'"),
         (None, "x.txt", "must end with .png or .jpg"),
     ],

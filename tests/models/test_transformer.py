@@ -404,9 +404,18 @@ def test_lora_only_in_layer_range(small_config: Config, caplog: pytest.LogCaptur
         ({"transformer_args": {"checkpoint_activation": True}}, "'checkpoint_activations'"),
         ({"transformer_args": {"layernorm_order": "post"}}, "layernorm_order='post'.*'pre' only"),
         ({"transformer_args": {"model_parallel_size": 2}}, "model_parallel_size=2.*1 only"),
-        ({"lora": {"rank": 4}}, "lora_config: r=None: give a whole number of at least 1"),
-        ({"lora": {"r": 4, "lora_alpha": math.nan}}, "lora_config: lora_alpha=nan"),
-        ({"lora": {"r": 4, "lora_dropout": 2}}, "lora_config: lora_dropout=2: .* from 0 to 1"),
+        (
+            {"lora": {"rank": 4}},
+            "lora_config: r is missing; it must be a whole number of at least 1",
+        ),
+        (
+            {"lora": {"r": 4, "lora_alpha": math.nan}},
+            "lora_config: lora_alpha: nan must be a finite number",
+        ),
+        (
+            {"lora": {"r": 4, "lora_dropout": 2}},
+            "lora_config: lora_dropout: 2 must be a number from 0 to 1",
+        ),
         ({"lora": {"r": 4, "layer_range": [0, 2]}}, "layer_range names layer 2 of 2 layers"),
     ],
 )

@@ -40,7 +40,10 @@ MISTAKES = {
         {"first_stage_config.params.encoder_config.params.num_res_blocks": 3},
         "does not fit the model of the configuration",
     ),
-    "a trained text encoder": ({f"{T5}[0].is_trainable": True}, "is_trainable cannot be kept"),
+    "a trained text encoder": (
+        {f"{T5}[0].is_trainable": True},
+        "the text encoder must not be trained",
+    ),
     "another text encoder": ({f"{T5}[0].params.model_dir": str(BUNDLED / "vae")}, "T5 folder"),
 }
 
