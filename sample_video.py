@@ -63,7 +63,7 @@ def make_videos(pipe: CogVideoX, config: Config, prompt: Prompt, *, progress: Pr
 
     Raises:
         UserError: a file cannot be written, or the result is not finite.
-        LostProcess: this process failed in work that others need.
+        LostProcessError: this process failed in work that others need.
     """
     from sgm.pipeline import Step
     from sgm.video import write_contact_sheet
@@ -128,9 +128,9 @@ def sample_all(pipe: CogVideoX, config: Config, prompts: Iterable[Prompt], *, ra
         Number of prompts that failed.
 
     Raises:
-        LostProcess: several processes make each video together, and this one failed.
+        LostProcessError: several processes make each video together, and this one failed.
     """
-    from sgm.parallel.processes import LostProcess
+    from sgm.parallel.processes import LostProcessError
     from sgm.progress import Progress
 
     # Every process reports the files that it writes, and the first one its steps.
@@ -144,7 +144,7 @@ def sample_all(pipe: CogVideoX, config: Config, prompts: Iterable[Prompt], *, ra
         for prompt in prompts:
             try:
                 make_videos(pipe, config, prompt, progress=progress)
-            except LostProcess:
+            except LostProcessError:
                 raise
             except Exception as error:  # no error of one prompt stops the others
                 failed += 1

@@ -26,7 +26,7 @@ from sgm.errors import UserError
 from sgm.loading import choose_device, compile_network, load_engine, warn_of_settings
 from sgm.modules.diffusionmodules.sampling import Sampler
 from sgm.modules.transformer.step_cache import cached_steps
-from sgm.parallel.processes import LostProcess, group_of_all, in_step, share_sampling
+from sgm.parallel.processes import LostProcessError, group_of_all, in_step, share_sampling
 from sgm.preflight import RunWeights, check_sampling, num_latent_frames
 from sgm.seeds import sample_generator
 from sgm.util import allow_targets
@@ -279,7 +279,7 @@ class CogVideoX:
         Raises:
             UserError: a value cannot be used, another call is running, the pipeline is closed, the
                 result is not finite, or the file cannot be written.
-            LostProcess: this process failed in work that others need.
+            LostProcessError: this process failed in work that others need.
         """
         with self._alone():  # so that a call while another one runs fails here already
             sampler = self.engine.sampler
@@ -353,11 +353,11 @@ class CogVideoX:
             yield from self._decode(latents)
 
     def _require_open(self) -> None:
-        """Raise UserError if the pipeline is closed, LostProcess if others cannot go on with it."""
+        """Raise UserError if this pipeline is closed, or has left a video that others make too."""
         if self.engine is None:
             raise UserError("this pipeline is closed; load it again with CogVideoX.from_config")
         if self._is_lost:
-            raise LostProcess(
+            raise LostProcessError(
                 "this process left a video that other processes make with it, so that no more can "
                 "be made; start all of them again"
             )

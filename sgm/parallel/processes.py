@@ -18,7 +18,7 @@ from sgm.parallel.guidance import SplitGuider
 _PATIENCE = timedelta(hours=12)
 
 
-class LostProcess(UserError):
+class LostProcessError(UserError):
     """Work that needs all processes failed in this one."""
 
 
@@ -66,7 +66,7 @@ def in_step(*, together: bool) -> Iterator[None]:
     A process that fails here must exit, so that torchrun ends the others, which wait for it.
 
     Raises:
-        LostProcess: an error was raised within the context.
+        LostProcessError: an error was raised within the context.
     """
     try:
         yield
@@ -74,6 +74,6 @@ def in_step(*, together: bool) -> Iterator[None]:
         if not together:
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise LostProcess(
+        raise LostProcessError(
             f"process {distributed.get_rank()} stopped, and no video is made without it: {reason}"
         ) from error

@@ -15,7 +15,7 @@ from arguments import parse_config
 from sgm import CogVideoX
 from sgm.cli import run_command
 from sgm.config import SamplingArgs
-from sgm.parallel.processes import LostProcess
+from sgm.parallel.processes import LostProcessError
 from sgm.preflight import check_sampling
 from tests.parallel.processes import run_ranks
 
@@ -100,7 +100,7 @@ def leave_a_video(rank: int, argv: list[str]) -> int:
     steps = pipe.stream(PROMPTS[0])
     next(steps)
     steps.close()
-    with pytest.raises(LostProcess, match="this process left a video"):
+    with pytest.raises(LostProcessError, match="this process left a video"):
         pipe(PROMPTS[1])
     return 0
 

@@ -89,8 +89,18 @@ def write_here(config: Config, folder: Path) -> None:
 
 def options(*words: str) -> argparse.Namespace:
     return build_parser().parse_args(
-        ["--base", "x.yaml", "--no-compile", "--attention", "auto", "--warmup", "1", "--steps", "1"]
-        + [*words]
+        [
+            "--base",
+            "x.yaml",
+            "--no-compile",
+            "--attention",
+            "auto",
+            "--warmup",
+            "1",
+            "--steps",
+            "1",
+            *words,
+        ]
     )
 
 

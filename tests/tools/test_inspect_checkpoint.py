@@ -250,7 +250,7 @@ def test_pipeline_without_some_parts(
         shutil.rmtree(folder / part)
     code, shown = inspect(folder)
     assert code == 1 and shown["vae"] == "not usable"  # the index says that it has them
-    index = dict.fromkeys(("vae", "tokenizer", "text_encoder"), [None, None])
+    index = {key: [None, None] for key in ("vae", "tokenizer", "text_encoder")}
     text = json.dumps({"_class_name": "CogVideoXPipeline", **index})
     (folder / "model_index.json").write_text(text)
     code, shown = inspect(folder)

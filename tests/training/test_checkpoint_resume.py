@@ -1,5 +1,6 @@
 """A stopped or killed run is resumed with the results of an uninterrupted one."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -198,7 +199,7 @@ def test_a_run_that_is_killed_at_any_moment_resumes(small, tmp_path):
         (run,) = tmp_path.iterdir()
         for name in (f"{reached[-1]}", f"{reached[-1]}-ema"):
             assert len(module_of(run / name)) > 50
-    assert all(later > earlier for earlier, later in zip(reached, reached[1:], strict=False))
+    assert all(later > earlier for earlier, later in itertools.pairwise(reached))
     last = str(reached[-1] + 1)
     train_video.main([*fresh, "--resume", "latest", "--train-iters", last])
     assert latest(tmp_path) == int(last)
