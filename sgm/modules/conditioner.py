@@ -22,16 +22,21 @@ class GeneralConditioner(nn.Module):
             `input_key` names the entry of the batch that it reads, `is_trainable` says whether its
             weights are trained. `ucg_rate` (0 to 1) is the probability that zeros replace a
             training sample's embedding, which teaches the network its unconditional prediction.
-        with_embedders: if False, batches contain their embeddings, and no embedder is kept.
+        with_embedders: if False, batches contain the embeddings of the only embedder, and it is
+            not kept.
         dtype, device: of the embedders' weights. On the device "meta" embedders are built and
             checked, even if none is kept; `load_weights` then reads their values.
-        streamed: the weights of each block are on `device` only while it works. For inference, with
-            embedders that have this argument.
+
+    An embedder is a module whose constructor takes `dtype` and `device` beside its own `params`,
+    and whose `forward` maps texts to embeddings (b, n_text, d_text). It may also have:
+
+    - ``width``: d_text, which is then compared with the network's.
+    - ``load_weights(device, *, streamed)``: reads the values after a build on the device "meta".
+      With `streamed` the weights of each block are on `device` only while it works.
+    - ``warn_if_cut(text)``: logs a warning if a text is too long.
 
     Raises:
-        UserError: there is no embedder, an embedder's node has an unknown key, or there are several
-            embedders without `with_embedders`: it is not known which part of an embedding each of
-            them drops.
+        UserError: there is no embedder, or an embedder's node is invalid.
     """
 
     def __init__(
@@ -41,7 +46,6 @@ class GeneralConditioner(nn.Module):
         with_embedders: bool = True,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        streamed: bool = False,
     ) -> None:
         super().__init__()
         self.embedders = nn.ModuleList()
@@ -55,11 +59,6 @@ class GeneralConditioner(nn.Module):
                 "conditioner_config: emb_models is empty; it must name a text encoder, for example "
                 "sgm.modules.encoders.modules.FrozenT5Embedder"
             )
-        if not with_embedders and len(emb_models) != 1:
-            raise UserError(
-                f"conditioner_config: emb_models has {len(emb_models)} embedders; embeddings can "
-                "be kept of exactly one, so leave cache_dir out"
-            )
         for node in emb_models:
             for key in node:
                 if key not in _EMBEDDER_KEYS:
@@ -72,7 +71,7 @@ class GeneralConditioner(nn.Module):
             check_number("conditioner_config: ucg_rate", rate, low=0, high=1)
             self.ucg_rates.append(float(rate))
             if with_embedders or torch.device(device).type == "meta":
-                embedder = self._build(node, device, streamed=streamed)
+                embedder = self._build(node, device)
                 widths.append(getattr(embedder, "width", None))
                 if with_embedders:
                     self.embedders.append(embedder)
@@ -80,12 +79,9 @@ class GeneralConditioner(nn.Module):
         known = [width for width in widths if width is not None]
         self.text_width = sum(known) if known and len(known) == len(widths) else None
 
-    def _build(
-        self, node: Mapping[str, Any], device: str | torch.device, *, streamed: bool
-    ) -> nn.Module:
+    def _build(self, node: Mapping[str, Any], device: str | torch.device) -> nn.Module:
         config = {"target": node.get("target"), "params": node.get("params")}
-        how = {"streamed": True} if streamed else {}
-        embedder = instantiate_from_config(config, dtype=self._dtype, device=device, **how)
+        embedder = instantiate_from_config(config, dtype=self._dtype, device=device)
         if not node.get("is_trainable", False):
             embedder.eval().requires_grad_(False)
         return embedder
@@ -93,14 +89,19 @@ class GeneralConditioner(nn.Module):
     def load_weights(self, device: str | torch.device, *, streamed: bool = False) -> None:
         """Read the values of embedders that were built on the device "meta".
 
-        An embedder without a method `load_weights` is built again. The arguments are those of the
-        constructor.
+        An embedder without a method `load_weights` is built again on `device`.
+
+        Args:
+            device: of the weights.
+            streamed: the weights of each block are on `device` only while it works. For inference;
+                it has no effect on an embedder without a method `load_weights`.
         """
         for index, embedder in enumerate(self.embedders):
-            if not hasattr(embedder, "load_weights"):
-                self.embedders[index] = self._build(self._nodes[index], device, streamed=streamed)
-            else:
+            if hasattr(embedder, "load_weights"):
                 embedder.load_weights(device, streamed=streamed)
+            else:
+                self.embedders[index] = self._build(self._nodes[index], device)
+        self.train(self.training)  # a module that was built again is in training mode
 
     @property
     def is_trained(self) -> bool:
@@ -144,8 +145,9 @@ class GeneralConditioner(nn.Module):
         The conditioner must be in evaluation mode: training mode drops embeddings at random.
         """
         for embedder in self.embedders:
-            for text in texts:
-                embedder.warn_if_cut(text)
+            if hasattr(embedder, "warn_if_cut"):
+                for text in texts:
+                    embedder.warn_if_cut(text)
         return self({key: texts for key in self.input_keys})
 
     @staticmethod

@@ -93,11 +93,19 @@ def test_a_kept_embedding_is_dropped_as_a_fresh_one_is_without_any_embedder(node
     assert (kept.eval()({"crossattn": torch.ones(64, 3, 4)})["crossattn"] == 1).all()
 
 
-def test_without_embedders_there_are_no_texts_and_no_second_embedder(node):
+def test_without_embedders_there_are_no_texts(node):
     with pytest.raises(RuntimeError, match="must have 'crossattn'"):
         GeneralConditioner([node()], with_embedders=False)({"txt": ["a"]})
-    with pytest.raises(UserError, match="has 2 embedders.*leave cache_dir out"):
-        GeneralConditioner([node(), node()], with_embedders=False)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_embedder_with_a_forward_only_is_enough(node, streamed):
+    conditioner = GeneralConditioner([node(is_trainable=True), node()], device="meta").eval()
+    conditioner.load_weights("cpu", streamed=streamed)  # builds both again
+    assert not any(e.dropout.training for e in conditioner.embedders)
+    cond = conditioner.encode(["a", "b"])["crossattn"]
+    assert torch.equal(cond, torch.ones(2, 3, 8))
+    assert [e.weight.requires_grad for e in conditioner.embedders] == [True, False]
 
 
 def test_without_a_rate_nothing_is_dropped_in_training(node):
