@@ -74,7 +74,7 @@ class DiffusersConverter:
         self._config = config
         self._described_by = " + ".join(config.files)
         self._scaling_factor = scaling_factor or self._number("scale_factor")
-        self._network = build_on_meta(config.model.get("network_config"))
+        self._network = build_on_meta(config.model.get("network_config", {}))
         self._geometry = geometry_of(config.model["network_config"]["params"])
         shift = snr_shift_scale or self._number(_SHIFT_SCALE)
         self._scheduler = scheduler_config(self._scheduler_name(), snr_shift_scale=shift)
@@ -158,7 +158,7 @@ class DiffusersConverter:
     def _add_vae(self, source: str | Weights) -> None:
         where = str(source)
         state = load_vae_state(source, option=OPTIONS["vae"])
-        model = build_on_meta(self._config.model.get("first_stage_config"))
+        model = build_on_meta(self._config.model.get("first_stage_config", {}))
         sizes = self._check(state, "vae", model, where=where)
         tensors = in_dtype(to_diffusers(state, "vae", where=where), torch.float32, where=where)
         config = vae_config(sizes, self._geometry, scaling_factor=self._scaling_factor)
