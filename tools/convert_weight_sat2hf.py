@@ -22,17 +22,12 @@ from sgm.cli import CommandParser, add_option, add_precision, run_and_exit, set_
 from sgm.config import lora_from_text
 from sgm.files import new_folder, refuse_existing
 from tools.launch.choose_config import BUNDLED
-from tools.weights.sources import ROOT, Sources, choose_sources
+from tools.weights.sources import OPTIONS, ROOT, choose_sources
 
 # PyTorch and the modules that need it are imported after the command line is checked.
 
 _USUAL_TEXT_LENGTH = 226  # diffusers' own default
-_OPTIONS = {  # part of the pipeline → the option with its path
-    "transformer": "--transformer_ckpt_path",
-    "vae": "--vae_ckpt_path",
-    "text_encoder": "--text_encoder_path",
-    "tokenizer": "--text_encoder_path",
-}
+_SIZES = ("num_layers", "num_attention_heads")
 
 
 def _positive(text: str) -> float:
@@ -54,13 +49,8 @@ _positive.__name__ = "positive number"  # argparse prints it in its message
 
 def _loading_call(output: Path, present: Collection[str]) -> str:
     """The call with which diffusers loads the folder; parts that are missing must be named."""
-    missing = [name for name in _OPTIONS if name not in present]
-    arguments = ", ".join([repr(str(output)), *(f"{name}=None" for name in missing)])
-    call = f"CogVideoXPipeline.from_pretrained({arguments})"
-    if not missing:
-        return call
-    options = ", ".join(dict.fromkeys(_OPTIONS[name] for name in missing))
-    return f"{call}, or with your own instead of None (not written without {options})"
+    missing = [f"{name}=None" for name in (*OPTIONS, "tokenizer") if name not in present]
+    return f"CogVideoXPipeline.from_pretrained({', '.join([repr(str(output)), *missing])})"
 
 
 def build_parser() -> CommandParser:
@@ -78,7 +68,7 @@ def build_parser() -> CommandParser:
     parser.add_argument("--lora", **loras, help="LoRAs to merge; a scale of 1 is as trained")
     add("link_text_encoder", action="store_true", help="link T5's files instead of copying them")
     add_precision(parser)
-    for name in ("num_layers", "num_attention_heads"):
+    for name in _SIZES:
         add(name, type=int, help="only compared with the weights")
     add("scaling_factor", type=_positive, help="of the latents; default: the configuration's")
     add("snr_shift_scale", type=_positive, help="of the noise; default: the configuration's")
@@ -89,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, convert, print what was written; returns the exit code."""
     options = build_parser().parse_args(argv)
     set_up_logging()
-    given = Sources(options.transformer_ckpt_path, options.vae_ckpt_path, options.text_encoder_path)
+    paths = {part: getattr(options, option[2:]) for part, option in OPTIONS.items()}
+    given = {part: path for part, path in paths.items() if path is not None}
     config, sources = choose_sources(given, options.base)
     kind = "tiny" if config.files == [str(ROOT / BUNDLED)] else "2b"
     output = Path(options.output_path or f"CogVideoX-{kind}-diffusers").expanduser()
@@ -105,8 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=options.dtype and getattr(torch, options.dtype),
         scaling_factor=options.scaling_factor,
         snr_shift_scale=options.snr_shift_scale,
-        num_layers=options.num_layers,
-        num_attention_heads=options.num_attention_heads,
+        sizes={key: getattr(options, key) for key in _SIZES},
     )
     present = converter.present
     with new_folder(output) as folder:

@@ -69,7 +69,7 @@ def export_lora(path: str, folder: Path, *, alpha: float | None) -> Path:
         UserError: `path` holds no LoRA, or a part of one; the file exists, or cannot be written.
     """
     from sgm.checkpoint.find import DIFFUSERS_FILE, find_lora
-    from sgm.checkpoint.lora import alpha_of, check_whole_lora, is_sat_lora, read_lora
+    from sgm.checkpoint.lora import alpha_of, check_whole_lora, read_lora
     from sgm.checkpoint.lora_formats import DIFFUSERS_PREFIX
     from sgm.checkpoint.table import to_diffusers
     from tools.weights.writing import own_storage, save_safetensors
@@ -78,8 +78,6 @@ def export_lora(path: str, folder: Path, *, alpha: float | None) -> Path:
     lora = find_lora(path, option="--sat_pt_path")
     matrices, record = read_lora(lora, alpha=alpha, option="--sat_pt_path")
     check_whole_lora(matrices, record, path)
-    if not is_sat_lora(lora):
-        logger.info("%s is in diffusers' or peft's format already; it is written anew", path)
     tensors = to_diffusers(matrices, "lora", where=path)
     metadata = adapter_metadata(record, alpha_of(record, path), list(tensors))
     prefixed = {f"{DIFFUSERS_PREFIX}{name}": own_storage(tensors[name]) for name in tensors}

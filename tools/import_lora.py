@@ -43,7 +43,7 @@ def import_lora(path: str, folder: str, *, alpha: float | None, load: str | None
             exists or cannot be written.
     """
     from sgm.checkpoint.find import find_lora
-    from sgm.checkpoint.lora import check_matrices, check_whole_lora, is_sat_lora, read_lora
+    from sgm.checkpoint.lora import check_matrices, check_whole_lora, read_lora
     from sgm.checkpoint.tensors import on_meta
     from sgm.checkpoint.transformer import fingerprint, read_transformer
     from tools.weights.writing import save_sat_transformer
@@ -52,8 +52,6 @@ def import_lora(path: str, folder: str, *, alpha: float | None, load: str | None
     lora = find_lora(path, option="--lora_path")
     matrices, record = read_lora(lora, alpha=alpha, option="--lora_path")
     check_whole_lora(matrices, record, path)
-    if is_sat_lora(lora):
-        logger.info("%s is of SAT format already; it is written anew", path)
     if load is not None:
         found, base, _ = read_transformer(load, option="--load")
         hint = f"is {found} the base model that the LoRA was trained on?"

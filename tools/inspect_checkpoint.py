@@ -1,9 +1,10 @@
-"""What a file or folder of weights is, whether it loads, and what to do with it.
+"""What a file or folder of weights is, and whether it loads.
 
     python tools/inspect_checkpoint.py PATH
 
 Names and shapes are read, not the weights, and no code from the file is run. The exit code is 1 if
-PATH is not weights, or weights that do not load.
+PATH is not weights, or weights that do not load. 'Which weights do you have?' in README.md says
+what to do with them.
 """
 
 from __future__ import annotations
@@ -29,14 +30,13 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def render(finding: Finding, path: str) -> str:
+def render(finding: Finding) -> str:
     """The lines to show, names in one column and values in the other."""
-    rows = [("path", path), ("what", finding.kind), *finding.facts]
+    rows = [("path", str(finding.path)), ("what", finding.kind), *finding.facts]
     if finding.problem:
         rows.append(("will load", f"no: {finding.problem}"))
     elif finding.use:
         rows.append(("will load", f"yes, {finding.use}"))
-    rows += [("" if i else "next", step) for i, step in enumerate(finding.next_steps)]
     width = max(len(name) for name, _ in rows) + 2
     return printable("\n".join(f"{name:{width}}{value}".rstrip() for name, value in rows))
 
@@ -54,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's, on a damaged file
-            finding = inspect(path)
+            findings = inspect(path)
     except UserError as error:
         raise UserError(printable(str(error))) from None
-    print(render(finding, path))
-    return 1 if finding.problem else 0
+    print("\n\n".join(map(render, findings)))
+    return 1 if any(finding.problem for finding in findings) else 0
 
 
 if __name__ == "__main__":

@@ -81,15 +81,12 @@ def write_t5(
         encoder = T5EncoderModel(config)
     del encoder.encoder.embed_tokens  # `shared` under another name
     with new_folder(folder) as partial_folder:
-        words = partial_folder / "words.txt"
-        words.write_text("a red circle moving left on a black background\n" * 50, encoding="utf-8")
-        SentencePieceTrainer.train(
-            input=str(words), model_prefix=str(partial_folder / "spiece"), vocab_size=300,
-            bos_id=-1, pad_id=0, eos_id=1, unk_id=2, hard_vocab_limit=False, byte_fallback=True,
-            minloglevel=2,
-        )  # fmt: skip
-        words.unlink()
-        (partial_folder / "spiece.vocab").unlink()
+        with (partial_folder / "spiece.model").open("wb") as tokenizer:
+            SentencePieceTrainer.train(
+                sentence_iterator=iter(["a red circle moving left on a black background"] * 50),
+                model_writer=tokenizer, vocab_size=300, bos_id=-1, pad_id=0, eos_id=1, unk_id=2,
+                hard_vocab_limit=False, byte_fallback=True, minloglevel=2,
+            )  # fmt: skip
         config.save_pretrained(partial_folder)
         save_sharded(partial_folder, random_state(encoder, dtype=dtype), stem="model")
 

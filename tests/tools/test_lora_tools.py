@@ -232,13 +232,15 @@ def test_a_lora_of_peft_is_imported_merged_and_trained_on(bring_in, tmp_path):
         torch.testing.assert_close(predict(ours), expected, rtol=0, atol=1e-4)
 
 
-def test_what_is_in_the_wanted_format_already_is_said_to_be(export, bring_in, tmp_path):
+def test_what_is_in_the_wanted_format_already_is_written_anew(export, bring_in, tmp_path):
     run = save_run(build(LORA), tmp_path / "run")
-    _, _, notice, folder = export(run)
-    assert "already" not in notice + bring_in(folder)[2]
-    _, said, notice, _ = bring_in(run, to="sat")
-    assert "to train on, merge it" in said and "run is of SAT format already" in notice
-    assert "out is in diffusers' or peft's format already" in export(folder, to="again")[2]
+    *_, folder = export(run)
+    code, said, _, again = bring_in(run, to="sat")
+    assert code == 0 and "to train on, merge it" in said
+    assert_same(read_lora(run)[0], read_lora(again)[0])
+    code, *_, again = export(folder, to="again")
+    assert code == 0
+    assert_same(load_file(folder / DIFFUSERS_FILE), load_file(again / DIFFUSERS_FILE))
 
 
 @pytest.mark.parametrize("base", ["\x1b[2J", "x" * 99, ""])

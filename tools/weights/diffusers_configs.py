@@ -145,7 +145,7 @@ def model_index(scheduler: str, present: Collection[str]) -> dict[str, Any]:
         scheduler: class of diffusers' scheduler.
         present: names of the other parts that the pipeline has.
     """
-    classes = {
+    classes: dict[str, list[str]] = {
         "text_encoder": ["transformers", "T5EncoderModel"],
         "tokenizer": ["transformers", "T5Tokenizer"],
         **{part: ["diffusers", name] for part, name in PART_CLASSES.items()},

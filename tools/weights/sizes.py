@@ -1,22 +1,19 @@
-"""The sizes that weights show, a model of these sizes without values, and whether both agree."""
+"""The sizes that weights show, and the weights that a model of these sizes or a shipped one has."""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from sgm.checkpoint.strict_loading import check_fit, differences
-from sgm.checkpoint.table import POSITION_TABLE, Part, to_diffusers
+from sgm.checkpoint.strict_loading import differences
+from sgm.checkpoint.table import POSITION_TABLE, Part
 from sgm.checkpoint.tensors import on_meta
-from sgm.config import Config
 from sgm.errors import UserError
 from sgm.util import build_on_meta
 from tools.launch.choose_config import BUNDLED, FULL
@@ -36,9 +33,9 @@ def sizes_of(tensors: Mapping[str, Tensor], part: Part, where: str | Path) -> di
         where: the file, for messages.
 
     Raises:
-        UserError: names or shapes are not those of the part.
+        UserError: weights that show a size are missing or have another shape.
     """
-    metas = to_diffusers(on_meta(tensors), part, where=where)
+    metas = on_meta(tensors)
 
     def shape(name: str, ndim: int) -> list[int]:
         tensor = metas.get(f"{name}.weight")
@@ -49,48 +46,88 @@ def sizes_of(tensors: Mapping[str, Tensor], part: Part, where: str | Path) -> di
             )
         return list(tensor.shape)
 
-    def count(pattern: str) -> int:
-        found = (re.match(pattern, name) for name in metas)
+    def count(beginning: str) -> int:
+        found = (re.match(rf"{beginning}\.([0-9]{{1,4}})\.", name) for name in metas)
         return max((int(match[1]) + 1 for match in found if match), default=0)
 
     if part == "vae":
-        levels = range(count(r"encoder\.down_blocks\.(\d+)\."))
-        first = "encoder.down_blocks.{}.resnets.0.conv1.conv"
+        levels = range(count(r"encoder\.down"))
+        widths = [shape(f"encoder.down.{level}.block.0.conv1.conv", 5)[0] for level in levels]
         return {
-            "block_out_channels": [shape(first.format(level), 5)[0] for level in levels],
-            "layers_per_block": count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+            "block_out_channels": widths,
+            "layers_per_block": count(r"encoder\.down\.0\.block"),
             "latent_channels": shape("decoder.conv_in.conv", 5)[1],
             "in_channels": shape("encoder.conv_in.conv", 5)[1],
             "out_channels": shape("decoder.conv_out.conv", 5)[0],
         }
-    width, channels, patch, _ = shape("patch_embed.proj", 4)
-    (head,) = shape("transformer_blocks.0.attn1.norm_q", 1)
+    width, channels, patch, _ = shape("mixins.patch_embed.proj", 4)
+    (head,) = shape("mixins.adaln_layer.query_layernorm_list.0", 1)
     return {
-        "num_layers": count(r"transformer_blocks\.(\d+)\."),
+        "num_layers": count(r"transformer\.layers"),
         "num_attention_heads": width // max(head, 1),
         "attention_head_dim": head,
         "in_channels": channels,
-        "out_channels": shape("proj_out", 2)[0] // max(patch, 1) ** 2,
+        "out_channels": shape("mixins.final_layer.linear", 2)[0] // max(patch, 1) ** 2,
         "patch_size": patch,
-        "text_embed_dim": shape("patch_embed.text_proj", 2)[1],
-        "time_embed_dim": shape("time_embedding.linear_1", 2)[0],
+        "text_embed_dim": shape("mixins.patch_embed.text_proj", 2)[1],
+        "time_embed_dim": shape("time_embed.0", 2)[0],
     }
 
 
-@cache
-def shipped_config(name: str) -> Config:
-    """A configuration of `SHIPPED`."""
-    return read_config(ROOT / name)
+def check_sizes(
+    sizes: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    *,
+    where: str | Path,
+    described_by: str,
+    hint: str,
+) -> None:
+    """Check the sizes of weights.
+
+    Args:
+        sizes: of the weights, as `sizes_of` returns them.
+        expected: the same keys or some of them; None and other keys count for nothing.
+        where: the file, for the message.
+        described_by: what the expected sizes come from, for the message.
+        hint: end of the message: what to do.
+
+    Raises:
+        UserError: a size differs.
+    """
+    for key, size in sizes.items():
+        if expected.get(key) not in (None, size):
+            raise UserError(
+                f"{where} has {key}={size}, but {described_by} says {key}={expected[key]!r}; {hint}"
+            )
 
 
 @cache
 def shipped_shapes(name: str, part: Part) -> Mapping[str, Tensor]:
     """Name → meta tensor of the transformer or autoencoder of a configuration of `SHIPPED`."""
-    return build_on_meta(shipped_config(name).model[_NODES[part]]).state_dict()
+    return build_on_meta(read_config(ROOT / name).model[_NODES[part]]).state_dict()
 
 
-def model_of(sizes: Mapping[str, Any], part: Part, *, where: str | Path) -> nn.Module:
-    """A transformer for the shortest clips, or an autoencoder, on the meta device.
+def fitting_config(tensors: Mapping[str, Tensor], part: Part) -> str | None:
+    """The first configuration of `SHIPPED` that loads weights as they are; None if none does."""
+    metas = on_meta(tensors)
+    for name in SHIPPED:
+        if not any(differences(metas, needed(shipped_shapes(name, part), metas)).values()):
+            return name
+    return None
+
+
+def needed(model: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The weights of a model that a file must have: its position table only if the file has one."""
+    return model if POSITION_TABLE in found else without_positions(model)
+
+
+def without_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a part without the position table, which is computed if it is missing."""
+    return {name: tensor for name, tensor in tensors.items() if name != POSITION_TABLE}
+
+
+def weights_of(sizes: Mapping[str, Any], part: Part, *, where: str | Path) -> dict[str, Tensor]:
+    """Name → meta tensor of a part with these sizes, without the position table.
 
     Args:
         sizes: as `sizes_of` returns them.
@@ -105,7 +142,7 @@ def model_of(sizes: Mapping[str, Any], part: Part, *, where: str | Path) -> nn.M
     try:
         if min(counts) < 1 or layers > _MOST_LAYERS:
             raise ValueError
-        return build_on_meta(_node_of(sizes, part))
+        return without_positions(build_on_meta(_node_of(sizes, part)).state_dict())
     except (UserError, ValueError, ArithmeticError, LookupError, RuntimeError, AssertionError):
         given = ", ".join(f"{key}={value}" for key, value in sizes.items())
         raise UserError(
@@ -114,8 +151,8 @@ def model_of(sizes: Mapping[str, Any], part: Part, *, where: str | Path) -> nn.M
 
 
 def _node_of(sizes: Mapping[str, Any], part: Part) -> dict[str, Any]:
-    """The 2B model's node of a part with other sizes."""
-    node = copy.deepcopy(shipped_config(FULL).model[_NODES[part]])
+    """The 2B model's node of a part with other sizes; the transformer is for the shortest clips."""
+    node = copy.deepcopy(read_config(ROOT / FULL).model[_NODES[part]])
     params = node["params"]
     if part == "vae":
         widths = sizes["block_out_channels"]
@@ -139,98 +176,3 @@ def _node_of(sizes: Mapping[str, Any], part: Part) -> dict[str, Any]:
     modules["pos_embed_config"]["params"]["text_length"] = 1
     modules["patch_embed_config"]["params"]["text_hidden_size"] = sizes["text_embed_dim"]
     return node
-
-
-def check_part(
-    tensors: Mapping[str, Tensor],
-    part: Part,
-    *,
-    where: str | Path,
-    described_by: str,
-    expected: Mapping[str, Any],
-    model: nn.Module | None = None,
-    hint: str,
-) -> dict[str, Any]:
-    """Check that the weights of a part are whole and have the sizes that are expected.
-
-    Args:
-        tensors: names as in SAT. The position table may be missing, since it is computed.
-        part: transformer or vae.
-        where: the file, for messages.
-        described_by: the file that the expected sizes come from, for messages.
-        expected: sizes as `sizes_of` returns them, or some of them.
-        model: has the names and shapes that are expected; None for one of the weights' own sizes.
-        hint: end of messages: what to do.
-
-    Returns:
-        The sizes of the weights.
-
-    Raises:
-        UserError: sizes differ, or names or shapes are missing or unknown.
-    """
-    sizes = sizes_of(tensors, part, where)
-    for key, value in sizes.items():
-        if expected.get(key, value) != value:
-            raise UserError(
-                f"{where} has {key}={value}, but {described_by} says {key}={expected[key]!r}; "
-                f"{hint}"
-            )
-    wanted = (model or model_of(sizes, part, where=where)).state_dict()
-    name = f"the model of {described_by}" if model else "a model of its sizes"
-    check_fit(on_meta(tensors), _needed(wanted, tensors), path=where, model=name, hint=hint)
-    return sizes
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How weights differ from a model.
-
-    Args:
-        config: the configuration of `SHIPPED` whose model is nearest to the weights.
-        fits: whether this configuration loads the weights as they are.
-        differences: from a model with the sizes of the weights, or from the nearest model if no
-            model can have these sizes; as `sgm.checkpoint.strict_loading.differences`.
-        sizes: of the weights, as `sizes_of` returns them; empty if weights that show them are
-            missing.
-    """
-
-    config: str
-    fits: bool
-    differences: Mapping[str, list[str]]
-    sizes: Mapping[str, Any]
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the weights are exactly those of a model of some sizes."""
-        return not any(self.differences.values())
-
-
-def compare(shapes: Mapping[str, Tensor], part: Part) -> Comparison:
-    """Compare weights with the models of the shipped configurations and with their own sizes.
-
-    Args:
-        shapes: name in SAT → tensor on the meta device.
-        part: transformer or vae.
-    """
-    found = {
-        name: differences(shapes, _needed(shipped_shapes(name, part), shapes)) for name in SHIPPED
-    }
-    nearest = min(SHIPPED, key=lambda name: sum(map(len, found[name].values())))
-    fits, rest = not any(found[nearest].values()), found[nearest]
-    sizes: Mapping[str, Any] = {}
-    with suppress(UserError):  # no model has these sizes, or weights that show them are missing
-        sizes = sizes_of(shapes, part, "")
-        if not fits:
-            own = model_of(sizes, part, where="").state_dict()
-            # The size of the position table depends on the clips, not on the model.
-            rest = differences(_without_positions(shapes), _without_positions(own))
-    return Comparison(nearest, fits, rest, sizes)
-
-
-def _without_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name != POSITION_TABLE}
-
-
-def _needed(model: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """What a model needs of a file: the position table is compared only if the file has it."""
-    return model if POSITION_TABLE in found else _without_positions(model)

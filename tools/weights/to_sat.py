@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
@@ -13,21 +13,21 @@ from torch import Tensor
 
 from sgm.checkpoint.diffusers_folder import (
     PART_CLASSES,
+    DiffusersPart,
     PartFolder,
     find_part,
     is_pipeline,
     read_diffusers_part,
 )
-from sgm.checkpoint.find import SAT_FILE, T5Files, find_foreign_file, find_t5
-from sgm.checkpoint.lora_formats import is_foreign
-from sgm.checkpoint.reading import read_checkpoint
+from sgm.checkpoint.find import SAT_FILE, T5Files, find_t5
+from sgm.checkpoint.strict_loading import check_fit
 from sgm.checkpoint.table import to_sat
-from sgm.checkpoint.tensors import in_dtype
+from sgm.checkpoint.tensors import in_dtype, on_meta
 from sgm.checkpoint.text_encoder import check_t5
 from sgm.checkpoint.weight_file import read_json
 from sgm.errors import UserError
 from sgm.files import write_torch
-from tools.weights.sizes import check_part
+from tools.weights.sizes import check_sizes, sizes_of, weights_of
 from tools.weights.writing import (
     copy_text_encoder,
     copy_tokenizer_files,
@@ -41,41 +41,28 @@ logger = logging.getLogger(__name__)
 T5_FOLDER = "t5-v1_1-xxl"  # as in the published layout
 
 
-def _find_parts(source: Path) -> dict[str, PartFolder]:
+def _find_parts(source: Path) -> dict[DiffusersPart, PartFolder]:
     """Part → its folder, for the parts that the input has.
 
     Raises:
         UserError: the input is not a diffusers folder of CogVideoX-2B.
     """
+    folders: dict[DiffusersPart, Path] = {}
     if is_pipeline(source):
-        folders = {part: source / part for part in PART_CLASSES if (source / part).is_dir()}
-    elif (source / "config.json").is_file():
+        folders = {part: source / part for part in PART_CLASSES if os.path.isdir(source / part)}
+    elif os.path.isfile(source / "config.json"):
         name = read_json(source / "config.json").get("_class_name")
-        part = "vae" if name == PART_CLASSES["vae"] else "transformer"
-        folders = {part: source}  # `find_part` raises UserError if it is neither
-    else:
-        folders = {}
+        # `find_part` raises UserError if it is neither.
+        folders = {"vae" if name == PART_CLASSES["vae"] else "transformer": source}
     if not folders:
-        raise UserError(f"{source} is {_other_kind(source)}")
-    return {part: find_part(folder, part) for part, folder in folders.items()}
-
-
-def _other_kind(source: Path) -> str:
-    """What an input without a part of diffusers is, and what to do, for the end of a message."""
-    is_file = source.is_file() and source.suffix == ".safetensors"
-    if find_foreign_file(source) or (is_file and is_foreign(read_checkpoint(source))):
-        return (
-            "a LoRA, which --lora accepts as it is; for a file in SAT's layout: python "
-            f"tools/import_lora.py --lora_path {quote(str(source))} --output_path DIR"
+        parts = " or ".join(PART_CLASSES)
+        raise UserError(
+            f"{source} is not a readable diffusers folder; --input_path must name a local one of "
+            f"CogVideoX-2B, with model_index.json and the folder {parts} in it, or with "
+            "config.json; weights in SAT's layout and LoRAs need no conversion (see 'Which weights "
+            "do you have?' in README.md)"
         )
-    if is_file and (source.parent / "config.json").is_file():
-        return f"one file of a folder; --input_path must name {source.parent}"
-    return (
-        f"{'no diffusers folder' if source.is_dir() else 'not a folder'}; --input_path must name "
-        "a local diffusers folder of CogVideoX-2B, with model_index.json and the folder "
-        f"{' or '.join(PART_CLASSES)} in it, or with config.json (weights in SAT's layout need no "
-        "conversion)"
-    )
+    return {part: find_part(folder, part) for part, folder in folders.items()}
 
 
 class SatConverter:
@@ -92,23 +79,17 @@ class SatConverter:
     def __init__(self, source: Path, *, dtype: torch.dtype | None = None) -> None:
         self._tensors: dict[str, Mapping[str, Tensor]] = {}
         self.sizes: dict[str, dict[str, Any]] = {}
-        try:
-            parts = _find_parts(source)
-        except OSError as error:  # such as the folder of another user
-            reason = f"cannot be looked up ({error.strerror}); check the path and its permissions"
-            raise UserError(f"--input_path: {source} {reason}") from None
-        for part, found in parts.items():
-            tensors = to_sat(read_diffusers_part(found), part, where=found.folder)
-            self.sizes[part] = check_part(
-                tensors,
-                part,
-                where=found.folder,
-                described_by="its config.json",
-                expected=found.config,
-                hint="copy the folder from the original again",
-            )
+        hint = "copy the folder from the original again"
+        for part, found in _find_parts(source).items():
+            where = found.folder
+            tensors = to_sat(read_diffusers_part(found), part, where=where)
+            sizes = self.sizes[part] = sizes_of(tensors, part, where)
+            described_by = "its config.json"
+            check_sizes(sizes, found.config, where=where, described_by=described_by, hint=hint)
+            wanted = weights_of(sizes, part, where=where)
+            check_fit(on_meta(tensors), wanted, path=where, hint=hint, model="a model of its sizes")
             own_dtype = dtype if part == "transformer" else None
-            self._tensors[part] = in_dtype(tensors, own_dtype, where=found.folder)
+            self._tensors[part] = in_dtype(tensors, own_dtype, where=where)
         self.text_encoder: T5Files | None = None
         if (source / "text_encoder").is_dir():
             self.text_encoder = find_t5(source, option="--input_path")
@@ -126,6 +107,5 @@ class SatConverter:
             (folder / "vae").mkdir()
             write_torch({"state_dict": state}, folder / "vae" / SAT_FILE)
         if self.text_encoder is not None:
-            logger.info("%s text_encoder", "linking" if link_text_encoder else "copying")
             copy_text_encoder(self.text_encoder, folder / T5_FOLDER, link=link_text_encoder)
             copy_tokenizer_files(self.text_encoder, folder / T5_FOLDER)

@@ -55,11 +55,9 @@ def save_sharded(
         filename_pattern=f"{stem}{{suffix}}.safetensors",
         max_shard_size=max_shard_bytes,
     )
-    damaged: list[str] = []
     with Progress(len(tensors), unit="tensor") as progress:
         for file, names in plan.filename_to_tensors.items():
-            save_safetensors(_read(tensors, names, damaged, progress), folder / file)
-    _warn_of_damaged(damaged, tensors)
+            save_safetensors(_read(tensors, names, progress), folder / file)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         save_json(folder / f"{stem}.safetensors.index.json", index)
@@ -88,26 +86,23 @@ def save_safetensors(
 
 
 def _read(
-    tensors: Mapping[str, Tensor], names: Iterable[str], damaged: list[str], progress: Progress
+    tensors: Mapping[str, Tensor], names: Iterable[str], progress: Progress
 ) -> dict[str, Tensor]:
-    """Some of the tensors, to be saved; `damaged` gets the names of those that are not finite."""
-    found = {}
+    """Some of the tensors, to be saved. Values that are not finite give a warning."""
+    found, damaged = {}, []
     for name in names:
         found[name] = tensor = own_storage(tensors[name])
         # isfinite is not implemented for float8.
         if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.isfinite().all():
             damaged.append(name)
         progress.step("writing")
-    return found
-
-
-def _warn_of_damaged(damaged: list[str], tensors: Mapping[str, Tensor]) -> None:
     if damaged:
         logger.warning(
             "%d of %d tensors hold values that are not finite (%s first), and are written as they "
             "are; no video can be made with them",
-            *(len(damaged), len(tensors), damaged[0]),
+            *(len(damaged), len(found), damaged[0]),
         )
+    return found
 
 
 def save_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -133,10 +128,8 @@ def save_sat_transformer(
     Raises:
         OSError: the file cannot be written.
     """
-    damaged: list[str] = []
     with Progress(len(base), unit="tensor") as progress:
-        found = _read(base, base, damaged, progress)
-    _warn_of_damaged(damaged, base)
+        found = _read(base, base, progress)
     state: dict[str, Any] = {"module": {MODEL_PREFIX + name: found[name] for name in found}}
     if lora is not None:
         state["lora"] = dict(lora)
@@ -165,6 +158,7 @@ def copy_text_encoder(files: T5Files, folder: Path, *, link: bool) -> None:
     Raises:
         OSError: a file cannot be written.
     """
+    logger.info("%s text_encoder", "linking" if link else "copying")
     folder.mkdir(parents=True, exist_ok=True)
     sources = [files.folder / "config.json", *shard_indices(files), *files.weights]
     with Progress(len(sources), unit="file") as progress:
