@@ -77,9 +77,7 @@ class SFTDataset(Dataset):
         skip_frms_num: float = 3.0,
         random_window: bool = True,
     ) -> None:
-        self._settings = FrameSettings.checked(
-            video_size, fps=fps, max_num_frames=max_num_frames, skip_frms_num=skip_frms_num
-        )
+        self._settings = FrameSettings(video_size, fps, max_num_frames, skip_frms_num)
         valid = isinstance(random_window, bool)
         check_value("random_window", random_window, "be true or false", valid=valid)
         self.random_window = random_window
@@ -94,14 +92,14 @@ class SFTDataset(Dataset):
         self.clips: list[Path] = [clip.path for clip in survey.clips]
         self.captions: list[str] = [clip.caption for clip in survey.clips]
         self._facts = [clip.facts for clip in survey.clips]
-        self.item_lengths = [self._settings.item_length(facts.count) for facts in self._facts]
+        self.item_lengths = [facts.length for facts in self._facts]
         # Shared by worker processes, so that only one of them warns of a clip.
         self._damaged = torch.zeros(len(self.clips), dtype=torch.bool).share_memory_()
 
     def frame_settings(self) -> dict[str, object]:
         """All parameters that decide which frames a clip gives, by their names."""
-        size = list(self._settings.video_size)
-        return asdict(self._settings) | {"video_size": size, "random_window": self.random_window}
+        own = {"skip_frms_num": self._settings.skip, "random_window": self.random_window}
+        return asdict(self._settings) | own
 
     def read_clip(self, index: int, *, position: float = 0.0) -> Tensor:
         """A window of clip `index`, even if it is damaged: float32 (t, 3, h, w) in [-1, 1].
@@ -114,13 +112,8 @@ class SFTDataset(Dataset):
             ClipError: the clip cannot be decoded.
         """
         facts = self._facts[index]
-        frames = OWN_CHILD.read(
-            self.clips[index],
-            self._settings,
-            facts=facts,
-            first=int(position * self._settings.num_windows(facts.count)),
-            length=self._settings.item_length(facts.count),
-        )
+        first = int(position * facts.num_windows)
+        frames = OWN_CHILD.read(self.clips[index], self._settings, facts=facts, first=first)
         planes = frames.permute(0, 3, 1, 2)  # (t, 3, h, w)
         return planes.contiguous().float().div_(127.5).sub_(1)
 
@@ -161,7 +154,7 @@ def settings_from_config(data: Mapping[str, Any]) -> FrameSettings:
     check_value("data.params", given, "hold keys", valid=isinstance(given, Mapping))
     params = check_params(SFTDataset, {**given, "data_dir": ""}, where="data")
     names = {field.name for field in fields(FrameSettings)}
-    return FrameSettings.checked(**{name: params[name] for name in names & params.keys()})
+    return FrameSettings(**{name: params[name] for name in names & params.keys()})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -276,7 +276,7 @@ def test_unusable_files_are_named_once_with_the_reason(tmp_path, caplog):
         "half": "not a video, or only part",
         "empty": "it is empty",
         "no label": f"label {tmp_path}/labels/no label.txt does not exist",
-        "no caption": "no caption.txt is empty",
+        "no caption": "no caption.txt holds no text",
         "latin-1": "cannot be read",
     }
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
