@@ -146,7 +146,7 @@ def build_loader(dataset: Dataset, config: Config, *, batch_size: int, start: in
     from torch import distributed
     from torch.utils.data import DataLoader
 
-    from sgm.data.loader import SampleOrder, SeededDataset, collate
+    from sgm.data.loader import SampleOrder, SeededDataset
 
     order = SampleOrder(
         len(dataset),
@@ -160,7 +160,6 @@ def build_loader(dataset: Dataset, config: Config, *, batch_size: int, start: in
         SeededDataset(dataset),
         batch_sampler=order,
         num_workers=num_workers(config),
-        collate_fn=collate,
         pin_memory=torch.cuda.is_available() and config.args.device != "cpu",
     )
 

@@ -10,16 +10,13 @@ import hashlib
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
-from sgm.checkpoint.find import T5Files, Weights, find_autoencoder
+from sgm.checkpoint.find import T5Files, Weights
 from sgm.checkpoint.weight_file import WeightFile
 from sgm.distributed import Ranks
 from sgm.errors import UserError
@@ -43,7 +40,7 @@ _STRETCH_BYTES = 8 << 20
 _SAMPLE_BYTES = 1 << 12
 
 
-def _digest(*parts: object) -> str:
+def digest_of(*parts: object) -> str:
     """40 hexadecimal digits for values that JSON can represent."""
     text = json.dumps(parts, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
@@ -111,22 +108,7 @@ def model_digest(node: Mapping[str, Any], weights: Weights | T5Files) -> str:
         contents = [hash_weights(files.get(path) or WeightFile(path)) for path in weights.sources]
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
-    return _digest(node["target"], params, contents)
-
-
-def first_stage_weights(config: Mapping[str, Any]) -> Weights:
-    """The weight files of the autoencoder that a node of the configuration describes.
-
-    Raises:
-        UserError: the node names no weights, or they do not exist.
-    """
-    path = (config.get("params") or {}).get("ckpt_path")
-    if not path:
-        raise UserError(
-            "first_stage_config.params.ckpt_path is not set, and latents of random weights are not "
-            "worth caching; set it, or leave cache_dir out"
-        )
-    return find_autoencoder(path)
+    return digest_of(node["target"], params, contents)
 
 
 def check_cacheable(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -136,26 +118,13 @@ def check_cacheable(config: Mapping[str, Any]) -> Mapping[str, Any]:
         UserError: there is not exactly one embedder, it is not T5, or it is trained.
     """
     nodes = (config.get("params") or {}).get("emb_models") or []
-    problem = ""
-    if len(nodes) != 1 or get_class(nodes[0].get("target")) is not FrozenT5Embedder:
-        problem = "conditioner_config must have one FrozenT5Embedder and no other embedder"
-    elif nodes[0].get("is_trainable"):
-        problem = "the text encoder must not be trained, but has is_trainable: true"
-    if problem:
-        raise UserError(f"cache_dir: {problem}; change that, or leave cache_dir out")
+    is_t5 = len(nodes) == 1 and get_class(nodes[0].get("target")) is FrozenT5Embedder
+    if not is_t5 or nodes[0].get("is_trainable"):
+        raise UserError(
+            "cache_dir: conditioner_config must have one FrozenT5Embedder without is_trainable, "
+            "and no other embedder; change that, or leave cache_dir out"
+        )
     return nodes[0]
-
-
-def entry_key(kind: str, *source: object, model: str, dtype: torch.dtype) -> str:
-    """The key of an entry.
-
-    Args:
-        kind: ``moments`` or ``crossattn``.
-        source: of a clip, the digest of its file and the frame settings; of a text, the text.
-        model: the digest of the autoencoder or the text encoder.
-        dtype: its precision.
-    """
-    return _digest(VERSION, kind, *source, model, str(dtype))
 
 
 def window_position(key: str) -> float:
@@ -166,17 +135,15 @@ def window_position(key: str) -> float:
 # A file that is written twice within one tick of the file system's clock keeps its times. The
 # longest tick of a file system is two seconds.
 _TICK_SECONDS = 2.0
-_DIGEST = re.compile(r"[0-9a-f]{40}")
 
-# Of a file: size, time of the last change of its content, time of the last change of content or
-# metadata (both in nanoseconds), inode.
-_State = tuple[int, int, int, int]
+# A file's state, and the digest of its content.
+_Known = tuple[list[int], str]
 
 
 class DigestMemory:
     """Digests of clips from earlier runs, stored in a JSON file, so that clips are read once.
 
-    A stored digest is valid as long as the file's `_State` is the same. The time of the last change
+    A stored digest is valid as long as the file's `_state` is the same. The time of the last change
     of content or metadata is set by the system only. It changes with the content, even if the size
     stays the same and a program sets the other times back, as copying does.
 
@@ -193,16 +160,16 @@ class DigestMemory:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known = _read(path)
-        self.new: dict[str, tuple[_State, str]] = {}
+        self.new: dict[str, _Known] = {}
 
     def digest(self, clip: Path) -> str | None:
         """The digest of a clip's file; None if the file cannot be read."""
         name = os.path.abspath(clip)
         try:
             looked_at, state = time.time(), _state(clip)
-            known, digest = self._known.get(name, (None, ""))
-            if known == state:
-                return digest
+            match self._known.get(name):
+                case [known, str(digest)] if known == state:
+                    return digest
             digest = hash_file(clip)
             is_settled = looked_at - state[2] / 1e9 > _TICK_SECONDS
             if is_settled and _state(clip) == state:
@@ -229,44 +196,32 @@ class DigestMemory:
             self.update({name: item for _, new in gathered for name, item in new.items()})
         return {clip: content for part, _ in gathered for clip, content in part.items()}
 
-    def update(
-        self, new: Mapping[str, tuple[_State, str]], *, without: Iterable[Path] = ()
-    ) -> None:
+    def update(self, new: Mapping[str, _Known]) -> None:
         """Add digests to the file, and keep what other runs have written to it since.
 
         Args:
             new: `new` of this object and of those of other processes.
-            without: clips whose digests are removed.
         """
-        removed = {os.path.abspath(clip) for clip in without}
-        if not (new or removed):  # the usual case; reading the file may take long
-            return
-        known = _read(self._path)
-        updated = {n: found for n, found in {**known, **new}.items() if n not in removed}
-        if updated == known:
+        if not new:  # the usual case; reading the file may take long
             return
         try:
             with replacing(self._path, shared=True) as partial:
-                partial.write_text(json.dumps(updated), "utf-8")
+                partial.write_text(json.dumps({**_read(self._path), **new}), "utf-8")
         except UserError as error:  # the only consequence: the next start reads the clips again
             logger.debug("%s", error)
 
 
-def _state(path: Path) -> _State:
+def _state(path: Path) -> list[int]:
+    """Size, times of the last change of content, and of content or metadata, in ns, and inode."""
     found = os.stat(path)
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
-def _read(path: Path) -> dict[str, tuple[_State, str]]:
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text("utf-8"))
-        return {
-            name: (tuple(state), digest)
-            for name, (state, digest) in content.items()
-            if _DIGEST.fullmatch(digest)
-        }
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         logger.debug("%s is ignored: %s", path, error)
         return {}
+    return content if isinstance(content, dict) else {}

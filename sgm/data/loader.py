@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler
 
 from sgm.data.frames import difference_in_length
 from sgm.errors import UserError
@@ -88,11 +87,6 @@ class SeededDataset(Dataset):
             return self.dataset[index]
 
 
-def _length_error(difference: str, key: str) -> UserError:
-    """The error for samples that differ in length; `key` sets the size of batches."""
-    return UserError(f"{difference}; set {key} to 1, or lower max_num_frames")
-
-
 def check_lengths(parts: Iterable[Dataset], *, batch_size: int, key: str) -> None:
     """Check that the samples of all `parts` can share batches.
 
@@ -107,30 +101,14 @@ def check_lengths(parts: Iterable[Dataset], *, batch_size: int, key: str) -> Non
     lengths = [length for part in parts for length in getattr(part, "item_lengths", ())]
     difference = difference_in_length(lengths)
     if difference and batch_size > 1:
-        raise _length_error(f"{difference} of {batch_size}", key)
-
-
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of samples, made in a worker process.
-
-    Raises:
-        UserError: the samples differ in length.
-    """
-    shapes = {
-        tuple(value.shape for value in sample.values() if isinstance(value, Tensor))
-        for sample in samples
-    }
-    if len(shapes) > 1:
-        keys = "train_micro_batch_size_per_gpu and eval_batch_size"
-        raise _length_error("clips of different lengths cannot share a batch", keys)
-    return default_collate(samples)
+        raise UserError(f"{difference} of {batch_size}; set {key} to 1, or lower max_num_frames")
 
 
 def checked_batches(loader: Iterable[T]) -> Iterator[T]:
     """The batches of a `DataLoader`.
 
     Raises:
-        UserError: the data cannot be used, clips differ in length, or a worker process was killed.
+        UserError: the data cannot be used, or a worker process was killed.
     """
     try:
         yield from loader
