@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from arguments import parse_config
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
-from sgm.config import TrainingArgs
+from sgm.config import TrainingArgs, load_config
 from sgm.data.decoding import OWN_CHILD
 from sgm.data.frames import ClipError, FrameSettings, check_value, no_clip_left
 from sgm.data.survey import report, survey_folder, write_sheet
@@ -78,8 +77,6 @@ class SFTDataset(Dataset):
         random_window: bool = True,
     ) -> None:
         self._settings = FrameSettings(video_size, fps, max_num_frames, skip_frms_num)
-        valid = isinstance(random_window, bool)
-        check_value("random_window", random_window, "be true or false", valid=valid)
         self.random_window = random_window
         survey = survey_folder(Path(data_dir), self._settings)
         # All processes of a run see the same files, so one of them logs the warnings.
@@ -176,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     set_up_logging()
-    settings = settings_from_config(parse_config(TrainingArgs, "", ["--base", *options.base]).data)
+    settings = settings_from_config(load_config(TrainingArgs, options.base, {}).data)
     folder = options.folder.expanduser()
     sheet = options.contact_sheet or Path("outputs", f"{folder.resolve().name}-clips.png")
     is_picture = sheet.suffix.lower() in (".png", ".jpg", ".jpeg")

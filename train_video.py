@@ -125,8 +125,6 @@ def build_dataset(config: Config, folders: Sequence[str], **extra: object) -> Co
 
     from sgm.util import instantiate_from_config
 
-    if not config.data:
-        raise UserError("the configuration has no section 'data'; add one with a target")
     if config.data.get("target") != VIDEO_DATASET:
         extra = {}
     paths = [str(Path(name).expanduser()) for name in folders]
@@ -197,11 +195,6 @@ def check(config: Config) -> RunWeights:
     check_deepspeed(config.deepspeed)
     check_precision(config.args, config.deepspeed)
     from_nothing = config.args.mode == "pretrain"
-    if not (config.args.load or from_nothing):
-        raise UserError(
-            "args.load is not set: it must name the folder of the transformer's weights; "
-            "use mode: pretrain to start from random ones"
-        )
     weights = find_weights(config.model, config.args.load, random_transformer=from_nothing)
     check_data_paths(config.args)
     return weights

@@ -354,7 +354,6 @@ def test_a_folder_without_usable_clips_is_an_error_that_says_the_layout(tmp_path
         {"max_num_frames": -3},
         {"skip_frms_num": -1},
         {"skip_frms_num": 2.5},
-        {"random_window": "no"},
     ],
 )
 def test_wrong_parameters_are_named(tmp_path, wrong):
