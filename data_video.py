@@ -26,7 +26,8 @@ from sgm.data.frames import ClipError, FrameSettings, check_value, no_clip_left
 from sgm.data.survey import report, survey_folder, write_sheet
 from sgm.distributed import Rank
 from sgm.files import make_output_folder
-from sgm.util import check_params, get_class
+from sgm.training.preflight import VIDEO_DATASET
+from sgm.util import check_params
 
 logger = logging.getLogger(__name__)
 
@@ -145,9 +146,8 @@ def settings_from_config(data: Mapping[str, Any]) -> FrameSettings:
         UserError: the section is missing or for another dataset, or a parameter is invalid.
     """
     target, given = data.get("target"), data.get("params") or {}
-    valid = bool(target) and get_class(target).__name__ == SFTDataset.__name__
-    expected = "be data_video.SFTDataset; add the file that has it to --base"
-    check_value("data.target", target, expected, valid=valid)
+    expected = f"be {VIDEO_DATASET}; add the file that has it to --base"
+    check_value("data.target", target, expected, valid=target == VIDEO_DATASET)
     check_value("data.params", given, "hold keys", valid=isinstance(given, Mapping))
     params = check_params(SFTDataset, {**given, "data_dir": ""}, where="data")
     names = {field.name for field in fields(FrameSettings)}

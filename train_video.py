@@ -144,9 +144,9 @@ def build_loader(dataset: Dataset, config: Config, *, batch_size: int, start: in
     from torch import distributed
     from torch.utils.data import DataLoader
 
-    from sgm.data.loader import SampleOrder, SeededDataset
+    from sgm.data.loader import SeededDataset, sample_order
 
-    order = SampleOrder(
+    order = sample_order(
         len(dataset),
         batch_size,
         seed=config.args.seed,

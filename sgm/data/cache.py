@@ -2,7 +2,7 @@
 
     cache_dir/latents/KEY.safetensors       moments (t', 2c, h, w) of a window of a clip
     cache_dir/embeddings/KEY.safetensors    crossattn (n, d) of a text
-    cache_dir/contents.json                 digests of clips, see `DigestMemory`
+    cache_dir/contents.json                 digests of clips, see `clip_digests`
 
 If the cache is complete, training loads neither the autoencoder nor the text encoder. Nothing
 deletes entries. A user may delete entries or the whole folder; the next start computes what is
@@ -30,8 +30,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from sgm.checkpoint.find import T5Files, Weights, find_autoencoder, find_t5
 from sgm.data.cache_keys import (
     VERSION,
-    DigestMemory,
     check_cacheable,
+    clip_digests,
     digest_of,
     hash_file,
     model_digest,
@@ -286,7 +286,7 @@ def prepare_cache(
         build = partial(build_first_stage, node, dtype=dtype, device=device)
         weights = find_autoencoder(node["params"]["ckpt_path"])
         autoencoder = _Encoder("the autoencoder", node, weights, build, latents, dtype, ranks)
-        memory = DigestMemory(folder / "contents.json")
+        memory = folder / "contents.json"
         samples = _prepare_latents(parts, autoencoder, memory=memory, num_workers=num_workers)
         build = partial(
             instantiate_from_config,
@@ -381,7 +381,7 @@ class _Encoder:
 
 
 def _prepare_latents(
-    parts: Sequence[ClipDataset], encoder: _Encoder, *, memory: DigestMemory, num_workers: int
+    parts: Sequence[ClipDataset], encoder: _Encoder, *, memory: Path, num_workers: int
 ) -> list[_Sample]:
     """Compute missing latents; returns the clips of all `parts` that can be decoded.
 
@@ -389,7 +389,7 @@ def _prepare_latents(
     """
     ranks = encoder.ranks
     clips = [clip for part in parts for clip in part.clips]
-    contents = memory.digests(clips, ranks, num_threads=max(1, num_workers))
+    contents = clip_digests(clips, memory, ranks, num_threads=max(1, num_workers))
     samples = []
     for part in parts:
         settings = part.frame_settings()

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -136,83 +137,69 @@ def window_position(key: str) -> float:
 # longest tick of a file system is two seconds.
 _TICK_SECONDS = 2.0
 
-# A file's state, and the digest of its content.
-_Known = tuple[list[int], str]
 
+def clip_digests(
+    clips: Iterable[Path], memory: Path, ranks: Ranks, *, num_threads: int
+) -> dict[Path, str | None]:
+    """The digest of each clip's file; None if the file cannot be read.
 
-class DigestMemory:
-    """Digests of clips from earlier runs, stored in a JSON file, so that clips are read once.
+    Digests are remembered in the JSON file `memory`, ``{path of a clip: [state, digest]}``, so that
+    clips are read once. A missing or damaged file counts as empty. A digest is valid as long as the
+    `_state` of the clip is the same.
 
-    A stored digest is valid as long as the file's `_state` is the same. The time of the last change
-    of content or metadata is set by the system only. It changes with the content, even if the size
-    stays the same and a program sets the other times back, as copying does.
-
-    Several threads may use one object.
+    All processes must call this with the same clips. They divide the clips among them, and the
+    first one updates `memory`.
 
     Args:
-        path: the file of ``{path of a clip: [state, digest]}``. A missing or damaged file counts
-            as empty.
-
-    Attributes:
-        new: the digests that are not in the file yet, in the form of the file.
+        clips: the clips.
+        memory: the file of digests from earlier runs.
+        ranks: the processes.
+        num_threads: number of threads that read clips.
     """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known = _read(path)
-        self.new: dict[str, _Known] = {}
-
-    def digest(self, clip: Path) -> str | None:
-        """The digest of a clip's file; None if the file cannot be read."""
-        name = os.path.abspath(clip)
+    known = _read(memory)
+    own = ranks.share(list(dict.fromkeys(clips)))
+    found: dict[Path, str | None] = {}
+    new: dict[str, Any] = {}
+    look_up = partial(_look_up, known=known)
+    with ThreadPoolExecutor(num_threads) as pool, Progress(len(own), unit="clip") as progress:
+        for clip, (digest, state) in zip(own, pool.map(look_up, own), strict=True):
+            found[clip] = digest
+            if state is not None:
+                new[os.path.abspath(clip)] = [state, digest]
+            progress.step("looking up latents")
+    gathered = ranks.gather((found, new))
+    all_new = {name: item for _, part in gathered for name, item in part.items()}
+    if ranks.rank == 0 and all_new:  # usually there is none; reading the file may take long
         try:
-            looked_at, state = time.time(), _state(clip)
-            match self._known.get(name):
-                case [known, str(digest)] if known == state:
-                    return digest
-            digest = hash_file(clip)
-            is_settled = looked_at - state[2] / 1e9 > _TICK_SECONDS
-            if is_settled and _state(clip) == state:
-                self.new[name] = (state, digest)
-        except OSError:
-            return None
-        return digest
-
-    def digests(
-        self, clips: Iterable[Path], ranks: Ranks, *, num_threads: int
-    ) -> dict[Path, str | None]:
-        """`digest` of each clip. All processes must call this with the same clips.
-
-        They divide the files among them, and the first one updates the file of this memory.
-        """
-        own = ranks.share(list(dict.fromkeys(clips)))
-        found: dict[Path, str | None] = {}
-        with ThreadPoolExecutor(num_threads) as pool, Progress(len(own), unit="clip") as progress:
-            for clip, content in zip(own, pool.map(self.digest, own), strict=True):
-                found[clip] = content
-                progress.step("looking up latents")
-        gathered = ranks.gather((found, self.new))
-        if ranks.rank == 0:
-            self.update({name: item for _, new in gathered for name, item in new.items()})
-        return {clip: content for part, _ in gathered for clip, content in part.items()}
-
-    def update(self, new: Mapping[str, _Known]) -> None:
-        """Add digests to the file, and keep what other runs have written to it since.
-
-        Args:
-            new: `new` of this object and of those of other processes.
-        """
-        if not new:  # the usual case; reading the file may take long
-            return
-        try:
-            with replacing(self._path, shared=True) as partial:
-                partial.write_text(json.dumps({**_read(self._path), **new}), "utf-8")
+            with replacing(memory, shared=True) as unfinished:
+                # Other runs may have written to the file since.
+                unfinished.write_text(json.dumps(_read(memory) | all_new), "utf-8")
         except UserError as error:  # the only consequence: the next start reads the clips again
             logger.debug("%s", error)
+    return {clip: content for part, _ in gathered for clip, content in part.items()}
+
+
+def _look_up(clip: Path, known: Mapping[str, Any]) -> tuple[str | None, list[int] | None]:
+    """A clip's digest, and the state to remember with it if it is new and will stay valid."""
+    try:
+        looked_at, state = time.time(), _state(clip)
+        match known.get(os.path.abspath(clip)):
+            case [earlier, str(digest)] if earlier == state:
+                return digest, None
+        digest = hash_file(clip)
+        is_settled = looked_at - state[2] / 1e9 > _TICK_SECONDS
+        return digest, state if is_settled and _state(clip) == state else None
+    except OSError:
+        return None, None
 
 
 def _state(path: Path) -> list[int]:
-    """Size, times of the last change of content, and of content or metadata, in ns, and inode."""
+    """Size, time of the last change of content, of content or metadata (in ns), and inode.
+
+    The time of the last change of content or metadata is set by the system only. It changes with
+    the content, even if the size stays the same and a program sets the other times back, as
+    copying does.
+    """
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 

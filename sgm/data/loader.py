@@ -8,11 +8,12 @@ an accumulated batch changes nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from sgm.data.frames import difference_in_length
 from sgm.errors import UserError
@@ -24,7 +25,15 @@ T = TypeVar("T")
 ORDER, SAMPLE, STEP, VALIDATION = range(4)
 
 
-class SampleOrder(Sampler[list[tuple[int, int]]]):
+def sample_order(
+    num_items: int,
+    batch_size: int,
+    *,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start: int = 0,
+) -> Iterator[list[tuple[int, int]]]:
     """The endless batches of one process: lists of (index of the item, its seed).
 
     All processes walk through one endless stream of samples. It has one epoch after another, each
@@ -40,38 +49,16 @@ class SampleOrder(Sampler[list[tuple[int, int]]]):
         world_size: number of processes that train.
         start: number of samples of the stream that are done.
     """
-
-    def __init__(
-        self,
-        num_items: int,
-        batch_size: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start: int = 0,
-    ) -> None:
-        self.num_items = num_items
-        self.batch_size = batch_size
-        self.seed = seed
-        self.first = start + rank * batch_size
-        self.stride = world_size * batch_size
-        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
-
-    def _index(self, sample: int) -> int:
-        epoch, place = divmod(sample, self.num_items)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, ORDER, epoch))
-            self._epoch = epoch
-            self._permutation = torch.randperm(self.num_items, generator=generator)
-        return int(self._permutation[place])
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        first = self.first
-        while True:
-            samples = range(first, first + self.batch_size)
-            yield [(self._index(n), derived_seed(self.seed, SAMPLE, n)) for n in samples]
-            first += self.stride
+    shuffled_epoch, order = -1, torch.empty(0, dtype=torch.long)
+    for first in itertools.count(start + rank * batch_size, world_size * batch_size):
+        batch = []
+        for sample in range(first, first + batch_size):
+            epoch, place = divmod(sample, num_items)
+            if epoch != shuffled_epoch:
+                generator = torch.Generator().manual_seed(derived_seed(seed, ORDER, epoch))
+                shuffled_epoch, order = epoch, torch.randperm(num_items, generator=generator)
+            batch.append((int(order[place]), derived_seed(seed, SAMPLE, sample)))
+        yield batch
 
 
 class SeededDataset(Dataset):

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from sgm.data import cache_keys
-from sgm.data.cache_keys import DigestMemory
+from sgm.data.cache_keys import clip_digests
+from sgm.distributed import Ranks
 
 
 @pytest.fixture
@@ -30,10 +31,7 @@ def later(monkeypatch):
 
 
 def look_up(file, clip):
-    memory = DigestMemory(file)
-    digest = memory.digest(clip)
-    memory.update(memory.new)
-    return digest
+    return clip_digests([clip], file, Ranks(), num_threads=1)[clip]
 
 
 @pytest.fixture
@@ -120,13 +118,18 @@ def test_a_clip_that_takes_long_to_read_is_judged_by_when_it_was_looked_at(
     assert not file.exists()
 
 
-def test_what_others_wrote_meanwhile_stays(file, clip, later):
+def test_what_others_wrote_meanwhile_stays(file, clip, later, monkeypatch):
     other = clip.with_name("b.mp4")
     other.write_bytes(b"b")
-    memories = DigestMemory(file), DigestMemory(file)
-    for memory, path in zip(memories, (clip, other), strict=True):
-        memory.digest(path)
-        memory.update(memory.new)
+    whole = cache_keys.hash_file
+
+    def hash_while_others_write(path):
+        monkeypatch.setattr(cache_keys, "hash_file", whole)
+        look_up(file, other)
+        return whole(path)
+
+    monkeypatch.setattr(cache_keys, "hash_file", hash_while_others_write)
+    look_up(file, clip)
     assert len(json.loads(file.read_text())) == 2
 
 
