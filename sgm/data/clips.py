@@ -182,25 +182,17 @@ def read_window(path: str, settings: FrameSettings, facts: ClipFacts, first: int
 _CALLS = {"probe": probe, "read": read_window}
 
 
-def _end_with_parent(parent: int) -> None:
-    """Make the system kill this process when its parent ends for any reason."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the parent ended before the line above
-        sys.exit(0)
-
-
-def _limit_memory() -> None:
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    limit = _MEMORY_BYTES if most == resource.RLIM_INFINITY else min(_MEMORY_BYTES, most)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, most))
-
-
 def main() -> None:
     """Answer requests until the parent closes its end of the socket."""
     parent, socket = map(int, sys.argv[1:])
-    _end_with_parent(parent)
+    # The system kills this process when its parent ends for any reason.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the parent ended before the line above
+        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
-    _limit_memory()
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = _MEMORY_BYTES if most == resource.RLIM_INFINITY else min(_MEMORY_BYTES, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, most))
     connection = Connection(socket)
     connection.send("ready")
     with suppress(EOFError):

@@ -107,7 +107,7 @@ class DecodingProcess:
                     stderr=self._errors,
                 )
             self._receive(_START_SECONDS)
-        except (EOFError, OSError):
+        except (EOFError, TimeoutError):
             raise UserError(
                 f"the process that decodes clips does not start{self._last_words()}; "
                 "check the installed packages against requirements.txt"
@@ -135,7 +135,7 @@ class DecodingProcess:
                     break
                 except TimeoutError:
                     raise ClipError(f"decoding it took more than {CLIP_SECONDS:g} s") from None
-                except (EOFError, OSError):
+                except (EOFError, ConnectionError):
                     # The child may have been ended from outside, or with the thread that started
                     # it. Only a second crash is the clip's fault.
                     if attempt == 2:
@@ -153,11 +153,14 @@ class DecodingProcess:
 
         Raises:
             TimeoutError: it does not come in time.
-            EOFError, OSError: the child has ended.
+            EOFError: the child has ended.
         """
-        if not self._connection.poll(seconds):
-            raise TimeoutError
-        return self._connection.recv()
+        try:
+            if self._connection.poll(seconds):
+                return self._connection.recv()
+        except OSError:  # it ended within its answer, or with a request that it did not read
+            raise EOFError from None
+        raise TimeoutError
 
     def _last_words(self) -> str:
         """The last line of the child's standard error, in parentheses, or nothing."""
