@@ -122,8 +122,9 @@ def check_cacheable(config: Mapping[str, Any]) -> Mapping[str, Any]:
     is_t5 = len(nodes) == 1 and get_class(nodes[0].get("target")) is FrozenT5Embedder
     if not is_t5 or nodes[0].get("is_trainable"):
         raise UserError(
-            "cache_dir: conditioner_config must have one FrozenT5Embedder and no other embedder, and "
-            "the text encoder must not be trained (is_trainable); change that, or leave cache_dir out"
+            "cache_dir: conditioner_config must have one FrozenT5Embedder and no other embedder, "
+            "and the text encoder must not be trained (is_trainable); change that, or leave "
+            "cache_dir out"
         )
     return nodes[0]
 
