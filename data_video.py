@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from arguments import parse_config
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
-from sgm.config import TrainingArgs
+from sgm.config import TrainingArgs, load_config
 from sgm.data.decoding import OWN_CHILD
 from sgm.data.frames import ClipError, FrameSettings, check_value, no_clip_left
 from sgm.data.survey import report, survey_folder, write_sheet
 from sgm.distributed import Rank
 from sgm.files import make_output_folder
-from sgm.util import check_params, get_class
+from sgm.training.preflight import VIDEO_DATASET
+from sgm.util import check_params
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +77,7 @@ class SFTDataset(Dataset):
         skip_frms_num: float = 3.0,
         random_window: bool = True,
     ) -> None:
-        self._settings = FrameSettings.checked(
-            video_size, fps=fps, max_num_frames=max_num_frames, skip_frms_num=skip_frms_num
-        )
-        valid = isinstance(random_window, bool)
-        check_value("random_window", random_window, "be true or false", valid=valid)
+        self._settings = FrameSettings(video_size, fps, max_num_frames, skip_frms_num)
         self.random_window = random_window
         survey = survey_folder(Path(data_dir), self._settings)
         # All processes of a run see the same files, so one of them logs the warnings.
@@ -94,14 +90,14 @@ class SFTDataset(Dataset):
         self.clips: list[Path] = [clip.path for clip in survey.clips]
         self.captions: list[str] = [clip.caption for clip in survey.clips]
         self._facts = [clip.facts for clip in survey.clips]
-        self.item_lengths = [self._settings.item_length(facts.count) for facts in self._facts]
+        self.item_lengths = [facts.length for facts in self._facts]
         # Shared by worker processes, so that only one of them warns of a clip.
         self._damaged = torch.zeros(len(self.clips), dtype=torch.bool).share_memory_()
 
     def frame_settings(self) -> dict[str, object]:
         """All parameters that decide which frames a clip gives, by their names."""
-        size = list(self._settings.video_size)
-        return asdict(self._settings) | {"video_size": size, "random_window": self.random_window}
+        own = {"skip_frms_num": self._settings.skip, "random_window": self.random_window}
+        return asdict(self._settings) | own
 
     def read_clip(self, index: int, *, position: float = 0.0) -> Tensor:
         """A window of clip `index`, even if it is damaged: float32 (t, 3, h, w) in [-1, 1].
@@ -114,13 +110,8 @@ class SFTDataset(Dataset):
             ClipError: the clip cannot be decoded.
         """
         facts = self._facts[index]
-        frames = OWN_CHILD.read(
-            self.clips[index],
-            self._settings,
-            facts=facts,
-            first=int(position * self._settings.num_windows(facts.count)),
-            length=self._settings.item_length(facts.count),
-        )
+        first = int(position * facts.num_windows)
+        frames = OWN_CHILD.read(self.clips[index], self._settings, facts=facts, first=first)
         planes = frames.permute(0, 3, 1, 2)  # (t, 3, h, w)
         return planes.contiguous().float().div_(127.5).sub_(1)
 
@@ -155,13 +146,12 @@ def settings_from_config(data: Mapping[str, Any]) -> FrameSettings:
         UserError: the section is missing or for another dataset, or a parameter is invalid.
     """
     target, given = data.get("target"), data.get("params") or {}
-    valid = bool(target) and get_class(target).__name__ == SFTDataset.__name__
-    expected = "be data_video.SFTDataset; add the file that has it to --base"
-    check_value("data.target", target, expected, valid=valid)
+    expected = f"be {VIDEO_DATASET}; add the file that has it to --base"
+    check_value("data.target", target, expected, valid=target == VIDEO_DATASET)
     check_value("data.params", given, "hold keys", valid=isinstance(given, Mapping))
     params = check_params(SFTDataset, {**given, "data_dir": ""}, where="data")
     names = {field.name for field in fields(FrameSettings)}
-    return FrameSettings.checked(**{name: params[name] for name in names & params.keys()})
+    return FrameSettings(**{name: params[name] for name in names & params.keys()})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -183,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     set_up_logging()
-    settings = settings_from_config(parse_config(TrainingArgs, "", ["--base", *options.base]).data)
+    settings = settings_from_config(load_config(TrainingArgs, options.base, {}).data)
     folder = options.folder.expanduser()
     sheet = options.contact_sheet or Path("outputs", f"{folder.resolve().name}-clips.png")
     is_picture = sheet.suffix.lower() in (".png", ".jpg", ".jpeg")

@@ -28,14 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Packages whose versions can change the pixels of a video.
-PACKAGES = (
-    "torch",
-    "SwissArmyTransformer",
-    "transformers",
-    "imageio-ffmpeg",
-    "triton",
-    "flash-attn-4",
-)
+PACKAGES = "torch SwissArmyTransformer transformers imageio-ffmpeg triton flash-attn-4".split()
 
 
 def get_prompts(args: SamplingArgs, rank: Rank) -> Iterable[Prompt]:

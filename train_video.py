@@ -125,8 +125,6 @@ def build_dataset(config: Config, folders: Sequence[str], **extra: object) -> Co
 
     from sgm.util import instantiate_from_config
 
-    if not config.data:
-        raise UserError("the configuration has no section 'data'; add one with a target")
     if config.data.get("target") != VIDEO_DATASET:
         extra = {}
     paths = [str(Path(name).expanduser()) for name in folders]
@@ -146,9 +144,9 @@ def build_loader(dataset: Dataset, config: Config, *, batch_size: int, start: in
     from torch import distributed
     from torch.utils.data import DataLoader
 
-    from sgm.data.loader import SampleOrder, SeededDataset, collate
+    from sgm.data.loader import SeededDataset, sample_order
 
-    order = SampleOrder(
+    order = sample_order(
         len(dataset),
         batch_size,
         seed=config.args.seed,
@@ -160,7 +158,6 @@ def build_loader(dataset: Dataset, config: Config, *, batch_size: int, start: in
         SeededDataset(dataset),
         batch_sampler=order,
         num_workers=num_workers(config),
-        collate_fn=collate,
         pin_memory=torch.cuda.is_available() and config.args.device != "cpu",
     )
 
@@ -198,11 +195,6 @@ def check(config: Config) -> RunWeights:
     check_deepspeed(config.deepspeed)
     check_precision(config.args, config.deepspeed)
     from_nothing = config.args.mode == "pretrain"
-    if not (config.args.load or from_nothing):
-        raise UserError(
-            "args.load is not set: it must name the folder of the transformer's weights; "
-            "use mode: pretrain to start from random ones"
-        )
     weights = find_weights(config.model, config.args.load, random_transformer=from_nothing)
     check_data_paths(config.args)
     return weights

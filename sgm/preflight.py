@@ -288,7 +288,8 @@ def find_weights(
     """
     if not load and not random_transformer:
         raise UserError(
-            "args.load is not set: it must name the folder of the transformer's weights"
+            "args.load is not set: it must name the folder of the transformer's weights; only "
+            "training with mode: pretrain starts without"
         )
     transformer = None if random_transformer or not load else find_transformer(load)
     loras = [replace(choice, path=find_lora(choice.path)) for choice in lora]

@@ -276,7 +276,7 @@ def test_unusable_files_are_named_once_with_the_reason(tmp_path, caplog):
         "half": "not a video, or only part",
         "empty": "it is empty",
         "no label": f"label {tmp_path}/labels/no label.txt does not exist",
-        "no caption": "no caption.txt is empty",
+        "no caption": "no caption.txt holds no text",
         "latin-1": "cannot be read",
     }
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
@@ -354,7 +354,6 @@ def test_a_folder_without_usable_clips_is_an_error_that_says_the_layout(tmp_path
         {"max_num_frames": -3},
         {"skip_frms_num": -1},
         {"skip_frms_num": 2.5},
-        {"random_window": "no"},
     ],
 )
 def test_wrong_parameters_are_named(tmp_path, wrong):

@@ -20,7 +20,7 @@ import train_video
 from arguments import parse_config
 from sgm.checkpoint.transformer import load_transformer
 from sgm.config import LoraChoice, TrainingArgs
-from sgm.data.loader import check_lengths, checked_batches, collate
+from sgm.data.loader import check_lengths, checked_batches
 from sgm.errors import UserError
 from sgm.preflight import RunWeights, find_weights
 from sgm.training.deepspeed_engine import sat_optimizer, start_deepspeed
@@ -450,17 +450,6 @@ def test_an_optimizer_that_cannot_be_compiled_is_one_sentence(monkeypatch, kind)
     monkeypatch.setattr("sat.ops.FusedEmaAdam", fail)
     with pytest.raises(UserError, match="sat.ops.FusedEmaAdam cannot be compiled.*use type: AdamW"):
         sat_optimizer({"lr": 1})([])
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("lengths", [(5, 9), (9, 5)])
-def test_clips_of_different_lengths_in_a_batch_end_in_one_sentence(
-    workers: int, lengths: tuple[int, int]
-) -> None:
-    clips = [{"mp4": torch.zeros(length, 3, 8, 8), "txt": "a"} for length in lengths]
-    loader = DataLoader(clips, batch_size=2, num_workers=workers, collate_fn=collate)
-    with pytest.raises(UserError, match="^clips of different lengths cannot share a batch"):
-        next(checked_batches(loader))
 
 
 def test_clips_of_different_lengths_are_found_before_anything_is_loaded() -> None:

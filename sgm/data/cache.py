@@ -2,7 +2,7 @@
 
     cache_dir/latents/KEY.safetensors       moments (t', 2c, h, w) of a window of a clip
     cache_dir/embeddings/KEY.safetensors    crossattn (n, d) of a text
-    cache_dir/contents.json                 digests of clips, see `DigestMemory`
+    cache_dir/contents.json                 digests of clips, see `clip_digests`
 
 If the cache is complete, training loads neither the autoencoder nor the text encoder. Nothing
 deletes entries. A user may delete entries or the whole folder; the next start computes what is
@@ -27,12 +27,12 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from sgm.checkpoint.find import T5Files, Weights, find_t5
+from sgm.checkpoint.find import T5Files, Weights, find_autoencoder, find_t5
 from sgm.data.cache_keys import (
-    DigestMemory,
+    VERSION,
     check_cacheable,
-    entry_key,
-    first_stage_weights,
+    clip_digests,
+    digest_of,
     hash_file,
     model_digest,
     window_position,
@@ -52,7 +52,6 @@ T = TypeVar("T")
 
 # Writing an entry never takes this long, so an older partial file is from a killed process.
 _LEFTOVER_SECONDS = 3600.0
-_CHANGED = "it was changed while the cache was made"
 
 
 class ClipDataset(Protocol):
@@ -285,9 +284,9 @@ def prepare_cache(
         _remove_leftovers(folder)
         node = model["first_stage_config"]
         build = partial(build_first_stage, node, dtype=dtype, device=device)
-        weights = first_stage_weights(node)
+        weights = find_autoencoder(node["params"]["ckpt_path"])
         autoencoder = _Encoder("the autoencoder", node, weights, build, latents, dtype, ranks)
-        memory = DigestMemory(folder / "contents.json")
+        memory = folder / "contents.json"
         samples = _prepare_latents(parts, autoencoder, memory=memory, num_workers=num_workers)
         build = partial(
             instantiate_from_config,
@@ -334,8 +333,8 @@ class _Encoder:
         self._digest = self.ranks.gather(digest)[0]
 
     def key(self, *source: object) -> str:
-        """The key of the entry for a source, see `entry_key`."""
-        return entry_key(self.store.name, *source, model=self._digest, dtype=self.dtype)
+        """The key of the entry for a text, or for a clip: its file's digest and the settings."""
+        return digest_of(VERSION, self.store.name, *source, self._digest, str(self.dtype))
 
     def own_missing(self, wanted: Mapping[str, T]) -> list[tuple[str, T]]:
         """This process's share of the (key, source) in `wanted` whose entries are missing."""
@@ -382,7 +381,7 @@ class _Encoder:
 
 
 def _prepare_latents(
-    parts: Sequence[ClipDataset], encoder: _Encoder, *, memory: DigestMemory, num_workers: int
+    parts: Sequence[ClipDataset], encoder: _Encoder, *, memory: Path, num_workers: int
 ) -> list[_Sample]:
     """Compute missing latents; returns the clips of all `parts` that can be decoded.
 
@@ -390,7 +389,7 @@ def _prepare_latents(
     """
     ranks = encoder.ranks
     clips = [clip for part in parts for clip in part.clips]
-    contents = memory.digests(clips, ranks, num_threads=max(1, num_workers))
+    contents = clip_digests(clips, memory, ranks, num_threads=max(1, num_workers))
     samples = []
     for part in parts:
         settings = part.frame_settings()
@@ -406,25 +405,23 @@ def _prepare_latents(
         reasons |= found
     skipped = {sample.clip: reasons[sample.key] for sample in samples if sample.key in reasons}
     if ranks.rank == 0:
-        changed = [sample.clip for sample in samples if reasons.get(sample.key) == _CHANGED]
-        memory.update({}, without=changed)
         for clip, reason in skipped.items():
             logger.warning("%s is skipped: %s", clip, reason)
     return [sample for sample in samples if sample.key not in reasons]
 
 
-def _read_window(sample: _Sample) -> tuple[Tensor | None, str]:
-    """The window of a clip that is cached: (video (t, 3, h, w), ``""``) or (None, reason)."""
+def _read_window(sample: _Sample) -> Tensor | ClipError:
+    """The window of a clip that is cached, (t, 3, h, w), or the reason why there is none."""
     is_drawn = sample.dataset.frame_settings()["random_window"]
     position = window_position(sample.key) if is_drawn else 0.0
     try:
         video = sample.dataset.read_clip(sample.index, position=position)
     except ClipError as reason:
-        return None, str(reason)
+        return reason
     with suppress(OSError):  # the file was removed
         if hash_file(sample.clip) == sample.content:
-            return video, ""
-    return None, _CHANGED
+            return video
+    return ClipError("it was changed while the cache was made")
 
 
 def _encode_clips(samples: list[_Sample], encoder: _Encoder, *, num_workers: int) -> dict[str, str]:
@@ -436,14 +433,14 @@ def _encode_clips(samples: list[_Sample], encoder: _Encoder, *, num_workers: int
     failed: dict[str, str] = {}
     workers = min(num_workers, len(samples))
     # With batch_size=None, worker processes call collate_fn for one sample at a time.
-    read: Callable[[Any], tuple[Tensor | None, str]] = _read_window
-    windows: DataLoader[tuple[Tensor | None, str]] = DataLoader(
+    read: Callable[[Any], Tensor | ClipError] = _read_window
+    windows: DataLoader[Tensor | ClipError] = DataLoader(
         cast("Dataset", samples), batch_size=None, num_workers=workers, collate_fn=read
     )
     with Progress(len(samples), unit="clip") as progress:
-        for sample, (video, reason) in zip(samples, checked_batches(windows), strict=True):
-            if video is None:
-                failed[sample.key] = reason
+        for sample, video in zip(samples, checked_batches(windows), strict=True):
+            if isinstance(video, ClipError):
+                failed[sample.key] = str(video)
             else:
                 moments = encode_moments(encoder.get(), video[None])[0]  # (t', 2c, h, w)
                 encoder.write(sample.key, moments, source=sample.clip)

@@ -10,16 +10,14 @@ import hashlib
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
-from sgm.checkpoint.find import T5Files, Weights, find_autoencoder
+from sgm.checkpoint.find import T5Files, Weights
 from sgm.checkpoint.weight_file import WeightFile
 from sgm.distributed import Ranks
 from sgm.errors import UserError
@@ -43,7 +41,7 @@ _STRETCH_BYTES = 8 << 20
 _SAMPLE_BYTES = 1 << 12
 
 
-def _digest(*parts: object) -> str:
+def digest_of(*parts: object) -> str:
     """40 hexadecimal digits for values that JSON can represent."""
     text = json.dumps(parts, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
@@ -111,22 +109,7 @@ def model_digest(node: Mapping[str, Any], weights: Weights | T5Files) -> str:
         contents = [hash_weights(files.get(path) or WeightFile(path)) for path in weights.sources]
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
-    return _digest(node["target"], params, contents)
-
-
-def first_stage_weights(config: Mapping[str, Any]) -> Weights:
-    """The weight files of the autoencoder that a node of the configuration describes.
-
-    Raises:
-        UserError: the node names no weights, or they do not exist.
-    """
-    path = (config.get("params") or {}).get("ckpt_path")
-    if not path:
-        raise UserError(
-            "first_stage_config.params.ckpt_path is not set, and latents of random weights are not "
-            "worth caching; set it, or leave cache_dir out"
-        )
-    return find_autoencoder(path)
+    return digest_of(node["target"], params, contents)
 
 
 def check_cacheable(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -136,26 +119,14 @@ def check_cacheable(config: Mapping[str, Any]) -> Mapping[str, Any]:
         UserError: there is not exactly one embedder, it is not T5, or it is trained.
     """
     nodes = (config.get("params") or {}).get("emb_models") or []
-    problem = ""
-    if len(nodes) != 1 or get_class(nodes[0].get("target")) is not FrozenT5Embedder:
-        problem = "conditioner_config must have one FrozenT5Embedder and no other embedder"
-    elif nodes[0].get("is_trainable"):
-        problem = "the text encoder must not be trained, but has is_trainable: true"
-    if problem:
-        raise UserError(f"cache_dir: {problem}; change that, or leave cache_dir out")
+    is_t5 = len(nodes) == 1 and get_class(nodes[0].get("target")) is FrozenT5Embedder
+    if not is_t5 or nodes[0].get("is_trainable"):
+        raise UserError(
+            "cache_dir: conditioner_config must have one FrozenT5Embedder and no other embedder, "
+            "and the text encoder must not be trained (is_trainable); change that, or leave "
+            "cache_dir out"
+        )
     return nodes[0]
-
-
-def entry_key(kind: str, *source: object, model: str, dtype: torch.dtype) -> str:
-    """The key of an entry.
-
-    Args:
-        kind: ``moments`` or ``crossattn``.
-        source: of a clip, the digest of its file and the frame settings; of a text, the text.
-        model: the digest of the autoencoder or the text encoder.
-        dtype: its precision.
-    """
-    return _digest(VERSION, kind, *source, model, str(dtype))
 
 
 def window_position(key: str) -> float:
@@ -166,107 +137,79 @@ def window_position(key: str) -> float:
 # A file that is written twice within one tick of the file system's clock keeps its times. The
 # longest tick of a file system is two seconds.
 _TICK_SECONDS = 2.0
-_DIGEST = re.compile(r"[0-9a-f]{40}")
-
-# Of a file: size, time of the last change of its content, time of the last change of content or
-# metadata (both in nanoseconds), inode.
-_State = tuple[int, int, int, int]
 
 
-class DigestMemory:
-    """Digests of clips from earlier runs, stored in a JSON file, so that clips are read once.
+def clip_digests(
+    clips: Iterable[Path], memory: Path, ranks: Ranks, *, num_threads: int
+) -> dict[Path, str | None]:
+    """The digest of each clip's file; None if the file cannot be read.
 
-    A stored digest is valid as long as the file's `_State` is the same. The time of the last change
-    of content or metadata is set by the system only. It changes with the content, even if the size
-    stays the same and a program sets the other times back, as copying does.
+    Digests are remembered in the JSON file `memory`, ``{path of a clip: [state, digest]}``, so that
+    clips are read once. A missing or damaged file counts as empty. A digest is valid as long as the
+    `_state` of the clip is the same.
 
-    Several threads may use one object.
+    All processes must call this with the same clips. They divide the clips among them, and the
+    first one updates `memory`.
 
     Args:
-        path: the file of ``{path of a clip: [state, digest]}``. A missing or damaged file counts
-            as empty.
-
-    Attributes:
-        new: the digests that are not in the file yet, in the form of the file.
+        clips: the clips.
+        memory: the file of digests from earlier runs.
+        ranks: the processes.
+        num_threads: number of threads that read clips.
     """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known = _read(path)
-        self.new: dict[str, tuple[_State, str]] = {}
-
-    def digest(self, clip: Path) -> str | None:
-        """The digest of a clip's file; None if the file cannot be read."""
-        name = os.path.abspath(clip)
+    known = _read(memory)
+    own = ranks.share(list(dict.fromkeys(clips)))
+    found: dict[Path, str | None] = {}
+    new: dict[str, Any] = {}
+    look_up = partial(_look_up, known=known)
+    with ThreadPoolExecutor(num_threads) as pool, Progress(len(own), unit="clip") as progress:
+        for clip, (digest, state) in zip(own, pool.map(look_up, own), strict=True):
+            found[clip] = digest
+            if state is not None:
+                new[os.path.abspath(clip)] = [state, digest]
+            progress.step("looking up latents")
+    gathered = ranks.gather((found, new))
+    all_new = {name: item for _, part in gathered for name, item in part.items()}
+    if ranks.rank == 0 and all_new:  # usually there is none; reading the file may take long
         try:
-            looked_at, state = time.time(), _state(clip)
-            known, digest = self._known.get(name, (None, ""))
-            if known == state:
-                return digest
-            digest = hash_file(clip)
-            is_settled = looked_at - state[2] / 1e9 > _TICK_SECONDS
-            if is_settled and _state(clip) == state:
-                self.new[name] = (state, digest)
-        except OSError:
-            return None
-        return digest
-
-    def digests(
-        self, clips: Iterable[Path], ranks: Ranks, *, num_threads: int
-    ) -> dict[Path, str | None]:
-        """`digest` of each clip. All processes must call this with the same clips.
-
-        They divide the files among them, and the first one updates the file of this memory.
-        """
-        own = ranks.share(list(dict.fromkeys(clips)))
-        found: dict[Path, str | None] = {}
-        with ThreadPoolExecutor(num_threads) as pool, Progress(len(own), unit="clip") as progress:
-            for clip, content in zip(own, pool.map(self.digest, own), strict=True):
-                found[clip] = content
-                progress.step("looking up latents")
-        gathered = ranks.gather((found, self.new))
-        if ranks.rank == 0:
-            self.update({name: item for _, new in gathered for name, item in new.items()})
-        return {clip: content for part, _ in gathered for clip, content in part.items()}
-
-    def update(
-        self, new: Mapping[str, tuple[_State, str]], *, without: Iterable[Path] = ()
-    ) -> None:
-        """Add digests to the file, and keep what other runs have written to it since.
-
-        Args:
-            new: `new` of this object and of those of other processes.
-            without: clips whose digests are removed.
-        """
-        removed = {os.path.abspath(clip) for clip in without}
-        if not (new or removed):  # the usual case; reading the file may take long
-            return
-        known = _read(self._path)
-        updated = {n: found for n, found in {**known, **new}.items() if n not in removed}
-        if updated == known:
-            return
-        try:
-            with replacing(self._path, shared=True) as partial:
-                partial.write_text(json.dumps(updated), "utf-8")
+            with replacing(memory, shared=True) as unfinished:
+                # Other runs may have written to the file since.
+                unfinished.write_text(json.dumps(_read(memory) | all_new), "utf-8")
         except UserError as error:  # the only consequence: the next start reads the clips again
             logger.debug("%s", error)
+    return {clip: content for part, _ in gathered for clip, content in part.items()}
 
 
-def _state(path: Path) -> _State:
+def _look_up(clip: Path, known: Mapping[str, Any]) -> tuple[str | None, list[int] | None]:
+    """A clip's digest, and the state to remember with it if it is new and will stay valid."""
+    try:
+        looked_at, state = time.time(), _state(clip)
+        match known.get(os.path.abspath(clip)):
+            case [earlier, str(digest)] if earlier == state:
+                return digest, None
+        digest = hash_file(clip)
+        is_settled = looked_at - state[2] / 1e9 > _TICK_SECONDS
+        return digest, state if is_settled and _state(clip) == state else None
+    except OSError:
+        return None, None
+
+
+def _state(path: Path) -> list[int]:
+    """Size, time of the last change of content, of content or metadata (in ns), and inode.
+
+    The time of the last change of content or metadata is set by the system only. It changes with
+    the content, even if the size stays the same and a program sets the other times back, as
+    copying does.
+    """
     found = os.stat(path)
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
-def _read(path: Path) -> dict[str, tuple[_State, str]]:
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text("utf-8"))
-        return {
-            name: (tuple(state), digest)
-            for name, (state, digest) in content.items()
-            if _DIGEST.fullmatch(digest)
-        }
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         logger.debug("%s is ignored: %s", path, error)
         return {}
+    return content if isinstance(content, dict) else {}

@@ -1,15 +1,30 @@
-"""Reading clips with decord. Only decoding processes run this code: see `sgm.data.decoding`."""
+"""Reading clips with decord, in a process of its own: ``python -m sgm.data.clips PARENT SOCKET``.
+
+`sgm.data.decoding.DecodingProcess` starts that process, sends it requests, which are the name of a
+function of `_CALLS` and its arguments, and gets the result or a `ClipError`. The process does not
+import torch, so it starts in a fraction of a second.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import resource
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing.connection import Connection
 
 import decord
 import numpy as np
 
 from sgm.data.frames import ClipError, ClipFacts, FrameSettings, count_at_rate, nearest_frames
 
+# A damaged header can ask for frames of any size. The limit ends this process before the machine
+# runs out of memory. Eight frames of 8K take 0.8 GB.
+_MEMORY_BYTES = 4 << 30
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 # Number of frames per request to decord; more large frames could fill the memory.
 _AT_ONCE = 8
 # decord 0.6 cannot return frames of these widths, since it pads their lines.
@@ -97,15 +112,15 @@ def probe(path: str, settings: FrameSettings) -> ClipFacts:
     """The properties of a clip; its first frame is decoded.
 
     Raises:
-        ClipError: the clip cannot be used.
+        ClipError: the clip is damaged or too short.
     """
     reader = _open(path)
     starts, _ = _frame_starts(reader)
     height, width, _ = _first_frame(reader, path).shape
     span = starts[-1] - starts[0] if len(starts) > 1 else 0.0
     rate = float((len(starts) - 1) / span) if span > 0 else reader.get_avg_fps()
-    count = count_at_rate(_without_ends(starts, settings.skip_frms_num), settings.fps)
-    return ClipFacts(frames=len(starts), height=height, width=width, rate=rate, count=count)
+    count = count_at_rate(_without_ends(starts, settings.skip), settings.fps)
+    return ClipFacts(len(starts), height, width, rate, count, settings.item_length(count))
 
 
 def _found(reader: decord.VideoReader, indices: np.ndarray) -> Iterator[np.ndarray]:
@@ -128,10 +143,8 @@ def _in_order(reader: decord.VideoReader, indices: np.ndarray) -> Iterator[np.nd
         yield frame.asnumpy()
 
 
-def read_window(
-    path: str, settings: FrameSettings, *, facts: ClipFacts, first: int, length: int
-) -> np.ndarray:
-    """`length` frames of a clip at the rate of `settings`: uint8 (length, height, width, 3).
+def read_window(path: str, settings: FrameSettings, facts: ClipFacts, first: int) -> np.ndarray:
+    """An item's frames of a clip at the rate of `settings`: uint8 (t, height, width, 3).
 
     decord scales them to cover the size of `settings` while it decodes, then their centres are
     cropped. It decodes ahead, and frames of full size that wait there would take gigabytes.
@@ -141,7 +154,6 @@ def read_window(
         settings: the settings that were given to `probe`.
         facts: the result of `probe`.
         first: index of the first frame among those at the rate of `settings`.
-        length: number of frames.
 
     Raises:
         ClipError: the frames cannot be decoded, or the clip has changed since `probe`.
@@ -152,12 +164,12 @@ def read_window(
     width = max(round(scale * facts.width), size[1])
     reader = _open(path, height=height, width=width + 2 * (width in _BROKEN_WIDTHS))
     all_starts, in_order = _frame_starts(reader)
-    starts = _without_ends(all_starts, settings.skip_frms_num)
+    starts = _without_ends(all_starts, settings.skip)
     if len(all_starts) != facts.frames or count_at_rate(starts, fps) != facts.count:
         raise ClipError("it has changed since the start")
-    times = starts[0] + np.arange(first, first + length) / fps
-    indices = nearest_frames(starts, times) + settings.skip_frms_num
-    window = np.empty((length, *size, 3), np.uint8)
+    times = starts[0] + np.arange(first, first + facts.length) / fps
+    indices = nearest_frames(starts, times) + settings.skip
+    window = np.empty((facts.length, *size, 3), np.uint8)
     try:
         for place, frame in enumerate((_in_order if in_order else _found)(reader, indices)):
             top, left = (frame.shape[0] - size[0]) // 2, (frame.shape[1] - size[1]) // 2
@@ -165,3 +177,32 @@ def read_window(
     except (decord.DECORDError, RuntimeError):  # RuntimeError: the clip ends early, see _in_order
         raise ClipError("its frames cannot be decoded") from None
     return window
+
+
+_CALLS = {"probe": probe, "read": read_window}
+
+
+def main() -> None:
+    """Answer requests until the parent closes its end of the socket."""
+    parent, socket = map(int, sys.argv[1:])
+    # The system kills this process when its parent ends for any reason.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the parent ended before the line above
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = _MEMORY_BYTES if most == resource.RLIM_INFINITY else min(_MEMORY_BYTES, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+    connection = Connection(socket)
+    connection.send("ready")
+    with suppress(EOFError):
+        while True:
+            name, *arguments = connection.recv()
+            try:
+                connection.send(_CALLS[name](*arguments))
+            except ClipError as reason:
+                connection.send(reason)
+
+
+if __name__ == "__main__":
+    main()

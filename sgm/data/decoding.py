@@ -7,26 +7,24 @@ clip raises `ClipError`.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import queue
-import select
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sgm.data.decoding_child import HEADER
 from sgm.data.frames import ClipError, ClipFacts, FrameSettings
 from sgm.distributed import Ranks
 from sgm.errors import UserError
@@ -50,6 +48,7 @@ class DecodingProcess:
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
         self._errors: IO[bytes] | None = None
         self._owner = os.getpid()
         self._lock = threading.Lock()
@@ -58,59 +57,55 @@ class DecodingProcess:
         """The properties of the clip, with the number of frames that it gives.
 
         Raises:
-            ClipError: the clip cannot be used.
+            ClipError: the clip is damaged or too short.
             UserError: clips cannot be decoded on this machine.
         """
-        facts, _ = self._request("probe", path, settings)
-        return ClipFacts(**facts)
+        return cast("ClipFacts", self._request("probe", path, settings))
 
-    def read(
-        self, path: Path, settings: FrameSettings, *, facts: ClipFacts, first: int, length: int
-    ) -> Tensor:
-        """Consecutive frames of the clip at the rate of `settings`: uint8 (t, h, w, 3).
+    def read(self, path: Path, settings: FrameSettings, *, facts: ClipFacts, first: int) -> Tensor:
+        """An item's frames of the clip at the rate of `settings`: uint8 (t, h, w, 3).
 
         Args:
             path: the clip.
             settings: the settings that were given to `probe`.
             facts: the result of `probe`.
             first: index of the first frame among those at the rate of `settings`.
-            length: number of frames.
 
         Raises:
             ClipError: the frames cannot be decoded, or the clip has changed since `probe`.
             UserError: clips cannot be decoded on this machine.
         """
-        window = {"facts": dataclasses.asdict(facts), "first": first, "length": length}
-        answer, payload = self._request("read", path, settings, **window)
-        return torch.frombuffer(payload, dtype=torch.uint8).view(answer["shape"])  # (t, h, w, 3)
+        frames = cast("np.ndarray", self._request("read", path, settings, facts, first))
+        return torch.from_numpy(frames)
 
     def close(self) -> None:
         """End the child; a later request starts another one."""
         child, self._child = self._child, None
         if child is None:
             return
-        is_own = self._owner == os.getpid()  # after a fork the child is the parent's
-        if is_own:
+        self._connection.close()
+        self._errors.close()
+        if self._owner == os.getpid():  # after a fork the child is the parent's
             child.kill()
-        for stream in (child.stdin, child.stdout, self._errors):
-            stream.close()
-        if is_own:
             with suppress(subprocess.TimeoutExpired):  # it may wait for a dead network drive
                 child.wait(timeout=5)
 
     def _start(self) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the child)
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "sgm.data.decoding_child", str(os.getpid())],
-            cwd=_ROOT,
-            # More threads of NumPy would only take memory.
-            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            bufsize=0,
-        )
+        self._connection, theirs = Pipe()
+        socket = theirs.fileno()
         try:
+            with theirs:
+                self._child = subprocess.Popen(
+                    [sys.executable, "-m", "sgm.data.clips", str(os.getpid()), str(socket)],
+                    cwd=_ROOT,
+                    # More threads of NumPy would only take memory.
+                    env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                    pass_fds=[socket],
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._errors,  # libraries may print there too
+                    stderr=self._errors,
+                )
             self._receive(_START_SECONDS)
         except (EOFError, TimeoutError):
             raise UserError(
@@ -118,64 +113,54 @@ class DecodingProcess:
                 "check the installed packages against requirements.txt"
             ) from None
 
-    def _request(
-        self, call: str, path: Path, settings: FrameSettings, **window: object
-    ) -> tuple[dict[str, Any], bytearray]:
-        """The child's answer to a request."""
+    def _request(self, call: str, path: Path, *arguments: object) -> object:
+        """The child's answer to a request.
+
+        Raises:
+            ClipError: the answer is this error, or there is none.
+            UserError: the child cannot be started.
+        """
         if self._owner != os.getpid():
             self.close()
             self._owner, self._lock = os.getpid(), threading.Lock()
-        request = {"call": call, "path": os.path.abspath(path), **window}
-        request["settings"] = dataclasses.asdict(settings)
+        request = (call, os.path.abspath(path), *arguments)
+        answer: object = None
         with self._lock:
             for attempt in (1, 2):
-                answer: dict[str, Any] = {}
                 try:
                     if self._child is None:
                         self._start()
-                    self._child.stdin.write(json.dumps(request).encode() + b"\n")
-                    answer, payload = self._receive(CLIP_SECONDS)
+                    self._connection.send(request)
+                    answer = self._receive(CLIP_SECONDS)
                     break
                 except TimeoutError:
                     raise ClipError(f"decoding it took more than {CLIP_SECONDS:g} s") from None
-                except (EOFError, BrokenPipeError):
+                except (EOFError, ConnectionError):
                     # The child may have been ended from outside, or with the thread that started
                     # it. Only a second crash is the clip's fault.
                     if attempt == 2:
                         reason = f"it makes the decoder crash{self._last_words()}"
                         raise ClipError(reason) from None
                 finally:
-                    if not answer:  # after Ctrl-C too: a later request must not get the answer
+                    if answer is None:  # after Ctrl-C too: a later request must not get the answer
                         self.close()
-        if "reason" in answer:
-            raise ClipError(answer["reason"])
-        return answer, payload
+        if isinstance(answer, ClipError):
+            raise answer
+        return answer
 
-    def _receive(self, seconds: float) -> tuple[dict[str, Any], bytearray]:
+    def _receive(self, seconds: float) -> object:
         """The next answer.
 
         Raises:
             TimeoutError: it does not come in time.
             EOFError: the child has ended.
         """
-        deadline = time.monotonic() + seconds
-        text_length, payload_length = HEADER.unpack(self._read(HEADER.size, deadline))
-        answer = json.loads(self._read(text_length, deadline))
-        return answer, self._read(payload_length, deadline)
-
-    def _read(self, length: int, deadline: float) -> bytearray:
-        content = bytearray(length)
-        poll = select.poll()
-        poll.register(self._child.stdout.fileno(), select.POLLIN)
-        position = 0
-        while position < length:
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise TimeoutError
-            part = self._child.stdout.readinto(memoryview(content)[position:])
-            if not part:
-                raise EOFError
-            position += part
-        return content
+        try:
+            if self._connection.poll(seconds):
+                return self._connection.recv()
+        except OSError:  # it ended within its answer, or with a request that it did not read
+            raise EOFError from None
+        raise TimeoutError
 
     def _last_words(self) -> str:
         """The last line of the child's standard error, in parentheses, or nothing."""
@@ -193,12 +178,8 @@ def _probe_here(paths: Sequence[Path], settings: FrameSettings) -> list[ClipFact
     """`probe_clips` in this process; several children look at many clips."""
     useful = 1 + len(paths) // _CLIPS_FOR_A_CHILD
     num_children = min(_MOST_CHILDREN, len(os.sched_getaffinity(0)), useful)
-    # A child ends with the thread that started it, so the threads below do not use OWN_CHILD.
-    alone = num_children == 1
-    children = [] if alone else [DecodingProcess() for _ in range(num_children)]
+    # A child ends with the thread that started it, so OWN_CHILD is not used in these threads.
     idle: queue.SimpleQueue[DecodingProcess] = queue.SimpleQueue()
-    for child in children or [OWN_CHILD]:
-        idle.put(child)
 
     def probe(path: Path) -> ClipFacts | ClipError:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -213,17 +194,13 @@ def _probe_here(paths: Sequence[Path], settings: FrameSettings) -> list[ClipFact
 
     results = []
     threads = ThreadPoolExecutor(num_children)
-    try:
-        probed: Iterable[ClipFacts | ClipError] = (map if alone else threads.map)(probe, paths)
-        with Progress(len(paths), unit="clip") as progress:
-            for result in probed:
-                results.append(result)
-                progress.step("looking at clips")
-    finally:
-        threads.shutdown(wait=False, cancel_futures=True)
-        for child in children:
-            child.close()
-        threads.shutdown()
+    with ExitStack() as at_end, Progress(len(paths), unit="clip") as progress:
+        for _ in range(num_children):
+            idle.put(at_end.enter_context(closing(DecodingProcess())))
+        at_end.callback(threads.shutdown, wait=False, cancel_futures=True)
+        for result in threads.map(probe, paths):
+            results.append(result)
+            progress.step("looking at clips")
     return results
 
 

@@ -42,39 +42,33 @@ class FrameSettings:
         video_size: height and width in pixels.
         fps: frames per second.
         max_num_frames: the largest number of frames of an item; 4k + 1.
-        skip_frms_num: number of the clip's own frames that are dropped at each end.
+        skip_frms_num: number of the clip's own frames that are dropped at each end; a whole number.
+
+    Raises:
+        UserError: a value is invalid.
     """
 
-    video_size: tuple[int, int]
+    video_size: Sequence[int]
     fps: float
     max_num_frames: int
-    skip_frms_num: int
+    skip_frms_num: float = 3.0
 
-    @classmethod
-    def checked(
-        cls,
-        video_size: Sequence[int],
-        *,
-        fps: float,
-        max_num_frames: int,
-        skip_frms_num: float = 3.0,
-    ) -> FrameSettings:
-        """Settings from the values of a configuration.
-
-        Raises:
-            UserError: a value is invalid.
-        """
-        size = list(video_size) if isinstance(video_size, Sequence) else []
-        valid = len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
-        check_value("video_size", video_size, "be [height, width] in pixels", valid=valid)
-        valid = is_finite_number(fps) and fps > 0
-        check_value("fps", fps, "be a number above 0", valid=valid)
-        most = max_num_frames
+    def __post_init__(self) -> None:
+        size, most, skip = self.video_size, self.max_num_frames, self.skip_frms_num
+        valid = isinstance(size, Sequence) and len(size) == 2
+        valid = valid and all(isinstance(n, int) and n > 0 for n in size)
+        check_value("video_size", size, "be [height, width] in pixels", valid=valid)
+        valid = is_finite_number(self.fps) and self.fps > 0
+        check_value("fps", self.fps, "be a number above 0", valid=valid)
         valid = isinstance(most, int) and most > 0 and most % 4 == 1
         check_value("max_num_frames", most, "be 4k + 1: 1, 5, 9, … 49 …", valid=valid)
-        valid = is_finite_number(skip_frms_num) and skip_frms_num >= 0 and skip_frms_num % 1 == 0
-        check_value("skip_frms_num", skip_frms_num, "be a whole number from 0", valid=valid)
-        return cls((size[0], size[1]), fps, max_num_frames, int(skip_frms_num))
+        valid = is_finite_number(skip) and skip >= 0 and skip % 1 == 0
+        check_value("skip_frms_num", skip, "be a whole number from 0", valid=valid)
+
+    @property
+    def skip(self) -> int:
+        """`skip_frms_num` as an int."""
+        return int(self.skip_frms_num)
 
     def item_length(self, count: int) -> int:
         """The length of an item from a clip that gives `count` frames at `fps`: the longest 4k + 1.
@@ -84,21 +78,12 @@ class FrameSettings:
         """
         needed = min(MIN_FRAMES, self.max_num_frames)
         if count < needed:
-            skip = self.skip_frms_num
-            without = f" without {skip} at each end" if skip else ""
+            without = f" without {self.skip} at each end" if self.skip else ""
             raise ClipError(
                 f"it is too short: frames at {self.fps:g} fps{without}: {count}, needed: {needed}"
             )
         length = min(count, self.max_num_frames)
         return length - (length - 1) % 4
-
-    def num_windows(self, count: int) -> int:
-        """The number of windows of an item's length in a clip that gives `count` frames at `fps`.
-
-        Raises:
-            ClipError: the clip is too short.
-        """
-        return count - self.item_length(count) + 1
 
 
 @dataclass(frozen=True)
@@ -111,6 +96,7 @@ class ClipFacts:
         width: of a frame, in pixels.
         rate: its own frames per second.
         count: number of frames that it gives at the `fps` of the settings.
+        length: number of frames of an item.
     """
 
     frames: int
@@ -118,6 +104,12 @@ class ClipFacts:
     width: int
     rate: float
     count: int
+    length: int
+
+    @property
+    def num_windows(self) -> int:
+        """The number of windows of `length` frames."""
+        return self.count - self.length + 1
 
     @property
     def seconds(self) -> float:

@@ -8,12 +8,12 @@ an accumulated batch changes nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import Dataset
 
 from sgm.data.frames import difference_in_length
 from sgm.errors import UserError
@@ -25,7 +25,15 @@ T = TypeVar("T")
 ORDER, SAMPLE, STEP, VALIDATION = range(4)
 
 
-class SampleOrder(Sampler[list[tuple[int, int]]]):
+def sample_order(
+    num_items: int,
+    batch_size: int,
+    *,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start: int = 0,
+) -> Iterator[list[tuple[int, int]]]:
     """The endless batches of one process: lists of (index of the item, its seed).
 
     All processes walk through one endless stream of samples. It has one epoch after another, each
@@ -41,38 +49,16 @@ class SampleOrder(Sampler[list[tuple[int, int]]]):
         world_size: number of processes that train.
         start: number of samples of the stream that are done.
     """
-
-    def __init__(
-        self,
-        num_items: int,
-        batch_size: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start: int = 0,
-    ) -> None:
-        self.num_items = num_items
-        self.batch_size = batch_size
-        self.seed = seed
-        self.first = start + rank * batch_size
-        self.stride = world_size * batch_size
-        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
-
-    def _index(self, sample: int) -> int:
-        epoch, place = divmod(sample, self.num_items)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, ORDER, epoch))
-            self._epoch = epoch
-            self._permutation = torch.randperm(self.num_items, generator=generator)
-        return int(self._permutation[place])
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        first = self.first
-        while True:
-            samples = range(first, first + self.batch_size)
-            yield [(self._index(n), derived_seed(self.seed, SAMPLE, n)) for n in samples]
-            first += self.stride
+    shuffled_epoch, order = -1, torch.empty(0, dtype=torch.long)
+    for first in itertools.count(start + rank * batch_size, world_size * batch_size):
+        batch = []
+        for sample in range(first, first + batch_size):
+            epoch, place = divmod(sample, num_items)
+            if epoch != shuffled_epoch:
+                generator = torch.Generator().manual_seed(derived_seed(seed, ORDER, epoch))
+                shuffled_epoch, order = epoch, torch.randperm(num_items, generator=generator)
+            batch.append((int(order[place]), derived_seed(seed, SAMPLE, sample)))
+        yield batch
 
 
 class SeededDataset(Dataset):
@@ -86,11 +72,6 @@ class SeededDataset(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed)
             return self.dataset[index]
-
-
-def _length_error(difference: str, key: str) -> UserError:
-    """The error for samples that differ in length; `key` sets the size of batches."""
-    return UserError(f"{difference}; set {key} to 1, or lower max_num_frames")
 
 
 def check_lengths(parts: Iterable[Dataset], *, batch_size: int, key: str) -> None:
@@ -107,30 +88,14 @@ def check_lengths(parts: Iterable[Dataset], *, batch_size: int, key: str) -> Non
     lengths = [length for part in parts for length in getattr(part, "item_lengths", ())]
     difference = difference_in_length(lengths)
     if difference and batch_size > 1:
-        raise _length_error(f"{difference} of {batch_size}", key)
-
-
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of samples, made in a worker process.
-
-    Raises:
-        UserError: the samples differ in length.
-    """
-    shapes = {
-        tuple(value.shape for value in sample.values() if isinstance(value, Tensor))
-        for sample in samples
-    }
-    if len(shapes) > 1:
-        keys = "train_micro_batch_size_per_gpu and eval_batch_size"
-        raise _length_error("clips of different lengths cannot share a batch", keys)
-    return default_collate(samples)
+        raise UserError(f"{difference} of {batch_size}; set {key} to 1, or lower max_num_frames")
 
 
 def checked_batches(loader: Iterable[T]) -> Iterator[T]:
     """The batches of a `DataLoader`.
 
     Raises:
-        UserError: the data cannot be used, clips differ in length, or a worker process was killed.
+        UserError: the data cannot be used, or a worker process was killed.
     """
     try:
         yield from loader

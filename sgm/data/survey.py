@@ -52,27 +52,23 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 Sample = tuple[Path, "str | ClipError"]
 
 
-def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """All files below `folder` that are not hidden. Links are followed, but circles are not.
+def _warn_of_folder(error: OSError) -> None:
+    logger.warning("%s is skipped: it cannot be read (%s)", error.filename, error.strerror)
 
-    `above` has the device and inode of the folders above.
-    """
-    try:
-        status = folder.stat()
+
+def _is_circle(folder: Path) -> bool:
+    """Whether a folder is a link to one of the folders above it."""
+    return os.path.realpath(folder) in {os.path.realpath(above) for above in folder.parents}
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files below `folder` that are not hidden. Links are followed, but circles are not."""
+    for place, folders, names in os.walk(folder, onerror=_warn_of_folder, followlinks=True):
+        here = Path(place)
         # Copying tools leave hidden files behind.
-        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    except OSError as error:
-        logger.warning("%s is skipped: it cannot be read (%s)", folder, error.strerror)
-        return
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return
-    for path in (folder / name for name in names):
-        # Unlike pathlib's method, this returns False if the lookup fails, as for a link to itself.
-        if os.path.isdir(path):
-            yield from _walk(path, (*above, identity))
-        else:
-            yield path
+        shown = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in shown if not _is_circle(here / name)]
+        yield from (here / name for name in names if not name.startswith("."))
 
 
 def _label_path(clip: Path, folder: Path) -> Path:
@@ -83,27 +79,39 @@ def _label_path(clip: Path, folder: Path) -> Path:
     return folder.joinpath(*parts).with_suffix(".txt")
 
 
-def _read_caption(path: Path) -> str | ClipError:
-    """The whole file, stripped; a reason if it is missing, not UTF-8 or empty."""
-    if not os.path.isfile(path):  # reading a named pipe would never end
-        return ClipError(f"its label {path} does not exist")
-    try:
-        caption = path.read_text("utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        return ClipError(f"its label {path} cannot be read ({error})")
-    return caption or ClipError(f"its label {path} is empty")
-
-
-def _from_captions(clips: Iterable[Path], caption_path: Callable[[Path], Path]) -> list[Sample]:
-    """Samples whose captions are whole files."""
-    return [(clip, _read_caption(caption_path(clip))) for clip in clips]
-
-
 def _read_text(path: Path) -> str:
+    if not os.path.isfile(path):  # reading a named pipe would never end
+        raise UserError(f"{path} does not exist")
     try:
         return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); it must be UTF-8 text") from None
+
+
+def _sample(clip: Path, caption: object, where: str) -> Sample:
+    """A clip with its caption, stripped, or with the reason if `where` there is none."""
+    if isinstance(caption, str) and caption.strip() and not _SURROGATE.search(caption):
+        return clip, caption.strip()
+    return clip, ClipError(f"{where} holds no text")
+
+
+def _listed(line: Path, name: object, caption: object, caption_line: object) -> Sample:
+    """The sample of a line, ``FILE:NUMBER``, that names a clip; and the line of its caption."""
+    if not isinstance(name, str) or not name.strip():
+        return line, ClipError("the line names no clip")
+    return _sample(line.parent / name.strip(), caption, f"its caption, {caption_line},")
+
+
+def _from_captions(clips: Iterable[Path], caption_path: Callable[[Path], Path]) -> list[Sample]:
+    """Samples whose captions are whole files."""
+    samples: list[Sample] = []
+    for clip in clips:
+        label = caption_path(clip)
+        try:
+            samples.append(_sample(clip, _read_text(label), f"its label {label}"))
+        except UserError as error:
+            samples.append((clip, ClipError(f"its label {error}")))
+    return samples
 
 
 def _from_lists(prompts: Path, videos: Path) -> list[Sample]:
@@ -119,14 +127,10 @@ def _from_lists(prompts: Path, videos: Path) -> list[Sample]:
             f"{prompts} has {len(captions)} lines, {videos} has {len(names)}; line i of one "
             "belongs to line i of the other"
         )
-    samples: list[Sample] = []
-    for number, (caption, name) in enumerate(zip(captions, names, strict=True), 1):
-        empty = ClipError(f"its caption, {prompts}:{number}, is empty")
-        if name.strip():
-            samples.append((videos.parent / name.strip(), caption.strip() or empty))
-        else:
-            samples.append((Path(f"{videos}:{number}"), ClipError("the line is empty")))
-    return samples
+    return [
+        _listed(Path(f"{videos}:{number}"), name, caption, f"{prompts}:{number}")
+        for number, (name, caption) in enumerate(zip(names, captions, strict=True), 1)
+    ]
 
 
 def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -180,29 +184,17 @@ def _from_table(path: Path) -> list[Sample]:
     Raises:
         UserError: the file is not a table, or a column is missing.
     """
-    samples: list[Sample] = []
-    columns: tuple[str, str] | None = None
-    for number, row in _table_rows(path):
-        if columns is None:
-            columns = (
-                _column(path, CLIP_COLUMNS, row, what="clip"),
-                _column(path, CAPTION_COLUMNS, row, what="caption"),
-            )
-            logger.info("%s: clips from %r, captions from %r", path, *columns)
-        name, caption = (row.get(column) for column in columns)
-        if not isinstance(name, str) or not name.strip():
-            samples.append((Path(f"{path}:{number}"), ClipError("the row names no clip")))
-            continue
-        is_text = isinstance(caption, str) and not _SURROGATE.search(caption)
-        text = caption.strip() if is_text else ""
-        what = "is not text" if caption and not is_text else "is empty"
-        reason = ClipError(f"its caption, in {path}:{number}, {what}")
-        samples.append((path.parent / name.strip(), text or reason))
-    return samples
+    rows = [(Path(f"{path}:{number}"), row) for number, row in _table_rows(path)]
+    if not rows:
+        return []
+    clip = _column(path, CLIP_COLUMNS, rows[0][1], what="clip")
+    caption = _column(path, CAPTION_COLUMNS, rows[0][1], what="caption")
+    logger.info("%s: clips from %r, captions from %r", path, clip, caption)
+    return [_listed(line, row.get(clip), row.get(caption), line) for line, row in rows]
 
 
-def _layouts_of(folder: Path) -> list[tuple[str, Callable[[], list[Sample]]]]:
-    """Name and reader of each layout that `folder` has; the first one is used."""
+def _layouts_of(folder: Path) -> dict[str, Callable[[], list[Sample]]]:
+    """The layouts that `folder` has: name → reader. The first one is used."""
     clips = sorted(path for path in _walk(folder) if path.suffix.lower() in CONTAINERS)
     in_videos = [clip for clip in clips if "videos" in clip.relative_to(folder).parts[:-1]]
     label = partial(_label_path, folder=folder)
@@ -210,20 +202,19 @@ def _layouts_of(folder: Path) -> list[tuple[str, Callable[[], list[Sample]]]]:
     from_labels = partial(_from_captions, in_videos, label)
     from_neighbours = partial(_from_captions, clips, beside)
     videos = folder / VIDEO_LIST
-    found: list[tuple[str, Callable[[], list[Sample]]]] = []
+    found: dict[str, Callable[[], list[Sample]]] = {}
     if any(os.path.exists(label(clip)) for clip in in_videos):
-        found.append(("videos/ and labels/", from_labels))
+        found["videos/ and labels/"] = from_labels
     for path in (folder / name for name in TABLES):
         if path.is_file():
-            found.append((path.name, partial(_from_table, path)))
+            found[path.name] = partial(_from_table, path)
     for path in (folder / name for name in PROMPT_LISTS):
         if path.is_file() and videos.is_file():
-            found.append((f"{path.name} and {VIDEO_LIST}", partial(_from_lists, path, videos)))
+            found[f"{path.name} and {VIDEO_LIST}"] = partial(_from_lists, path, videos)
     if any(os.path.isfile(beside(clip)) for clip in clips):
-        found.append(("captions beside the clips", from_neighbours))
-    if not found and clips:  # no clip has a caption; the reader gives the reason for each
-        found.append(("", from_labels if in_videos else from_neighbours))
-    return found
+        found["captions beside the clips"] = from_neighbours
+    # If no clip has a caption, the reader gives the reason for each.
+    return found or {"": from_labels if in_videos else from_neighbours}
 
 
 def find_samples(folder: Path) -> list[Sample]:
@@ -240,11 +231,12 @@ def find_samples(folder: Path) -> list[Sample]:
         raise UserError(
             f"data folder {folder} cannot be read ({reason}); it must be a folder with {LAYOUTS}"
         ) from None
-    found = _layouts_of(folder)
-    if len(found) > 1:
-        others = ", ".join(name for name, _ in found[1:])
-        logger.warning("%s: captions are taken from %s, not from %s", folder, found[0][0], others)
-    return found[0][1]() if found else []
+    layouts = _layouts_of(folder)
+    used, *others = layouts
+    if others:
+        unused = ", ".join(others)
+        logger.warning("%s: captions are taken from %s, not from %s", folder, used, unused)
+    return layouts[used]()
 
 
 @dataclass(frozen=True)
@@ -292,20 +284,15 @@ def survey_folder(folder: Path, settings: FrameSettings) -> Survey:
             be decoded on this machine.
     """
     samples = find_samples(folder)
-    captioned = [path for path, caption in samples if not isinstance(caption, ClipError)]
-    facts = iter(probe_clips(captioned, settings))
+    captioned = [path for path, caption in samples if isinstance(caption, str)]
+    probed = iter(probe_clips(captioned, settings))
     survey = Survey(folder)
     for path, caption in samples:
-        try:
-            if isinstance(caption, ClipError):
-                raise caption
-            found = next(facts)
-            if isinstance(found, ClipError):
-                raise found
-            settings.item_length(found.count)
-            survey.clips.append(Clip(path, caption, found))
-        except ClipError as reason:
-            survey.skipped.append((path, str(reason)))
+        facts = next(probed) if isinstance(caption, str) else caption
+        if isinstance(caption, str) and isinstance(facts, ClipFacts):
+            survey.clips.append(Clip(path, caption, facts))
+        else:
+            survey.skipped.append((path, str(facts)))
     return survey
 
 
@@ -320,23 +307,23 @@ def report(survey: Survey, settings: FrameSettings) -> Iterator[str]:
     def name(path: Path) -> Path:
         return path.relative_to(survey.folder) if path.is_relative_to(survey.folder) else path
 
-    lengths = [settings.item_length(clip.facts.count) for clip in survey.clips]
-    for clip, length in zip(survey.clips, lengths, strict=True):
-        facts, windows = clip.facts, settings.num_windows(clip.facts.count)
+    for clip in survey.clips:
+        facts, windows = clip.facts, clip.facts.num_windows
         yield (
             f"{name(clip.path)}: {facts.frames} frames of {facts.width}x{facts.height} at "
             f"{facts.rate:.4g} fps, {facts.seconds:.2f} s; {facts.count} at {settings.fps:g} fps, "
-            f"items of {length} from {windows} window{'s' * (windows > 1)}; "
+            f"items of {facts.length} from {windows} window{'s' * (windows > 1)}; "
             f"caption of {len(clip.caption.split())} words"
         )
     for path, reason in survey.skipped:
         yield f"{name(path)} is skipped: {reason}"
     seconds = sum(clip.facts.seconds for clip in survey.clips)
+    usable = len(survey.clips)
     yield (
-        f"{len(lengths)} of {survey.total} clips can be used: {seconds:.1f} s "
-        f"({seconds / 3600:.2f} h), {len(lengths)} samples an epoch"
+        f"{usable} of {survey.total} clips can be used: {seconds:.1f} s "
+        f"({seconds / 3600:.2f} h), {usable} samples an epoch"
     )
-    if difference := difference_in_length(lengths):
+    if difference := difference_in_length(clip.facts.length for clip in survey.clips):
         yield difference
 
 
@@ -355,13 +342,12 @@ def write_sheet(survey: Survey, settings: FrameSettings, path: Path) -> int:
     small = replace(settings, video_size=small_size)
     rows = []
     for clip in survey.clips[:_SHEET_CLIPS]:
-        length = settings.item_length(clip.facts.count)
         try:
-            frames = OWN_CHILD.read(clip.path, small, facts=clip.facts, first=0, length=length)
+            frames = OWN_CHILD.read(clip.path, small, facts=clip.facts, first=0)
         except ClipError as reason:
             logger.warning("%s is not on the contact sheet: %s", clip.path, reason)
             continue
-        columns = np.linspace(0, length - 1, _SHEET_COLUMNS).round().astype(int)
+        columns = np.linspace(0, len(frames) - 1, _SHEET_COLUMNS).round().astype(int)
         rows.append(frames.numpy()[columns])  # (columns, h, w, 3)
     if not rows:
         raise no_clip_left(f"first clips of {survey.folder}")

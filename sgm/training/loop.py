@@ -94,7 +94,7 @@ class Trainer:
         """Train until `train_iters`; all processes take part.
 
         Args:
-            batches: an endless stream of batches as `sgm.data.loader.collate` makes them, which
+            batches: an endless stream of batches of the training data, which
                 begins after `progress.samples`.
 
         Raises:

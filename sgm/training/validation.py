@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sgm.config import Config
-from sgm.data.loader import VALIDATION, SeededDataset, checked_batches, collate
+from sgm.data.loader import VALIDATION, SeededDataset, checked_batches
 from sgm.distributed import data_parallel_rank_and_size
 from sgm.files import make_output_folder, replacing
 from sgm.modules.diffusionmodules.discretizer import NUM_TIMESTEPS
@@ -137,7 +137,6 @@ class Validation:
             batch_sampler=[keys[i : i + size] for i in range(0, count, size)],
             # One worker is enough: it reads a batch while the device computes the previous one.
             num_workers=min(self.args.num_workers, 1),
-            collate_fn=collate,
         )
         return checked_batches(loader)
 

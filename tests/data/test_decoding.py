@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def wait_until(condition):
 
 
 def test_a_clip_that_hangs_is_given_up_and_its_process_ends(process, clip, pipe, monkeypatch):
-    assert process.probe(clip, SETTINGS) == ClipFacts(17, 64, 96, 8.0, 17)
+    assert process.probe(clip, SETTINGS) == ClipFacts(17, 64, 96, 8.0, 17, 17)
     hanging = process._child.pid
     monkeypatch.setattr(decoding, "CLIP_SECONDS", 0.3)
     with pytest.raises(ClipError, match="took more than 0.3 s"):
@@ -95,7 +96,7 @@ def test_an_answer_that_was_not_waited_for_is_not_taken_for_the_next(process, cl
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DecodingProcess, "_receive", interrupted)
-        process.read(clip, SETTINGS, facts=facts, first=0, length=17)
+        process.read(clip, SETTINGS, facts=facts, first=0)
     assert process.probe(clip, SETTINGS) == facts
 
 
@@ -104,7 +105,7 @@ def test_threads_take_turns(process, clip):
     found = []
 
     def read(length):
-        frames = process.read(clip, SETTINGS, facts=facts, first=0, length=length)
+        frames = process.read(clip, SETTINGS, facts=replace(facts, length=length), first=0)
         found.append(frames.shape[0] == length)
 
     threads = [threading.Thread(target=read, args=(length,)) for length in (5, 9, 13, 17)]
@@ -129,9 +130,9 @@ def test_the_child_ends_with_a_process_that_is_killed(clip, pipe):
 
 
 def test_a_clip_that_was_replaced_is_not_taken_for_the_one_that_was_probed(process, clip, tmp_path):
-    facts = ClipFacts(frames=40, height=64, width=96, rate=8.0, count=40)
+    facts = ClipFacts(frames=40, height=64, width=96, rate=8.0, count=40, length=17)
     with pytest.raises(ClipError, match="has changed"):
-        process.read(clip, SETTINGS, facts=facts, first=0, length=17)
+        process.read(clip, SETTINGS, facts=facts, first=0)
 
 
 def test_a_decoder_that_cannot_start_is_an_error_of_the_machine(clip, tmp_path, monkeypatch):
@@ -156,7 +157,7 @@ def second_of_two(monkeypatch):
 
 
 def test_processes_that_train_together_go_on_with_what_the_first_found(clip, second_of_two):
-    facts = ClipFacts(9, 1, 1, 8.0, 9)
+    facts = ClipFacts(9, 1, 1, 8.0, 9, 9)
     second_of_two(([clip], [facts]))
     assert probe_clips([clip], SETTINGS) == [facts]
     with pytest.raises(UserError, match="process 1 finds 2 clips .* first process 1"):

@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sgm.data.loader import SampleOrder, SeededDataset
+from sgm.data.loader import SeededDataset, sample_order
 from sgm.seeds import derived_seed
 
 
@@ -14,19 +14,19 @@ def first(order, count):
 
 
 def test_an_epoch_holds_every_item_once_and_the_next_one_in_another_order():
-    stream = [key[0][0] for key in first(SampleOrder(10, 1, seed=3), 20)]
+    stream = [key[0][0] for key in first(sample_order(10, 1, seed=3), 20)]
     assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
     assert stream[:10] != stream[10:]
 
 
 def test_a_resumed_stream_goes_on_where_it_was_in_the_middle_of_an_epoch():
-    whole = first(SampleOrder(5, 2, seed=3), 6)
-    assert first(SampleOrder(5, 2, seed=3, start=6), 3) == whole[3:]
+    whole = first(sample_order(5, 2, seed=3), 6)
+    assert first(sample_order(5, 2, seed=3, start=6), 3) == whole[3:]
 
 
 def test_processes_share_the_stream_out_and_may_change_in_number():
-    alone = [key for batch in first(SampleOrder(7, 1, seed=1), 12) for key in batch]
-    pairs = [SampleOrder(7, 2, seed=1, rank=rank, world_size=3) for rank in range(3)]
+    alone = [key for batch in first(sample_order(7, 1, seed=1), 12) for key in batch]
+    pairs = [sample_order(7, 2, seed=1, rank=rank, world_size=3) for rank in range(3)]
     batches = [first(order, 2) for order in pairs]
     together = [key for k in range(2) for rank in range(3) for key in batches[rank][k]]
     assert together == alone
@@ -49,7 +49,7 @@ class Drawing(Dataset):
 def test_items_draw_the_same_in_workers_and_without_and_leave_the_generator_alone():
     drawn = []
     for workers in (0, 2):
-        order = SampleOrder(4, 2, seed=5)
+        order = sample_order(4, 2, seed=5)
         loader = DataLoader(SeededDataset(Drawing()), batch_sampler=order, num_workers=workers)
         torch.manual_seed(workers)
         iterator = iter(loader)

@@ -49,7 +49,7 @@ def test_captions_that_are_absent_empty_or_no_text_are_reasons(tmp_path):
     (tmp_path / "labels" / "c.txt").write_bytes("Straße".encode("latin-1"))
     found = samples(tmp_path)
     assert found["videos/a.mp4"] == "fine"
-    assert found["videos/b.mp4"] == f"! its label {tmp_path}/labels/b.txt is empty"
+    assert found["videos/b.mp4"] == f"! its label {tmp_path}/labels/b.txt holds no text"
     assert "cannot be read" in found["videos/c.mp4"]
     assert found["videos/d.mp4"] == f"! its label {tmp_path}/labels/d.txt does not exist"
 
@@ -71,7 +71,7 @@ def test_lists_of_prompts_and_videos(tmp_path, prompts):
     assert samples(tmp_path) == {
         "videos/a.mp4": "one\u2028more",
         "/elsewhere/b.mp4": "two",
-        "c.mp4": f"! its caption, {tmp_path / prompts}:3, is empty",
+        "c.mp4": f"! its caption, {tmp_path / prompts}:3, holds no text",
         "d.mp4": "four",
     }
 
@@ -97,8 +97,8 @@ def test_tables_of_either_form(tmp_path, clip_column, caption_column, kind, line
     write(tmp_path, {table.name: content[kind]})
     assert samples(tmp_path) == {
         "a.mp4": 'one, "two"\nthree',
-        "b c.mp4": f"! its caption, in {table}:{line}, is empty",  # in CSV after one of two lines
-        f"{table.name}:{line + 1}": "! the row names no clip",
+        "b c.mp4": f"! its caption, {table}:{line}, holds no text",  # in CSV after one of two lines
+        f"{table.name}:{line + 1}": "! the line names no clip",
     }
 
 
@@ -178,4 +178,4 @@ def test_commas_at_the_end_of_a_row_are_nothing(tmp_path):
 def test_half_a_character_is_no_caption(tmp_path):
     write(tmp_path, {"metadata.jsonl": '{"video": "a.mp4", "text": "\\ud800"}\n', "a.mp4": ""})
     (sample,) = find_samples(tmp_path)
-    assert "metadata.jsonl:1, is not text" in str(sample[1])
+    assert "metadata.jsonl:1, holds no text" in str(sample[1])
