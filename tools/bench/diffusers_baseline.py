@@ -27,8 +27,8 @@ from tools.weights.diffusers_configs import (
 from tools.weights.sizes import sizes_of
 
 
-def training_step(work: Workload) -> Callable[[Tensor, Tensor], None]:
-    """A LoRA step of diffusers' transformer with peft: bf16, gradient checkpointing, AdamW.
+def training_step(work: Workload) -> Measured:
+    """A LoRA training step of diffusers and peft: bf16, gradient checkpointing, AdamW.
 
     LoRA is on the projections of the attention, as in this project.
     """
@@ -42,8 +42,9 @@ def training_step(work: Workload) -> Callable[[Tensor, Tensor], None]:
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     signal = torch.linspace(0.9999, 0.0, 1000, device=work.device)  # any schedule costs the same
+    latents, context = work.training_inputs()
 
-    def step(latents: Tensor, context: Tensor) -> None:
+    def step() -> None:
         clean = latents.to(torch.bfloat16)
         noise = torch.randn_like(clean)
         timesteps = torch.randint(0, 1000, (len(clean),), device=work.device)
@@ -56,7 +57,7 @@ def training_step(work: Workload) -> Callable[[Tensor, Tensor], None]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return work.measure_training(step)
 
 
 @torch.no_grad()

@@ -27,11 +27,11 @@ from sgm.pipeline import CogVideoX
 from sgm.preflight import check_sampling, head_size
 from sgm.util import instantiate_from_config
 from tools.bench import diffusers_baseline as baseline
-from tools.bench.jobs import Job, NotApplicableError
+from tools.bench.jobs import Job
 from tools.bench.measuring import Measured, forward_flops, random_network
 from tools.bench.workload import PROMPT, Workload
 
-Piece = Callable[[Workload], Measured]
+Piece = Callable[[Workload], Measured | None]
 
 
 def inference_jobs(
@@ -54,22 +54,19 @@ def inference_jobs(
     ]
     references = {"t5": "transformers"}  # those of the other sections are "diffusers"
     if options.against:
-        lines.append(("step", "diffusers", baseline.step, "diffusers"))
-        if options.compile:
-            references["step"] = label = "diffusers, compiled"
-            lines.append(("step", label, partial(baseline.step, compiled=True), "diffusers"))
-        tiled, at_once = (
-            partial(baseline.decode, tiled=True),
-            partial(baseline.encode, at_once=True),
-        )
+        one_pass = partial(baseline.encode, at_once=True)
         lines += [
+            ("step", "diffusers", baseline.step, "diffusers"),
             ("decode", "diffusers", baseline.decode, "diffusers"),
-            ("decode", "diffusers, tiled", tiled, "diffusers"),
+            ("decode", "diffusers, tiled", partial(baseline.decode, tiled=True), "diffusers"),
             ("encode", "diffusers", baseline.encode, "diffusers"),
-            ("encode", "diffusers, one pass", at_once, "diffusers"),
+            ("encode", "diffusers, one pass", one_pass, "diffusers"),
             ("t5", "transformers", baseline.embed_text, "diffusers"),
             ("pipeline", "diffusers", baseline.pipeline, "diffusers"),
         ]
+        if options.compile:
+            references["step"] = label = "diffusers, compiled"
+            lines.append(("step", label, partial(baseline.step, compiled=True), "diffusers"))
     if torch.cuda.is_available():
         in_low_memory = partial(pipeline, memory="low")
         lines.append(("pipeline", "own, memory low", in_low_memory, "low memory"))
@@ -123,32 +120,21 @@ def step(work: Workload, *, kernel: str | None = None, in_fp8: bool = False) -> 
 
 
 @torch.no_grad()
-def step_with_kernel(work: Workload, *, kernel: Kernel) -> Measured:
+def step_with_kernel(work: Workload, *, kernel: Kernel) -> Measured | None:
     """A step with another kernel of attention than the fastest, which `step` takes.
 
-    Raises:
-        NotApplicableError: `step` takes this kernel, or it does not run here.
+    None if it does not run here, is the fastest, or if the options choose a kernel.
     """
     token = torch.empty(1, dtype=work.dtype, device=work.device)
-    fastest, *others = list_kernels(token, head_size=head_size(work.config.model))
-    if work.options.attention != "auto":
-        raise NotApplicableError(f"{work.options.attention} alone was asked for")
-    if kernel == fastest:
-        raise NotApplicableError("the line before is of the same kernel")
-    if kernel not in others:
-        raise NotApplicableError("this kernel does not run here")
-    return step(work, kernel=kernel)
+    others = list_kernels(token, head_size=head_size(work.config.model))[1:]
+    is_wanted = work.options.attention == "auto" and kernel in others
+    return step(work, kernel=kernel) if is_wanted else None
 
 
-def step_with_fp8(work: Workload) -> Measured:
-    """A step with float8 products.
-
-    Raises:
-        NotApplicableError: the device does not have them.
-    """
-    if not torch.cuda.is_available() or not fp8_runs_on(work.device):
-        raise NotApplicableError("there are no float8 products here")
-    return step(work, in_fp8=True)
+def step_with_fp8(work: Workload) -> Measured | None:
+    """A step with float8 products; None if the device does not have them."""
+    has_fp8 = torch.cuda.is_available() and fp8_runs_on(work.device)
+    return step(work, in_fp8=True) if has_fp8 else None
 
 
 @torch.no_grad()

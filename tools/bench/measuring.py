@@ -39,13 +39,10 @@ def choose_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def peak_rate(device: torch.device) -> float | None:
-    """The device's dense bf16 rate in FLOP/s; None if it is unknown."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    rates = [rate for words, rate in PEAK_TFLOPS.items() if words in name]
-    return rates[0] * 1e12 if rates else None
+def peak_rate(device_name: str) -> float | None:
+    """The dense bf16 rate in FLOP/s of the device of this name; None if it is unknown."""
+    rates = [rate * 1e12 for words, rate in PEAK_TFLOPS.items() if words in device_name]
+    return rates[0] if rates else None
 
 
 def forward_flops(linear_weights: int, *, num_tokens: int, num_layers: int, width: int) -> float:

@@ -85,6 +85,10 @@ class Workload:
         on_gpu = self.device.type == "cuda"
         return self.measure(call, warmup=5, steps=10) if on_gpu else self.measure(call)
 
+    def measure_training(self, call: Callable[[], object]) -> Measured:
+        """As `measure`, for a training step."""
+        return self.measure(call, warmup=3, steps=10)
+
     def measure_videos(self, make: Callable[[int], object]) -> Measured:
         """As `measure`, for ``make(num_steps)``, which makes a whole video."""
         num_steps = self.config.model["sampler_config"]["params"]["num_steps"]
@@ -121,6 +125,15 @@ class Workload:
         """Latents (1, t, c, h, w), texts (2, n, d) and timestep (1,) of a step with guidance."""
         texts = torch.randn(2, *self.text_shape(), device=self.device)
         return self.latents(), texts, torch.tensor([500], device=self.device)
+
+    def training_inputs(self) -> tuple[Tensor, Tensor]:
+        """Latents (1, t, c, h, w) float32 and a text embedding (1, n, d) bf16."""
+        params = self.config.model["network_config"]["params"]
+        num_frames = (params["num_frames"] - 1) // params["time_compressed_rate"] + 1
+        shape = (params["in_channels"], params["latent_height"], params["latent_width"])
+        latents = torch.randn(1, num_frames, *shape, device=self.device)
+        context = torch.randn(1, *self.text_shape(), device=self.device)
+        return latents, context.to(torch.bfloat16)
 
 
 def _cpu_clock(call: Callable[[], object], times: int) -> list[float]:
