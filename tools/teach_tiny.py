@@ -79,7 +79,7 @@ def compare(run: Path, *, num_prompts: int, device: str) -> str:
     sheet = folder / "before_after.png"
     with replacing(sheet) as partial:
         draw_sheet(pairs, columns=2).save(partial)
-    right = sum(video.is_right for video in after)
+    right = sum(not video.errors for video in after)
     return (
         f"a {SUBJECT} is recognised in {counts['after']} of {len(after)} videos, before in "
         f"{counts['before']}; {right} also have the direction and background of the prompt\n"
