@@ -50,7 +50,7 @@ from tools.bench.jobs import (
     new_process,
     run_jobs,
 )
-from tools.bench.workload import run_dtype, t5_params
+from tools.bench.measuring import run_dtype, t5_params
 
 GB = 1e9
 _WITH_WEIGHTS = {"pipeline", "t5"}  # the sections that read files
@@ -82,9 +82,9 @@ def find_mistakes(options: argparse.Namespace, config: Config) -> Iterator[str]:
         yield "--attention hopper is for sampling; for training take flash or sdpa"
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         yield f"--json {options.json}: name a file in a folder that exists"
-    packages = ["diffusers", *(["peft"] if trains else [])] if options.against else []
+    packages = ["diffusers", "peft"] if trains else ["diffusers"]
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
+    if options.against and missing:
         yield f"--against {options.against} needs {' and '.join(missing)}; pip install them"
     for node in () if trains else ("conditioner_config", "first_stage_config", "sampler_config"):
         if not config.model.get(node):

@@ -27,8 +27,7 @@ from tools import benchmark
 from tools.bench import inference
 from tools.bench.inference import inference_jobs
 from tools.bench.jobs import METHODS, SECTIONS, BenchmarkResult, Job, run_job, run_jobs
-from tools.bench.measuring import Measured, forward_flops
-from tools.bench.workload import Workload
+from tools.bench.measuring import Measured, Workload, forward_flops
 from tools.benchmark import (
     build_parser,
     choose_sections,
@@ -110,8 +109,8 @@ def test_operations_of_the_2b_model_by_hand() -> None:
 
 def test_median_leaves_the_warmup_out(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0, 1, 3, 9])  # calls of 1, 2 and 6 s
-    monkeypatch.setattr("tools.bench.workload.time.perf_counter", lambda: next(clock))
-    monkeypatch.setattr("tools.bench.workload.choose_device", lambda: CPU)
+    monkeypatch.setattr("tools.bench.measuring.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("tools.bench.measuring.choose_device", lambda: CPU)
     calls = []
     work = Workload(config, options("--warmup", "2", "--steps", "3"))
     measured = work.measure(lambda: calls.append(1))
@@ -157,7 +156,7 @@ def test_what_fails_or_does_not_apply_stops_no_other_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # Another process cannot import this file, so its functions are not used.
-    idle = partial(inference.step_with_fp8, None)
+    idle = partial(print, end="")
     wrong, deadly = partial(int, "x"), partial(os._exit, 9)
     runs = [idle, wrong, deadly, partial(Measured, 2.0, 3 * 10**9)]
     jobs = [Job("step", label, run, "same") for label, run in zip("nabc", runs, strict=True)]
@@ -200,7 +199,7 @@ def test_warmup_and_steps_count_whole_videos(
         return engine
 
     monkeypatch.setattr("sgm.pipeline.load_engine", counting)
-    monkeypatch.setattr("tools.bench.workload.WARMUP_STEPS", 3)
+    monkeypatch.setattr("tools.bench.measuring.WARMUP_STEPS", 3)
     inference.pipeline(Workload(with_weights, options("--warmup", "2", "--steps", "3")))
     assert num_steps == [3, 3, 2, 2, 2]
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from sgm.preflight import weight_paths
 from sgm.util import build_on_meta
-from tools.bench.measuring import Measured, randomize
-from tools.bench.workload import PROMPT, Workload, t5_params
+from tools.bench.measuring import PROMPT, Measured, Workload, randomize, t5_params
 from tools.weights.diffusers_configs import (
     SCHEDULERS,
     geometry_of,
@@ -98,8 +97,7 @@ def encode(work: Workload, *, at_once: bool = False) -> Measured:
 @torch.no_grad()
 def embed_text(work: Workload) -> Measured:
     """A prompt through transformers' T5, with the weights of the configuration."""
-    _, embed = _t5(work)
-    return work.measure(embed)
+    return work.measure(_t5(work))
 
 
 @torch.no_grad()
@@ -111,10 +109,10 @@ def pipeline(work: Workload) -> Measured:
     import diffusers
 
     scheduler = SCHEDULERS[work.config.model["sampler_config"]["target"].rpartition(".")[2]]
-    encoder, embed = _t5(work)
+    embed = _t5(work)
     parts = diffusers.CogVideoXPipeline(
         tokenizer=None,  # the pipeline gets embeddings
-        text_encoder=encoder,
+        text_encoder=None,
         vae=_vae(work),
         transformer=_transformer(work, work.dtype),
         scheduler=getattr(diffusers, scheduler).from_config(
@@ -175,8 +173,8 @@ def _compile(model: nn.Module) -> None:
         block.compile(fullgraph=True, dynamic=False)
 
 
-def _t5(work: Workload) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """transformers' T5 with the weights of the configuration, and a call that embeds PROMPT."""
+def _t5(work: Workload) -> Callable[[], Tensor]:
+    """A call that embeds PROMPT by transformers' T5 with the weights of the configuration."""
     from transformers import T5EncoderModel
 
     from sgm.checkpoint.find import find_t5
@@ -189,4 +187,4 @@ def _t5(work: Workload) -> tuple[nn.Module, Callable[[], Tensor]]:
         Path(files.folder), dtype=work.dtype, local_files_only=True
     )
     encoder.to(work.device).eval()
-    return encoder, lambda: encoder(tokenizer([PROMPT]).to(work.device)).last_hidden_state
+    return lambda: encoder(tokenizer([PROMPT]).to(work.device)).last_hidden_state

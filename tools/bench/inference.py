@@ -28,8 +28,7 @@ from sgm.preflight import check_sampling, head_size
 from sgm.util import instantiate_from_config
 from tools.bench import diffusers_baseline as baseline
 from tools.bench.jobs import Job
-from tools.bench.measuring import Measured, forward_flops, random_network
-from tools.bench.workload import PROMPT, Workload
+from tools.bench.measuring import PROMPT, Measured, Workload, forward_flops, random_network
 
 Piece = Callable[[Workload], Measured | None]
 
@@ -44,9 +43,9 @@ def inference_jobs(
     """
     lines: list[tuple[str, str, Piece, str]] = [
         ("step", "own", step, "pieces"),
-        ("step", "own, flash", partial(step_with_kernel, kernel="flash"), "pieces"),
-        ("step", "own, sdpa", partial(step_with_kernel, kernel="sdpa"), "pieces"),
-        ("step", "own, fp8", step_with_fp8, "pieces"),
+        ("step", "own, flash", partial(step, other="flash"), "pieces"),
+        ("step", "own, sdpa", partial(step, other="sdpa"), "pieces"),
+        ("step", "own, fp8", partial(step, in_fp8=True), "pieces"),
         ("decode", "own", decode, "pieces"),
         ("encode", "own", encode, "pieces"),
         ("t5", "own", embed_text, "pieces"),
@@ -85,22 +84,30 @@ def inference_jobs(
 
 
 @torch.no_grad()
-def step(work: Workload, *, kernel: str | None = None, in_fp8: bool = False) -> Measured:
+def step(work: Workload, *, other: Kernel | None = None, in_fp8: bool = False) -> Measured | None:
     """One batched forward of the transformer for both branches of guidance.
 
     Args:
         work: its options choose the kernel of attention.
-        kernel: another kernel.
+        other: a kernel to take instead of the fastest.
         in_fp8: compute the products of the MLPs in float8.
 
     Returns:
-        The measurement; operations are counted as if the branches shared none.
+        The measurement; operations are counted as if the branches shared none. None if the device
+        has no float8 products, if `other` does not run on it or is the fastest, or if the options
+        choose a kernel.
     """
-    kernel, device, dtype = kernel or work.options.attention, work.device, work.dtype
+    device, dtype, kernel = work.device, work.dtype, work.options.attention
+    if in_fp8 and not (device.type == "cuda" and fp8_runs_on(device)):
+        return None
+    if other:
+        token = torch.empty(1, dtype=dtype, device=device)
+        others = list_kernels(token, head_size=head_size(work.config.model))[1:]
+        if kernel != "auto" or other not in others:
+            return None
     check_attention(kernel, work.config.model, device=device, dtype=dtype)
-    node = work.config.model["network_config"]
-    network = random_network(node, dtype=dtype, device=device).eval()
-    network.set_attention(kernel)
+    network = random_network(work.config.model["network_config"], dtype=dtype, device=device).eval()
+    network.set_attention(other or kernel)
     layers = network.transformer.layers
     num_weights = sum(weight.numel() for weight in layers.parameters() if weight.ndim == 2)
     if in_fp8:
@@ -117,24 +124,6 @@ def step(work: Workload, *, kernel: str | None = None, in_fp8: bool = False) -> 
         width=network.hidden_size,
     )
     return dataclasses.replace(measured, flops=len(texts) * flops)
-
-
-@torch.no_grad()
-def step_with_kernel(work: Workload, *, kernel: Kernel) -> Measured | None:
-    """A step with another kernel of attention than the fastest, which `step` takes.
-
-    None if it does not run here, is the fastest, or if the options choose a kernel.
-    """
-    token = torch.empty(1, dtype=work.dtype, device=work.device)
-    others = list_kernels(token, head_size=head_size(work.config.model))[1:]
-    is_wanted = work.options.attention == "auto" and kernel in others
-    return step(work, kernel=kernel) if is_wanted else None
-
-
-def step_with_fp8(work: Workload) -> Measured | None:
-    """A step with float8 products; None if the device does not have them."""
-    has_fp8 = torch.cuda.is_available() and fp8_runs_on(work.device)
-    return step(work, in_fp8=True) if has_fp8 else None
 
 
 @torch.no_grad()

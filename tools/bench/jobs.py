@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from sgm.cli import set_up_logging
-
-if TYPE_CHECKING:
-    from tools.bench.measuring import Measured
+from tools.bench.measuring import Measured, peak_rate
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +116,6 @@ def run_job(job: Job, *, started: float) -> BenchmarkResult | None:
     Returns:
         Its result; None if the line is to be left out.
     """
-    import torch
-
-    from tools.bench.measuring import peak_rate
-
     on_gpu = torch.cuda.is_available()
     try:
         measured = job.run()

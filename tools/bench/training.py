@@ -26,8 +26,7 @@ from sgm.training.loop import TrainingObjective
 from sgm.util import instantiate_from_config
 from tools.bench import diffusers_baseline
 from tools.bench.jobs import Job
-from tools.bench.measuring import Measured, forward_flops, random_network
-from tools.bench.workload import Workload
+from tools.bench.measuring import Measured, Workload, forward_flops, random_network
 
 
 def training_jobs(config: Config, options: argparse.Namespace) -> list[Job]:

@@ -12,6 +12,7 @@ from arguments import parse_config
 from sgm.config import Config, TrainingArgs
 from sgm.errors import UserError
 from tools.bench import diffusers_baseline
+from tools.bench.measuring import Workload
 from tools.bench.training import (
     build_network,
     deepspeed_settings,
@@ -19,7 +20,6 @@ from tools.bench.training import (
     step_flops,
     training_jobs,
 )
-from tools.bench.workload import Workload
 
 CONFIG = Path(__file__).parents[3] / "configs" / "cogvideox_tiny_sft.yaml"
 RANK = 2
