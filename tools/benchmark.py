@@ -73,22 +73,28 @@ def choose_sections(config: Config, asked: str | None) -> list[str]:
     return [section for section in possible if section in names]
 
 
-def find_mistakes(options: argparse.Namespace, config: Config) -> Iterator[str]:
-    """Yield a sentence for each option that cannot be used."""
+def check_options(options: argparse.Namespace, config: Config) -> None:
+    """Check the options before anything is loaded.
+
+    Raises:
+        UserError: an option cannot be used, or the configuration lacks a part that is measured.
+    """
     trains = bool(config.deepspeed)
     if any(n is not None and n < 1 for n in (options.steps, options.warmup, options.rank)):
-        yield "--steps, --warmup and --rank must be at least 1"
+        raise UserError("--steps, --warmup and --rank must be at least 1")
     if trains and options.attention == "hopper":
-        yield "--attention hopper is for sampling; for training take flash or sdpa"
+        raise UserError("--attention hopper is for sampling; for training take flash or sdpa")
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
-        yield f"--json {options.json}: name a file in a folder that exists"
+        raise UserError(f"--json {options.json}: name a file in a folder that exists")
     packages = ["diffusers", "peft"] if trains else ["diffusers"]
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if options.against and missing:
-        yield f"--against {options.against} needs {' and '.join(missing)}; pip install them"
+        raise UserError(
+            f"--against {options.against} needs {' and '.join(missing)}; pip install them"
+        )
     for node in () if trains else ("conditioner_config", "first_stage_config", "sampler_config"):
         if not config.model.get(node):
-            yield f"model.{node} is missing; a configuration that samples has it"
+            raise UserError(f"model.{node} is missing; a configuration that samples has it")
 
 
 @contextmanager
@@ -259,8 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.attention = options.attention or config.args.attention
     if options.compile is None:
         options.compile = torch.cuda.is_available()
-    for mistake in find_mistakes(options, config):
-        raise UserError(mistake)
+    check_options(options, config)
     versions = installed_versions(("torch", "triton", "flash-attn-4", "diffusers"))
     head = {"argv": list(argv), "base": options.base, "versions": versions}
     if config.deepspeed:

@@ -110,8 +110,9 @@ def parse_caption(caption: str) -> ShapeSpec:
     for field, allowed in _VOCABULARY.items():
         said = [word for word in words if word in allowed]
         if len(said) > 1 or (not said and field not in _OPTIONAL):
-            what = f"names several ({', '.join(said)})" if said else "names none"
-            raise ValueError(f"caption {caption!r}: {field} {what}; one of {', '.join(allowed)}")
+            raise ValueError(
+                f"caption {caption!r}: {field} names {len(said)} of {', '.join(allowed)}, not one"
+            )
         found[field] = said[0] if said else None
     return ShapeSpec(**found)
 
