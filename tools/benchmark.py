@@ -226,10 +226,10 @@ def build_parser() -> CommandParser:
         help="kernel of attention; default: args.attention of the configuration",
     )
     parser.add_argument(
-        "--warmup", type=int, help="runs before the measured ones: 1; train: 3; step on a GPU: 5"
+        "--warmup", type=int, help="runs before the measured ones: 1; step and train on a GPU: 5"
     )
     parser.add_argument(
-        "--steps", type=int, help="measured runs: 3; pipeline: 1; train, and step on a GPU: 10"
+        "--steps", type=int, help="measured runs: 3; pipeline: 1; step and train on a GPU: 10"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to it too")
     parser.add_argument(

@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 import sample_video
 from sgm.cli import run_and_exit
 from sgm.errors import UserError
-from sgm.files import make_output_folder, replacing
+from sgm.files import make_output_folder, refuse_existing, replacing
 from tools.tiny.measure import ATTRIBUTES, Measurement, measure
 from tools.tiny.shapes import ShapeSpec, held_out_combinations, parse_caption
 from tools.tiny.train_vae import CONFIG, load_autoencoder, reconstruct_fresh
@@ -62,17 +62,13 @@ def render(base: Sequence[str], prompts: Path, folder: Path, flags: Sequence[str
     Args:
         base: configuration files.
         prompts: a file with one prompt a line.
-        folder: must be empty or not exist.
+        folder: must not exist.
         flags: further flags of sample_video.py.
 
     Raises:
-        UserError: the folder is not empty, or a prompt failed.
+        UserError: the folder exists, or a prompt failed.
     """
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(
-            f"{folder} is not empty, and its videos would be counted with the new ones; "
-            "remove it, choose another --output-dir, or measure it with --videos"
-        )
+    refuse_existing(folder)  # its videos would be counted with the new ones
     paths = ["--input-type", "txt", "--input-file", str(prompts), "--output-dir", str(folder)]
     if sample_video.main(["--base", *base, *paths, *flags]):
         raise UserError("some prompts failed (see above), so nothing is measured")

@@ -56,7 +56,7 @@ def training_step(work: Workload) -> Measured:
         optimizer.step()
         optimizer.zero_grad()
 
-    return work.measure_training(step)
+    return work.measure_step(step)
 
 
 @torch.no_grad()

@@ -152,13 +152,9 @@ class Workload:
         return Measured(seconds, peak, spread=(max(times) - min(times)) / 2 / seconds)
 
     def measure_step(self, call: Callable[[], object]) -> Measured:
-        """As `measure`, for a sampling step: a GPU settles at its power limit after some steps."""
+        """As `measure`, for a step of a loop: a GPU settles at its power limit after some steps."""
         on_gpu = self.device.type == "cuda"
         return self.measure(call, warmup=5, steps=10) if on_gpu else self.measure(call)
-
-    def measure_training(self, call: Callable[[], object]) -> Measured:
-        """As `measure`, for a training step."""
-        return self.measure(call, warmup=3, steps=10)
 
     def measure_videos(self, make: Callable[[int], object]) -> Measured:
         """As `measure`, for ``make(num_steps)``, which makes a whole video."""

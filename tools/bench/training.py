@@ -76,7 +76,7 @@ def own_step(work: Workload, method: str, *, keep: str) -> Measured:
 
     num_tokens = context.shape[1] + math.prod(network.grid_size) * network.num_latent_frames
     flops = step_flops(network, num_tokens=num_tokens)
-    return dataclasses.replace(work.measure_training(step), flops=flops)
+    return dataclasses.replace(work.measure_step(step), flops=flops)
 
 
 def build_network(work: Workload, method: str, *, keep: str) -> DiffusionTransformer:
