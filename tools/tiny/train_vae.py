@@ -18,11 +18,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
+from sgm.config import read_yaml
 from sgm.files import save_torch
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper, encode_moments
 from sgm.models.autoencoder_training import TrainableVideoAutoencoder
@@ -68,9 +68,9 @@ def psnr(video: Tensor, target: Tensor) -> Tensor:
 
 def load_autoencoder(*configs: str) -> VideoAutoencoderInferenceWrapper:
     """The autoencoder of merged configurations with its weights, on a GPU if there is one."""
-    config = OmegaConf.merge(*map(OmegaConf.load, configs))
-    node = OmegaConf.to_container(config.model.first_stage_config, resolve=True)
-    return instantiate_from_config(node).eval().to(choose_device())
+    sections, _ = read_yaml(configs)
+    vae = instantiate_from_config(sections["model"]["first_stage_config"])
+    return vae.eval().to(choose_device())
 
 
 def encode_means(vae: VideoAutoencoderInferenceWrapper, clips: Tensor) -> Tensor:
@@ -99,9 +99,10 @@ def reconstruct_fresh(
 
 def build(config: str, *, load: str | None, learning_rate: float, kl_weight: float) -> Autoencoder:
     """The autoencoder of `first_stage_config`, with the weights of `load` or random ones."""
-    node = OmegaConf.to_container(OmegaConf.load(config).model.first_stage_config, resolve=True)
+    sections, _ = read_yaml([config])
+    params = sections["model"]["first_stage_config"]["params"]
     ignored = {"ckpt_path", "ignore_keys", *Autoencoder.IGNORED_PARAMS}
-    params = {name: value for name, value in node["params"].items() if name not in ignored}
+    params = {name: value for name, value in params.items() if name not in ignored}
     vae = Autoencoder(**params, ckpt_path=load)
     vae.learning_rate, vae.kl_weight = learning_rate, kl_weight
     return vae
