@@ -68,8 +68,8 @@ def main() -> int:
     set_up_logging()
     (file,) = find_transformer(options.load).files
     state = file.tensors(wrapper="module")
-    write_t5(state, options.output / "t5" / "model.safetensors")
     write_transformer(state, options.output / "transformer", tag=options.tag)
+    write_t5(state, options.output / "t5" / "model.safetensors")
     return 0
 
 
