@@ -24,105 +24,77 @@ import copy
 import dataclasses
 import importlib.util
 import json
-import multiprocessing
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 from arguments import parse_config
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.config import Config, SamplingArgs, TrainingArgs
-from sgm.errors import UserError, nearest_name
+from sgm.errors import UserError
 from sgm.files import installed_versions, new_folder, replacing
 from sgm.preflight import check_model_section, find_weights, latent_shape
-from tools.bench.jobs import INFERENCE_SECTIONS, METHODS, SECTIONS, BenchmarkResult, Job, run_jobs
-from tools.bench.workload import run_dtype, t5_params
+from tools.bench.jobs import (
+    INFERENCE_SECTIONS,
+    METHODS,
+    SECTIONS,
+    BenchmarkResult,
+    Job,
+    new_process,
+    run_jobs,
+)
+from tools.bench.measuring import run_dtype, t5_params
 
 GB = 1e9
-_WITH_WEIGHTS = ("pipeline", "t5")  # the sections that read files
-_TRAINING = {"methods": METHODS, "rank": 128, "keep": ("attention",)}  # defaults of its flags
+_WITH_WEIGHTS = {"pipeline", "t5"}  # the sections that read files
 
 
-def sections_of(text: str) -> list[str]:
-    """The sections in a list with commas, in the order of the table.
-
-    Raises:
-        argparse.ArgumentTypeError: a section is unknown.
-    """
-    names = text.split(",")
-    for name in names:
-        if name not in SECTIONS:
-            raise argparse.ArgumentTypeError(
-                f"unknown section {name!r}; {nearest_name(name, SECTIONS)}"
-            )
-    return [section for section in SECTIONS if section in names]
-
-
-def choose_sections(config: Config, asked: Sequence[str] | None) -> list[str]:
+def choose_sections(config: Config, asked: str | None) -> list[str]:
     """The sections to measure: those of ``--only``, or all that the configuration is for.
 
     Raises:
-        UserError: the configuration is not for a section of ``--only``.
+        UserError: a section is unknown, or the configuration is not for it.
+    """
+    possible = ("train",) if config.deepspeed else INFERENCE_SECTIONS
+    names = asked.split(",") if asked else possible
+    for name in names:
+        if name not in possible:
+            raise UserError(
+                f"--only {name}: a configuration with{'' if config.deepspeed else 'out'} a section "
+                f"deepspeed is for {', '.join(possible)}"
+            )
+    return [section for section in possible if section in names]
+
+
+def check_options(options: argparse.Namespace, config: Config) -> None:
+    """Check the options before anything is loaded.
+
+    Raises:
+        UserError: an option cannot be used, or the configuration lacks a part that is measured.
     """
     trains = bool(config.deepspeed)
-    possible = ("train",) if trains else INFERENCE_SECTIONS
-    for section in asked or ():
-        if section not in possible:
-            raise UserError(
-                f"--only {section}: the configuration has {'a' if trains else 'no'} section "
-                f"deepspeed, so that it is for {', '.join(possible)}"
-            )
-    return list(asked or possible)
-
-
-def fill_in(options: argparse.Namespace, config: Config) -> None:
-    """Replace the options that are not given and have a default that depends on others."""
-    options.attention = options.attention or config.args.attention
-    if options.compile is None:
-        import torch
-
-        options.compile = torch.cuda.is_available()
-    for name, default in _TRAINING.items():
-        if getattr(options, name) is None:
-            setattr(options, name, default)
-
-
-def find_mistakes(
-    options: argparse.Namespace, sections: Sequence[str], config: Config
-) -> Iterator[str]:
-    """Yield a sentence for each option that cannot be used, before the defaults are filled in."""
-    trains, names = "train" in sections, ", ".join(sections)
-    for name in _TRAINING:
-        if getattr(options, name) is not None and not trains:
-            yield f"--{name} is for train, but only {names} would be measured"
     if any(n is not None and n < 1 for n in (options.steps, options.warmup, options.rank)):
-        yield "--steps, --warmup and --rank must be at least 1"
-    attention = options.attention or config.args.attention
-    if attention == "hopper" and trains:
-        yield "--attention hopper is for sampling; for training take flash or sdpa"
-    if options.weights and not set(sections) & set(_WITH_WEIGHTS):
-        yield f"--weights is for {' and '.join(_WITH_WEIGHTS)}, but only {names} would be measured"
+        raise UserError("--steps, --warmup and --rank must be at least 1")
+    if trains and options.attention == "hopper":
+        raise UserError("--attention hopper is for sampling; for training take flash or sdpa")
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
-        yield f"--json {options.json}: name a file in a folder that exists"
-    packages = ["diffusers", *(["peft"] if trains else [])] if options.against else []
+        raise UserError(f"--json {options.json}: name a file in a folder that exists")
+    packages = ["diffusers", "peft"] if trains else ["diffusers"]
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        yield f"--against {options.against} needs {' and '.join(missing)}; pip install them"
-    if attention == "flash":
-        from sgm.modules.transformer.attention import flash_is_installed  # imports PyTorch
-
-        if not flash_is_installed():
-            yield 'attention: flash needs FlashAttention-4; pip install --pre "flash-attn-4[cu13]"'
+    if options.against and missing:
+        raise UserError(
+            f"--against {options.against} needs {' and '.join(missing)}; pip install them"
+        )
     for node in () if trains else ("conditioner_config", "first_stage_config", "sampler_config"):
         if not config.model.get(node):
-            yield f"model.{node} is missing; a configuration that samples has it"
+            raise UserError(f"model.{node} is missing; a configuration that samples has it")
 
 
 @contextmanager
@@ -135,16 +107,13 @@ def config_with_weights(config: Config, folder: Path | None) -> Iterator[Config]
             written to it. None: those of `config`, or random ones in a temporary folder.
 
     Raises:
-        UserError: the folder cannot be written, or holds something else.
+        UserError: the folder cannot be written.
     """
-    with ExitStack() as stack:
-        if folder is None:
-            reason = _why_unusable(config)
-            if reason is None:
-                yield config
-                return
-            print(f"random weights, since {reason}", file=sys.stderr)
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "weights"
+    if folder is None and _has_weights(config):
+        yield config
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = folder or Path(temporary) / "weights"
         if not folder.exists():
             print(f"writing random weights to {folder} …", file=sys.stderr, flush=True)
             with new_folder(folder) as partial_folder:
@@ -154,21 +123,17 @@ def config_with_weights(config: Config, folder: Path | None) -> Iterator[Config]
         changed.args.load = str(paths["load"])
         changed.model["first_stage_config"]["params"]["ckpt_path"] = str(paths["vae"])
         t5_params(changed)["model_dir"] = str(paths["t5"])
-        if reason := _why_unusable(changed):
-            raise UserError(
-                f"--weights {folder} does not hold weights that this tool wrote: "
-                f"{reason.partition(';')[0]}; name a new folder"
-            )
         yield changed
 
 
-def _why_unusable(config: Config) -> str | None:
-    """The error about the weights of a configuration; None if all of them exist."""
+def _has_weights(config: Config) -> bool:
+    """Whether all weights of a configuration exist; prints what is missing."""
     try:
         find_weights(config.model, config.args.load)
     except UserError as error:
-        return str(error)
-    return None
+        print(f"random weights, since {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _paths_in(folder: Path) -> dict[str, Path]:
@@ -183,11 +148,9 @@ def _write_apart(config: Config, folder: Path) -> None:
     """Write random weights in a process of its own, which leaves nothing on the GPU."""
     from tools.make_random_weights import write_weights
 
-    paths = _paths_in(folder)
-    write = partial(write_weights, config.model, **paths, t5_dtype=run_dtype(config))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=set_up_logging) as pool:
-        pool.submit(write).result()
+    paths, dtype = _paths_in(folder), run_dtype(config)
+    with new_process() as process:
+        process.submit(write_weights, config.model, **paths, t5_dtype=dtype).result()
 
 
 def report(
@@ -221,8 +184,7 @@ def print_table(results: Sequence[BenchmarkResult]) -> None:
         f"{'peak GB':>8} {'of peak':>8} {'time':>7}"
     )
     references = {one.section: one.seconds for one in results if one.is_reference}
-    results = sorted(results, key=lambda one: SECTIONS.index(one.section))
-    for result in results:
+    for result in sorted(results, key=lambda one: SECTIONS.index(one.section)):
         print(_line(result, references.get(result.section)))
     for result in results:
         if result.startup_seconds:
@@ -253,7 +215,6 @@ def build_parser() -> CommandParser:
     parser.add_argument("--base", nargs="+", required=True, help="configurations, merged in order")
     parser.add_argument(
         "--only",
-        type=sections_of,
         metavar="SECTION,…",
         help="what to measure; default: all that the configuration is for",
     )
@@ -265,10 +226,10 @@ def build_parser() -> CommandParser:
         help="kernel of attention; default: args.attention of the configuration",
     )
     parser.add_argument(
-        "--warmup", type=int, help="runs before the measured ones: 1; train: 3; step on a GPU: 5"
+        "--warmup", type=int, help="runs before the measured ones: 1; step and train on a GPU: 5"
     )
     parser.add_argument(
-        "--steps", type=int, help="measured runs: 3; pipeline: 1; train, and step on a GPU: 10"
+        "--steps", type=int, help="measured runs: 3; pipeline: 1; step and train on a GPU: 10"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to it too")
     parser.add_argument(
@@ -278,12 +239,13 @@ def build_parser() -> CommandParser:
         help="folder of the weights; if new, random ones are written",
     )
     training = parser.add_argument_group("of training")
-    training.add_argument("--methods", nargs="*", choices=METHODS, help="default: all")
-    training.add_argument("--rank", type=int, help="rank of LoRA; default: 128")
+    training.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
+    training.add_argument("--rank", type=int, default=128, help="rank of LoRA; default: 128")
     training.add_argument(
         "--keep",
         nargs="+",
         choices=("block", "attention", "all"),
+        default=("attention",),
         help="activation checkpointing policies to measure; default: attention",
     )
     return parser
@@ -296,16 +258,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     files = ["--base", *options.base]
     config = parse_config(SamplingArgs, "", files)
-    sections = choose_sections(config, options.only)
-    if sections == ["train"]:
+    if config.deepspeed:
         config = parse_config(TrainingArgs, "", files)
+    sections = choose_sections(config, options.only)
     check_model_section(config.model)
-    for mistake in find_mistakes(options, sections, config):
-        raise UserError(mistake)
-    fill_in(options, config)
+    options.attention = options.attention or config.args.attention
+    if options.compile is None:
+        options.compile = torch.cuda.is_available()
+    check_options(options, config)
     versions = installed_versions(("torch", "triton", "flash-attn-4", "diffusers"))
     head = {"argv": list(argv), "base": options.base, "versions": versions}
-    if sections == ["train"]:
+    if config.deepspeed:
         from tools.bench.training import training_jobs  # imports DeepSpeed
 
         results = report(training_jobs(config, options), options.json, head=head)
@@ -313,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tools.bench.inference import inference_jobs
 
         latent_shape(config.args, config.model)
-        needs = set(sections) & set(_WITH_WEIGHTS)
+        needs = _WITH_WEIGHTS & set(sections)
         with config_with_weights(config, options.weights) if needs else nullcontext(config) as used:
             results = report(inference_jobs(used, sections, options), options.json, head=head)
     print_table(results)

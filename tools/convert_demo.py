@@ -13,13 +13,12 @@ the package openai: pip install openai
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
+import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 # This file is run by its path, from any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from sgm.cli import CommandParser, run_and_exit
 from sgm.errors import UserError
+from sgm.files import write_error
 from sgm.prompts import read_prompt_file
 
 if TYPE_CHECKING:
@@ -83,61 +83,42 @@ def make_client(*, retries: int) -> openai.OpenAI:
     """A client of the endpoint in the environment.
 
     Raises:
-        UserError: the package is missing, or the key or the address in the environment is invalid.
+        UserError: the package is missing, or there is no key that can be sent.
     """
+    try:
+        import openai
+    except ImportError:
+        raise UserError(
+            f"the package openai is missing in {sys.executable}; run 'pip install openai'"
+        ) from None
     key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key or not key.isascii():
+        raise UserError(
+            "OPENAI_API_KEY is not set, or not in ASCII; export the key of your service, or any "
+            "word for a local server without keys"
+        )
     address = os.environ.get("OPENAI_BASE_URL", "").strip() or None
-    mistake = ""
-    if importlib.util.find_spec("openai") is None:
-        mistake = f"the package openai is missing in {sys.executable}; run 'pip install openai'"
-    elif not key or not key.isascii():
-        mistake = (
-            f"OPENAI_API_KEY {'contains characters other than ASCII' if key else 'is not set'}; "
-            "export the key of your service, or any word for a local server without keys"
-        )
-    elif address and not address.startswith(("http://", "https://")):
-        mistake = (
-            f"OPENAI_BASE_URL {address!r} is not a web address; it should look like "
-            "http://localhost:8000/v1"
-        )
-    if mistake:
-        raise UserError(mistake)
-    import openai
-
     return openai.OpenAI(
         api_key=key, base_url=address, max_retries=retries, timeout=TIMEOUT_SECONDS
     )
 
 
-def _explain(error: openai.OpenAIError, address: str, *, model: str) -> str:
-    """A sentence for an error of the client with the endpoint at `address`."""
+def _explain(error: openai.OpenAIError) -> str:
+    """What the endpoint did, for an error of its client."""
     import openai
 
-    if isinstance(error, openai.APITimeoutError):
-        return f"{address} did not answer within {TIMEOUT_SECONDS:.0f} s; try again later"
-    if isinstance(error, openai.APIConnectionError):
-        reason = error.__cause__ or error
-        return f"{address} cannot be reached ({reason}); check the network and OPENAI_BASE_URL"
     if not isinstance(error, openai.APIStatusError):
-        return f"the answer of {address} cannot be read ({error}); check OPENAI_BASE_URL"
+        return f"gave no answer that can be used ({error.__cause__ or error})"
     body = error.body.get("message") if isinstance(error.body, dict) else None
     reason = " ".join(str(body or error.response.reason_phrase).split())
-    advice = {
-        401: "check OPENAI_API_KEY",
-        403: "check OPENAI_API_KEY",
-        404: f"check --model, now {model!r}, and OPENAI_BASE_URL",
-        429: "its limit is reached: wait, or give more --retries",
-    }.get(error.status_code, "see the documentation of the service")
-    return f"{address} refused the request ({error.status_code}: {reason}); {advice}"
+    return f"refused the request ({error.status_code}: {reason})"
 
 
 def _as_one_line(answer: str) -> str:
     """An answer without line breaks, and without quotation marks around all of it."""
     line = " ".join(answer.split())
-    for start, end in ('""', "''", "“”", "``"):
-        if len(line) > 1 and line[0] == start and line[-1] == end and start not in line[1:-1]:
-            line = line[1:-1].strip()
-    return line
+    quoted = re.fullmatch(r'["“]([^"“”]*)["”]', line)
+    return quoted[1].strip() if quoted else line
 
 
 def rewrite(client: openai.OpenAI, idea: str, *, model: str, tries: int) -> str:
@@ -159,50 +140,44 @@ def rewrite(client: openai.OpenAI, idea: str, *, model: str, tries: int) -> str:
         messages.append({"role": "user", "content": example})
         messages.append({"role": "assistant", "content": prompt})
     messages.append({"role": "user", "content": idea})
-    address = str(client.base_url).rstrip("/")
-    mistake = f"the model {model} gave no text for {idea!r} in {tries} tries"
+    address, refusal = str(client.base_url).rstrip("/"), None
     for _ in range(tries):
         try:
             completion = client.chat.completions.create(model=model, messages=messages)
         except openai.OpenAIError as error:
-            mistake = _explain(error, address, model=model)
-            break
+            raise UserError(
+                f"{address} {_explain(error)}; check OPENAI_BASE_URL, OPENAI_API_KEY, --model "
+                f"{model!r} and the limits of the service, or give more --retries"
+            ) from None
         choices = getattr(completion, "choices", None)  # the client returns a web page as a str
         if not choices:
-            mistake = (
+            raise UserError(
                 f"the answer of {address} is not a chat completion; OPENAI_BASE_URL should be the "
                 "address of the interface, which often ends in /v1"
             )
-            break
-        message = choices[0].message
-        if getattr(message, "refusal", None):
-            mistake = f"the model {model} refused {idea!r}: {_as_one_line(message.refusal)}"
-            break
-        if prompt := _as_one_line(message.content or ""):
+        if prompt := _as_one_line(choices[0].message.content or ""):
             return prompt
-    raise UserError(mistake)
+        refusal = choices[0].message.refusal
+    reason = f": {_as_one_line(refusal)}" if refusal else ""
+    raise UserError(f"the model {model} gave no text for {idea!r} in {tries} tries{reason}")
 
 
-@contextmanager
-def _output(path: Path | None) -> Iterator[TextIO]:
-    """The stream to write to: stdout, or a file beside `path` that is renamed to it at the end.
+def write_prompts(prompts: Iterable[str], path: Path) -> None:
+    """Write prompts, one on each line, to a file beside `path` that is renamed to it at the end.
 
     Raises:
-        UserError: the file cannot be written; or that of the context, which names the file if some
-            of it was written.
+        UserError: the file cannot be written; or that of the prompts, which names the file beside
+            `path` if some are in it, since they have been paid for.
     """
-    if path is None:
-        yield sys.stdout
-        return
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            yield file
+            for prompt in prompts:
+                file.write(f"{prompt}\n")
+                file.flush()
         partial.replace(path)
     except OSError as error:
-        raise UserError(
-            f"output_file {path} cannot be written ({error.strerror}); choose another place"
-        ) from None
+        raise write_error(path, error) from None
     except UserError as error:
         if partial.stat().st_size == 0:
             partial.unlink()
@@ -240,11 +215,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         ideas = [idea.text for idea in read_prompt_file(flags.input_file)]
     client = make_client(retries=flags.retries)
-    with _output(flags.output_file) as output:
-        for idea in tqdm(ideas, unit="prompt", disable=len(ideas) < 2):
-            prompt = rewrite(client, idea, model=flags.model, tries=flags.retries + 1)
-            output.write(f"{prompt}\n")
-            output.flush()
+    prompts = (
+        rewrite(client, idea, model=flags.model, tries=flags.retries + 1)
+        for idea in tqdm(ideas, unit="prompt", disable=len(ideas) < 2)
+    )
+    if flags.output_file:
+        write_prompts(prompts, flags.output_file)
+    else:
+        for prompt in prompts:
+            print(prompt, flush=True)
     return 0
 
 

@@ -84,13 +84,13 @@ def option_rows(
     for name, field in model.model_fields.items():
         if name in inherited and repr(inherited[name]) == repr(field):
             continue
-        default = field.default
-        shown = "none" if default in (None, [], "") else f"`{_plain(default)}`"
-        yield name, describe(field), shown, field.description or ""
+        yield name, describe(field), _default(field.default), field.description or ""
 
 
-def _plain(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _default(value: object) -> str:
+    if value in (None, [], (), ""):
+        return "none"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def meanings(cls: type) -> dict[str, str]:
@@ -118,9 +118,7 @@ def parameter_rows(cls: type) -> Iterator[tuple[str, str, str, str]]:
             str(parameter.annotation).replace("Mapping[str, Any]", "keys").replace("Config", "keys")
         )
         default = parameter.default
-        shown = "required" if default is parameter.empty else f"`{_plain(default)}`"
-        if default in (None, ()) or default == "":
-            shown = "none"
+        shown = "required" if default is parameter.empty else _default(default)
         yield parameter.name, f"`{kind}`", shown, texts.get(parameter.name, "")
 
 

@@ -28,12 +28,11 @@ from PIL import Image, ImageDraw
 import sample_video
 from sgm.cli import run_and_exit
 from sgm.errors import UserError
-from sgm.files import make_output_folder, replacing
+from sgm.files import make_output_folder, refuse_existing, replacing
 from tools.tiny.measure import ATTRIBUTES, Measurement, measure
 from tools.tiny.shapes import ShapeSpec, held_out_combinations, parse_caption
-from tools.tiny.train_vae import CONFIG, default_device, fresh_clips, load_autoencoder, reconstruct
+from tools.tiny.train_vae import CONFIG, load_autoencoder, reconstruct_fresh
 
-PSNR_BATCH = 8
 SHEET_COLUMNS, SHEET_FRAMES, LABEL_HEIGHT, GAP, FRAME_GAP = 4, 4, 14, 6, 2
 
 
@@ -46,15 +45,15 @@ class MeasuredVideo:
     measurement: Measurement
 
     @property
-    def is_right(self) -> bool:
-        """Whether all four attributes are those of the caption."""
-        return all(self.measurement.matches(self.spec).values())
-
-    def describe_errors(self) -> str:
-        """The measured value of each wrong attribute; empty if the video is right."""
+    def errors(self) -> dict[str, str]:
+        """The measured value of each attribute that is not the caption's."""
         matches = self.measurement.matches(self.spec)
         wrong = [name for name in ATTRIBUTES if not matches[name]]
-        return ", ".join(f"{name} {getattr(self.measurement, name) or 'unclear'}" for name in wrong)
+        return {name: getattr(self.measurement, name) or "unclear" for name in wrong}
+
+    def describe_errors(self) -> str:
+        """`errors` as text; empty if the video is right."""
+        return ", ".join(f"{name} {value}" for name, value in self.errors.items())
 
 
 def render(base: Sequence[str], prompts: Path, folder: Path, flags: Sequence[str]) -> None:
@@ -63,17 +62,13 @@ def render(base: Sequence[str], prompts: Path, folder: Path, flags: Sequence[str
     Args:
         base: configuration files.
         prompts: a file with one prompt a line.
-        folder: must be empty or not exist.
+        folder: must not exist.
         flags: further flags of sample_video.py.
 
     Raises:
-        UserError: the folder is not empty, or a prompt failed.
+        UserError: the folder exists, or a prompt failed.
     """
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(
-            f"{folder} is not empty, and its videos would be counted with the new ones; "
-            "remove it, choose another --output-dir, or measure it with --videos"
-        )
+    refuse_existing(folder)  # its videos would be counted with the new ones
     paths = ["--input-type", "txt", "--input-file", str(prompts), "--output-dir", str(folder)]
     if sample_video.main(["--base", *base, *paths, *flags]):
         raise UserError("some prompts failed (see above), so nothing is measured")
@@ -112,13 +107,12 @@ def read_videos(
 def report(videos: Sequence[MeasuredVideo]) -> None:
     """Print the accuracy of each attribute and of all four together, then all wrong videos."""
     print(f"{len(videos)} videos")
-    hits = [video.measurement.matches(video.spec) for video in videos]
-    counts = {name: sum(hit[name] for hit in hits) for name in ATTRIBUTES}
-    counts["all four"] = sum(video.is_right for video in videos)
+    counts = {name: sum(name not in video.errors for video in videos) for name in ATTRIBUTES}
+    counts["all four"] = sum(not video.errors for video in videos)
     for name, count in counts.items():
         print(f"{name:<11}{count:>4} of {len(videos)}{count / len(videos):>8.1%}")
     for video in videos:
-        if not video.is_right:
+        if video.errors:
             print(f"wrong: {video.spec.caption()}: {video.describe_errors()}")
 
 
@@ -148,9 +142,7 @@ def fidelity(base: Sequence[str], num_clips: int) -> torch.Tensor:
     Raises:
         UserError: the autoencoder cannot be built or loaded.
     """
-    vae = load_autoencoder(*base)
-    clips = fresh_clips(num_clips, default_device()).split(PSNR_BATCH)
-    return torch.cat([reconstruct(vae, part)[0] for part in clips])
+    return reconstruct_fresh(load_autoencoder(*base), num_clips)[0]
 
 
 def parse_options(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -159,12 +151,10 @@ def parse_options(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", nargs="+", default=[CONFIG], metavar="YAML")
-    parser.add_argument("--prompts", type=Path, help="captions, one a line")
     parser.add_argument(
         "--videos", type=Path, help="measure the videos in this output folder of sample_video.py"
     )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/evaluate_tiny"))
-    parser.add_argument("--sheet", type=Path, help="default: contact_sheet.png in --output-dir")
     parser.add_argument(
         "--psnr-clips", type=int, default=32, help="0 does not measure the autoencoder"
     )
@@ -178,20 +168,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Render the captions unless --videos is given, then measure and report."""
     options, flags = parse_options(argv)
     folder = options.videos
+    output = make_output_folder(options.output_dir)
     if folder is None:
-        folder = options.output_dir / "videos"
-        prompts = options.prompts
-        if prompts is None:  # the held-out combinations in the first two wordings
-            prompts = make_output_folder(options.output_dir) / "captions.txt"
-            captions = [spec.caption(n) for n in (0, 1) for spec in held_out_combinations()]
-            prompts.write_text("\n".join(captions) + "\n", encoding="utf-8")
+        folder, prompts = output / "videos", output / "captions.txt"
+        captions = [spec.caption(n) for n in (0, 1) for spec in held_out_combinations()]
+        prompts.write_text("\n".join(captions) + "\n", encoding="utf-8")
         render(options.base, prompts, folder, flags)
-    sheet_path = options.sheet or make_output_folder(options.output_dir) / "contact_sheet.png"
     videos = read_videos(folder)
     report(videos)
-    with replacing(sheet_path) as partial:
+    with replacing(output / "contact_sheet.png") as partial:
         draw_sheet(videos).save(partial)
-    print(f"contact sheet: {sheet_path}")
+    print(f"contact sheet: {output / 'contact_sheet.png'}")
     if options.psnr_clips:
         values = fidelity(options.base, options.psnr_clips)
         print(

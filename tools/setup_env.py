@@ -16,12 +16,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import IO, NoReturn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -29,10 +25,6 @@ _PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
-
-
-def _fail(message: str) -> NoReturn:
-    sys.exit(f"error: {message}")  # Python prints a text on stderr and exits with code 1
 
 
 def _with_included(path: Path) -> list[Path]:
@@ -114,62 +106,45 @@ class Environment:
         except OSError:  # for example a link to an interpreter that is gone
             return False
 
-    def install(self, requirements: Path, lock: IO[str]) -> None:
+    def install(self, requirements: Path) -> None:
         """Install `requirements` with pip, after making the environment anew if necessary.
 
         A complete environment of this version of Python is kept, and pip changes what differs.
-        `lock` is the opened lock file. pip inherits it, so that the lock lasts if only this
-        process is killed.
         """
         is_complete = any(text.startswith(f"{_PYTHON} ") for text in self._stamps().values())
-        is_complete = is_complete and os.access(self.python, os.X_OK)
-        print("the set-up is not finished", file=lock, flush=True)
+        self.lock.write_text("the set-up is not finished\n", encoding="utf-8")
         for file in self.folder.glob("*.stamp"):
             file.unlink()
-        run = partial(
-            subprocess.run,
-            stdin=subprocess.DEVNULL,
-            stdout=sys.stderr.fileno(),
-            env=os.environ | {"PIP_USER": "0"},  # a machine that sets it to 1 breaks every venv
-            pass_fds=[lock.fileno()],
-        )
-        if (
-            not is_complete
-            and run([sys.executable, "-m", "venv", "--clear", self.folder]).returncode
-        ):
-            _fail(
-                f"{sys.executable} cannot make {self.folder}; install its venv module (Debian, "
-                "Ubuntu: apt-get install python3-venv) or activate another Python"
+        if not (is_complete and os.access(self.python, os.X_OK)):
+            _run(
+                *(sys.executable, "-m", "venv", "--clear", self.folder),
+                failure=f"{sys.executable} cannot make {self.folder}; install its venv module "
+                "(Debian, Ubuntu: apt-get install python3-venv) or activate another Python",
             )
-        pip = [self.python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
         quiet = [] if sys.stderr.isatty() else ["--quiet"]
-        if run([*pip, *quiet, "-r", requirements]).returncode:
-            _fail(
-                f"pip cannot install {requirements.name}, see above; if it reaches no package "
-                "index, connect to the network or name a mirror in PIP_INDEX_URL; then run this "
-                "again"
-            )
+        pip = [self.python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+        _run(
+            *(*pip, *quiet, "-r", requirements),
+            failure=f"pip cannot install {requirements.name}, see above; if it reaches no package "
+            "index, connect to the network or name a mirror in PIP_INDEX_URL; then run this again",
+        )
         for file in _with_included(requirements):
             (self.folder / f"{file.name}.stamp").write_text(stamp(file), encoding="utf-8")
-        lock.truncate(0)
+        self.lock.write_text("", encoding="utf-8")
+
+
+def _run(*command: str | Path, failure: str) -> None:
+    """Run a command with its output on stderr; exits with the sentence `failure` if it fails."""
+    variables = os.environ | {"PIP_USER": "0"}  # a machine that sets it to 1 breaks every venv
+    output = sys.stderr.fileno()
+    if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, env=variables).returncode:
+        sys.exit(f"error: {failure}")
 
 
 def stamp(requirements: Path) -> str:
     """The version of Python and a hash of `requirements` with the files that it includes."""
     text = "\n".join(file.read_text(encoding="utf-8") for file in _with_included(requirements))
     return f"{_PYTHON} {hashlib.sha256(text.encode()).hexdigest()}\n"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[IO[str]]:
-    """Hold the lock file `path`, waiting for another set-up that holds it."""
-    with path.open("a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _say("another set-up of this folder is running; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
 
 
 def choose_python(requirements: Path, folder: Path) -> str:
@@ -189,22 +164,27 @@ def choose_python(requirements: Path, folder: Path) -> str:
     environment = Environment(folder)
     if environment.has(requirements):
         return str(environment.python)
-    with _locked(environment.lock) as lock:
-        if environment.has(requirements):  # made by the set-up that this one waited for
+    with environment.lock.open("a") as lock:  # closing it unlocks it
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say("another set-up of this folder is running; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        # Another set-up may have made it while this one waited.
+        if environment.has(requirements):
             return str(environment.python)
         if environment.is_users():
             if environment.meets(ranges):
                 return str(environment.python)
-            _fail(
-                f"{folder} does not meet {ranges.name} and was not made by this set-up; run "
+            sys.exit(
+                f"error: {folder} does not meet {ranges.name} and was not made by this set-up; run "
                 f"'{environment.python} -m pip install -r {requirements.name}' or move it away"
             )
-        others = f" and {len(unmet) - 1} more" if len(unmet) > 1 else ""
         _say(
-            f"{sys.executable} does not meet {ranges.name}: {unmet[0]}{others}. "
+            f"{sys.executable} does not meet {ranges.name}: {', '.join(unmet)}. "
             f"Installing into {folder} (once; may take minutes)"
         )
-        environment.install(requirements, lock)
+        environment.install(requirements)
         _say(f"{folder} is ready")
     return str(environment.python)
 
@@ -214,7 +194,7 @@ def main() -> None:
     try:
         print(choose_python(REPOSITORY / sys.argv[1], REPOSITORY / ".venv"))
     except OSError as error:
-        _fail(f"the set-up of {REPOSITORY / '.venv'} failed: {error}")
+        sys.exit(f"error: the set-up of {REPOSITORY / '.venv'} failed: {error}")
     except KeyboardInterrupt:
         _say("set-up stopped; the next run starts it again")
         sys.exit(130)

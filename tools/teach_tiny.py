@@ -24,7 +24,7 @@ from arguments import parse_config
 from sgm.cli import run_and_exit, set_up_logging
 from sgm.config import TrainingArgs
 from sgm.files import make_output_folder, replacing
-from tools.tiny.lesson import COLOR, SHAPE, SUBJECT, draw_dataset, parse_prompt, prompts
+from tools.tiny.lesson import SUBJECT, draw_dataset, parse_prompt, prompts
 
 logger = logging.getLogger(__name__)
 
@@ -72,14 +72,13 @@ def compare(run: Path, *, num_prompts: int, device: str) -> str:
     for name, lora in (("before", []), ("after", ["--lora", str(run)])):
         render(SAMPLING_CONFIGS, prompt_file, folder / name, ["--device", device, *lora])
         videos[name] = read_videos(folder / name, parse=parse_prompt)
-        shown = [(v.measurement.color, v.measurement.shape) for v in videos[name]]
-        counts[name] = shown.count((COLOR, SHAPE))
+        counts[name] = sum(not {"color", "shape"} & video.errors.keys() for video in videos[name])
     before, after = videos["before"], videos["after"]
     pairs = [video for pair in zip(before, after, strict=True) for video in pair]
     sheet = folder / "before_after.png"
     with replacing(sheet) as partial:
         draw_sheet(pairs, columns=2).save(partial)
-    right = sum(video.is_right for video in after)
+    right = sum(not video.errors for video in after)
     return (
         f"a {SUBJECT} is recognised in {counts['after']} of {len(after)} videos, before in "
         f"{counts['before']}; {right} also have the direction and background of the prompt\n"

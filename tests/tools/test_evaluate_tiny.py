@@ -66,7 +66,7 @@ def test_rendering_goes_through_sample_video_with_its_flags(tmp_path, monkeypatc
     assert len(set(captions)) == 88 and set(specs) == set(held_out_combinations())
     assert argv[:2] == ["--base", "x.yaml"] and argv[-2:] == ["--seed", "7"]
     assert "all four      3 of 3  100.0%" in capsys.readouterr().out
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="exists already"):
         evaluate_tiny.main(flags)
     assert len(calls) == 1
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from sgm.preflight import weight_paths
 from sgm.util import build_on_meta
-from tools.bench.measuring import Measured, randomize
-from tools.bench.workload import PROMPT, Workload, t5_params
+from tools.bench.measuring import PROMPT, Measured, Workload, randomize, t5_params
 from tools.weights.diffusers_configs import (
     SCHEDULERS,
     geometry_of,
@@ -27,8 +26,8 @@ from tools.weights.diffusers_configs import (
 from tools.weights.sizes import sizes_of
 
 
-def training_step(work: Workload) -> Callable[[Tensor, Tensor], None]:
-    """A LoRA step of diffusers' transformer with peft: bf16, gradient checkpointing, AdamW.
+def training_step(work: Workload) -> Measured:
+    """A LoRA training step of diffusers and peft: bf16, gradient checkpointing, AdamW.
 
     LoRA is on the projections of the attention, as in this project.
     """
@@ -42,8 +41,9 @@ def training_step(work: Workload) -> Callable[[Tensor, Tensor], None]:
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     signal = torch.linspace(0.9999, 0.0, 1000, device=work.device)  # any schedule costs the same
+    latents, context = work.training_inputs()
 
-    def step(latents: Tensor, context: Tensor) -> None:
+    def step() -> None:
         clean = latents.to(torch.bfloat16)
         noise = torch.randn_like(clean)
         timesteps = torch.randint(0, 1000, (len(clean),), device=work.device)
@@ -56,7 +56,7 @@ def training_step(work: Workload) -> Callable[[Tensor, Tensor], None]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return work.measure_step(step)
 
 
 @torch.no_grad()
@@ -97,8 +97,7 @@ def encode(work: Workload, *, at_once: bool = False) -> Measured:
 @torch.no_grad()
 def embed_text(work: Workload) -> Measured:
     """A prompt through transformers' T5, with the weights of the configuration."""
-    _, embed = _t5(work)
-    return work.measure(embed)
+    return work.measure(_t5(work))
 
 
 @torch.no_grad()
@@ -110,10 +109,10 @@ def pipeline(work: Workload) -> Measured:
     import diffusers
 
     scheduler = SCHEDULERS[work.config.model["sampler_config"]["target"].rpartition(".")[2]]
-    encoder, embed = _t5(work)
+    embed = _t5(work)
     parts = diffusers.CogVideoXPipeline(
         tokenizer=None,  # the pipeline gets embeddings
-        text_encoder=encoder,
+        text_encoder=None,
         vae=_vae(work),
         transformer=_transformer(work, work.dtype),
         scheduler=getattr(diffusers, scheduler).from_config(
@@ -174,8 +173,8 @@ def _compile(model: nn.Module) -> None:
         block.compile(fullgraph=True, dynamic=False)
 
 
-def _t5(work: Workload) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """transformers' T5 with the weights of the configuration, and a call that embeds PROMPT."""
+def _t5(work: Workload) -> Callable[[], Tensor]:
+    """A call that embeds PROMPT by transformers' T5 with the weights of the configuration."""
     from transformers import T5EncoderModel
 
     from sgm.checkpoint.find import find_t5
@@ -188,4 +187,4 @@ def _t5(work: Workload) -> tuple[nn.Module, Callable[[], Tensor]]:
         Path(files.folder), dtype=work.dtype, local_files_only=True
     )
     encoder.to(work.device).eval()
-    return encoder, lambda: encoder(tokenizer([PROMPT]).to(work.device)).last_hidden_state
+    return lambda: encoder(tokenizer([PROMPT]).to(work.device)).last_hidden_state

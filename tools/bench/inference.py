@@ -27,11 +27,10 @@ from sgm.pipeline import CogVideoX
 from sgm.preflight import check_sampling, head_size
 from sgm.util import instantiate_from_config
 from tools.bench import diffusers_baseline as baseline
-from tools.bench.jobs import Job, NotApplicableError
-from tools.bench.measuring import Measured, forward_flops, random_network
-from tools.bench.workload import PROMPT, Workload
+from tools.bench.jobs import Job
+from tools.bench.measuring import PROMPT, Measured, Workload, forward_flops, random_network
 
-Piece = Callable[[Workload], Measured]
+Piece = Callable[[Workload], Measured | None]
 
 
 def inference_jobs(
@@ -44,9 +43,9 @@ def inference_jobs(
     """
     lines: list[tuple[str, str, Piece, str]] = [
         ("step", "own", step, "pieces"),
-        ("step", "own, flash", partial(step_with_kernel, kernel="flash"), "pieces"),
-        ("step", "own, sdpa", partial(step_with_kernel, kernel="sdpa"), "pieces"),
-        ("step", "own, fp8", step_with_fp8, "pieces"),
+        ("step", "own, flash", partial(step, other="flash"), "pieces"),
+        ("step", "own, sdpa", partial(step, other="sdpa"), "pieces"),
+        ("step", "own, fp8", partial(step, in_fp8=True), "pieces"),
         ("decode", "own", decode, "pieces"),
         ("encode", "own", encode, "pieces"),
         ("t5", "own", embed_text, "pieces"),
@@ -54,22 +53,19 @@ def inference_jobs(
     ]
     references = {"t5": "transformers"}  # those of the other sections are "diffusers"
     if options.against:
-        lines.append(("step", "diffusers", baseline.step, "diffusers"))
-        if options.compile:
-            references["step"] = label = "diffusers, compiled"
-            lines.append(("step", label, partial(baseline.step, compiled=True), "diffusers"))
-        tiled, at_once = (
-            partial(baseline.decode, tiled=True),
-            partial(baseline.encode, at_once=True),
-        )
+        one_pass = partial(baseline.encode, at_once=True)
         lines += [
+            ("step", "diffusers", baseline.step, "diffusers"),
             ("decode", "diffusers", baseline.decode, "diffusers"),
-            ("decode", "diffusers, tiled", tiled, "diffusers"),
+            ("decode", "diffusers, tiled", partial(baseline.decode, tiled=True), "diffusers"),
             ("encode", "diffusers", baseline.encode, "diffusers"),
-            ("encode", "diffusers, one pass", at_once, "diffusers"),
+            ("encode", "diffusers, one pass", one_pass, "diffusers"),
             ("t5", "transformers", baseline.embed_text, "diffusers"),
             ("pipeline", "diffusers", baseline.pipeline, "diffusers"),
         ]
+        if options.compile:
+            references["step"] = label = "diffusers, compiled"
+            lines.append(("step", label, partial(baseline.step, compiled=True), "diffusers"))
     if torch.cuda.is_available():
         in_low_memory = partial(pipeline, memory="low")
         lines.append(("pipeline", "own, memory low", in_low_memory, "low memory"))
@@ -88,22 +84,30 @@ def inference_jobs(
 
 
 @torch.no_grad()
-def step(work: Workload, *, kernel: str | None = None, in_fp8: bool = False) -> Measured:
+def step(work: Workload, *, other: Kernel | None = None, in_fp8: bool = False) -> Measured | None:
     """One batched forward of the transformer for both branches of guidance.
 
     Args:
         work: its options choose the kernel of attention.
-        kernel: another kernel.
+        other: a kernel to take instead of the fastest.
         in_fp8: compute the products of the MLPs in float8.
 
     Returns:
-        The measurement; operations are counted as if the branches shared none.
+        The measurement; operations are counted as if the branches shared none. None if the device
+        has no float8 products, if `other` does not run on it or is the fastest, or if the options
+        choose a kernel.
     """
-    kernel, device, dtype = kernel or work.options.attention, work.device, work.dtype
+    device, dtype, kernel = work.device, work.dtype, work.options.attention
+    if in_fp8 and not (device.type == "cuda" and fp8_runs_on(device)):
+        return None
+    if other:
+        token = torch.empty(1, dtype=dtype, device=device)
+        others = list_kernels(token, head_size=head_size(work.config.model))[1:]
+        if kernel != "auto" or other not in others:
+            return None
     check_attention(kernel, work.config.model, device=device, dtype=dtype)
-    node = work.config.model["network_config"]
-    network = random_network(node, dtype=dtype, device=device).eval()
-    network.set_attention(kernel)
+    network = random_network(work.config.model["network_config"], dtype=dtype, device=device).eval()
+    network.set_attention(other or kernel)
     layers = network.transformer.layers
     num_weights = sum(weight.numel() for weight in layers.parameters() if weight.ndim == 2)
     if in_fp8:
@@ -120,35 +124,6 @@ def step(work: Workload, *, kernel: str | None = None, in_fp8: bool = False) -> 
         width=network.hidden_size,
     )
     return dataclasses.replace(measured, flops=len(texts) * flops)
-
-
-@torch.no_grad()
-def step_with_kernel(work: Workload, *, kernel: Kernel) -> Measured:
-    """A step with another kernel of attention than the fastest, which `step` takes.
-
-    Raises:
-        NotApplicableError: `step` takes this kernel, or it does not run here.
-    """
-    token = torch.empty(1, dtype=work.dtype, device=work.device)
-    fastest, *others = list_kernels(token, head_size=head_size(work.config.model))
-    if work.options.attention != "auto":
-        raise NotApplicableError(f"{work.options.attention} alone was asked for")
-    if kernel == fastest:
-        raise NotApplicableError("the line before is of the same kernel")
-    if kernel not in others:
-        raise NotApplicableError("this kernel does not run here")
-    return step(work, kernel=kernel)
-
-
-def step_with_fp8(work: Workload) -> Measured:
-    """A step with float8 products.
-
-    Raises:
-        NotApplicableError: the device does not have them.
-    """
-    if not torch.cuda.is_available() or not fp8_runs_on(work.device):
-        raise NotApplicableError("there are no float8 products here")
-    return step(work, in_fp8=True)
 
 
 @torch.no_grad()

@@ -9,24 +9,20 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+
+import torch
 
 from sgm.cli import set_up_logging
-
-if TYPE_CHECKING:
-    from tools.bench.measuring import Measured
+from tools.bench.measuring import Measured, peak_rate
 
 logger = logging.getLogger(__name__)
 
 INFERENCE_SECTIONS = ("step", "decode", "encode", "t5", "pipeline")
 SECTIONS = (*INFERENCE_SECTIONS, "train")
 METHODS = ("lora", "full", "offload")  # of training
-
-
-class NotApplicableError(Exception):
-    """A line cannot be measured on this device, or need not be; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +32,15 @@ class Job:
     Args:
         section: what is measured.
         label: the implementation.
-        run: measures it, or raises `NotApplicableError`; it can be pickled.
+        run: measures it; returns None if the line is to be left out on this device. It can be
+            pickled.
         process: consecutive jobs with the same name share a process and its compiled code.
         is_reference: the other lines of the section are compared with this one.
     """
 
     section: str
     label: str
-    run: Callable[[], Measured]
+    run: Callable[[], Measured | None]
     process: str
     is_reference: bool = False
 
@@ -78,54 +75,38 @@ class BenchmarkResult:
     is_reference: bool = False
 
 
+def new_process() -> ProcessPoolExecutor:
+    """An executor whose one process starts with the first call, and logs as commands do."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=context, initializer=set_up_logging)
+
+
 def run_jobs(jobs: Sequence[Job]) -> Iterator[BenchmarkResult]:
     """Yield the result of each job, in order, when it is finished; prints to stderr what runs."""
-    started = time.monotonic()
     for _, group in itertools.groupby(jobs, key=lambda job: job.process):
-        yield from _run_apart(list(group), started)
+        yield from _run_apart(list(group))
 
 
-def _run_apart(jobs: Sequence[Job], started: float) -> Iterator[BenchmarkResult]:
+def _run_apart(jobs: Sequence[Job]) -> Iterator[BenchmarkResult]:
     """Yield the results of jobs that share a process; if it ends early, the rest get another."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(jobs, sender, time.time()))
-    process.start()
-    sender.close()  # the process holds the only other copy, so its end closes the pipe
-    try:
+    started = time.time()
+    with new_process() as process:
         for index, job in enumerate(jobs):
-            elapsed = time.monotonic() - started
-            print(f"[{elapsed:5.0f} s] {job.section}: {job.label} …", file=sys.stderr, flush=True)
+            print(f"{job.section}: {job.label} …", file=sys.stderr, flush=True)
             try:
-                result = receiver.recv()
-            except EOFError:
-                process.join()
-                reason = f"its process ended with code {process.exitcode}"
+                result = process.submit(run_job, job, started=started).result()
+            except BrokenProcessPool:
+                reason = "its process was killed or crashed"
                 yield BenchmarkResult(job.section, job.label, failure=reason)
-                if rest := jobs[index + 1 :]:
-                    yield from _run_apart(rest, started)
+                yield from _run_apart(jobs[index + 1 :])
                 return
-            if isinstance(result, NotApplicableError):
-                print(f"{job.section}: {job.label} is left out: {result}", file=sys.stderr)
-            else:
+            if result is not None:
                 yield result
-        process.join()
-    finally:  # also if the caller takes no more results
-        process.terminate()
-        process.join()
+            else:
+                print("left out: it does not run here, or repeats a line", file=sys.stderr)
 
 
-def _work(jobs: Sequence[Job], sender: Connection, started: float) -> None:
-    """Run in the process: send the result of each job, or the reason why it has none."""
-    set_up_logging()
-    try:
-        for job in jobs:
-            sender.send(run_job(job, started=started))
-    except (KeyboardInterrupt, BrokenPipeError):
-        return  # the receiver is gone
-
-
-def run_job(job: Job, *, started: float) -> BenchmarkResult | NotApplicableError:
+def run_job(job: Job, *, started: float) -> BenchmarkResult | None:
     """Run a job in this process, which began at `started`, and free the GPU memory it took.
 
     Args:
@@ -133,31 +114,28 @@ def run_job(job: Job, *, started: float) -> BenchmarkResult | NotApplicableError
         started: `time.time()` at the start of the process.
 
     Returns:
-        Its result, or the reason why it has none.
+        Its result; None if the line is to be left out.
     """
-    import torch
-
-    from tools.bench.measuring import choose_device, peak_rate
-
-    device = choose_device()
+    on_gpu = torch.cuda.is_available()
     try:
         measured = job.run()
-    except NotApplicableError as reason:
-        return reason
     except Exception as error:  # no error of one line stops the others
         logger.debug("%s: %s", job.section, job.label, exc_info=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return BenchmarkResult(job.section, job.label, failure=reason)
     finally:
-        if device.type == "cuda":
+        if on_gpu:
             torch.compiler.reset()  # compiled code may hold weights
             gc.collect()
             torch.cuda.empty_cache()
+    if measured is None:
+        return None
+    device = torch.cuda.get_device_name(0) if on_gpu else "cpu"
     seconds, flops, rate = measured.seconds, measured.flops, peak_rate(device)
     return BenchmarkResult(
         section=job.section,
         label=job.label,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        device=device,
         seconds=seconds,
         spread=measured.spread,
         samples_per_second=1 / seconds,

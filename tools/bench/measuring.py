@@ -1,16 +1,24 @@
-"""Results of measurements, counted operations and random weights, for all sections."""
+"""Work, timing, counted operations and random weights, for all lines of the benchmark."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sgm.config import Config
+from sgm.preflight import TEMPORAL_FACTOR, latent_shape
 from sgm.util import instantiate_from_config
 
+PROMPT = "a red circle moving left"
+WARMUP_STEPS = 2  # sampling steps of a warm-up video; they compile all that the measured one runs
 # Dense bf16 rates in TFLOP/s by the words of a device's name, from NVIDIA's data sheets.
 PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "H200": 989, "A100": 312, "B200": 2250}
 
@@ -39,13 +47,10 @@ def choose_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def peak_rate(device: torch.device) -> float | None:
-    """The device's dense bf16 rate in FLOP/s; None if it is unknown."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    rates = [rate for words, rate in PEAK_TFLOPS.items() if words in name]
-    return rates[0] * 1e12 if rates else None
+def peak_rate(device_name: str) -> float | None:
+    """The dense bf16 rate in FLOP/s of the device of this name; None if it is unknown."""
+    rates = [rate * 1e12 for words, rate in PEAK_TFLOPS.items() if words in device_name]
+    return rates[0] if rates else None
 
 
 def forward_flops(linear_weights: int, *, num_tokens: int, num_layers: int, width: int) -> float:
@@ -85,3 +90,134 @@ def random_network(
     randomize(network)
     network.add_lora()
     return network
+
+
+def run_dtype(config: Config) -> torch.dtype:
+    """The precision of a run."""
+    return getattr(torch, config.args.precision)
+
+
+def t5_params(config: Config) -> dict[str, Any]:
+    """The params of the T5 embedder in a configuration, for reading and for changing."""
+    return config.model["conditioner_config"]["params"]["emb_models"][0]["params"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The work that all implementations of a section do; it can be pickled.
+
+    Args:
+        config: decides the sizes and the precision.
+        options: the command line; ``warmup`` and ``steps`` override the defaults of `measure`.
+    """
+
+    config: Config
+    options: argparse.Namespace
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return choose_device()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the run."""
+        return run_dtype(self.config)
+
+    def measure(
+        self,
+        call: Callable[[], object],
+        *,
+        warmup: int = 1,
+        steps: int = 3,
+        warmup_call: Callable[[], object] | None = None,
+    ) -> Measured:
+        """Median time and peak memory of `call`.
+
+        Args:
+            call: the work.
+            warmup, steps: how often it is called before and while it is measured, unless the
+                options say so.
+            warmup_call: called in its place before it is measured.
+        """
+        for _ in range(self.options.warmup or warmup):
+            (warmup_call or call)()
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:  # compiling and tuning in the warm-up took memory of their own
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        times = (_gpu_clock if on_gpu else _cpu_clock)(call, self.options.steps or steps)
+        seconds = statistics.median(times)
+        peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+        return Measured(seconds, peak, spread=(max(times) - min(times)) / 2 / seconds)
+
+    def measure_step(self, call: Callable[[], object]) -> Measured:
+        """As `measure`, for a step of a loop: a GPU settles at its power limit after some steps."""
+        on_gpu = self.device.type == "cuda"
+        return self.measure(call, warmup=5, steps=10) if on_gpu else self.measure(call)
+
+    def measure_videos(self, make: Callable[[int], object]) -> Measured:
+        """As `measure`, for ``make(num_steps)``, which makes a whole video."""
+        num_steps = self.config.model["sampler_config"]["params"]["num_steps"]
+        return self.measure(
+            lambda: make(num_steps), steps=1, warmup_call=lambda: make(WARMUP_STEPS)
+        )
+
+    def video_shape(self) -> tuple[int, ...]:
+        """Shape (1, t, 3, h, w) of the video that the configuration makes."""
+        num_latent_frames = latent_shape(self.config.args, self.config.model)[0]
+        params = self.config.model["network_config"]["params"]
+        factor = params.get("time_compressed_rate", TEMPORAL_FACTOR)
+        num_frames = factor * (num_latent_frames - 1) + 1
+        return (1, num_frames, 3, *self.config.args.sampling_image_size)
+
+    def video(self) -> Tensor:
+        """A video (1, t, 3, h, w) in [-1, 1]."""
+        return torch.rand(self.video_shape(), device=self.device) * 2 - 1
+
+    def latents(self) -> Tensor:
+        """Latents (1, t, c, h, w), standard normal."""
+        shape = latent_shape(self.config.args, self.config.model)
+        return torch.randn(1, *shape, device=self.device)
+
+    def text_shape(self) -> tuple[int, int]:
+        """Shape (n, d) of a text embedding."""
+        modules = self.config.model["network_config"]["params"]["modules"]
+        return (
+            modules["pos_embed_config"]["params"]["text_length"],
+            modules["patch_embed_config"]["params"]["text_hidden_size"],
+        )
+
+    def step_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (1, t, c, h, w), texts (2, n, d) and timestep (1,) of a step with guidance."""
+        texts = torch.randn(2, *self.text_shape(), device=self.device)
+        return self.latents(), texts, torch.tensor([500], device=self.device)
+
+    def training_inputs(self) -> tuple[Tensor, Tensor]:
+        """Latents (1, t, c, h, w) float32 and a text embedding (1, n, d) bf16."""
+        params = self.config.model["network_config"]["params"]
+        num_frames = (params["num_frames"] - 1) // params["time_compressed_rate"] + 1
+        shape = (params["in_channels"], params["latent_height"], params["latent_width"])
+        latents = torch.randn(1, num_frames, *shape, device=self.device)
+        context = torch.randn(1, *self.text_shape(), device=self.device)
+        return latents, context.to(torch.bfloat16)
+
+
+def _cpu_clock(call: Callable[[], object], times: int) -> list[float]:
+    """Seconds of each call."""
+    marks = [time.perf_counter()]
+    for _ in range(times):
+        call()
+        marks.append(time.perf_counter())
+    return [end - start for start, end in pairwise(marks)]
+
+
+def _gpu_clock(call: Callable[[], object], times: int) -> list[float]:
+    """Seconds of each call by the GPU's clock, without waiting for the GPU between calls."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1000 for start, end in pairwise(marks)]

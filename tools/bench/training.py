@@ -10,14 +10,11 @@ import argparse
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sgm.checkpoint.transformer import is_lora_matrix
 from sgm.config import Config
@@ -28,73 +25,38 @@ from sgm.training.deepspeed_engine import start_deepspeed
 from sgm.training.loop import TrainingObjective
 from sgm.util import instantiate_from_config
 from tools.bench import diffusers_baseline
-from tools.bench.jobs import METHODS, Job
-from tools.bench.measuring import Measured, forward_flops, random_network
-from tools.bench.workload import Workload
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A method of training, with the settings of the transformer.
-
-    Args:
-        method: one of METHODS, or "diffusers".
-        keep: the activation checkpointing policy of `DiffusionTransformer.set_checkpointing`.
-        compiled: compile the blocks.
-        kernel: of attention.
-    """
-
-    method: str
-    keep: str | None = "attention"
-    compiled: bool = True
-    kernel: str = "auto"
-
-    def label(self) -> str:
-        """The variant as the table of results names it."""
-        if self.method not in METHODS:
-            return f"{self.method}, LoRA"
-        parts = [self.method, f"keep {self.keep or 'all'}"]
-        parts += ["compiled"] if self.compiled else []
-        return ", ".join(parts + ([self.kernel] if self.kernel != "auto" else []))
+from tools.bench.jobs import Job
+from tools.bench.measuring import Measured, Workload, forward_flops, random_network
 
 
 def training_jobs(config: Config, options: argparse.Namespace) -> list[Job]:
-    """A job for each variant in the options, each with a process of its own."""
-    variants = [
-        Variant(method, None if keep == "all" else keep, options.compile, options.attention)
+    """A job for each method and policy in the options, each with a process of its own."""
+    work = Workload(config, options)
+    settings = ", compiled" if options.compile else ""
+    settings += f", {options.attention}" if options.attention != "auto" else ""
+    lines = {
+        f"{method}, keep {keep}{settings}": partial(own_step, work, method, keep=keep)
         for method in options.methods
         for keep in options.keep
-    ]
+    }
+    jobs = [Job("train", label, run, process=label) for label, run in lines.items()]
     if options.against:
-        variants.append(Variant(options.against))
-    return [
-        Job(
-            "train",
-            variant.label(),
-            partial(run_variant, config, variant, options),
-            process=variant.label(),
-            is_reference=variant.method == options.against,
-        )
-        for variant in variants
-    ]
+        label, run = "diffusers, LoRA", partial(diffusers_baseline.training_step, work)
+        jobs.append(Job("train", label, run, process=label, is_reference=True))
+    return jobs
 
 
-def run_variant(config: Config, variant: Variant, options: argparse.Namespace) -> Measured:
-    """Build and measure one variant."""
-    work, flops = Workload(config, options), None
-    if variant.method in METHODS:
-        step, flops = own_step(work, variant)
-    else:
-        step = diffusers_baseline.training_step(work)
-    sample = random_inputs(work)
-    measured = work.measure(lambda: step(*sample), warmup=3, steps=10)
-    return dataclasses.replace(measured, flops=flops)
+def own_step(work: Workload, method: str, *, keep: str) -> Measured:
+    """A training step of this project.
 
-
-def own_step(work: Workload, variant: Variant) -> tuple[Callable[[Tensor, Tensor], None], float]:
-    """A training step of (latents, text embedding) in this project, and its operations."""
+    Args:
+        work: the sizes; its options choose compiling, the kernel of attention and LoRA's rank.
+        method: one of METHODS.
+        keep: the activation checkpointing policy of `DiffusionTransformer.set_checkpointing`, or
+            "all" for none.
+    """
     config = work.config
-    network = build_network(config, variant, rank=work.options.rank, device=work.device)
+    network = build_network(work, method, keep=keep)
     engine = SimpleNamespace(
         model=NetworkWrapper(network),
         denoiser=instantiate_from_config(config.model["denoiser_config"]),
@@ -103,41 +65,41 @@ def own_step(work: Workload, variant: Variant) -> tuple[Callable[[Tensor, Tensor
         ),
         loss_fn=instantiate_from_config(config.model["loss_fn_config"]),
     )
-    settings = deepspeed_settings(config, offload=variant.method == "offload")
+    settings = deepspeed_settings(config, offload=method == "offload")
     wrapped = start_deepspeed(TrainingObjective(engine).train(), settings, config.args)
-    num_tokens = network.mixins["pos_embed"].text_length
-    num_tokens += math.prod(network.grid_size) * network.num_latent_frames
+    latents, context = work.training_inputs()
 
-    def step(latents: Tensor, context: Tensor) -> None:
+    def step() -> None:
         loss = wrapped(latents, {"crossattn": context})
         wrapped.backward(loss)
         wrapped.step()
 
-    return step, step_flops(network, num_tokens=num_tokens)
+    num_tokens = context.shape[1] + math.prod(network.grid_size) * network.num_latent_frames
+    flops = step_flops(network, num_tokens=num_tokens)
+    return dataclasses.replace(work.measure_step(step), flops=flops)
 
 
-def build_network(
-    config: Config, variant: Variant, *, rank: int, device: torch.device
-) -> DiffusionTransformer:
-    """The transformer of a configuration with random weights, set up for the variant.
+def build_network(work: Workload, method: str, *, keep: str) -> DiffusionTransformer:
+    """The transformer of a configuration with random weights, set up as for `own_step`.
 
     Raises:
         UserError: the kernel of attention does not run on the device.
     """
-    node = copy.deepcopy(config.model["network_config"])
+    options, model = work.options, work.config.model
+    check_attention(options.attention, model, device=work.device, dtype=torch.bfloat16)
+    node = copy.deepcopy(model["network_config"])
     modules = node["params"]["modules"]
     modules.pop("lora_config", None)
-    if variant.method == "lora":
+    if method == "lora":
         target = "sat.model.finetune.lora2.LoraMixin"
-        modules["lora_config"] = {"target": target, "params": {"r": rank}}
-    check_attention(variant.kernel, config.model, device=device, dtype=torch.bfloat16)
-    network = random_network(node, dtype=torch.bfloat16, device=device)
-    if variant.method == "lora":
+        modules["lora_config"] = {"target": target, "params": {"r": options.rank}}
+    network = random_network(node, dtype=torch.bfloat16, device=work.device)
+    if method == "lora":
         for name, weight in network.named_parameters():
             weight.requires_grad_(is_lora_matrix(name))
-    network.set_checkpointing(variant.keep)
-    network.set_attention(variant.kernel)
-    if variant.compiled:
+    network.set_checkpointing(None if keep == "all" else keep)
+    network.set_attention(options.attention)
+    if options.compile:
         network.compile_blocks(tune=True)
     return network
 
@@ -174,14 +136,3 @@ def deepspeed_settings(config: Config, *, offload: bool) -> dict[str, Any]:
         "fp16": {"enabled": False},
         "optimizer": {"type": "AdamW", "params": params | {"torch_adam": True, "fused": True}},
     }
-
-
-def random_inputs(work: Workload) -> tuple[Tensor, Tensor]:
-    """Latents (1, t, c, h, w) float32 and a text embedding (1, n, d) bf16 of the model's sizes."""
-    params = work.config.model["network_config"]["params"]
-    frames = (params["num_frames"] - 1) // params["time_compressed_rate"] + 1
-    shape = (params["in_channels"], params["latent_height"], params["latent_width"])
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, frames, *shape, generator=generator)
-    context = torch.randn(1, *work.text_shape(), generator=generator)
-    return latents.to(work.device), context.to(work.device, torch.bfloat16)

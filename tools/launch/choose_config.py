@@ -14,14 +14,11 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
+from sgm.config import SamplingArgs, TrainingArgs, load_config
+from sgm.errors import UserError
 from sgm.preflight import weight_paths
 
 FULL = "configs/cogvideox_2b_infer.yaml"
@@ -31,26 +28,22 @@ BUNDLED_TRAIN = "configs/cogvideox_tiny_sft.yaml"
 LESSON = "configs/cogvideox_tiny_lesson.yaml"  # draws its own data; see tools/teach_tiny.py
 
 
-def named_weights(config: Any, load: str | None = None) -> list[str]:
-    """The paths of weights that a configuration names: transformer, VAE and text encoders.
+def named_paths(file: str, flags: Mapping[str, object], *, train: bool = False) -> list[str]:
+    """The paths of weights, and for training of data, that a configuration names.
 
     Args:
-        config: the OmegaConf node of a whole file. Missing keys give no path.
-        load: the flag of that name, which wins over the file's key.
+        file: the configuration.
+        flags: the flags by name, which win over its keys.
+        train: whether it is run for training.
+
+    Raises:
+        UserError: the file cannot be used.
     """
-    model = OmegaConf.select(config, "model")
-    paths = [load or OmegaConf.select(config, "args.load")]
-    if isinstance(model, Mapping):
-        paths += [named.value for named in weight_paths(model)]
+    config = load_config(TrainingArgs if train else SamplingArgs, [file], flags)
+    paths = [config.args.load, *(named.value for named in weight_paths(config.model))]
+    if isinstance(config.args, TrainingArgs):
+        paths += config.args.train_data
     return [path for path in paths if path and isinstance(path, str)]
-
-
-def data_paths(config: Any, train_data: Sequence[str] | None = None) -> list[str]:
-    """The paths of training data that a configuration names; the flag of that name wins."""
-    paths = train_data or OmegaConf.select(config, "args.train_data") or []
-    paths = [paths] if isinstance(paths, str) else paths
-    is_list = isinstance(paths, list) or OmegaConf.is_list(paths)
-    return [path for path in paths if path and isinstance(path, str)] if is_list else []
 
 
 def choose_config(
@@ -75,10 +68,10 @@ def choose_config(
     full, bundled = FULL, BUNDLED
     if train:
         full, bundled = FULL_TRAIN, BUNDLED_TRAIN if train_data else LESSON
+    flags = {"load": load, "train_data": train_data}
     try:
-        config = OmegaConf.load(full)
-        paths = named_weights(config, load) + (data_paths(config, train_data) if train else [])
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException):
+        paths = named_paths(full, {k: v for k, v in flags.items() if v}, train=train)
+    except UserError:
         return full, []
     missing = [path for path in paths if _is_missing(path)]
     return (bundled if missing else full), missing

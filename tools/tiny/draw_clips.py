@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
-from sgm.errors import UserError
-from sgm.files import make_output_folder, replacing
+from sgm.files import make_output_folder, new_folder, replacing
 from sgm.video import write_mp4
 from tools.tiny.shapes import FPS, ShapeClips
 
@@ -35,7 +34,7 @@ def write_clips(clips: ShapeClips, folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the clips; an --output that is not empty is an error."""
+    """Draw the clips; an --output that exists is an error."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--count", type=int, default=100)
@@ -45,11 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     set_up_logging()
-    if options.count < 1:
-        raise UserError(f"--count {options.count}: at least one clip must be drawn")
-    if options.output.is_dir() and any(options.output.iterdir()):
-        raise UserError(f"{options.output} is not empty; remove it or choose another --output")
-    write_clips(ShapeClips(options.count, options.seed, held_out=options.held_out), options.output)
+    clips = ShapeClips(options.count, options.seed, held_out=options.held_out)
+    with new_folder(options.output) as folder:
+        write_clips(clips, folder)
     logger.info("wrote %d clips to %s", options.count, options.output)
     return 0
 

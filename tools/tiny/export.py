@@ -2,58 +2,59 @@
 
     python -m tools.tiny.export --load ckpts/tiny-… --output CogVideoX-tiny-sat
 
---output must hold the T5 folder that the run started from (see tools/tiny/make_t5.py).
+--output must hold the T5 folder that the run started from (see tools/tiny/make_t5.py), and no
+transformer yet.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from sgm.checkpoint.find import MODEL_FILES, find_transformer
-from sgm.checkpoint.reading import read_checkpoint, tensors_of
+from sgm.checkpoint.find import find_transformer
 from sgm.checkpoint.transformer import MODEL_PREFIX, POSITION_TABLE
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.errors import UserError
-from sgm.files import replacing, save_torch
+from sgm.files import new_folder, replacing
+from tools.weights.writing import save_safetensors, save_sat_transformer
 
 logger = logging.getLogger(__name__)
 
 T5_PREFIX = "conditioner.embedders.0.transformer."
 
 
-def write_transformer(state: dict[str, Tensor], folder: Path, *, tag: str) -> None:
-    """Write ``{folder}/{tag}/mp_rank_00_model_states.pt`` and ``{folder}/latest``."""
-    module = {
-        name: tensor.half()
+def write_transformer(state: Mapping[str, Tensor], folder: Path, *, tag: str) -> None:
+    """Write ``{folder}/{tag}/mp_rank_00_model_states.pt`` in float16, and ``{folder}/latest``.
+
+    Raises:
+        UserError: the folder exists, or cannot be written.
+    """
+    tensors = {
+        name.removeprefix(MODEL_PREFIX): tensor.half()
         for name, tensor in state.items()
         if name.startswith(MODEL_PREFIX) and name != MODEL_PREFIX + POSITION_TABLE
     }
-    path = folder / tag / MODEL_FILES[0]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_torch({"module": module}, path)
-    (folder / "latest").write_text(tag, encoding="utf-8")
-    logger.info("wrote %s", path)
+    with new_folder(folder) as partial:
+        save_sat_transformer(partial, tensors, tag=tag)
+    logger.info("wrote %s", folder)
 
 
-def write_t5(state: dict[str, Tensor], path: Path) -> None:
+def write_t5(state: Mapping[str, Tensor], path: Path) -> None:
     """Replace the weights in a T5 file by trained ones of the same names.
 
     Raises:
         UserError: the run did not train T5, or trained a different one.
     """
-    trained = {n.removeprefix(T5_PREFIX): t for n, t in state.items() if n.startswith(T5_PREFIX)}
-    names = set(tensors_of(read_checkpoint(path), path, wrapper="module"))
-    if not names <= set(trained):
-        raise UserError(f"the run holds no T5 weights that fit {path}; was its is_trainable true?")
     # Tied weights have two names in a checkpoint and one in the T5 file.
-    tensors = {name: trained[name].contiguous() for name in sorted(names)}
+    names = sorted(load_file(path))
+    if any(T5_PREFIX + name not in state for name in names):
+        raise UserError(f"the run holds no T5 weights that fit {path}; was its is_trainable true?")
     with replacing(path) as partial:
-        save_file(tensors, partial, {"format": "pt"})
-        partial.chmod(0o644)  # safetensors lets only the owner read
+        save_safetensors({name: state[T5_PREFIX + name].contiguous() for name in names}, partial)
     logger.info("wrote %s", path)
 
 
@@ -67,8 +68,8 @@ def main() -> int:
     set_up_logging()
     (file,) = find_transformer(options.load).files
     state = file.tensors(wrapper="module")
-    write_t5(state, options.output / "t5" / "model.safetensors")
     write_transformer(state, options.output / "transformer", tag=options.tag)
+    write_t5(state, options.output / "t5" / "model.safetensors")
     return 0
 
 

@@ -20,7 +20,7 @@ from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.files import replacing
 from sgm.progress import Progress
 from tools.tiny.shapes import ShapeClips
-from tools.tiny.train_vae import CONFIG, default_device, encode_means, load_autoencoder
+from tools.tiny.train_vae import CONFIG, encode_means, load_autoencoder
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,7 @@ def encode(clips: ShapeClips, config: str, *, batch_size: int, num_workers: int)
     parts = []
     with Progress(len(loader), unit="batch") as progress:
         for batch in loader:
-            means = encode_means(vae, batch["mp4"].transpose(1, 2).to(default_device()))
-            parts.append(means.transpose(1, 2).half().cpu())
+            parts.append(encode_means(vae, batch["mp4"]).half().cpu())
             progress.step("encoding")
     return torch.cat(parts)
 

@@ -7,8 +7,6 @@ The weights are trained together with the transformer; tools/tiny/export.py repl
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -27,17 +25,14 @@ def train_tokenizer(folder: Path, *, seed: int) -> None:
     from sentencepiece import SentencePieceTrainer
 
     clips = ShapeClips(NUM_CAPTIONS, seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        captions = Path(scratch) / "captions.txt"
-        lines = [clips.caption(index) for index in range(NUM_CAPTIONS)]
-        words = sorted({word for line in lines for word in line.split()})
-        captions.write_text("\n".join(lines + words * WORD_REPEATS), encoding="utf-8")
+    lines = [clips.caption(index) for index in range(NUM_CAPTIONS)]
+    words = sorted({word for line in lines for word in line.split()})
+    with (folder / "spiece.model").open("wb") as file:
         SentencePieceTrainer.train(
-            input=str(captions), model_prefix=str(Path(scratch) / "spiece"), vocab_size=VOCAB_SIZE,
-            pad_id=0, eos_id=1, unk_id=2, bos_id=-1, byte_fallback=True, hard_vocab_limit=False,
-            minloglevel=2,
+            sentence_iterator=iter(lines + words * WORD_REPEATS), model_writer=file,
+            vocab_size=VOCAB_SIZE, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, byte_fallback=True,
+            hard_vocab_limit=False, minloglevel=2,
         )  # fmt: skip
-        os.replace(Path(scratch) / "spiece.model", folder / "spiece.model")
 
 
 def make_encoder(folder: Path) -> None:

@@ -55,18 +55,7 @@ class Measurement:
 
 
 def measure(video: np.ndarray) -> Measurement:
-    """Measure a video.
-
-    Args:
-        video: uint8 (t, h, w, 3), RGB.
-
-    Raises:
-        ValueError: `video` has another shape or dtype, or fewer than two frames.
-    """
-    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[3] != 3 or len(video) < 2:
-        raise ValueError(
-            f"measure takes uint8 (t, h, w, 3) with t > 1, not {video.dtype} {video.shape}"
-        )
+    """Measure a video: uint8 (t, h, w, 3), RGB."""
     pixels = video.astype(np.float32)
     background = _background(pixels)
     contrast = np.linalg.norm(pixels - background, axis=3)  # (t, h, w)
@@ -109,21 +98,17 @@ def _shape_and_direction(mask: np.ndarray) -> tuple[str | None, str | None]:
     y = np.arange(mask.shape[1]) + 0.5
     center_x = (mask.sum(axis=1) @ x) / areas  # (t,)
     center_y = (mask.sum(axis=2) @ y) / areas
-    return _shape(mask, areas, center_x, center_y), _direction(visible, center_x, center_y)
+    dx = x[None, None, :] - center_x[:, None, None]  # (t, 1, w)
+    dy = y[None, :, None] - center_y[:, None, None]  # (t, h, 1)
+    return _shape(mask, areas, dx, dy), _direction(visible, center_x, center_y)
 
 
-def _shape(
-    mask: np.ndarray, areas: np.ndarray, center_x: np.ndarray, center_y: np.ndarray
-) -> str | None:
+def _shape(mask: np.ndarray, areas: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> str | None:
     """The ideal outline of the same area and centre of mass with the best median overlap."""
-    x = np.arange(mask.shape[2]) + 0.5
-    y = np.arange(mask.shape[1]) + 0.5
     overlaps = {}
     for shape in SHAPES:
         radius = np.sqrt(areas / UNIT_AREAS[shape])[:, None, None]  # (t, 1, 1)
-        top = center_y[:, None, None] - CENTROID_OFFSETS[shape] * radius
-        dx, dy = x[None, None, :] - center_x[:, None, None], y[None, :, None] - top
-        ideal = signed_distance(shape, dx, dy, radius) > 0
+        ideal = signed_distance(shape, dx, dy + CENTROID_OFFSETS[shape] * radius, radius) > 0
         overlap = (mask & ideal).sum(axis=(1, 2)) / (mask | ideal).sum(axis=(1, 2))
         overlaps[shape] = float(np.median(overlap))
     best = max(overlaps, key=overlaps.__getitem__)

@@ -2,8 +2,8 @@
 
     python -m tools.tiny.train_vae --output CogVideoX-tiny-sat/vae/3d-vae.pt
 
-Logs the PSNR of new clips during training. At the end it logs `scale_factor` for the
-configurations, the factor that gives latents unit variance.
+At the end it logs the PSNR of new clips, and `scale_factor` for the configurations, the factor that
+gives latents unit variance.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import argparse
 import logging
 import math
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
+from sgm.config import read_yaml
 from sgm.files import save_torch
-from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
+from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper, encode_moments
 from sgm.models.autoencoder_training import TrainableVideoAutoencoder
 from sgm.util import instantiate_from_config
+from tools.bench.measuring import choose_device
 from tools.tiny.shapes import NUM_FRAMES, ShapeClips
 
 logger = logging.getLogger(__name__)
@@ -66,68 +66,43 @@ def psnr(video: Tensor, target: Tensor) -> Tensor:
     return 10 * torch.log10(4 / error)
 
 
-def fresh_clips(count: int, device: torch.device) -> Tensor:
-    """Clips of held-out combinations, which no training run draws: (b, 3, t, h, w)."""
-    clips = ShapeClips(count, FRESH_SEED, held_out=True)
-    batch = default_collate([clips[index]["mp4"] for index in range(count)])
-    return batch.transpose(1, 2).to(device)
-
-
 def load_autoencoder(*configs: str) -> VideoAutoencoderInferenceWrapper:
     """The autoencoder of merged configurations with its weights, on a GPU if there is one."""
-    config = OmegaConf.merge(*map(OmegaConf.load, configs))
-    node = OmegaConf.to_container(config.model.first_stage_config, resolve=True)
-    return instantiate_from_config(node).eval().to(default_device())
+    sections, _ = read_yaml(configs)
+    vae = instantiate_from_config(sections["model"]["first_stage_config"])
+    return vae.eval().to(choose_device())
 
 
-def default_device() -> torch.device:
-    """A GPU if there is one, otherwise the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@torch.no_grad()
 def encode_means(vae: VideoAutoencoderInferenceWrapper, clips: Tensor) -> Tensor:
-    """Means of the latents (b, z, t, h, w) of clips (b, 3, t', h', w')."""
-    moments, _ = vae.encode(clips, unregularized=True)
-    return moments.chunk(2, dim=1)[0]
+    """Means of the latents (b, t, z, h, w) of clips (b, t', 3, h', w') on any device."""
+    return encode_moments(vae, clips).chunk(2, dim=2)[0]
 
 
 @torch.no_grad()
-def reconstruct(vae: VideoAutoencoderInferenceWrapper, clips: Tensor) -> tuple[Tensor, Tensor]:
-    """PSNR of each clip (b,), and the latents' means (b, z, t, h, w), in the weights' precision."""
-    means = encode_means(vae, clips)
-    return psnr(vae.decode(means), clips), means
+def reconstruct_fresh(
+    vae: VideoAutoencoderInferenceWrapper, num_clips: int
+) -> tuple[Tensor, Tensor]:
+    """Encode and decode clips of held-out combinations, which no training run draws.
 
-
-class PsnrLogger(pl.Callback):
-    """Logs loss and PSNR of new clips every `interval` steps."""
-
-    def __init__(self, interval: int) -> None:
-        self.interval = interval
-        self.started = time.monotonic()
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, vae: Any, outputs: Mapping[str, Tensor], batch: Any, index: int
-    ) -> None:
-        """Log a line if one is due; Lightning calls this after each step."""
-        step = trainer.global_step
-        if step % self.interval:
-            return
-        seconds = (time.monotonic() - self.started) / step
-        fidelity, means = reconstruct(vae, fresh_clips(8, vae.device))
-        logger.info(
-            "step %d of %d: loss %.4f, fresh clips %.1f dB, latents' std %.3f, %.3f s a step, "
-            "%.0f s left",
-            step, trainer.max_steps, float(outputs["loss"]), float(fidelity.mean()),
-            float(means.std()), seconds, seconds * (trainer.max_steps - step),
-        )  # fmt: skip
+    Returns:
+        The PSNR of each clip, (num_clips,), and the means of the latents, (num_clips, t, z, h, w).
+    """
+    clips = ShapeClips(num_clips, FRESH_SEED, held_out=True)
+    fidelity, latents = [], []
+    for batch in DataLoader(clips, batch_size=8):
+        means = encode_means(vae, batch["mp4"])
+        video = vae.decode(means.transpose(1, 2)).transpose(1, 2)
+        fidelity.append(psnr(video, batch["mp4"].to(video)))
+        latents.append(means)
+    return torch.cat(fidelity), torch.cat(latents)
 
 
 def build(config: str, *, load: str | None, learning_rate: float, kl_weight: float) -> Autoencoder:
     """The autoencoder of `first_stage_config`, with the weights of `load` or random ones."""
-    node = OmegaConf.to_container(OmegaConf.load(config).model.first_stage_config, resolve=True)
+    sections, _ = read_yaml([config])
+    params = sections["model"]["first_stage_config"]["params"]
     ignored = {"ckpt_path", "ignore_keys", *Autoencoder.IGNORED_PARAMS}
-    params = {name: value for name, value in node["params"].items() if name not in ignored}
+    params = {name: value for name, value in params.items() if name not in ignored}
     vae = Autoencoder(**params, ckpt_path=load)
     vae.learning_rate, vae.kl_weight = learning_rate, kl_weight
     return vae
@@ -157,7 +132,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--kl-weight", type=float, default=3e-4)
     parser.add_argument("--precision", default="bf16-mixed", help="for Lightning's Trainer")
     parser.add_argument("--num-workers", type=int, default=min(os.cpu_count() or 1, 12))
-    parser.add_argument("--report-interval", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -185,16 +159,14 @@ def main() -> int:
     )
     trainer = pl.Trainer(
         max_steps=options.steps, precision=options.precision, gradient_clip_val=1.0,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, devices=1, benchmark=True,
-        callbacks=[PsnrLogger(options.report_interval)],
+        logger=False, enable_checkpointing=False, enable_model_summary=False, devices=1,
+        benchmark=True,
     )  # fmt: skip
     trainer.fit(vae, loader)
-    vae = vae.float().eval().to(default_device())
+    vae = vae.float().eval().to(choose_device())
     save(vae, options.output)
-    results = [reconstruct(vae, part) for part in fresh_clips(64, vae.device).split(8)]
-    fidelity = torch.cat([one for one, _ in results])
-    std = float(torch.cat([means for _, means in results]).std())
+    fidelity, latents = reconstruct_fresh(vae, 64)
+    std = float(latents.std())
     logger.info(
         "64 fresh clips: PSNR %.2f dB on average, %.2f dB at least; latents' std %.4f, so "
         "scale_factor: %.4f",

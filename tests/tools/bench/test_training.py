@@ -7,16 +7,16 @@ import copy
 from pathlib import Path
 
 import pytest
-import torch
 
 from arguments import parse_config
 from sgm.config import Config, TrainingArgs
 from sgm.errors import UserError
+from tools.bench import diffusers_baseline
+from tools.bench.measuring import Workload
 from tools.bench.training import (
-    Variant,
     build_network,
     deepspeed_settings,
-    run_variant,
+    own_step,
     step_flops,
     training_jobs,
 )
@@ -36,10 +36,14 @@ def config() -> Config:
     return config
 
 
+def work_of(config: Config, *, attention: str = "auto") -> Workload:
+    options = argparse.Namespace(rank=RANK, warmup=1, steps=1, compile=False, attention=attention)
+    return Workload(config, options)
+
+
 def test_operations_of_a_step_by_hand(config: Config) -> None:
-    cpu = torch.device("cpu")
-    full = build_network(config, Variant("full", compiled=False), rank=RANK, device=cpu)
-    lora = build_network(config, Variant("lora", compiled=False), rank=RANK, device=cpu)
+    full = build_network(work_of(config), "full", keep="attention")
+    lora = build_network(work_of(config), "lora", keep="attention")
     weights = 2 * 12 * 32**2
     lora_weights = 2 * 8 * RANK * 32  # A and B of query, key, value and dense
     attention = 4 * 2 * 32 * 10**2
@@ -53,8 +57,9 @@ def test_steps_run(config: Config, method: str) -> None:
     if method == "diffusers":
         pytest.importorskip("diffusers")
         pytest.importorskip("peft")
-    options = argparse.Namespace(rank=RANK, warmup=1, steps=1)
-    measured = run_variant(config, Variant(method, compiled=False), options)
+        measured = diffusers_baseline.training_step(work_of(config))
+    else:
+        measured = own_step(work_of(config), method, keep="attention")
     assert measured.seconds > 0
     assert (measured.flops is None) == (method == "diffusers")
 
@@ -68,9 +73,8 @@ def test_offload_keeps_the_rest_of_the_section(config: Config) -> None:
 
 
 def test_attention_that_does_not_run_here_is_one_sentence(config: Config) -> None:
-    flash, cpu = Variant("full", compiled=False, kernel="flash"), torch.device("cpu")
     with pytest.raises(UserError, match="attention: flash does not run here"):
-        build_network(config, flash, rank=RANK, device=cpu)
+        build_network(work_of(config, attention="flash"), "full", keep="all")
 
 
 def test_a_line_for_each_way_of_training(config: Config) -> None:

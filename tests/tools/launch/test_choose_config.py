@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from tools.launch import choose_config
 from tools.launch.choose_config import (
@@ -13,8 +12,7 @@ from tools.launch.choose_config import (
     FULL,
     FULL_TRAIN,
     LESSON,
-    data_paths,
-    named_weights,
+    named_paths,
 )
 
 REPOSITORY = Path(choose_config.__file__).parents[2]
@@ -122,6 +120,7 @@ def test_a_file_that_makes_no_sense_is_left_to_whoever_runs_it(folder, text):
 
 @pytest.mark.parametrize("name", [FULL, FULL_TRAIN])
 def test_the_shipped_files_name_three_paths_and_data_for_training(name):
-    config = OmegaConf.load(REPOSITORY / name)
-    assert len(named_weights(config)) == 3
-    assert len(data_paths(config)) == (name == FULL_TRAIN)
+    path = str(REPOSITORY / name)
+    assert len(named_paths(path, {})) == 3
+    train = name == FULL_TRAIN
+    assert len(named_paths(path, {}, train=train)) == 3 + train

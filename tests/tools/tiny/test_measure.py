@@ -104,10 +104,3 @@ def test_colors_off_the_palette_are_none():
     shifted = 255 - video  # magenta-like on gray; gray stays gray
     assert measure(shifted).background == "gray"
     assert measure(video // 2).background is None
-
-
-def test_other_layouts_are_refused():
-    with pytest.raises(ValueError, match="uint8"):
-        measure(clip_of(SPEC).astype(np.float32))
-    with pytest.raises(ValueError, match="t > 1"):
-        measure(clip_of(SPEC)[:1])

@@ -54,11 +54,6 @@ def test_caption_without_exactly_one_of_each_attribute_is_refused(caption):
         parse_caption(caption)
 
 
-def test_unknown_word_in_a_spec_is_refused():
-    with pytest.raises(ValueError, match="color='purple'"):
-        ShapeSpec("purple", "circle", "left", "black")
-
-
 def choose_held_out():
     """The rule behind `held_out.txt`: 44 combinations, in the order of `all_combinations`.
 
