@@ -152,9 +152,13 @@ def parse_options(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     )
     parser.add_argument("--base", nargs="+", default=[CONFIG], metavar="YAML")
     parser.add_argument(
+        "--prompts", type=Path, help="captions, one a line; default: held-out combinations"
+    )
+    parser.add_argument(
         "--videos", type=Path, help="measure the videos in this output folder of sample_video.py"
     )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/evaluate_tiny"))
+    parser.add_argument("--sheet", type=Path, help="default: contact_sheet.png in --output-dir")
     parser.add_argument(
         "--psnr-clips", type=int, default=32, help="0 does not measure the autoencoder"
     )
@@ -170,15 +174,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.videos
     output = make_output_folder(options.output_dir)
     if folder is None:
-        folder, prompts = output / "videos", output / "captions.txt"
-        captions = [spec.caption(n) for n in (0, 1) for spec in held_out_combinations()]
-        prompts.write_text("\n".join(captions) + "\n", encoding="utf-8")
+        folder, prompts = output / "videos", options.prompts
+        if prompts is None:
+            prompts = output / "captions.txt"
+            captions = [spec.caption(n) for n in (0, 1) for spec in held_out_combinations()]
+            prompts.write_text("\n".join(captions) + "\n", encoding="utf-8")
         render(options.base, prompts, folder, flags)
     videos = read_videos(folder)
     report(videos)
-    with replacing(output / "contact_sheet.png") as partial:
+    sheet = options.sheet or output / "contact_sheet.png"
+    with replacing(sheet) as partial:
         draw_sheet(videos).save(partial)
-    print(f"contact sheet: {output / 'contact_sheet.png'}")
+    print(f"contact sheet: {sheet}")
     if options.psnr_clips:
         values = fidelity(options.base, options.psnr_clips)
         print(
