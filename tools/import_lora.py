@@ -55,9 +55,8 @@ def import_lora(path: str, folder: str, *, alpha: float | None, load: str | None
     if is_sat_lora(lora):
         logger.info("%s is of SAT format already; it is written anew", path)
     if load is not None:
-        found, base, _ = read_transformer(load, option="--load")
-        hint = f"is {found} the base model that the LoRA was trained on?"
-        check_matrices(matrices, record, on_meta(base), path=path, hint=hint)
+        _, base, _ = read_transformer(load, option="--load")
+        check_matrices(matrices, record, on_meta(base), path=path)
         record = dataclasses.replace(record, base=fingerprint(base))
     with new_folder(folder) as made:
         save_sat_transformer(made, matrices, tag=TAG, lora=dataclasses.asdict(record))

@@ -7,27 +7,25 @@ functions that check and load weights accept; given such an object, it returns t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sgm.checkpoint.diffusers_folder import (
-    PartFolder,
     find_diffusers_part,
     find_in_pipeline,
+    find_shards,
     no_weights,
-    read_index,
 )
 from sgm.checkpoint.weight_file import (
-    FileState,
     WeightFile,
+    Weights,
     check_kind,
     damaged,
     incomplete,
     read_json,
-    state_of,
 )
 from sgm.errors import UserError, first_of
 
@@ -54,6 +52,7 @@ _EXPECTED: Mapping[Kind, str] = {
     "t5": "the T5 folder with config.json and T5's weights in it (for the 2B model a clone of "
     "https://huggingface.co/google/t5-v1_1-xxl), or a diffusers pipeline's",
 }
+_NOUNS = {"load": "transformer", "lora": "LoRA", "autoencoder": "video autoencoder"}
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 VARIANT = ".fp16"  # in the names of weight files; an index without it is preferred
 SHARD = "-of-"  # in the names of weight files that are shards
@@ -71,72 +70,11 @@ def unexpected(what: str, kind: Kind, option: str) -> UserError:
     return UserError(f"{option}: {what}; it must be {_EXPECTED[kind]}")
 
 
-@dataclass(frozen=True, eq=False)
-class _Found:
-    """Files that belong together.
-
-    `files` are those that hold tensors, `beside` other files that the tensors depend on.
-    """
-
-    files: tuple[WeightFile, ...]
-    beside: tuple[Path, ...]
-
-    @property
-    def sources(self) -> list[Path]:
-        """All files that the tensors depend on, in a fixed order."""
-        return [*self.beside, *(file.path for file in self.files)]
-
-    def state(self) -> list[FileState | None]:
-        """The state of each source, which changes when the file is written again."""
-        return [state_of(path) for path in self.sources]
-
-    def is_unchanged(self, since: list[FileState | None]) -> bool:
-        """Whether no file was written again since this `state`, or since it was read."""
-        return self.state() == since and all(file.is_as_read for file in self.files)
-
-    def keep(self) -> None:
-        """Keep the files mapped from now on, so that no later use reads them again."""
-        for file in self.files:
-            file.kept = True
-
-    def release(self) -> None:
-        """Drop the mappings of the files; the next use of tensors reads them again."""
-        for file in self.files:
-            file.release()
-
-
-@dataclass(frozen=True, eq=False)
-class Weights(_Found):
-    """Weights that were found: a file of SAT format or of a LoRA, or a folder in diffusers' layout.
-
-    Args:
-        given: the path as the user gave it.
-        option: the option that gave it, for messages.
-        path: of the file, or of the part's folder.
-        folder: the part, if it is a folder.
-    """
-
-    given: str | Path
-    option: str
-    path: Path
-    folder: PartFolder | None
-
-    @classmethod
-    def of_file(cls, given: str | Path, path: Path, option: str) -> Weights:
-        """Weights in one file."""
-        return cls((WeightFile(path),), (), given, option, path, None)
-
-    @classmethod
-    def of_folder(cls, given: str | Path, folder: PartFolder, option: str) -> Weights:
-        """Weights in a folder in diffusers' layout."""
-        beside = (folder.index,) if folder.index else ()
-        return cls(folder.files, beside, given, option, folder.folder, folder)
-
-    def __str__(self) -> str:
-        return str(self.given)
-
-    def __repr__(self) -> str:
-        return repr(str(self.given))  # in messages it stands for the path
+def no_sat_format(found: Weights, kind: Kind) -> UserError:
+    """The error for a file whose names are not those of `kind` in SAT format."""
+    first = next(iter(found.file.tensors()))
+    what = f"{found.path} holds no {_NOUNS[kind]} of SAT format (first key: {first!r})"
+    return unexpected(what, kind, found.option)
 
 
 @contextmanager
@@ -180,19 +118,10 @@ def find_transformer(
                 return Weights.of_file(load, folder / name, option)
         if kind == "load" and folder == path:
             if found := find_diffusers_part(path, "transformer"):
-                return Weights.of_folder(load, found, option)
+                return replace(found, given=load, option=option)
             if find_foreign_file(path):
                 raise is_no_base(path, option)
-            if any((path / "transformer" / name).is_file() for name in ("latest", *MODEL_FILES)):
-                raise UserError(
-                    f"{option}: {path} is the folder of a whole model in SAT's layout; name "
-                    f"{path / 'transformer'}"
-                )
-    or_else = "a diffusers folder with its config.json" if kind == "load" else _FOREIGN_FILES
-    raise UserError(
-        f"{option}: {folder / MODEL_FILES[0]} does not exist; expected are {path}/latest with the "
-        f"name of a folder, and {MODEL_FILES[0]} in that folder; or {or_else}"
-    )
+    raise unexpected(f"{folder / MODEL_FILES[0]} does not exist", kind, option)
 
 
 def _tagged_folder(path: Path, option: str) -> Path:
@@ -246,10 +175,7 @@ def find_lora(path: str | Path | Weights, *, option: str = "lora") -> Weights:
 
 def is_whole(path: str | Path, option: str) -> UserError:
     """The error for a whole model in the place of a LoRA."""
-    hint = f"{option} must name a LoRA, or a run that trained one"
-    if option == "lora":  # of a command that takes a whole model too
-        hint = "name it in load, a LoRA in lora"
-    return UserError(f"{path} is a whole model, not a LoRA; {hint}")
+    return unexpected(f"{path} is a whole model, not a LoRA", "lora", option)
 
 
 def find_autoencoder(path: str | Path | Weights, *, option: str = AUTOENCODER_OPTION) -> Weights:
@@ -274,7 +200,7 @@ def find_autoencoder(path: str | Path | Weights, *, option: str = AUTOENCODER_OP
     folder = find_diffusers_part(place, "vae")
     if folder is None:
         raise unexpected(f"{place} is a folder without an autoencoder in it", "autoencoder", option)
-    return Weights.of_folder(path, folder, option)
+    return replace(folder, given=path, option=option)
 
 
 def find_tokenizer(*folders: Path) -> Path | None:
@@ -284,17 +210,27 @@ def find_tokenizer(*folders: Path) -> Path | None:
 
 
 @dataclass(frozen=True, eq=False)
-class T5Files(_Found):
-    """A text encoder's folder, its config.json, and its files of tokenizer and weights."""
+class T5Files(Weights):
+    """The files of a text encoder: a folder with config.json and weights, and the tokenizer."""
 
-    folder: Path
-    config: Mapping[str, Any]
-    tokenizer: Path
+    tokenizer: Path = field(kw_only=True)
 
     @property
-    def weights(self) -> list[Path]:
-        """The paths of the files of weights."""
-        return [file.path for file in self.files]
+    def indices(self) -> list[Path]:
+        """The index of the shards in a list; an empty list if the weights are not in shards.
+
+        An index that was left beside weights in a single file does not belong to them.
+        """
+        if not any(SHARD in file.path.name for file in self.files):
+            return []
+        suffix = self.files[0].path.suffix
+        return _preferred(p for p in self.path.glob("*.index*.json") if f"{suffix}." in p.name)
+
+
+def _preferred(paths: Iterable[Path]) -> list[Path]:
+    """The paths in order; without those of a variant in half precision, if there are others."""
+    found = sorted(paths)
+    return [path for path in found if VARIANT not in path.name] or found
 
 
 def find_t5(model_dir: str | Path | T5Files, *, option: str = "model_dir") -> T5Files:
@@ -312,7 +248,7 @@ def find_t5(model_dir: str | Path | T5Files, *, option: str = "model_dir") -> T5
     if isinstance(model_dir, T5Files):
         return model_dir
     with _looking_up(model_dir, option):
-        folder = Path(model_dir).expanduser()
+        folder = Path(os.path.expanduser(model_dir))
         folder = find_in_pipeline(folder, "text_encoder") or folder
         config = _t5_config(folder, option)
         here = f"the T5 folder {folder}"
@@ -322,8 +258,8 @@ def find_t5(model_dir: str | Path | T5Files, *, option: str = "model_dir") -> T5
             raise incomplete(
                 here, f"{places} (in diffusers' layout the folder tokenizer lies beside it)"
             )
-        weights = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
-        weights = sorted([path for path in weights if VARIANT not in path.name] or weights)
+        weights = _preferred(folder.glob("*.safetensors"))
+        weights = weights or _preferred(folder.glob("pytorch_model*.bin"))
         if not weights:
             names = "*.safetensors or pytorch_model*.bin; tf_model.h5 is not used"
             raise no_weights(here, names)
@@ -331,42 +267,24 @@ def find_t5(model_dir: str | Path | T5Files, *, option: str = "model_dir") -> T5
         small = [path for path in weights if path.stat().st_size <= _LARGEST_POINTER]
         for path in (tokenizer, *small):
             check_kind(path)
-        files = T5Files(
-            files=tuple(map(WeightFile, weights)),
-            beside=(folder / "config.json", tokenizer),
-            folder=folder,
-            config=config,
-            tokenizer=tokenizer,
-        )
-        for index in shard_indices(files):
-            read_index(index, here)
+        found = tuple(map(WeightFile, weights))
+        beside = (folder / "config.json", tokenizer)
+        files = T5Files(model_dir, option, folder, found, beside, config, tokenizer=tokenizer)
+        for index in files.indices:
+            find_shards(index, here)
     return files
 
 
 def _t5_config(folder: Path, option: str) -> dict[str, Any]:
     if not folder.is_dir():
         raise unexpected(f"{str(folder)!r} is not a folder", "t5", option)
-    names = {entry.name for entry in folder.iterdir()}
-    if "config.json" in names:
-        config = read_json(folder / "config.json")
-        kind = config.get("model_type", config.get("_class_name"))
-        if kind != "t5":
-            quoted = repr(str(kind)[:_LONGEST_QUOTE])
-            raise unexpected(f"{folder} holds {quoted}, not a T5 encoder", "t5", option)
-        return config
-    if {"3d-vae.pt", "latest", "transformer", "model_index.json"} & names:
-        shown = first_of(sorted(names))
-        raise unexpected(f"{folder} is not a T5 folder (it holds {shown})", "t5", option)
-    raise incomplete(f"the T5 folder {folder}", "config.json")
-
-
-def shard_indices(files: T5Files) -> list[Path]:
-    """The index of the shards in a list; an empty list if the weights are not in shards.
-
-    An index that was left beside weights in a single file does not belong to them.
-    """
-    if not any(SHARD in path.name for path in files.weights):
-        return []
-    suffix = files.weights[0].suffix
-    found = [path for path in files.folder.glob("*.index*.json") if f"{suffix}." in path.name]
-    return sorted([path for path in found if VARIANT not in path.name] or found)
+    names = sorted(entry.name for entry in folder.iterdir())
+    if "config.json" not in names:
+        holds = first_of(names) or "nothing"
+        raise unexpected(f"{folder} lacks config.json (it holds {holds})", "t5", option)
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type", config.get("_class_name"))
+    if kind != "t5":
+        quoted = repr(str(kind)[:_LONGEST_QUOTE])
+        raise unexpected(f"{folder} holds {quoted}, not a T5 encoder", "t5", option)
+    return config

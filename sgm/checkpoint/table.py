@@ -223,12 +223,11 @@ def _made(
     where: str | Path,
 ) -> LazyTensors:
     """Name → ``make(tensors, *source, where)``, and the same on the meta device."""
-
-    def made(of: Mapping[str, Tensor], **meta: Callable[[], LazyTensors]) -> LazyTensors:
-        makers = {name: partial(make, of, *source, where) for name, source in sources.items()}
-        return LazyTensors(makers, **meta)
-
-    return made(tensors, meta=lambda: made(on_meta(tensors)))
+    shapes = on_meta(tensors)
+    return LazyTensors(
+        {name: partial(make, tensors, *source, where) for name, source in sources.items()},
+        meta={name: make(shapes, *source, where) for name, source in sources.items()},
+    )
 
 
 def to_diffusers(
@@ -246,7 +245,7 @@ def to_diffusers(
         Tensors that are views or are made on access. The position table is left out.
 
     Raises:
-        UserError: SAT has no such name; or, on access to a tensor, a shape does not divide.
+        UserError: SAT has no such name, or a shape does not divide.
     """
     num_levels = _num_levels(tensors)
     sources: dict[str, tuple[str, Row, Sequence[int]]] = {}  # of a name in diffusers
@@ -263,8 +262,8 @@ def to_sat(tensors: Mapping[str, Tensor], part: Part, *, where: str | Path) -> M
     The inverse of `to_diffusers`, with the same arguments.
 
     Raises:
-        UserError: diffusers has no such name, or a name of the same row is missing; or, on access
-            to a tensor, the shapes of its parts do not go together.
+        UserError: diffusers has no such name, a name of the same row is missing, or the shapes of
+            the parts of a tensor do not go together.
     """
     num_levels = _num_levels(tensors)
     sources: dict[str, tuple[Row, dict[str, str]]] = {}  # of a name in SAT: template → name

@@ -31,7 +31,7 @@ def _build_encoder(files: T5Files) -> T5EncoderModel:
             return T5EncoderModel(T5Config.from_dict(dict(files.config)))
     except Exception as error:  # transformers and what it checks values with raise many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        folder = f"the T5 folder {files.folder}"
+        folder = f"the T5 folder {files.path}"
         raise damaged(folder, f"cannot be loaded: {reason.rstrip('.')}") from None
 
 
@@ -58,14 +58,14 @@ def check_t5(files: T5Files, *, dtype: torch.dtype) -> tuple[T5EncoderModel, dic
     wanted = encoder.state_dict()
     found: dict[str, Tensor] = {}
     for file in files.files:
-        found |= file.tensors(wrapper="module")
+        found |= file.tensors()
     _complete_table(found)
     found = {name: tensor for name, tensor in found.items() if name in wanted}  # no decoder
     unfit = differences(found, wanted)
     gaps = [*unfit["missing"], *unfit["of another shape"], *unfit["of whole numbers"]]
     if gaps:
         raise damaged(
-            f"the T5 folder {files.folder}",
+            f"the T5 folder {files.path}",
             f"lacks {len(gaps)} of the weights that its config.json asks for, or has them in "
             f"another shape or type ({first_of(gaps)})",
         )

@@ -46,7 +46,7 @@ def write_t5(state: dict[str, Tensor], path: Path) -> None:
         UserError: the run did not train T5, or trained a different one.
     """
     trained = {n.removeprefix(T5_PREFIX): t for n, t in state.items() if n.startswith(T5_PREFIX)}
-    names = set(tensors_of(read_checkpoint(path), path, wrapper="module"))
+    names = set(tensors_of(read_checkpoint(path), path))
     if not names <= set(trained):
         raise UserError(f"the run holds no T5 weights that fit {path}; was its is_trainable true?")
     # Tied weights have two names in a checkpoint and one in the T5 file.
@@ -65,8 +65,7 @@ def main() -> int:
     parser.add_argument("--tag", default="1000", help="name of the transformer's inner folder")
     options = parser.parse_args()
     set_up_logging()
-    (file,) = find_transformer(options.load).files
-    state = file.tensors(wrapper="module")
+    state = find_transformer(options.load).file.tensors()
     write_t5(state, options.output / "t5" / "model.safetensors")
     write_transformer(state, options.output / "transformer", tag=options.tag)
     return 0

@@ -215,7 +215,7 @@ def _inspect_parts(kind: str, folder: Path, names: Iterable[str]) -> Finding:
 
 def _inspect_file(weights: Weights) -> Finding:
     """A file; its names say what it holds."""
-    (file,), path = weights.files, weights.path
+    file, path = weights.file, weights.path
     _check_file_kind(path)
     state = file.read().state
     keys = set(map(str, state)) if isinstance(state, Mapping) else set()
@@ -227,7 +227,7 @@ def _inspect_file(weights: Weights) -> Finding:
             use="to resume training from its folder",
             next_steps=[f"--resume {quote(str(path.parent))}"],
         )
-    tensors = file.tensors(wrapper="module")
+    tensors = file.tensors()
 
     def has(*beginnings: str) -> bool:
         return any(name.startswith(beginnings) for name in tensors)
@@ -282,7 +282,7 @@ def _compared(
     shapes = on_meta(tensors)
     found = compare(shapes, part)
     noun = "transformer" if part == "transformer" else "video autoencoder (VAE)"
-    finding = Finding(f"{noun} in {'diffusers' if weights.folder else 'SAT'} format")
+    finding = Finding(f"{noun} in {'diffusers' if weights.is_folder else 'SAT'} format")
     finding.facts = [*_size_facts(found.sizes), *_amounts(shapes)]
     for kind, names in found.differences.items():
         if names or kind in ("missing", "unknown"):
@@ -312,7 +312,7 @@ def _describe_transformer(weights: Weights) -> Finding:
     config, path = comparison.config, quote(str(weights))
     if comparison.fits:
         finding.next_steps.append(f"bash inference.sh {config} --load {path}")
-    if comparison.is_whole and not weights.folder:
+    if comparison.is_whole and not weights.is_folder:
         command = f"convert_weight_sat2hf.py --transformer_ckpt_path {path} --output_path DIR"
         finding.next_steps.append(f"python tools/{command} --base {config}")
     return finding
@@ -401,7 +401,7 @@ def _describe_lora(weights: Weights, form: str) -> Finding:
 
 def _describe_other_lora(weights: Weights, problem: str) -> Finding:
     """A LoRA of diffusers or peft that does not load, as far as its names and shapes say."""
-    shapes = on_meta(weights.files[0].tensors(wrapper="module"))
+    shapes = on_meta(weights.file.tensors())
     downs = {n: t for n, t in shapes.items() if ".lora_A." in n and t.ndim == 2}
     ranks = sorted({tensor.shape[0] for tensor in downs.values()})
     ends = sorted({re.sub(r"^.*?[0-9]+\.|\.lora_A\..*$", "", name) for name in downs})
@@ -438,7 +438,7 @@ def _describe_t5(folder: Path) -> Finding:
     files = find_t5(folder, option="PATH")
     shapes: dict[str, Tensor] = {}
     for file in files.files:
-        shapes |= on_meta(file.tensors(wrapper="state_dict"))
+        shapes |= on_meta(file.tensors())
     width, layers, heads = map(files.config.get, ("d_model", "num_layers", "num_heads"))
     facts = [("layers", str(layers)), ("width", f"{width}, {heads} heads"), *_amounts(shapes)]
     try:

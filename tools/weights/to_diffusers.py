@@ -140,7 +140,7 @@ class DiffusersConverter:
         given: Mapping[str, int | None],
     ) -> None:
         path, base, matrices = read_transformer(found)
-        if found.folder is not None:
+        if found.is_folder:
             logger.info("%s is in diffusers' layout already; it is written anew", path)
         if matrices and not loras:
             raise UserError(

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sgm.checkpoint.diffusers_folder import (
     PART_CLASSES,
-    PartFolder,
     find_part,
     is_pipeline,
     read_diffusers_part,
@@ -24,7 +23,7 @@ from sgm.checkpoint.reading import read_checkpoint
 from sgm.checkpoint.table import to_sat
 from sgm.checkpoint.tensors import in_dtype
 from sgm.checkpoint.text_encoder import check_t5
-from sgm.checkpoint.weight_file import read_json
+from sgm.checkpoint.weight_file import Weights, read_json
 from sgm.errors import UserError
 from sgm.files import write_torch
 from tools.weights.sizes import check_part
@@ -41,7 +40,7 @@ logger = logging.getLogger(__name__)
 T5_FOLDER = "t5-v1_1-xxl"  # as in the published layout
 
 
-def _find_parts(source: Path) -> dict[str, PartFolder]:
+def _find_parts(source: Path) -> dict[str, Weights]:
     """Part → its folder, for the parts that the input has.
 
     Raises:
@@ -98,17 +97,17 @@ class SatConverter:
             reason = f"cannot be looked up ({error.strerror}); check the path and its permissions"
             raise UserError(f"--input_path: {source} {reason}") from None
         for part, found in parts.items():
-            tensors = to_sat(read_diffusers_part(found), part, where=found.folder)
+            tensors = to_sat(read_diffusers_part(found), part, where=found.path)
             self.sizes[part] = check_part(
                 tensors,
                 part,
-                where=found.folder,
+                where=found.path,
                 described_by="its config.json",
                 expected=found.config,
                 hint="copy the folder from the original again",
             )
             own_dtype = dtype if part == "transformer" else None
-            self._tensors[part] = in_dtype(tensors, own_dtype, where=found.folder)
+            self._tensors[part] = in_dtype(tensors, own_dtype, where=found.path)
         self.text_encoder: T5Files | None = None
         if (source / "text_encoder").is_dir():
             self.text_encoder = find_t5(source, option="--input_path")

@@ -169,7 +169,7 @@ def test_a_tokenizer_json_of_something_else_is_refused(newer, content, words):
 
 def test_a_folder_of_something_else_is_called_that(tmp_path):
     (tmp_path / "3d-vae.pt").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"is not a T5 folder \(it holds 3d-vae.pt\)"):
+    with pytest.raises(UserError, match=r"lacks config.json \(it holds 3d-vae.pt\)"):
         FrozenT5Embedder(str(tmp_path), MAX_LENGTH)
 
 
