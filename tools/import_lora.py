@@ -55,8 +55,8 @@ def import_lora(path: str, folder: str, *, alpha: float | None, load: str | None
     if is_sat_lora(lora):
         logger.info("%s is of SAT format already; it is written anew", path)
     if load is not None:
-        _, base, _ = read_transformer(load, option="--load")
-        check_matrices(matrices, record, on_meta(base), path=path)
+        found, base, _ = read_transformer(load, option="--load")
+        check_matrices(matrices, record, on_meta(base), path=path, model=str(found))
         record = dataclasses.replace(record, base=fingerprint(base))
     with new_folder(folder) as made:
         save_sat_transformer(made, matrices, tag=TAG, lora=dataclasses.asdict(record))

@@ -121,6 +121,9 @@ def find_transformer(
                 return replace(found, given=load, option=option)
             if find_foreign_file(path):
                 raise is_no_base(path, option)
+            if any((path / "transformer" / name).is_file() for name in ("latest", *MODEL_FILES)):
+                what = f"{path} is the folder of a whole model; name {path / 'transformer'}"
+                raise unexpected(what, kind, option)
     raise unexpected(f"{folder / MODEL_FILES[0]} does not exist", kind, option)
 
 
@@ -281,7 +284,8 @@ def _t5_config(folder: Path, option: str) -> dict[str, Any]:
     names = sorted(entry.name for entry in folder.iterdir())
     if "config.json" not in names:
         holds = first_of(names) or "nothing"
-        raise unexpected(f"{folder} lacks config.json (it holds {holds})", "t5", option)
+        what = f"the T5 folder {folder} lacks config.json (it holds {holds})"
+        raise unexpected(what, "t5", option)
     config = read_json(folder / "config.json")
     kind = config.get("model_type", config.get("_class_name"))
     if kind != "t5":

@@ -136,6 +136,7 @@ def check_matrices(
     weights: Mapping[str, Tensor],
     *,
     path: str | Path | Weights,
+    model: str = "the base model",
 ) -> None:
     """Check that the matrices of a LoRA are complete and fit the base model's `weights`.
 
@@ -143,12 +144,13 @@ def check_matrices(
         matrices, record: as from `read_lora`.
         weights: name as in the plain model → tensor, which may be on the meta device.
         path: the LoRA's, for the message.
+        model: what the message calls the base model.
 
     Raises:
         UserError: names or shapes differ.
     """
     expected = expected_matrices(_layers(record, matrices), weights, record.r)
-    check_fit(matrices, expected, path=str(path), hint=_HINT, model="the base model")
+    check_fit(matrices, expected, path=str(path), hint=_HINT, model=model)
 
 
 def _layers(record: LoraRecord, names: Iterable[str]) -> list[str]:
@@ -246,12 +248,15 @@ class LoraUpdate:
     factor: float
 
 
-def read_updates(loras: Iterable[LoraChoice], weights: Mapping[str, Tensor]) -> list[LoraUpdate]:
+def read_updates(
+    loras: Iterable[LoraChoice], weights: Mapping[str, Tensor], *, model: str = "the base model"
+) -> list[LoraUpdate]:
     """Read LoRAs and compare them with the weights that they change.
 
     Args:
         loras: the LoRAs with their strengths; paths as in `read_lora`.
         weights: name as in the plain model → tensor, which may be on the meta device.
+        model: what messages call the base model.
 
     Raises:
         UserError: one is not a LoRA, or a LoRA of another model.
@@ -259,7 +264,7 @@ def read_updates(loras: Iterable[LoraChoice], weights: Mapping[str, Tensor]) -> 
     updates = []
     for choice in loras:
         matrices, record = read_lora(choice.path)
-        check_matrices(matrices, record, weights, path=choice.path)
+        check_matrices(matrices, record, weights, path=choice.path, model=model)
         factor = choice.scale * alpha_of(record, choice.path) / record.r
         updates.append(LoraUpdate(choice.path, record, matrices, factor))
     return updates
@@ -369,7 +374,7 @@ def merged_tensors(
         UserError: as in `read_updates`, at once; as in `in_dtype`, on access to a tensor.
     """
     shapes = on_meta(base)
-    updates = read_updates(loras, shapes)
+    updates = read_updates(loras, shapes, model=str(where))
     changed = _changed_layers(updates, fingerprint(base))
 
     @torch.no_grad()

@@ -40,25 +40,13 @@ LARGEST_ALPHA = 1e9  # no sensible value comes near
 NUM_PAIRS = {"query_key_value": 3, "dense": 1}
 _PARTS = ("to_q", "to_k", "to_v", "to_out.0")  # the same layers in diffusers
 _CONFIG_FILE = "adapter_config.json"
-_MERGE_FIRST = (
-    "merge it in diffusers (load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained) "
-    "and name that folder in load"
-)
-_NUM_NAMED = 4  # layers that a message repeats
 _LONGEST_QUOTE = 60  # characters of a setting that a message repeats
 
 _MATRIX = re.compile(
-    r"(base_model\.model\.)?(transformer\.)?(?P<layer>.+)\.lora_(?P<kind>[AB])(\.default)?\.weight"
+    r"(base_model\.model\.)?(transformer\.)?"
+    r"(?P<layer>transformer_blocks\.(0|[1-9][0-9]{0,3})\.attn1\.(to_[qkv]|to_out\.0))"
+    r"\.lora_(?P<kind>[AB])(\.default)?\.weight"
 )
-_PLACE = re.compile(r"transformer_blocks\.(0|[1-9][0-9]{0,3})\.attn1\.(to_[qkv]|to_out\.0)")
-# Names of other tensors than matrices of the transformer, and what messages say of such a LoRA.
-_OTHER_NAMES = {
-    r"text_encoder": "changes the text encoder too ({!r}), which no LoRA does here; save it "
-    "without these matrices",
-    r".*(lora_magnitude_vector|dora_scale)": "is a DoRA ({!r}), not a plain LoRA; " + _MERGE_FIRST,
-    r".*\.bias$": "changes biases too ({!r}), which SAT's LoRA cannot; " + _MERGE_FIRST,
-}
-
 
 _Rank = Annotated[int, Field(ge=1)]
 _Alpha = Annotated[float, Field(ge=-LARGEST_ALPHA, le=LARGEST_ALPHA)]
@@ -256,39 +244,31 @@ def to_sat_lora(
 
 def _named_matrices(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
     """Layer, as the transformer of diffusers names it → its matrices under "A" and "B"."""
-    for pattern, sentence in _OTHER_NAMES.items():
-        other = next((name for name in tensors if re.match(pattern, name)), None)
-        if other is not None:
-            raise UserError(f"{path} {sentence.format(other)}")
     layers: dict[str, dict[str, Tensor]] = {}
+    others = []
     for name, tensor in tensors.items():
         match = _MATRIX.fullmatch(name)
         if match is None or match["kind"] in layers.setdefault(match["layer"], {}):
-            raise UserError(
-                f"{path} holds {name!r}, which is not a matrix of a LoRA as diffusers and peft "
-                "name them (….lora_A.weight, ….lora_B.weight), or is there twice, with different "
-                "prefixes; load and save it with diffusers first"
-            )
-        layers[match["layer"]][match["kind"]] = tensor
-    other_layers = [layer for layer in layers if not _PLACE.fullmatch(layer)]
-    if other_layers and not any(layer.startswith("transformer_blocks.") for layer in layers):
-        raise UserError(
-            f"{path} is a LoRA of another model than CogVideoX: it changes {other_layers[0]}; "
-            "choose one that was trained on CogVideoX-2B"
-        )
-    if other_layers:
-        kinds = {re.sub(r"^transformer_blocks\.[0-9]+\.", "", layer) for layer in other_layers}
+            others.append(name)
+        else:
+            layers[match["layer"]][match["kind"]] = tensor
+    if others:
         raise _not_plain(
             path,
-            "also changes layers for which SAT's LoRA has no place "
-            f"({first_of(sorted(kinds), _NUM_NAMED)}), as it has {', '.join(_PARTS)} only",
+            f"holds {len(others)} tensors for which SAT's LoRA has no place ({first_of(others)}): "
+            f"it has one lora_A and one lora_B for each {', '.join(_PARTS)} of a block of "
+            "CogVideoX-2B",
         )
     return layers
 
 
 def _not_plain(where: str | Path, what: str) -> UserError:
     """The error for an update that SAT's LoRA cannot hold."""
-    return UserError(f"{where} {what}; {_MERGE_FIRST}")
+    return UserError(
+        f"{where} {what}; if the LoRA is for CogVideoX-2B, merge it in diffusers "
+        "(load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained) and name that folder "
+        "in load"
+    )
 
 
 def _read_settings(path: Path, metadata: Mapping[str, str]) -> _AdapterSettings | None:
