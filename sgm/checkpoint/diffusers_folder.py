@@ -63,18 +63,6 @@ def _quoted(value: object) -> str:
     return repr(value)[:_LONGEST_QUOTE]
 
 
-def no_weights(folder: str | Path, names: str) -> UserError:
-    """The error for a folder without weights.
-
-    Args:
-        folder: the folder, or what messages call it.
-        names: the names that weights may have.
-    """
-    return UserError(
-        f"{folder} holds no weights ({names}); copy it whole, or in a git clone run 'git lfs pull'"
-    )
-
-
 def is_pipeline(folder: Path) -> bool:
     """Whether `folder` is that of a diffusers pipeline.
 
@@ -172,8 +160,8 @@ def _find_weights(folder: Path) -> Path:
             ):
                 if (folder / name).is_file():
                     return folder / name
-    names = f"{_WEIGHTS}.safetensors, or its shards with their index.json"
-    raise no_weights(f"the diffusers folder {folder}", names)
+    names = f"weights ({_WEIGHTS}.safetensors, or its shards with their index.json)"
+    raise incomplete(f"the diffusers folder {folder}", names)
 
 
 def find_shards(index: Path, folder: str) -> list[Path]:

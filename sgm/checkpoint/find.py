@@ -7,17 +7,17 @@ functions that check and load weights accept; given such an object, it returns t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sgm.checkpoint.diffusers_folder import (
+    DiffusersPart,
     find_diffusers_part,
     find_in_pipeline,
     find_shards,
-    no_weights,
 )
 from sgm.checkpoint.weight_file import (
     WeightFile,
@@ -40,13 +40,20 @@ _LORA_FILES = (
 )
 _LARGEST_POINTER = 1024  # bytes, by the specification of git-lfs
 _LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
-_FOREIGN_FILES = "pytorch_lora_weights.safetensors or adapter_model.safetensors"
 Kind = Literal["load", "lora", "autoencoder", "t5"]
+# Names of the files in a folder, in the order of preference, and parts of a diffusers folder.
+_FILES: Mapping[Kind, Sequence[str]] = {
+    "load": MODEL_FILES,
+    "lora": (*_LORA_FILES, *MODEL_FILES),
+    "autoencoder": (SAT_FILE,),
+}
+_PARTS: Mapping[Kind, DiffusersPart] = {"load": "transformer", "autoencoder": "vae"}
 _EXPECTED: Mapping[Kind, str] = {
     "load": "the transformer's folder (with the file 'latest' in it), its .pt file or a diffusers "
     "folder; README tells where to get the weights",
     "lora": "a LoRA: the folder of a run (with the file 'latest' in it), of one of its "
-    f"checkpoints, a file, or a LoRA of diffusers or peft: {_FOREIGN_FILES}, or its folder",
+    "checkpoints, a file, or a LoRA of diffusers or peft: pytorch_lora_weights.safetensors or "
+    "adapter_model.safetensors, or its folder",
     "autoencoder": "the autoencoder's weights: 3d-vae.pt itself, or a diffusers folder; README "
     "tells where to get them",
     "t5": "the T5 folder with config.json and T5's weights in it (for the 2B model a clone of "
@@ -89,42 +96,70 @@ def _looking_up(given: str | Path, option: str) -> Iterator[None]:
         ) from None
 
 
-def find_transformer(
-    load: str | Path | Weights, *, kind: Kind = "load", option: str | None = None
-) -> Weights:
-    """Find the file that `load` names: the file itself, or one in a folder with ``latest``.
+def find_transformer(load: str | Path | Weights, *, option: str = "load") -> Weights:
+    """Find a transformer: a file, one in a folder with ``latest``, or a diffusers folder.
 
     Args:
-        load: the path.
-        kind: what is looked for. For ``load`` the path may also be a diffusers folder, of a
-            pipeline or of its transformer.
-        option: the option that gave the path, for messages; None: the name of `kind`.
+        load: the path; a diffusers folder may be that of a pipeline or of its transformer.
+        option: the option that gave the path, for messages.
 
     Raises:
-        UserError: there is no such file; the message names the expected one.
+        UserError: no transformer is there, or a part of it is missing.
     """
-    if isinstance(load, Weights):
-        return load
-    option = option or kind
-    with _looking_up(load, option):
-        path = Path(os.path.expanduser(load))
+    return _find(load, "load", option)
+
+
+def find_lora(path: str | Path | Weights, *, option: str = "lora") -> Weights:
+    """Find the file of a LoRA: `path` itself, or a file in a folder of SAT, diffusers or peft.
+
+    Args:
+        path: the path.
+        option: the option that gave it, for messages.
+
+    Raises:
+        UserError: no LoRA is there.
+    """
+    return _find(path, "lora", option)
+
+
+def find_autoencoder(path: str | Path | Weights, *, option: str = AUTOENCODER_OPTION) -> Weights:
+    """Find the autoencoder's file of SAT format, or diffusers' folder of it.
+
+    Args:
+        path: a file, the folder of ``3d-vae.pt``, or a diffusers folder, of a pipeline or of its
+            autoencoder.
+        option: the option that gave the path, for messages.
+
+    Raises:
+        UserError: no autoencoder is there, or a part of it is missing.
+    """
+    return _find(path, "autoencoder", option)
+
+
+def _find(given: str | Path | Weights, kind: Kind, option: str) -> Weights:
+    if isinstance(given, Weights):
+        return given
+    with _looking_up(given, option):
+        path = Path(os.path.expanduser(given))
         if path.is_file():
-            return Weights.of_file(load, path, option)
+            return Weights.of_file(given, path, option)
         if not path.is_dir():
-            raise unexpected(f"{load} does not exist", kind, option)
-        folder = _tagged_folder(path, option)
-        for name in MODEL_FILES:
+            raise unexpected(f"{path} does not exist", kind, option)
+        folder = path if kind == "autoencoder" else _tagged_folder(path, option)
+        for name in _FILES[kind]:
             if (folder / name).is_file():
-                return Weights.of_file(load, folder / name, option)
-        if kind == "load" and folder == path:
-            if found := find_diffusers_part(path, "transformer"):
-                return replace(found, given=load, option=option)
-            if find_foreign_file(path):
-                raise is_no_base(path, option)
-            if any((path / "transformer" / name).is_file() for name in ("latest", *MODEL_FILES)):
-                what = f"{path} is the folder of a whole model; name {path / 'transformer'}"
-                raise unexpected(what, kind, option)
-    raise unexpected(f"{folder / MODEL_FILES[0]} does not exist", kind, option)
+                return Weights.of_file(given, folder / name, option)
+        if kind == "lora":
+            if any((path / name).is_file() for name in ("model_index.json", "config.json")):
+                raise is_whole(path, option)
+        elif folder == path and (found := find_diffusers_part(path, _PARTS[kind])):
+            return replace(found, given=given, option=option)
+        elif kind == "load" and find_foreign_file(path):
+            raise is_no_base(path, option)
+        elif kind == "load" and (path / "transformer").is_dir():
+            what = f"{path} is the folder of a whole model; name {path / 'transformer'}"
+            raise unexpected(what, kind, option)
+    raise unexpected(f"{folder / _FILES[kind][0]} does not exist", kind, option)
 
 
 def _tagged_folder(path: Path, option: str) -> Path:
@@ -156,54 +191,9 @@ def find_foreign_file(folder: str | Path) -> Path | None:
     return next((Path(path) for path in paths if os.path.isfile(path)), None)
 
 
-def find_lora(path: str | Path | Weights, *, option: str = "lora") -> Weights:
-    """Find the file of a LoRA: `path` itself, or a file in a folder of SAT, diffusers or peft.
-
-    Args:
-        path: the path.
-        option: the option that gave it, for messages.
-
-    Raises:
-        UserError: no LoRA is there.
-    """
-    if isinstance(path, Weights):
-        return path
-    if file := find_foreign_file(path):
-        return Weights.of_file(path, file, option)
-    folder = os.path.expanduser(path)
-    if any(os.path.isfile(f"{folder}/{name}") for name in ("model_index.json", "config.json")):
-        raise is_whole(path, option)
-    return find_transformer(path, kind="lora", option=option)
-
-
 def is_whole(path: str | Path, option: str) -> UserError:
     """The error for a whole model in the place of a LoRA."""
     return unexpected(f"{path} is a whole model, not a LoRA", "lora", option)
-
-
-def find_autoencoder(path: str | Path | Weights, *, option: str = AUTOENCODER_OPTION) -> Weights:
-    """Find the autoencoder's file of SAT format, or diffusers' folder of it.
-
-    Args:
-        path: a file, the folder of ``3d-vae.pt``, or a diffusers folder, of a pipeline or of its
-            autoencoder.
-        option: the option that gave the path, for messages.
-
-    Raises:
-        UserError: no autoencoder is there, or a part of it is missing.
-    """
-    if isinstance(path, Weights):
-        return path
-    place = Path(os.path.expanduser(path))
-    for file in (place, place / SAT_FILE):
-        if os.path.isfile(file):
-            return Weights.of_file(path, file, option)
-    if not os.path.isdir(place):
-        raise unexpected(f"{place} does not exist", "autoencoder", option)
-    folder = find_diffusers_part(place, "vae")
-    if folder is None:
-        raise unexpected(f"{place} is a folder without an autoencoder in it", "autoencoder", option)
-    return replace(folder, given=path, option=option)
 
 
 def find_tokenizer(*folders: Path) -> Path | None:
@@ -265,7 +255,7 @@ def find_t5(model_dir: str | Path | T5Files, *, option: str = "model_dir") -> T5
         weights = weights or _preferred(folder.glob("pytorch_model*.bin"))
         if not weights:
             names = "*.safetensors or pytorch_model*.bin; tf_model.h5 is not used"
-            raise no_weights(here, names)
+            raise incomplete(here, f"weights ({names})")
         # A pointer of git-lfs is small. Large files are opened later, when they are read.
         small = [path for path in weights if path.stat().st_size <= _LARGEST_POINTER]
         for path in (tokenizer, *small):

@@ -302,27 +302,39 @@ def _updated(weight: Tensor, layer: str, updates: Iterable[LoraUpdate]) -> Tenso
 
 @torch.no_grad()
 def merge_updates(
-    network: DiffusionTransformer, updates: Sequence[LoraUpdate], *, base: str
+    network: DiffusionTransformer,
+    updates: Sequence[LoraUpdate],
+    *,
+    base: str,
+    base_weights: Mapping[str, Tensor] | None = None,
+    device: str | torch.device | None = None,
 ) -> None:
     """Add LoRAs to the weights of a network without LoRA layers: W + Σ scale · alpha / r · B A.
 
-    The sum is computed in float32 on the weight's device and rounded once to its type. Matrices
-    that are zero leave every bit as it was.
+    The sum is computed in float32 and rounded once to the weight's type. Matrices that are zero
+    leave every bit as it was.
 
     Args:
-        network: the base model.
+        network: the base model; its weights may be offloaded.
         updates: from `read_updates`, which has compared them with the network.
         base: `fingerprint` of the file that the weights came from. The network's own is another
             one if the weights were rounded to bfloat16 since.
+        base_weights: the weights W, for a network in which other LoRAs are merged, which are
+            removed; None: the network's own.
+        device: computes the sums with `base_weights`.
     """
     weights = dict(network.named_parameters())
-    network.merged_layers = _changed_layers(updates, base)
+    changed = _changed_layers(updates, base)
+    network.merged_layers |= changed  # also where this is interrupted
     for layer in network.merged_layers:
-        weight = weights[f"{layer}.weight"]
-        weight.copy_(_updated(weight, layer, updates))  # this rounds
+        name = f"{layer}.weight"
+        weight = own = weights[name]
+        if base_weights is not None:
+            own = base_weights[name].to(device=device, dtype=weight.dtype)
+        weight.copy_(_updated(own, layer, updates).to(weight.dtype))
+    network.merged_layers = changed
 
 
-@torch.no_grad()
 def replace_loras(
     network: DiffusionTransformer,
     loras: Sequence[LoraChoice],
@@ -343,16 +355,8 @@ def replace_loras(
     Raises:
         UserError: a file is not a LoRA, or a LoRA of another model. Nothing is changed then.
     """
-    weights = dict(network.named_parameters())
-    updates = read_updates(loras, weights)
-    changed = _changed_layers(updates, base)
-    network.merged_layers |= changed  # also where this is interrupted
-    for layer in network.merged_layers:
-        name = f"{layer}.weight"
-        dtype = weights[name].dtype
-        weight = base_weights[name].to(device=device, dtype=dtype)
-        weights[name].copy_(_updated(weight, layer, updates).to(dtype))
-    network.merged_layers = changed
+    updates = read_updates(loras, dict(network.named_parameters()))
+    merge_updates(network, updates, base=base, base_weights=base_weights, device=device)
 
 
 def merged_tensors(

@@ -243,12 +243,14 @@ def tensors_of(state: object, path: Path) -> Mapping[str, Tensor]:
         )
     for name, tensor in tensors.items():
         is_dense = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
-        if not is_dense or tensor.is_meta or tensor.is_complex():
-            raise damaged(f"{path}: {name!r}", "is not a dense tensor of real numbers")
-        # Such a tensor can have any size in a file of a few bytes, and would fill the memory.
-        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise UserError(
-                f"{path}: {name!r} is a tensor of {list(tensor.shape)}, but the file holds only a "
-                "part of it, repeated; ask its author to save it with .contiguous()"
+        is_real = is_dense and not tensor.is_meta and not tensor.is_complex()
+        # A repeated part can stand for any size in a file of a few bytes, and fill the memory.
+        if (
+            not is_real
+            or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
+        ):
+            raise damaged(
+                f"{path}: {name!r}",
+                "is not a dense tensor of real numbers that are all in the file",
             )
     return tensors

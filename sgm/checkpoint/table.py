@@ -42,11 +42,6 @@ class Row:
     sat: str
     diffusers: Mapping[str, Sequence[int]]
 
-    @property
-    def num_slices(self) -> int:
-        """The number of slices of SAT's tensor."""
-        return sum(len(slices) for slices in self.diffusers.values())
-
 
 def _one_to_one(pairs: Mapping[str, str]) -> tuple[Row, ...]:
     return tuple(Row(sat, {diffusers: (0,)}) for sat, diffusers in pairs.items())
@@ -195,7 +190,7 @@ def _taken(
     tensors: Mapping[str, Tensor], name: str, row: Row, slices: Sequence[int], where: str | Path
 ) -> Tensor:
     """The tensor of diffusers that consists of these slices of the SAT tensor `name`."""
-    pieces = _slices(tensors[name], row.num_slices, name, where)
+    pieces = _slices(tensors[name], sum(map(len, row.diffusers.values())), name, where)
     return pieces[slices[0]] if len(slices) == 1 else torch.cat([pieces[i] for i in slices])
 
 
@@ -213,7 +208,7 @@ def _united(
     if first.ndim == 0 or any(piece.shape != first.shape for piece in pieces.values()):
         shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in names.values())
         raise damaged(where, f"has {shapes}, whose shapes do not go together")
-    return torch.cat([pieces[i] for i in range(row.num_slices)])
+    return torch.cat([pieces[i] for i in range(len(pieces))])
 
 
 def _made(

@@ -65,14 +65,15 @@ def sort_keys(found: Weights) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     puts before the weights of the layers that it wraps.
     """
     tensors = found.file.tensors()
-    prefixed = [name for name in tensors if name.startswith(MODEL_PREFIX)]
-    if prefixed:
-        own = {name.removeprefix(MODEL_PREFIX): tensors[name] for name in prefixed}
-        rest = [n for n in tensors if not n.startswith((MODEL_PREFIX, *OTHER_PARTS))]
-        if rest:
-            logger.warning("%s: %d unknown keys are not used: %s …", found.path, len(rest), rest[0])
-    else:
-        own = {n: tensor for n, tensor in tensors.items() if not n.startswith(OTHER_PARTS)}
+    prefix = MODEL_PREFIX if any(name.startswith(MODEL_PREFIX) for name in tensors) else ""
+    rest = [name for name in tensors if not name.startswith((prefix, *OTHER_PARTS))]
+    if rest:
+        logger.warning("%s: %d unknown keys are not used: %s …", found.path, len(rest), rest[0])
+    own = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix) and not name.startswith(OTHER_PARTS)
+    }
     lora = {n: t for n, t in own.items() if is_lora_matrix(n)}
     base = {n.replace(".original.", "."): t for n, t in own.items() if n not in lora}
     return base, lora
@@ -118,9 +119,7 @@ class TransformerTensors(NamedTuple):
     lora: Mapping[str, Tensor]
 
 
-def read_transformer(
-    load: str | Path | Weights, *, option: str | None = None
-) -> TransformerTensors:
+def read_transformer(load: str | Path | Weights, *, option: str = "load") -> TransformerTensors:
     """Find and read the tensors of a transformer, of SAT or diffusers.
 
     Args:

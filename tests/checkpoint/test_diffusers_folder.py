@@ -248,7 +248,7 @@ MISTAKES = {
     "a file of the root": (point_to("/etc/passwd"), "names '/etc/passwd', which"),
     "the folder itself": (point_to(".."), "which is not a file of its own folder"),
     "no file's name": (point_to(3), "lacks the shard 3 "),
-    "no weights": (lambda p: (p / "transformer" / INDEX).unlink(), "holds no weights"),
+    "no weights": (lambda p: (p / "transformer" / INDEX).unlink(), "lacks weights"),
     "quantised weights": (
         edit_shard(lambda t: t.update({"proj_out.bias": t["proj_out.bias"].to(torch.int8)})),
         "proj_out.bias is stored as int8; quantised",
@@ -283,7 +283,7 @@ VAE_MISTAKES = {
     ),
     "no diffusers folder": (
         lambda p: (p / "model_index.json").unlink(),
-        "a folder without an autoencoder in it",
+        "3d-vae.pt does not exist; it must be the autoencoder's weights",
     ),
 }
 

@@ -140,7 +140,7 @@ def test_what_diffusers_cannot_express_is_refused(small, capsys):
     [
         ("config.json", "config.json"),
         ("spiece.model", "spiece.model"),
-        ("model.safetensors", "no weights"),
+        ("model.safetensors", "lacks weights"),
         ("shard", "model-00009"),
     ],
 )

@@ -254,7 +254,7 @@ MISTAKES = {
         "spiece.model is not a sentencepiece model",
     ),
     "tokenizer page": (lambda f: (f / "spiece.model").write_text("<html>"), "web page"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "lacks weights"),
     "weights pointer": (
         lambda f: (f / "model.safetensors").write_text(POINTER),
         "model.safetensors is a pointer of git-lfs",
