@@ -137,6 +137,16 @@ def find_autoencoder(path: str | Path | Weights, *, option: str = AUTOENCODER_OP
 
 
 def _find(given: str | Path | Weights, kind: Kind, option: str) -> Weights:
+    """Find a file, one in a folder or in the folder that ``latest`` names, or a diffusers folder.
+
+    Args:
+        given: the path, or weights that were found before, which are returned.
+        kind: what is looked for; not "t5".
+        option: the option that gave the path, for messages.
+
+    Raises:
+        UserError: nothing of this kind is there; the message says what is expected.
+    """
     if isinstance(given, Weights):
         return given
     with _looking_up(given, option):
@@ -247,15 +257,13 @@ def find_t5(model_dir: str | Path | T5Files, *, option: str = "model_dir") -> T5
         here = f"the T5 folder {folder}"
         tokenizer = find_tokenizer(folder, folder.parent / "tokenizer")
         if tokenizer is None:
-            places = " or ".join(TOKENIZER_FILES)
-            raise incomplete(
-                here, f"{places} (in diffusers' layout the folder tokenizer lies beside it)"
-            )
+            place = "(in diffusers' layout the folder tokenizer lies beside it)"
+            raise incomplete(here, f"{' or '.join(TOKENIZER_FILES)} {place}")
         weights = _preferred(folder.glob("*.safetensors"))
         weights = weights or _preferred(folder.glob("pytorch_model*.bin"))
         if not weights:
-            names = "*.safetensors or pytorch_model*.bin; tf_model.h5 is not used"
-            raise incomplete(here, f"weights ({names})")
+            names = "weights (*.safetensors or pytorch_model*.bin; tf_model.h5 is not used)"
+            raise incomplete(here, names)
         # A pointer of git-lfs is small. Large files are opened later, when they are read.
         small = [path for path in weights if path.stat().st_size <= _LARGEST_POINTER]
         for path in (tokenizer, *small):
@@ -269,6 +277,11 @@ def find_t5(model_dir: str | Path | T5Files, *, option: str = "model_dir") -> T5
 
 
 def _t5_config(folder: Path, option: str) -> dict[str, Any]:
+    """The content of a T5 folder's ``config.json``.
+
+    Raises:
+        UserError: there is no such folder or file, or it is another model's.
+    """
     if not folder.is_dir():
         raise unexpected(f"{str(folder)!r} is not a folder", "t5", option)
     names = sorted(entry.name for entry in folder.iterdir())

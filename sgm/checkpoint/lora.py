@@ -84,10 +84,8 @@ def read_lora(
     if alpha is not None and not abs(alpha) <= LARGEST_ALPHA:  # also true for nan
         raise UserError(f"lora_alpha={alpha} must be a number of at most {LARGEST_ALPHA:g}")
     found = find_lora(path, option=option)
-    tensors = found.file.tensors()
-    if is_foreign(tensors) and not is_sat_lora(found):
-        metadata = found.file.read().metadata
-        return to_sat_lora(tensors, found.path, metadata=metadata, alpha=alpha)
+    if is_foreign(found.file.tensors()) and not is_sat_lora(found):
+        return to_sat_lora(found, alpha)
     return _read_sat_lora(found, alpha)
 
 
@@ -319,9 +317,9 @@ def merge_updates(
         updates: from `read_updates`, which has compared them with the network.
         base: `fingerprint` of the file that the weights came from. The network's own is another
             one if the weights were rounded to bfloat16 since.
-        base_weights: the weights W, for a network in which other LoRAs are merged, which are
-            removed; None: the network's own.
-        device: computes the sums with `base_weights`.
+        base_weights: the weights W, from `read_transformer`. They replace the LoRAs that are merged
+            in the network, so that it gets the bytes of a fresh start. None: the network's own.
+        device: computes the sums with `base_weights`; it must be that of a fresh start.
     """
     weights = dict(network.named_parameters())
     changed = _changed_layers(updates, base)
@@ -333,30 +331,6 @@ def merge_updates(
             own = base_weights[name].to(device=device, dtype=weight.dtype)
         weight.copy_(_updated(own, layer, updates).to(weight.dtype))
     network.merged_layers = changed
-
-
-def replace_loras(
-    network: DiffusionTransformer,
-    loras: Sequence[LoraChoice],
-    *,
-    base_weights: Mapping[str, Tensor],
-    base: str,
-    device: str | torch.device,
-) -> None:
-    """Replace the merged LoRAs by others; the weights have the bytes of a fresh start with these.
-
-    Args:
-        network: its weights may be offloaded.
-        loras: as in `read_updates`; an empty sequence restores the base model.
-        base_weights: of the file that the network was loaded from, from `read_transformer`.
-        base: as in `merge_updates`.
-        device: computes the sums; it must be that of a fresh start.
-
-    Raises:
-        UserError: a file is not a LoRA, or a LoRA of another model. Nothing is changed then.
-    """
-    updates = read_updates(loras, dict(network.named_parameters()))
-    merge_updates(network, updates, base=base, base_weights=base_weights, device=device)
 
 
 def merged_tensors(

@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
 from sgm.checkpoint.table import to_sat
-from sgm.checkpoint.weight_file import damaged, json_object, read_json
+from sgm.checkpoint.weight_file import Weights, damaged, json_object, read_json
 from sgm.errors import UserError, first_of
 
 if TYPE_CHECKING:
@@ -195,13 +195,7 @@ def is_foreign(names: Iterable[str]) -> bool:
     return any("lora_" in name or ".lora." in name for name in names)
 
 
-def to_sat_lora(
-    tensors: Mapping[str, Tensor],
-    path: Path,
-    *,
-    metadata: Mapping[str, str],
-    alpha: float | None,
-) -> tuple[dict[str, Tensor], LoraRecord]:
+def to_sat_lora(found: Weights, alpha: float | None) -> tuple[dict[str, Tensor], LoraRecord]:
     """Convert a LoRA of diffusers or peft to SAT's format: all of q, k, v and dense, of one rank.
 
     Layers that were not trained get zeros, and smaller ranks are padded with zeros. Where the
@@ -209,9 +203,7 @@ def to_sat_lora(
     are the same to the bit.
 
     Args:
-        tensors: the tensors of the file `path`.
-        path: peft's ``adapter_config.json`` is read from the same folder.
-        metadata: of the file's header; empty if it has none.
+        found: the file; peft's ``adapter_config.json`` is read from the same folder.
         alpha: used if the file stores none. Without it the rank is used, as in diffusers.
 
     Returns:
@@ -221,7 +213,8 @@ def to_sat_lora(
         UserError: it is not a plain LoRA of CogVideoX's attention layers, or damaged, or the file
             stores another alpha.
     """
-    layers = _named_matrices(tensors, path)
+    path, metadata = found.path, found.file.read().metadata
+    layers = _named_matrices(found.file.tensors(), path)
     settings = _read_settings(path, metadata)
     alpha = agreed_alpha(settings.lora_alpha if settings else None, alpha, path)
     if alpha is None:
@@ -318,6 +311,11 @@ def _paired(
     *,
     alpha: float | None,
 ) -> dict[str, _Pair]:
+    """Layer → its two matrices, compared with the settings; `alpha` is that of the file.
+
+    Raises:
+        UserError: a layer has one matrix only, or matrices of another rank.
+    """
     pairs = {}
     for layer, both in layers.items():
         down, up = both.get("A"), both.get("B")

@@ -103,6 +103,7 @@ def _place(file: BinaryIO) -> str:
 
 
 def _read_safetensors(file: BinaryIO, path: Path, *, lazily: bool) -> Contents:
+    """The contents of a safetensors file; arguments and errors as in `read_weights`."""
     with _whole_safetensors(path), safe_open(_place(file), framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         in_file_order, metadata = opened.offset_keys(), opened.metadata() or {}
@@ -174,6 +175,7 @@ def _stand_ins(file: BinaryIO, path: Path) -> list[tuple[Callable[..., object], 
 
 
 def _read_torch(file: BinaryIO, path: Path, *, is_zip: bool) -> object:
+    """The object in a file of torch.save, without running code from the file."""
     try:
         inert = _stand_ins(file, path) if is_zip else []
         with torch.serialization.safe_globals([*inert]), warnings.catch_warnings():
