@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sgm.checkpoint.find import Weights, find_transformer
-from sgm.checkpoint.lora import merge_updates, read_updates, replace_loras
+from sgm.checkpoint.lora import merge_updates, read_updates
 from sgm.checkpoint.lora_formats import names_with_lora
 from sgm.checkpoint.transformer import (
     check_transformer,
@@ -269,11 +269,12 @@ class SATVideoDiffusionEngine(nn.Module):
             UserError: a file is not a LoRA of this model, or the base weights can no longer be
                 read; the weights are then unchanged.
         """
-        replace_loras(
-            self.model.diffusion_model,
-            loras,
-            base_weights=self.base_weights,
+        network, base_weights = self.model.diffusion_model, self.base_weights
+        merge_updates(
+            network,
+            read_updates(loras, dict(network.named_parameters())),
             base=self.base_fingerprint,
+            base_weights=base_weights,
             device=self.device,
         )
 

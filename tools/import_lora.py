@@ -54,8 +54,7 @@ def import_lora(path: str, folder: str, *, alpha: float | None, load: str | None
     check_whole_lora(matrices, record, path)
     if load is not None:
         found, base, _ = read_transformer(load, option="--load")
-        hint = f"is {found} the base model that the LoRA was trained on?"
-        check_matrices(matrices, record, on_meta(base), path=path, hint=hint)
+        check_matrices(matrices, record, on_meta(base), path=path, model=str(found))
         record = dataclasses.replace(record, base=fingerprint(base))
     with new_folder(folder) as made:
         save_sat_transformer(made, matrices, tag=TAG, lora=dataclasses.asdict(record))

@@ -59,7 +59,7 @@ def random_state(module: nn.Module, *, dtype: torch.dtype) -> LazyTensors:
         if name != POSITION_TABLE
     }
     makers = {name: partial(random_tensor, name, metas[name].shape, dtype=dtype) for name in metas}
-    return LazyTensors(makers, meta=lambda: metas)
+    return LazyTensors(makers, meta=metas)
 
 
 def write_t5(

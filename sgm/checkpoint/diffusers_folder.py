@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sgm.checkpoint.weight_file import WeightFile, damaged, incomplete, read_json
+from sgm.checkpoint.weight_file import WeightFile, Weights, damaged, incomplete, read_json
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,35 +59,8 @@ _SETTINGS: Mapping[DiffusersPart, Mapping[str, tuple[Any, str]]] = {
 _LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
 
 
-@dataclass(frozen=True, eq=False)
-class PartFolder:
-    """The folder of a part: its ``config.json``, and its files of weights, which are not read yet.
-
-    `weight_map` is name of a tensor → file, from the `index` of shards; it is empty if there is
-    one file without an index.
-    """
-
-    folder: Path
-    config: Mapping[str, Any]
-    files: tuple[WeightFile, ...]
-    index: Path | None = None
-    weight_map: Mapping[str, WeightFile] = field(default_factory=dict)
-
-
 def _quoted(value: object) -> str:
     return repr(value)[:_LONGEST_QUOTE]
-
-
-def no_weights(folder: str | Path, names: str) -> UserError:
-    """The error for a folder without weights.
-
-    Args:
-        folder: the folder, or what messages call it.
-        names: the names that weights may have.
-    """
-    return UserError(
-        f"{folder} holds no weights ({names}); copy it whole, or in a git clone run 'git lfs pull'"
-    )
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -122,7 +94,7 @@ def find_in_pipeline(folder: Path, part: str) -> Path | None:
     return folder / part
 
 
-def find_diffusers_part(path: str | Path, part: DiffusersPart) -> PartFolder | None:
+def find_diffusers_part(path: str | Path, part: DiffusersPart) -> Weights | None:
     """The part, if `path` is a diffusers folder; otherwise None.
 
     Args:
@@ -141,7 +113,7 @@ def find_diffusers_part(path: str | Path, part: DiffusersPart) -> PartFolder | N
     return find_part(folder, part) if "_class_name" in read_json(folder / "config.json") else None
 
 
-def find_part(folder: Path, part: DiffusersPart) -> PartFolder:
+def find_part(folder: Path, part: DiffusersPart) -> Weights:
     """The part whose own `folder` this is.
 
     Args:
@@ -155,11 +127,9 @@ def find_part(folder: Path, part: DiffusersPart) -> PartFolder:
     _check_config(config, folder, part)
     path = _find_weights(folder)
     if path.suffix != ".json":
-        return PartFolder(folder, config, (WeightFile(path),))
-    weight_map = read_index(path, f"the diffusers folder {folder}")
-    files = {file: WeightFile(file) for file in sorted(set(weight_map.values()))}
-    owners = {name: files[file] for name, file in weight_map.items()}
-    return PartFolder(folder, config, tuple(files.values()), index=path, weight_map=owners)
+        return Weights(folder, part, folder, (WeightFile(path),), config=config)
+    files = map(WeightFile, find_shards(path, f"the diffusers folder {folder}"))
+    return Weights(folder, part, folder, tuple(files), (path,), config)
 
 
 def _check_config(config: Mapping[str, Any], folder: Path, part: DiffusersPart) -> None:
@@ -190,12 +160,12 @@ def _find_weights(folder: Path) -> Path:
             ):
                 if (folder / name).is_file():
                     return folder / name
-    names = f"{_WEIGHTS}.safetensors, or its shards with their index.json"
-    raise no_weights(f"the diffusers folder {folder}", names)
+    names = f"weights ({_WEIGHTS}.safetensors, or its shards with their index.json)"
+    raise incomplete(f"the diffusers folder {folder}", names)
 
 
-def read_index(index: Path, folder: str) -> dict[str, Path]:
-    """Name → file of the tensors that an index of shards lists.
+def find_shards(index: Path, folder: str) -> list[Path]:
+    """The shards that an index lists, in the order of their names.
 
     Args:
         index: the JSON file; the shards lie in the same folder.
@@ -207,38 +177,33 @@ def read_index(index: Path, folder: str) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
         raise damaged(index, "is damaged: it has no weight_map")
-    for name in sorted(set(map(str, weight_map.values()))):
+    names = sorted(set(map(str, weight_map.values())))
+    for name in names:
         if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
             raise damaged(index, f"names {_quoted(name)}, which is not a file of its own folder")
         if not os.path.isfile(index.with_name(name)):
             shard = name[:_LONGEST_QUOTE]
             raise incomplete(folder, f"the shard {shard} that {index.name} names")
-    return {tensor: index.with_name(str(name)) for tensor, name in weight_map.items()}
+    return [index.with_name(name) for name in names]
 
 
-def read_diffusers_part(part: PartFolder) -> Mapping[str, Tensor]:
+def read_diffusers_part(part: Weights) -> Mapping[str, Tensor]:
     """The tensors of a part under diffusers' names, each read on access.
 
     The headers of the files are read and checked at once.
 
     Raises:
-        UserError: a file is damaged, or does not hold the tensors that the index lists, or a LoRA
-            is still beside the weights.
+        UserError: a file is damaged, or a LoRA is still beside the weights.
     """
     from sgm.checkpoint.tensors import LazyTensors, on_meta
 
-    found = {file: file.tensors(wrapper="state_dict", lazily=True) for file in part.files}
-    weight_map = part.weight_map or {name: file for file in part.files for name in found[file]}
-    for name, file in weight_map.items():
+    files = [file.tensors(lazily=True) for file in part.files]
+    makers = {name: partial(tensors.__getitem__, name) for tensors in files for name in tensors}
+    for name in makers:
         if ".base_layer." in name or ".lora_A." in name:
             raise UserError(
-                f"{part.folder} still holds the LoRA beside the weights ({name[:_LONGEST_QUOTE]}); "
+                f"{part.path} still holds the LoRA beside the weights ({name[:_LONGEST_QUOTE]}); "
                 "call unload_lora_weights() after fuse_lora() and save again"
             )
-        if name not in found[file]:
-            reason = f"is damaged: by it, {name} is in {file.path.name}, which does not hold it"
-            raise damaged(f"{part.index}", reason)
-    makers = {name: partial(found[file].__getitem__, name) for name, file in weight_map.items()}
-    shapes = {file: on_meta(tensors) for file, tensors in found.items()}
-    metas = {name: shapes[file][name] for name, file in weight_map.items()}
-    return LazyTensors(makers, meta=lambda: metas)
+    meta = {name: tensor for tensors in files for name, tensor in on_meta(tensors).items()}
+    return LazyTensors(dict(sorted(makers.items())), meta=meta)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sgm.checkpoint.find import Weights, find_lora, is_whole
+from sgm.checkpoint.find import find_lora, is_whole, no_sat_format
 from sgm.checkpoint.lora_formats import (
     LARGEST_ALPHA,
     NUM_PAIRS,
-    SAT_RULES,
     LoraRecord,
-    check_settings,
+    agreed_alpha,
+    checked_settings,
     expected_matrices,
-    is_alpha,
     is_foreign,
     lora_layers,
     to_sat_lora,
@@ -38,6 +37,7 @@ from sgm.checkpoint.transformer import (
     is_lora_matrix,
     sort_keys,
 )
+from sgm.checkpoint.weight_file import Weights, damaged
 from sgm.config import LoraChoice
 from sgm.errors import UserError
 
@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 _DEFAULT_ALPHA = 1.0  # of SAT's LoraMixin
+_HINT = "name the base model that the LoRA was trained on, with its configuration"
 _WHOLE_MODEL = "time_embed.0.weight", "transformer_blocks.0.norm1.norm.weight"  # SAT, diffusers
 
 
@@ -64,11 +65,7 @@ def lora_record(network: DiffusionTransformer, base: str | None) -> dict[str, An
 
 
 def read_lora(
-    path: str | Path | Weights,
-    *,
-    alpha: float | None = None,
-    tell: bool = True,
-    option: str = "lora",
+    path: str | Path | Weights, *, alpha: float | None = None, option: str = "lora"
 ) -> tuple[dict[str, Tensor], LoraRecord]:
     """Read a LoRA: its matrices by their names in the network, mapped from disk, and its record.
 
@@ -79,56 +76,36 @@ def read_lora(
             tensors where they show them.
         alpha: lora_alpha if the file does not store it. Without it the record of a file of
             diffusers or peft gets the rank, as in diffusers, and SAT's keeps None.
-        tell: log that the rank is used.
         option: the option that gave the path, for messages.
 
     Raises:
         UserError: no such file, not a LoRA, a damaged record, or the file stores another alpha.
     """
-    if alpha is not None and not is_alpha(alpha):
+    if alpha is not None and not abs(alpha) <= LARGEST_ALPHA:  # also true for nan
         raise UserError(f"lora_alpha={alpha} must be a number of at most {LARGEST_ALPHA:g}")
     found = find_lora(path, option=option)
-    (source,), file = found.files, found.path
-    tensors = source.tensors(wrapper="module")
-    if is_foreign(tensors) and not any(map(is_lora_matrix, tensors)):
-        metadata = source.read().metadata
-        matrices, record, stored = to_sat_lora(tensors, file, metadata=metadata, alpha=alpha)
-        if tell and alpha is None and stored is None:
-            logger.info("%s does not store its alpha; its rank is used, as in diffusers", file)
-    else:
-        matrices, record = _read_sat_lora(tensors, source.read().state, file, option)
-        stored = record.lora_alpha
-        record = replace(record, lora_alpha=stored if alpha is None else alpha)
-    if alpha is not None and stored not in (None, alpha):
-        raise UserError(
-            f"{file} was trained with lora_alpha={stored:g}, not {alpha:g}; leave the option out, "
-            "a strength is given when the LoRA is merged"
-        )
-    return matrices, record
+    if is_foreign(found.file.tensors()) and not is_sat_lora(found):
+        return to_sat_lora(found, alpha)
+    return _read_sat_lora(found, alpha)
 
 
-def _read_sat_lora(
-    tensors: Mapping[str, Tensor], state: Mapping[str, Any], file: Path, option: str
-) -> tuple[dict[str, Tensor], LoraRecord]:
+def _read_sat_lora(found: Weights, alpha: float | None) -> tuple[dict[str, Tensor], LoraRecord]:
     """The matrices and the record in a file of SAT."""
-    is_plain = not any(map(is_lora_matrix, tensors))
-    if is_plain and any(name.endswith(_WHOLE_MODEL) for name in tensors):
-        raise is_whole(file, option)
-    base, matrices = sort_keys(tensors, file, kind="lora", option=option)
+    base, matrices = sort_keys(found)
     if not matrices:
-        raise UserError(
-            f"{file} holds no LoRA of SAT format: no name has matrix_A or matrix_B (first key: "
-            f"{next(iter(tensors))!r}); {option} must name a run that trained with lora_config"
-        )
+        if any(name.endswith(_WHOLE_MODEL) for name in base):
+            raise is_whole(found.path, found.option)
+        raise no_sat_format(found, "lora")
     name, matrix = next(iter(matrices.items()))  # A (r, in) or B (out, r)
     rank = matrix.shape[0 if ".matrix_A." in name else 1] if matrix.ndim == 2 else 0
-    stored = state.get("lora")
+    stored = found.file.read().state.get("lora")
     if not isinstance(stored, Mapping):
         stored = {"r": rank, "base": fingerprint(base) if base else None}
-    rules = {**SAT_RULES, "r": lambda value: SAT_RULES["r"](value) and value == rank}
-    check_settings(stored, rules, f"{file}: the record of its LoRA")
-    values: list[Any] = [stored.get(field.name) for field in fields(LoraRecord)]
-    return matrices, LoraRecord(*values)
+    where = f"{found.path}: the record of its LoRA"
+    record = checked_settings(LoraRecord, stored, where)
+    if record.r != rank:
+        raise damaged(where, f"has r={record.r}")
+    return matrices, replace(record, lora_alpha=agreed_alpha(record.lora_alpha, alpha, found.path))
 
 
 def is_sat_lora(lora: Weights) -> bool:
@@ -137,8 +114,7 @@ def is_sat_lora(lora: Weights) -> bool:
     Raises:
         UserError: it cannot be read.
     """
-    (file,) = lora.files
-    return any(map(is_lora_matrix, file.tensors(wrapper="module")))
+    return any(map(is_lora_matrix, lora.file.tensors()))
 
 
 def _warn_of_other_base(record: LoraRecord, base: str, path: str | Path | Weights) -> None:
@@ -158,7 +134,6 @@ def check_matrices(
     weights: Mapping[str, Tensor],
     *,
     path: str | Path | Weights,
-    hint: str,
     model: str = "the base model",
 ) -> None:
     """Check that the matrices of a LoRA are complete and fit the base model's `weights`.
@@ -167,38 +142,44 @@ def check_matrices(
         matrices, record: as from `read_lora`.
         weights: name as in the plain model → tensor, which may be on the meta device.
         path: the LoRA's, for the message.
-        hint: end of the message.
-        model: how the message calls the model.
+        model: what the message calls the base model.
 
     Raises:
         UserError: names or shapes differ.
     """
     expected = expected_matrices(_layers(record, matrices), weights, record.r)
-    check_fit(matrices, expected, path=str(path), hint=hint, model=model)
+    check_fit(matrices, expected, path=str(path), hint=_HINT, model=model)
 
 
 def _layers(record: LoraRecord, names: Iterable[str]) -> list[str]:
     """Names of the layers that the LoRA changes."""
     if record.layer_range is not None:
         return lora_layers(record.layer_range)
-    return sorted({name.rsplit(".matrix_", 1)[0] for name in names})
+    return sorted(set(map(_layer_of, names)))
+
+
+def _layer_of(matrix: str) -> str:
+    """The name of the layer that a matrix of this name belongs to."""
+    return matrix.rsplit(".matrix_", 1)[0]
 
 
 def check_whole_lora(matrices: Mapping[str, Tensor], record: LoraRecord, path: str | Path) -> None:
     """Check a LoRA as `check_matrices` does, without the base model.
 
-    Query, key, value and dense are expected to map width to width, which the first matrix gives.
+    Query, key, value and dense are expected to map width to width, which the first matrix A gives.
 
     Raises:
         UserError: matrices are missing, unknown or of another shape.
     """
-    width = next((m.shape[-1] for name, m in matrices.items() if ".matrix_A." in name), 0)
-    weights = {}
-    for layer in _layers(record, matrices):
+    downs = [m for name, m in matrices.items() if ".matrix_A." in name and m.ndim == 2]
+    width = downs[0].shape[1] if downs else 0
+    layers, weights = _layers(record, matrices), {}
+    for layer in layers:
         num_parts = NUM_PAIRS.get(layer.rpartition(".")[2], 1)
         weights[f"{layer}.weight"] = torch.empty(num_parts * width, width, device="meta")
-    hint, model = "it is damaged, copy it again", f"any model of width {width}"
-    check_matrices(matrices, record, weights, path=path, hint=hint, model=model)
+    expected = expected_matrices(layers, weights, record.r)
+    model = f"any model of width {width}"
+    check_fit(matrices, expected, path=str(path), hint="download or copy it again", model=model)
 
 
 def alpha_of(record: LoraRecord, path: str | Path | Weights) -> float:
@@ -256,32 +237,25 @@ def load_lora(
     _warn_of_other_base(record, base or fingerprint(dict(network.named_parameters())), path)
 
 
-_HINT = "load must name the base model that the LoRA was trained on, with its configuration"
-
-
 @dataclass(frozen=True)
 class LoraUpdate:
-    """A LoRA to merge, from `path`.
-
-    `factor`, that of B A, is scale · alpha / r; `layers` are those that the matrices change.
-    """
+    """A LoRA to merge, from `path`. `factor`, that of B A, is scale · alpha / r."""
 
     path: str | Path | Weights
     record: LoraRecord
     matrices: Mapping[str, Tensor]
-    layers: frozenset[str]
     factor: float
 
 
 def read_updates(
-    loras: Iterable[LoraChoice], weights: Mapping[str, Tensor], *, hint: str = _HINT
+    loras: Iterable[LoraChoice], weights: Mapping[str, Tensor], *, model: str = "the base model"
 ) -> list[LoraUpdate]:
     """Read LoRAs and compare them with the weights that they change.
 
     Args:
         loras: the LoRAs with their strengths; paths as in `read_lora`.
         weights: name as in the plain model → tensor, which may be on the meta device.
-        hint: end of messages.
+        model: what messages call the base model.
 
     Raises:
         UserError: one is not a LoRA, or a LoRA of another model.
@@ -289,10 +263,9 @@ def read_updates(
     updates = []
     for choice in loras:
         matrices, record = read_lora(choice.path)
-        check_matrices(matrices, record, weights, path=choice.path, hint=hint)
-        layers = frozenset(name.rsplit(".matrix_", 1)[0] for name in matrices)
+        check_matrices(matrices, record, weights, path=choice.path, model=model)
         factor = choice.scale * alpha_of(record, choice.path) / record.r
-        updates.append(LoraUpdate(choice.path, record, matrices, layers, factor))
+        updates.append(LoraUpdate(choice.path, record, matrices, factor))
     return updates
 
 
@@ -300,7 +273,7 @@ def _changed_layers(updates: Iterable[LoraUpdate], base: str) -> frozenset[str]:
     """The layers that LoRAs change. A LoRA of another model than `base` gives a warning."""
     for update in updates:
         _warn_of_other_base(update.record, base, update.path)
-    return frozenset[str]().union(*(update.layers for update in updates))
+    return frozenset(_layer_of(name) for update in updates for name in update.matrices)
 
 
 def _updated(weight: Tensor, layer: str, updates: Iterable[LoraUpdate]) -> Tensor:
@@ -310,7 +283,7 @@ def _updated(weight: Tensor, layer: str, updates: Iterable[LoraUpdate]) -> Tenso
     """
     total = None
     for update in updates:
-        if layer not in update.layers or not update.factor:
+        if f"{layer}.matrix_A.0" not in update.matrices or not update.factor:
             continue
         products = []
         for i in range(NUM_PAIRS[layer.rpartition(".")[2]]):
@@ -328,61 +301,36 @@ def _updated(weight: Tensor, layer: str, updates: Iterable[LoraUpdate]) -> Tenso
 
 @torch.no_grad()
 def merge_updates(
-    network: DiffusionTransformer, updates: Sequence[LoraUpdate], *, base: str
+    network: DiffusionTransformer,
+    updates: Sequence[LoraUpdate],
+    *,
+    base: str,
+    base_weights: Mapping[str, Tensor] | None = None,
+    device: str | torch.device | None = None,
 ) -> None:
     """Add LoRAs to the weights of a network without LoRA layers: W + Σ scale · alpha / r · B A.
 
-    The sum is computed in float32 on the weight's device and rounded once to its type. Matrices
-    that are zero leave every bit as it was.
+    The sum is computed in float32 and rounded once to the weight's type. Matrices that are zero
+    leave every bit as it was.
 
     Args:
-        network: the base model.
+        network: the base model; its weights may be offloaded.
         updates: from `read_updates`, which has compared them with the network.
         base: `fingerprint` of the file that the weights came from. The network's own is another
             one if the weights were rounded to bfloat16 since.
-
-    Raises:
-        RuntimeError: the network has LoRA layers.
+        base_weights: the weights W, from `read_transformer`. They replace the LoRAs that are merged
+            in the network, so that it gets the bytes of a fresh start. None: the network's own.
+        device: computes the sums with `base_weights`; it must be that of a fresh start.
     """
     weights = dict(network.named_parameters())
-    if any(map(is_lora_matrix, weights)):
-        raise RuntimeError("merge_updates: the network has LoRA layers of its own")
-    network.merged_layers = _changed_layers(updates, base)
-    for layer in network.merged_layers:
-        weight = weights[f"{layer}.weight"]
-        weight.copy_(_updated(weight, layer, updates))  # this rounds
-
-
-@torch.no_grad()
-def replace_loras(
-    network: DiffusionTransformer,
-    loras: Sequence[LoraChoice],
-    *,
-    base_weights: Mapping[str, Tensor],
-    base: str,
-    device: str | torch.device,
-) -> None:
-    """Replace the merged LoRAs by others; the weights have the bytes of a fresh start with these.
-
-    Args:
-        network: its weights may be offloaded.
-        loras: as in `read_updates`; an empty sequence restores the base model.
-        base_weights: of the file that the network was loaded from, from `read_transformer`.
-        base: as in `merge_updates`.
-        device: computes the sums; it must be that of a fresh start.
-
-    Raises:
-        UserError: a file is not a LoRA, or a LoRA of another model. Nothing is changed then.
-    """
-    weights = dict(network.named_parameters())
-    updates = read_updates(loras, weights)
     changed = _changed_layers(updates, base)
     network.merged_layers |= changed  # also where this is interrupted
     for layer in network.merged_layers:
         name = f"{layer}.weight"
-        dtype = weights[name].dtype
-        weight = base_weights[name].to(device=device, dtype=dtype)
-        weights[name].copy_(_updated(weight, layer, updates).to(dtype))
+        weight = own = weights[name]
+        if base_weights is not None:
+            own = base_weights[name].to(device=device, dtype=weight.dtype)
+        weight.copy_(_updated(own, layer, updates).to(weight.dtype))
     network.merged_layers = changed
 
 
@@ -404,9 +352,8 @@ def merged_tensors(
     Raises:
         UserError: as in `read_updates`, at once; as in `in_dtype`, on access to a tensor.
     """
-    hint = f"is {where} the base model that the LoRA was trained on?"
     shapes = on_meta(base)
-    updates = read_updates(loras, shapes, hint=hint)
+    updates = read_updates(loras, shapes, model=str(where))
     changed = _changed_layers(updates, fingerprint(base))
 
     @torch.no_grad()
@@ -418,4 +365,4 @@ def merged_tensors(
 
     makers = {name: partial(base.__getitem__, name) for name in base}
     makers |= {f"{layer}.weight": partial(merged, layer) for layer in changed}
-    return in_dtype(LazyTensors(makers, meta=lambda: shapes), dtype, where=where)
+    return in_dtype(LazyTensors(makers, meta=shapes), dtype, where=where)

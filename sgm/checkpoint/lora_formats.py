@@ -8,23 +8,28 @@ Stabilization Scaling Factor for Fine-Tuning with LoRA").
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
 from sgm.checkpoint.table import to_sat
-from sgm.checkpoint.weight_file import damaged, json_object, read_json
+from sgm.checkpoint.weight_file import Weights, damaged, json_object, read_json
 from sgm.errors import UserError, first_of
 
 if TYPE_CHECKING:
     from sgm.models.transformer import DiffusionTransformer
+
+logger = logging.getLogger(__name__)
 
 METADATA_KEY = "lora_adapter_metadata"  # of the safetensors header, where diffusers puts settings
 BASE_KEY = "sat_base_fingerprint"  # beside it, of LoRAs that were trained here
@@ -35,95 +40,91 @@ LARGEST_ALPHA = 1e9  # no sensible value comes near
 NUM_PAIRS = {"query_key_value": 3, "dense": 1}
 _PARTS = ("to_q", "to_k", "to_v", "to_out.0")  # the same layers in diffusers
 _CONFIG_FILE = "adapter_config.json"
-_MERGE_FIRST = (
-    "merge it in diffusers (load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained) "
-    "and name that folder in load"
-)
-_NUM_NAMED = 4  # layers that a message repeats
 _LONGEST_QUOTE = 60  # characters of a setting that a message repeats
 
 _MATRIX = re.compile(
-    r"(base_model\.model\.)?(transformer\.)?(?P<layer>.+)\.lora_(?P<kind>[AB])(\.default)?\.weight"
+    r"(base_model\.model\.)?(transformer\.)?"
+    r"(?P<layer>transformer_blocks\.(0|[1-9][0-9]{0,3})\.attn1\.(to_[qkv]|to_out\.0))"
+    r"\.lora_(?P<kind>[AB])(\.default)?\.weight"
 )
-_PLACE = re.compile(r"transformer_blocks\.(0|[1-9][0-9]{0,3})\.attn1\.(to_[qkv]|to_out\.0)")
-# Names of other tensors than matrices of the transformer, and what messages say of such a LoRA.
-_OTHER_NAMES = {
-    r"text_encoder": "changes the text encoder too ({!r}), which no LoRA does here; save it "
-    "without these matrices",
-    r".*(lora_magnitude_vector|dora_scale)": "is a DoRA ({!r}), not a plain LoRA; " + _MERGE_FIRST,
-    r".*\.bias$": "changes biases too ({!r}), which SAT's LoRA cannot; " + _MERGE_FIRST,
-}
+
+_Rank = Annotated[int, Field(ge=1)]
+_Alpha = Annotated[float, Field(ge=-LARGEST_ALPHA, le=LARGEST_ALPHA)]
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-def _is_rank(value: object) -> bool:
-    return type(value) is int and value >= 1
-
-
-def is_alpha(value: object) -> bool:
-    """Whether `value` is a number that a lora_alpha may be."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= LARGEST_ALPHA  # false for nan
-
-
-def _is_patterns(value: object, is_valid: Callable[[object], bool]) -> bool:
-    return not value or (isinstance(value, dict) and all(map(is_valid, value.values())))
-
-
-def _is_numbers(value: object) -> bool:
-    return isinstance(value, list) and all(type(number) is int for number in value)
-
-
-# Each format's table of settings: name → whether a value is valid.
-Rules = Mapping[str, Callable[[object], bool]]
-SAT_RULES: Rules = {
-    "r": _is_rank,
-    "lora_alpha": lambda value: value is None or is_alpha(value),
-    "layer_range": lambda value: value is None or _is_numbers(value),
-    "base": lambda value: value is None or isinstance(value, str),
-}
-# Of diffusers and peft. The keys of patterns are the names of layers, or their ends.
-_ADAPTER_RULES: Rules = {
-    "r": _is_rank,
-    "lora_alpha": is_alpha,
-    "rank_pattern": lambda value: _is_patterns(value, _is_rank),
-    "alpha_pattern": lambda value: _is_patterns(value, is_alpha),
-}
-# Beside these, settings with which an update is not alpha / r · B A, or not only that.
-_OTHER_UPDATES = (
-    "use_dora",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "layer_replication",
-)
-_PLAIN_RULES: Rules = {name: lambda value: not value for name in _OTHER_UPDATES} | {
-    "peft_type": lambda value: value in (None, "LORA"),
-    # Others change the base model's weights too, so the matrices alone are not the update.
-    "init_lora_weights": lambda value: (
-        not str(value).lower().startswith(("pissa", "olora", "loftq", "corda", "lora_ga"))
-    ),
-}
-
-
-def check_settings(values: Mapping[str, Any], rules: Rules, where: str) -> None:
-    """Compare the settings of a LoRA with the table of its format.
+@validated(frozen=True, config=_STRICT)
+class LoraRecord:
+    """The settings of a LoRA that its matrices do not show.
 
     Args:
-        values: name → value; a missing one counts as None.
-        rules: the table.
+        r: rank.
+        lora_alpha: the update is ``lora_alpha / r · B A``; None in a file without a record.
+        layer_range: numbers of the blocks that have matrices; None in a file without a record.
+        base: `fingerprint` of the model it was trained on; None if it is not known.
+    """
+
+    r: _Rank
+    lora_alpha: _Alpha | None = None
+    layer_range: list[int] | None = None
+    base: str | None = None
+
+
+@validated(frozen=True, config=_STRICT)
+class _AdapterSettings:
+    """Settings of diffusers and peft. The keys of patterns are names of layers, or their ends."""
+
+    r: _Rank
+    lora_alpha: _Alpha
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, _Alpha] | None = None
+    use_rslora: bool = False
+
+
+Settings = TypeVar("Settings")
+
+
+def checked_settings(
+    kind: Callable[..., Settings], values: Mapping[Any, Any], where: str
+) -> Settings:
+    """The settings of a LoRA, of the class for its format.
+
+    Args:
+        kind: the class.
+        values: name → value; names that the class does not have are left out.
         where: what messages call the place of the settings.
 
     Raises:
-        UserError: a value is not valid.
+        UserError: a value is missing or not valid.
     """
-    for name, is_valid in rules.items():
-        if not is_valid(values.get(name)):
-            raise damaged(where, f"has {name}={values.get(name)!r}")
+    try:
+        return kind(**{str(name): value for name, value in values.items()})
+    except ValidationError as error:
+        name = error.errors()[0]["loc"][0]
+        raise damaged(where, f"has {name}={values.get(name)!r}") from None
+
+
+def agreed_alpha(stored: float | None, given: float | None, path: Path) -> float | None:
+    """lora_alpha of the LoRA in `path`: the one that the file stores, or else the given one.
+
+    Raises:
+        UserError: the file stores another one than the given.
+    """
+    if None not in (stored, given) and stored != given:
+        raise UserError(
+            f"{path} was trained with lora_alpha={stored:g}, not {given:g}; leave the option out, "
+            "a strength is given when the LoRA is merged"
+        )
+    return given if stored is None else stored
+
+
+# Settings with which an update is not alpha / r · B A, or not only that.
+_OTHER_UPDATES = (
+    *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens"),
+    *("arrow_config", "kasa_config", "monteclora_config", "layer_replication"),
+)
+# Ways to begin that change the base model's weights too, so the matrices alone are not the update.
+_OTHER_BEGINNINGS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -137,23 +138,6 @@ class _Pair:
     @property
     def rank(self) -> int:
         return self.down.shape[0]
-
-
-@dataclass(frozen=True)
-class LoraRecord:
-    """The settings of a LoRA that its matrices do not show.
-
-    Args:
-        r: rank.
-        lora_alpha: the update is ``lora_alpha / r · B A``; None in a file without a record.
-        layer_range: numbers of the blocks that have matrices; None in a file without a record.
-        base: `fingerprint` of the model it was trained on; None if it is not known.
-    """
-
-    r: int
-    lora_alpha: float | None
-    layer_range: list[int] | None
-    base: str | None
 
 
 def lora_layers(layer_range: Iterable[int]) -> list[str]:
@@ -211,13 +195,7 @@ def is_foreign(names: Iterable[str]) -> bool:
     return any("lora_" in name or ".lora." in name for name in names)
 
 
-def to_sat_lora(
-    tensors: Mapping[str, Tensor],
-    path: Path,
-    *,
-    metadata: Mapping[str, str],
-    alpha: float | None,
-) -> tuple[dict[str, Tensor], LoraRecord, float | None]:
+def to_sat_lora(found: Weights, alpha: float | None) -> tuple[dict[str, Tensor], LoraRecord]:
     """Convert a LoRA of diffusers or peft to SAT's format: all of q, k, v and dense, of one rank.
 
     Layers that were not trained get zeros, and smaller ranks are padded with zeros. Where the
@@ -225,21 +203,23 @@ def to_sat_lora(
     are the same to the bit.
 
     Args:
-        tensors: the tensors of the file `path`.
-        path: peft's ``adapter_config.json`` is read from the same folder.
-        metadata: of the file's header; empty if it has none.
+        found: the file; peft's ``adapter_config.json`` is read from the same folder.
         alpha: used if the file stores none. Without it the rank is used, as in diffusers.
 
     Returns:
-        The matrices by their names in SAT, the record, and the lora_alpha that the file stores.
+        The matrices by their names in SAT, and the record.
 
     Raises:
-        UserError: it is not a plain LoRA of CogVideoX's attention layers, or damaged.
+        UserError: it is not a plain LoRA of CogVideoX's attention layers, or damaged, or the file
+            stores another alpha.
     """
-    layers = _named_matrices(tensors, path)
+    path, metadata = found.path, found.file.read().metadata
+    layers = _named_matrices(found.file.tensors(), path)
     settings = _read_settings(path, metadata)
-    stored = settings.get("lora_alpha")
-    pairs = _paired(layers, settings, path, alpha=alpha if stored is None else stored)
+    alpha = agreed_alpha(settings.lora_alpha if settings else None, alpha, path)
+    if alpha is None:
+        logger.info("%s does not store its alpha; its rank is used, as in diffusers", path)
+    pairs = _paired(layers, settings, path, alpha=alpha)
     rank = max(pair.rank for pair in pairs.values())
     common = _common_alpha(pairs.values(), rank)
     padded = {layer: _padded(pair, rank, common) for layer, pair in pairs.items()}
@@ -252,54 +232,40 @@ def to_sat_lora(
     base = metadata.get(BASE_KEY, "")
     known = base if re.fullmatch(r"\w{1,64}", base) else None
     record = LoraRecord(rank, common, blocks, base=known)
-    return dict(to_sat(complete, "lora", where=path)), record, stored
+    return dict(to_sat(complete, "lora", where=path)), record
 
 
 def _named_matrices(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
     """Layer, as the transformer of diffusers names it → its matrices under "A" and "B"."""
-    for pattern, sentence in _OTHER_NAMES.items():
-        other = next((name for name in tensors if re.match(pattern, name)), None)
-        if other is not None:
-            raise UserError(f"{path} {sentence.format(other)}")
     layers: dict[str, dict[str, Tensor]] = {}
+    others = []
     for name, tensor in tensors.items():
         match = _MATRIX.fullmatch(name)
-        if match is None:
-            raise UserError(
-                f"{path} holds {name!r}, which is not a matrix of a LoRA as diffusers and peft "
-                "name them (….lora_A.weight, ….lora_B.weight); load and save it with diffusers "
-                "first"
-            )
-        own = layers.setdefault(match["layer"], {})
-        if match["kind"] in own:
-            raise UserError(
-                f"{path} holds the matrix {name} twice, with different prefixes; load and save it "
-                "with diffusers first"
-            )
-        own[match["kind"]] = tensor
-    other_layers = [layer for layer in layers if not _PLACE.fullmatch(layer)]
-    if other_layers and not any(layer.startswith("transformer_blocks.") for layer in layers):
-        raise UserError(
-            f"{path} is a LoRA of another model than CogVideoX: it changes {other_layers[0]}; "
-            "choose one that was trained on CogVideoX-2B"
-        )
-    if other_layers:
-        kinds = {re.sub(r"^transformer_blocks\.[0-9]+\.", "", layer) for layer in other_layers}
+        if match is None or match["kind"] in layers.setdefault(match["layer"], {}):
+            others.append(name)
+        else:
+            layers[match["layer"]][match["kind"]] = tensor
+    if others:
         raise _not_plain(
             path,
-            "also changes layers for which SAT's LoRA has no place "
-            f"({first_of(sorted(kinds), _NUM_NAMED)}), as it has {', '.join(_PARTS)} only",
+            f"holds {len(others)} tensors for which SAT's LoRA has no place ({first_of(others)}): "
+            f"it has one lora_A and one lora_B for each {', '.join(_PARTS)} of a block of "
+            "CogVideoX-2B",
         )
     return layers
 
 
 def _not_plain(where: str | Path, what: str) -> UserError:
     """The error for an update that SAT's LoRA cannot hold."""
-    return UserError(f"{where} {what}; {_MERGE_FIRST}")
+    return UserError(
+        f"{where} {what}; if the LoRA is for CogVideoX-2B, merge it in diffusers "
+        "(load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained) and name that folder "
+        "in load"
+    )
 
 
-def _read_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The settings in a file's own metadata, or in peft's file beside it, under peft's names.
+def _read_settings(path: Path, metadata: Mapping[str, str]) -> _AdapterSettings | None:
+    """The settings in a file's own metadata, or in peft's file beside it; None if there are none.
 
     Raises:
         UserError: they are damaged, or not those of a plain LoRA.
@@ -311,21 +277,22 @@ def _read_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     elif config.is_file():
         where, values = str(config), read_json(config)
     else:
-        return {}
+        return None
     values = {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in values.items()}
-    others = [
-        f"{name}={str(values[name])[:_LONGEST_QUOTE]!r}"
-        for name, is_plain in _PLAIN_RULES.items()
-        if not is_plain(values.get(name))
-    ]
+    others = [name for name in _OTHER_UPDATES if values.get(name)]
+    if values.get("peft_type") not in (None, "LORA"):
+        others.append("peft_type")
+    if str(values.get("init_lora_weights")).lower().startswith(_OTHER_BEGINNINGS):
+        others.append("init_lora_weights")
     if others:
-        raise _not_plain(where, f"has {', '.join(others)}, so it is not a plain LoRA")
-    check_settings(values, _ADAPTER_RULES, where)
-    for key in (*(values.get("rank_pattern") or ()), *(values.get("alpha_pattern") or ())):
+        named = ", ".join(f"{name}={str(values[name])[:_LONGEST_QUOTE]!r}" for name in others)
+        raise _not_plain(where, f"has {named}, so it is not a plain LoRA")
+    settings = checked_settings(_AdapterSettings, values, where)
+    for key in (*(settings.rank_pattern or ()), *(settings.alpha_pattern or ())):
         # In peft they are regular expressions, which in a stranger's file could take forever.
         if not re.fullmatch(r"\^?[\w.]+", key):
             raise _not_plain(where, f"has the pattern {key!r}, which is not the name of a layer")
-    return values
+    return settings
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, layer: str, default: float) -> float:
@@ -339,28 +306,35 @@ def _by_pattern(patterns: Mapping[str, float] | None, layer: str, default: float
 
 def _paired(
     layers: Mapping[str, Mapping[str, Tensor]],
-    settings: Mapping[str, Any],
+    settings: _AdapterSettings | None,
     path: Path,
     *,
     alpha: float | None,
 ) -> dict[str, _Pair]:
+    """Layer → its two matrices, compared with the settings; `alpha` is that of the file.
+
+    Raises:
+        UserError: a layer has one matrix only, or matrices of another rank.
+    """
     pairs = {}
     for layer, both in layers.items():
         down, up = both.get("A"), both.get("B")
         if down is None or up is None or down.ndim != 2 or up.ndim != 2:
             raise damaged(path, f"has no two matrices for {layer}")
         rank = down.shape[0]
-        expected = _by_pattern(settings.get("rank_pattern"), layer, settings.get("r", rank))
+        expected: float = rank
+        own: float = rank if alpha is None else alpha
+        if settings is not None:
+            expected = _by_pattern(settings.rank_pattern, layer, settings.r)
+            own = _by_pattern(settings.alpha_pattern, layer, own)
+            own *= math.sqrt(rank) if settings.use_rslora else 1
         if not rank or up.shape[1] != rank or rank != expected:
             raise damaged(
                 path,
                 f"has matrices for {layer} of {list(down.shape)} and {list(up.shape)}, which is "
                 f"not rank {expected}",
             )
-        default = rank if alpha is None else alpha
-        own = _by_pattern(settings.get("alpha_pattern"), layer, default)
-        scaled = own * math.sqrt(rank) if settings.get("use_rslora") else own
-        pairs[layer] = _Pair(down, up, scaled)
+        pairs[layer] = _Pair(down, up, own)
     return pairs
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import struct
@@ -53,12 +52,7 @@ HARMLESS_GLOBALS = (
 # The keys under which files of SAT format keep their tensors: transformers, and autoencoders.
 _WRAPPERS = ("module", "state_dict")
 _MARK_BYTES = 9  # of a file, which show its format
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # not quantised
 
 
 class _Inert:
@@ -103,24 +97,45 @@ def _whole_safetensors(path: Path) -> Iterator[None]:
         raise damaged(path, f"is not a whole safetensors file ({error})") from None
 
 
-def _read_safetensors(file: BinaryIO, path: Path) -> Contents:
-    with _whole_safetensors(path), safe_open(_place(file), framework="pt") as read:
-        tensors = {name: read.get_tensor(name) for name in read.keys()}  # noqa: SIM118
-        return Contents(tensors, read.metadata() or {}, OpenFile(file))
-
-
 def _place(file: BinaryIO) -> str:
     """A path of an open file: another file may have been put at its own path by now."""
     return f"/proc/self/fd/{file.fileno()}"
 
 
-def _read_bytes(file: OpenFile, start: int, size: int, *, path: Path) -> Tensor:
-    """`size` bytes from `start` on, in memory of their own.
+def _read_safetensors(file: BinaryIO, path: Path, *, lazily: bool) -> Contents:
+    """The contents of a safetensors file; arguments and errors as in `read_weights`."""
+    with _whole_safetensors(path), safe_open(_place(file), framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        in_file_order, metadata = opened.offset_keys(), opened.metadata() or {}
+    kept = OpenFile(file)
+    if not lazily:
+        return Contents(tensors, metadata, kept)
+    # The tensors fill the rest of the file behind the header; safetensors has checked that.
+    position = os.fstat(kept.descriptor).st_size - sum(t.nbytes for t in tensors.values())
+    positions = {}
+    for name in in_file_order:
+        positions[name], position = position, position + tensors[name].nbytes
+    makers, shapes = {}, {}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise UserError(
+                f"{path}: {name} is stored as {str(tensor.dtype)[6:]}; quantised weights are not "
+                "read, take the original ones (float32, float16 or bfloat16)"
+            )
+        shapes[name] = tensor.to("meta")
+        makers[name] = partial(_read_tensor, kept, positions[name], shapes[name], path)
+    if not shapes:
+        raise damaged(path, "holds no tensors")
+    return Contents(LazyTensors(makers, meta=shapes), metadata, kept)
+
+
+def _read_tensor(file: OpenFile, start: int, like: Tensor, path: Path) -> Tensor:
+    """The tensor that begins at `start`, in memory of its own.
 
     Raises:
         UserError: the file has become shorter.
     """
-    data = torch.empty(size, dtype=torch.uint8, device="cpu")
+    data = torch.empty(like.nbytes, dtype=torch.uint8, device="cpu")
     rest, position = data.numpy().data, start
     while rest:
         with _whole_safetensors(path):
@@ -128,36 +143,7 @@ def _read_bytes(file: OpenFile, start: int, size: int, *, path: Path) -> Tensor:
         if not count:
             raise damaged(path, "is cut off")
         rest, position = rest[count:], position + count
-    return data
-
-
-def _open_safetensors(file: BinaryIO, path: Path) -> Contents:
-    """As `_read_safetensors`, with tensors that are read from the kept file on access."""
-    with _whole_safetensors(path), safe_open(_place(file), framework="np") as checked:
-        names, metadata = checked.keys(), checked.metadata() or {}
-    kept = OpenFile(file)
-    read = partial(_read_bytes, kept, path=path)
-    length = int.from_bytes(read(0, 8).numpy().tobytes(), "little")
-    header = json.loads(read(8, length).numpy().tobytes())
-    makers, shapes = {}, {}
-    for name in names:
-        entry = header[name]
-        if entry["dtype"] not in _DTYPES:
-            raise UserError(
-                f"{path}: {name} is stored as {entry['dtype']}; quantised weights are not read, "
-                "take the original ones (float32, float16 or bfloat16)"
-            )
-        dtype, (start, end) = _DTYPES[entry["dtype"]], entry["data_offsets"]
-        with _whole_safetensors(path):
-            shapes[name] = torch.empty(entry["shape"], dtype=dtype, device="meta")
-        makers[name] = partial(_read_tensor, read, 8 + length + start, end - start, shapes[name])
-    if not shapes:
-        raise damaged(path, "holds no tensors")
-    return Contents(LazyTensors(makers, meta=lambda: shapes), metadata, kept)
-
-
-def _read_tensor(read: Callable[[int, int], Tensor], start: int, size: int, like: Tensor) -> Tensor:
-    return read(start, size).view(like.dtype).reshape(like.shape)
+    return data.view(like.dtype).reshape(like.shape)
 
 
 def _check_zip(file: BinaryIO, path: Path) -> None:
@@ -189,6 +175,7 @@ def _stand_ins(file: BinaryIO, path: Path) -> list[tuple[Callable[..., object], 
 
 
 def _read_torch(file: BinaryIO, path: Path, *, is_zip: bool) -> object:
+    """The object in a file of torch.save, without running code from the file."""
     try:
         inert = _stand_ins(file, path) if is_zip else []
         with torch.serialization.safe_globals([*inert]), warnings.catch_warnings():
@@ -229,7 +216,7 @@ def read_weights(path: Path, *, lazily: bool = False) -> Contents:
     with open_file(path) as file, torch.device("cpu"):
         kind = _format_of(path, file.read(_MARK_BYTES))
         if kind == "safetensors":
-            return _open_safetensors(file, path) if lazily else _read_safetensors(file, path)
+            return _read_safetensors(file, path, lazily=lazily)
         return Contents(_read_torch(file, path, is_zip=kind == "zip"), {}, OpenFile(file))
 
 
@@ -238,10 +225,8 @@ def read_checkpoint(path: str | Path) -> object:
     return read_weights(Path(path)).state
 
 
-def tensors_of(state: object, path: Path, *, wrapper: str) -> Mapping[str, Tensor]:
-    """The name → tensor mapping in a file's `state`, under the key `wrapper` if it has that key.
-
-    The keys of the other kinds are searched too, so that the names can show what the file is.
+def tensors_of(state: object, path: Path) -> Mapping[str, Tensor]:
+    """The name → tensor mapping in a file's `state`, which files of SAT format keep under a key.
 
     Raises:
         UserError: there is no such dict, or a tensor in it is not dense and real.
@@ -249,22 +234,25 @@ def tensors_of(state: object, path: Path, *, wrapper: str) -> Mapping[str, Tenso
     if isinstance(state, LazyTensors):  # its header has shown what its tensors are
         return state
     if isinstance(state, dict):
-        wrapped = (state.get(key) for key in (wrapper, *_WRAPPERS))
+        wrapped = (state.get(key) for key in _WRAPPERS)
         state = next((inner for inner in wrapped if isinstance(inner, dict)), state)
     items = state.items() if isinstance(state, dict) else ()
     tensors = {key: t for key, t in items if isinstance(key, str) and torch.is_tensor(t)}
     if not tensors:
         raise UserError(
-            f"{path} holds no tensors under {wrapper!r}; is it a checkpoint of the right kind?"
+            f"{path} holds no tensors under 'module' or 'state_dict'; is it a checkpoint of the "
+            "right kind?"
         )
     for name, tensor in tensors.items():
         is_dense = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
-        if not is_dense or tensor.is_meta or tensor.is_complex():
-            raise damaged(f"{path}: {name!r}", "is not a dense tensor of real numbers")
-        # Such a tensor can have any size in a file of a few bytes, and would fill the memory.
-        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise UserError(
-                f"{path}: {name!r} is a tensor of {list(tensor.shape)}, but the file holds only a "
-                "part of it, repeated; ask its author to save it with .contiguous()"
+        is_real = is_dense and not tensor.is_meta and not tensor.is_complex()
+        # A repeated part can stand for any size in a file of a few bytes, and fill the memory.
+        if (
+            not is_real
+            or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
+        ):
+            raise damaged(
+                f"{path}: {name!r}",
+                "is not a dense tensor of real numbers that are all in the file",
             )
     return tensors

@@ -42,11 +42,6 @@ class Row:
     sat: str
     diffusers: Mapping[str, Sequence[int]]
 
-    @property
-    def num_slices(self) -> int:
-        """The number of slices of SAT's tensor."""
-        return sum(len(slices) for slices in self.diffusers.values())
-
 
 def _one_to_one(pairs: Mapping[str, str]) -> tuple[Row, ...]:
     return tuple(Row(sat, {diffusers: (0,)}) for sat, diffusers in pairs.items())
@@ -195,7 +190,7 @@ def _taken(
     tensors: Mapping[str, Tensor], name: str, row: Row, slices: Sequence[int], where: str | Path
 ) -> Tensor:
     """The tensor of diffusers that consists of these slices of the SAT tensor `name`."""
-    pieces = _slices(tensors[name], row.num_slices, name, where)
+    pieces = _slices(tensors[name], sum(map(len, row.diffusers.values())), name, where)
     return pieces[slices[0]] if len(slices) == 1 else torch.cat([pieces[i] for i in slices])
 
 
@@ -213,7 +208,7 @@ def _united(
     if first.ndim == 0 or any(piece.shape != first.shape for piece in pieces.values()):
         shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in names.values())
         raise damaged(where, f"has {shapes}, whose shapes do not go together")
-    return torch.cat([pieces[i] for i in range(row.num_slices)])
+    return torch.cat([pieces[i] for i in range(len(pieces))])
 
 
 def _made(
@@ -223,12 +218,11 @@ def _made(
     where: str | Path,
 ) -> LazyTensors:
     """Name → ``make(tensors, *source, where)``, and the same on the meta device."""
-
-    def made(of: Mapping[str, Tensor], **meta: Callable[[], LazyTensors]) -> LazyTensors:
-        makers = {name: partial(make, of, *source, where) for name, source in sources.items()}
-        return LazyTensors(makers, **meta)
-
-    return made(tensors, meta=lambda: made(on_meta(tensors)))
+    shapes = on_meta(tensors)
+    return LazyTensors(
+        {name: partial(make, tensors, *source, where) for name, source in sources.items()},
+        meta={name: make(shapes, *source, where) for name, source in sources.items()},
+    )
 
 
 def to_diffusers(
@@ -246,7 +240,7 @@ def to_diffusers(
         Tensors that are views or are made on access. The position table is left out.
 
     Raises:
-        UserError: SAT has no such name; or, on access to a tensor, a shape does not divide.
+        UserError: SAT has no such name, or a shape does not divide.
     """
     num_levels = _num_levels(tensors)
     sources: dict[str, tuple[str, Row, Sequence[int]]] = {}  # of a name in diffusers
@@ -263,8 +257,8 @@ def to_sat(tensors: Mapping[str, Tensor], part: Part, *, where: str | Path) -> M
     The inverse of `to_diffusers`, with the same arguments.
 
     Raises:
-        UserError: diffusers has no such name, or a name of the same row is missing; or, on access
-            to a tensor, the shapes of its parts do not go together.
+        UserError: diffusers has no such name, a name of the same row is missing, or the shapes of
+            the parts of a tensor do not go together.
     """
     num_levels = _num_levels(tensors)
     sources: dict[str, tuple[Row, dict[str, str]]] = {}  # of a name in SAT: template → name

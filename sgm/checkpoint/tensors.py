@@ -17,15 +17,11 @@ class LazyTensors(Mapping[str, Tensor]):
 
     Args:
         makers: name → function that makes the tensor.
-        meta: returns the same names with tensors on the meta device. Without it, `on_meta` makes
-            each tensor once to know its shape.
+        meta: the same names with tensors on the meta device.
     """
 
     def __init__(
-        self,
-        makers: Mapping[str, Callable[[], Tensor]],
-        *,
-        meta: Callable[[], Mapping[str, Tensor]] | None = None,
+        self, makers: Mapping[str, Callable[[], Tensor]], *, meta: Mapping[str, Tensor]
     ) -> None:
         self._makers = makers
         self.meta = meta
@@ -45,17 +41,16 @@ class LazyTensors(Mapping[str, Tensor]):
 
 def on_meta(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The same names with tensors on the meta device: shapes and dtypes, without reading values."""
-    if isinstance(tensors, LazyTensors) and tensors.meta is not None:
-        return tensors.meta()
+    if isinstance(tensors, LazyTensors):
+        return tensors.meta
     return {name: tensor.to("meta") for name, tensor in tensors.items()}
 
 
-def chosen(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Mapping[str, Tensor]:
+def chosen(tensors: Mapping[str, Tensor], names: Iterable[str]) -> LazyTensors:
     """The tensors of these names, each still made on access if it is lazy."""
     makers = {name: partial(tensors.__getitem__, name) for name in names}
-    return LazyTensors(
-        makers, meta=lambda: {n: meta for n, meta in on_meta(tensors).items() if n in makers}
-    )
+    meta = on_meta(tensors)
+    return LazyTensors(makers, meta={name: meta[name] for name in makers})
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype, *, name: str, where: str | Path) -> Tensor:
@@ -89,8 +84,8 @@ def in_dtype(
     def make(name: str) -> Tensor:
         return rounded(tensors[name], dtype, name=name, where=where)
 
-    def metas() -> Mapping[str, Tensor]:
-        known = on_meta(tensors).items()
-        return {name: meta.to(dtype) if meta.is_floating_point() else meta for name, meta in known}
-
-    return LazyTensors({name: partial(make, name) for name in tensors}, meta=metas)
+    meta = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in on_meta(tensors).items()
+    }
+    return LazyTensors({name: partial(make, name) for name in tensors}, meta=meta)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from sgm.checkpoint.find import T5Files
-from sgm.checkpoint.strict_loading import differences
+from sgm.checkpoint.strict_loading import check_fit
 from sgm.checkpoint.weight_file import damaged
-from sgm.errors import first_of
 from sgm.offload import stream_weights
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def _build_encoder(files: T5Files) -> T5EncoderModel:
             return T5EncoderModel(T5Config.from_dict(dict(files.config)))
     except Exception as error:  # transformers and what it checks values with raise many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        folder = f"the T5 folder {files.folder}"
+        folder = f"the T5 folder {files.path}"
         raise damaged(folder, f"cannot be loaded: {reason.rstrip('.')}") from None
 
 
@@ -58,17 +57,13 @@ def check_t5(files: T5Files, *, dtype: torch.dtype) -> tuple[T5EncoderModel, dic
     wanted = encoder.state_dict()
     found: dict[str, Tensor] = {}
     for file in files.files:
-        found |= file.tensors(wrapper="module")
-    _complete_table(found)
+        found |= file.tensors()
+    for name, other in (_TABLE_NAMES, _TABLE_NAMES[::-1]):
+        if name in found:  # files have one name of the table, or both
+            found[other] = found[name]
     found = {name: tensor for name, tensor in found.items() if name in wanted}  # no decoder
-    unfit = differences(found, wanted)
-    gaps = [*unfit["missing"], *unfit["of another shape"], *unfit["of whole numbers"]]
-    if gaps:
-        raise damaged(
-            f"the T5 folder {files.folder}",
-            f"lacks {len(gaps)} of the weights that its config.json asks for, or has them in "
-            f"another shape or type ({first_of(gaps)})",
-        )
+    here, hint = f"the T5 folder {files.path}", "download or copy it again"
+    check_fit(found, wanted, path=here, model="its config.json", hint=hint)
     _assign(encoder, {n: weight.to(_dtype_of(n, dtype)) for n, weight in wanted.items()})
     return encoder.eval(), found  # without dropout
 
@@ -105,10 +100,3 @@ def fill_encoder(
 def _assign(encoder: T5EncoderModel, weights: dict[str, Tensor]) -> None:
     encoder.load_state_dict(weights, assign=True)
     encoder.set_input_embeddings(encoder.shared)  # one table under both of its names
-
-
-def _complete_table(state: dict[str, Tensor]) -> None:
-    """Add the missing name of the embedding table; files have one of its names, or both."""
-    for name, other in (_TABLE_NAMES, _TABLE_NAMES[::-1]):
-        if name in state:
-            state[other] = state[name]

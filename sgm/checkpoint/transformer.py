@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from sgm.checkpoint.diffusers_folder import read_diffusers_part
-from sgm.checkpoint.find import Kind, Weights, find_transformer, is_no_base, unexpected
+from sgm.checkpoint.find import find_transformer, is_no_base, no_sat_format
 from sgm.checkpoint.lora_formats import is_foreign, lora_shapes
 from sgm.checkpoint.strict_loading import check_fit
 from sgm.checkpoint.table import POSITION_TABLE, to_sat
 from sgm.checkpoint.tensors import on_meta
+from sgm.checkpoint.weight_file import Weights
 from sgm.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,41 +58,22 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def sort_keys(
-    tensors: Mapping[str, Tensor], path: Path, *, kind: Kind = "load", option: str | None = None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Sort the transformer's tensors of a checkpoint into (base weights, LoRA matrices).
+def sort_keys(found: Weights) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Sort the transformer's tensors in a file of SAT format into (base weights, LoRA matrices).
 
     The names are those of the plain model: without prefix, and without ``original``, which LoRA
     puts before the weights of the layers that it wraps.
-
-    Args:
-        tensors: of the file `path`.
-        kind, option: as in `find_transformer`.
-
-    Raises:
-        UserError: the file holds no transformer, or one of diffusers, or a LoRA of it.
     """
-    option = option or kind
-    prefixed = [name for name in tensors if name.startswith(MODEL_PREFIX)]
-    if prefixed:
-        own = {name.removeprefix(MODEL_PREFIX): tensors[name] for name in prefixed}
-        rest = [n for n in tensors if not n.startswith((MODEL_PREFIX, *OTHER_PARTS))]
-        if rest:
-            logger.warning("%s: %d unknown keys are not used: %s …", path, len(rest), rest[0])
-    else:
-        own = {n: tensor for n, tensor in tensors.items() if not n.startswith(OTHER_PARTS)}
-    if kind == "load" and is_foreign(own):
-        raise is_no_base(path, option)
-    if any(name.startswith("transformer_blocks.") for name in own):
-        raise UserError(
-            f"{path} has diffusers' names; {option} must name its folder, with config.json beside "
-            "it"
-        )
-    if not any(name.startswith(("transformer.", "mixins.")) for name in own):
-        first = next(iter(tensors))
-        what = f"{path} holds no transformer of SAT format (first key: {first!r})"
-        raise unexpected(what, kind, option)
+    tensors = found.file.tensors()
+    prefix = MODEL_PREFIX if any(name.startswith(MODEL_PREFIX) for name in tensors) else ""
+    rest = [name for name in tensors if not name.startswith((prefix, *OTHER_PARTS))]
+    if rest:
+        logger.warning("%s: %d unknown keys are not used: %s …", found.path, len(rest), rest[0])
+    own = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix) and not name.startswith(OTHER_PARTS)
+    }
     lora = {n: t for n, t in own.items() if is_lora_matrix(n)}
     base = {n.replace(".original.", "."): t for n, t in own.items() if n not in lora}
     return base, lora
@@ -137,9 +119,7 @@ class TransformerTensors(NamedTuple):
     lora: Mapping[str, Tensor]
 
 
-def read_transformer(
-    load: str | Path | Weights, *, option: str | None = None
-) -> TransformerTensors:
+def read_transformer(load: str | Path | Weights, *, option: str = "load") -> TransformerTensors:
     """Find and read the tensors of a transformer, of SAT or diffusers.
 
     Args:
@@ -149,13 +129,14 @@ def read_transformer(
         UserError: no such file, not weights, not CogVideoX-2B, or a LoRA without its base.
     """
     found = find_transformer(load, option=option)
-    if found.folder is not None:
-        tensors = read_diffusers_part(found.folder)
+    if found.is_folder:
+        tensors = read_diffusers_part(found)
         return TransformerTensors(found.path, to_sat(tensors, "transformer", where=found.path), {})
-    (file,) = found.files
-    base, lora = sort_keys(file.tensors(wrapper="module"), found.path, option=found.option)
-    if not base:
+    base, lora = sort_keys(found)
+    if is_foreign(base) or (lora and not base):
         raise is_no_base(found.path, found.option)
+    if not any(name.startswith(("transformer.", "mixins.")) for name in base):
+        raise no_sat_format(found, "load")
     return TransformerTensors(found.path, base, lora)
 
 

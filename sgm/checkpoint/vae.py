@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import Tensor
 
 from sgm.checkpoint.diffusers_folder import read_diffusers_part
-from sgm.checkpoint.find import AUTOENCODER_OPTION, Weights, find_autoencoder, unexpected
+from sgm.checkpoint.find import AUTOENCODER_OPTION, find_autoencoder, no_sat_format
 from sgm.checkpoint.table import to_sat
 from sgm.checkpoint.tensors import chosen
-from sgm.errors import UserError
+from sgm.checkpoint.weight_file import Weights
 
 # The autoencoder's names in a checkpoint of the whole engine begin so.
 ENGINE_PREFIX = "first_stage_model."
@@ -19,10 +19,9 @@ ENGINE_PREFIX = "first_stage_model."
 
 def holds_autoencoder(weights: Weights) -> bool:
     """Whether weights of a transformer are a checkpoint of the whole engine."""
-    if weights.folder is not None:
+    if weights.is_folder:
         return False
-    (file,) = weights.files
-    return any(name.startswith(ENGINE_PREFIX) for name in file.tensors(wrapper="module"))
+    return any(name.startswith(ENGINE_PREFIX) for name in weights.file.tensors())
 
 
 def load_vae_state(
@@ -42,20 +41,16 @@ def load_vae_state(
         UserError: the file cannot be read (see `read_weights`) or holds no autoencoder.
     """
     found = find_autoencoder(path, option=option)
-    if found.folder is not None:
-        tensors = to_sat(read_diffusers_part(found.folder), "vae", where=found.path)
+    if found.is_folder:
+        tensors = to_sat(read_diffusers_part(found), "vae", where=found.path)
     else:
-        (file,) = found.files
-        tensors = file.tensors(wrapper="state_dict")
+        tensors = found.file.tensors()
         own = [name for name in tensors if name.startswith(ENGINE_PREFIX)]
         if own:
             tensors = {name.removeprefix(ENGINE_PREFIX): tensors[name] for name in own}
     ignored = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(ignore_keys)
     kept = [name for name in tensors if not name.startswith(ignored)]
-    if "encoder.mid_block.resnets.0.conv1.conv.weight" in kept:
-        raise UserError(f"{found.path} has diffusers' names; {option} must name its folder")
-    if not any(name.startswith(("encoder.", "decoder.")) for name in kept):
-        first = next(iter(tensors))
-        what = f"{found.path} holds no video autoencoder of SAT format (first key: {first!r})"
-        raise unexpected(what, "autoencoder", option)
+    is_diffusers = any(".mid_block." in name for name in kept)
+    if is_diffusers or not any(name.startswith(("encoder.", "decoder.")) for name in kept):
+        raise no_sat_format(found, "autoencoder")
     return chosen(tensors, kept)

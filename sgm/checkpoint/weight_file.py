@@ -1,4 +1,4 @@
-"""A weight file: found by its path without PyTorch, and read once, when its contents are needed."""
+"""Weight files: found by their paths without PyTorch, and read once, when they are needed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -89,11 +90,11 @@ class WeightFile:
             self._contents = reading.read_weights(self.path, lazily=lazily)
         return self._contents
 
-    def tensors(self, *, wrapper: str, lazily: bool = False) -> Mapping[str, Tensor]:
+    def tensors(self, *, lazily: bool = False) -> Mapping[str, Tensor]:
         """The name → tensor mapping in the file; see `tensors_of`."""
         from sgm.checkpoint import reading
 
-        return reading.tensors_of(self.read(lazily=lazily).state, self.path, wrapper=wrapper)
+        return reading.tensors_of(self.read(lazily=lazily).state, self.path)
 
     def open(self) -> BinaryIO:
         """The file from its start, unbuffered; after `read` the very file that is mapped.
@@ -116,6 +117,72 @@ class WeightFile:
         """Drop the mapping of the file. Memory is freed once no tensor of it is used."""
         if not self.kept:
             self._contents = None
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Weights that were found: files that belong together.
+
+    Args:
+        given: the path as the user gave it.
+        option: the option that gave it, for messages.
+        path: of the one file of SAT format or of a LoRA, or of the folder.
+        files: those that hold tensors.
+        beside: other files that the tensors depend on.
+        config: the content of a folder's ``config.json``; empty for a file.
+    """
+
+    given: str | Path
+    option: str
+    path: Path
+    files: tuple[WeightFile, ...]
+    beside: tuple[Path, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_file(cls, given: str | Path, path: Path, option: str) -> Weights:
+        """Weights in one file."""
+        return cls(given, option, path, (WeightFile(path),))
+
+    def __str__(self) -> str:
+        return str(self.given)
+
+    def __repr__(self) -> str:
+        return repr(str(self.given))  # in messages it stands for the path
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the weights are a folder with a ``config.json``."""
+        return bool(self.config)
+
+    @property
+    def file(self) -> WeightFile:
+        """The file of weights that are one file."""
+        (file,) = self.files
+        return file
+
+    @property
+    def sources(self) -> list[Path]:
+        """All files that the tensors depend on, in a fixed order."""
+        return [*self.beside, *(file.path for file in self.files)]
+
+    def state(self) -> list[FileState | None]:
+        """The state of each source, which changes when the file is written again."""
+        return [state_of(path) for path in self.sources]
+
+    def is_unchanged(self, since: list[FileState | None]) -> bool:
+        """Whether no file was written again since this `state`, or since it was read."""
+        return self.state() == since and all(file.is_as_read for file in self.files)
+
+    def keep(self) -> None:
+        """Keep the files mapped from now on, so that no later use reads them again."""
+        for file in self.files:
+            file.kept = True
+
+    def release(self) -> None:
+        """Drop the mappings of the files; the next use of tensors reads them again."""
+        for file in self.files:
+            file.release()
 
 
 # Of a file: its device, inode, size in bytes and time of the last change in nanoseconds.

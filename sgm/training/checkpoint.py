@@ -221,7 +221,7 @@ class Checkpointer:
                 f"{path} does not exist, so the moving average cannot be continued; resume with "
                 "ema_decay 0"
             )
-        module = tensors_of(read_checkpoint(path), path, wrapper="module")
+        module = tensors_of(read_checkpoint(path), path)
         averages = self.average.averages
         found = {name: tensor for name, tensor in module.items() if name in averages}
         hint = "resume from another iteration, or with ema_decay 0"
@@ -240,8 +240,7 @@ def holds_lora(checkpoint: Weights) -> bool:
     Raises:
         UserError: its file of weights cannot be read.
     """
-    (file,) = checkpoint.files
-    state = file.read().state
+    state = checkpoint.file.read().state
     return isinstance(state, Mapping) and "lora" in state
 
 
@@ -251,8 +250,7 @@ def check_conditioner(engine: SATVideoDiffusionEngine, checkpoint: Weights) -> d
     Raises:
         UserError: they do not fit this text encoder.
     """
-    (file,) = checkpoint.files
-    module = file.tensors(wrapper="module")
+    module = checkpoint.file.tensors()
     stored = {name: tensor for name, tensor in module.items() if name.startswith(_CONDITIONER)}
     if stored:
         own = {n: w for n, w in engine.named_parameters() if n.startswith(_CONDITIONER)}

@@ -118,7 +118,7 @@ def test_merged_tensors_are_what_the_network_gets(build, two, dtype):
     asked = []
     lazy = LazyTensors(
         {name: lambda name=name: asked.append(name) or base[name] for name in base},
-        meta=lambda: {name: tensor.to("meta") for name, tensor in base.items()},
+        meta={name: tensor.to("meta") for name, tensor in base.items()},
     )
     merged = merged_tensors(lazy, two, where="base")
     # Before anything is asked for, vectors only, for the fingerprint.
@@ -153,7 +153,9 @@ def test_nothing_is_merged_if_one_of_several_is_wrong(build, two, tmp_path):
     with pytest.raises(UserError, match="wide.pt does not fit"):
         merge_loras(network, [*two, LoraChoice(str(wide))])
     assert torch.equal(predict(network), predict(build()))
-    with pytest.raises(UserError, match="is some/base the base model that the LoRA was trained"):
+    with pytest.raises(
+        UserError, match="fit some/base: .* name the base model that the LoRA was trained"
+    ):
         merged_tensors(network.state_dict(), [LoraChoice(str(wide))], where="some/base")
 
 
@@ -276,11 +278,14 @@ def edit_of(kind, state, build):
 
 
 SPOILT = [
-    ("whole model", "is a whole model, not a LoRA; name it in load"),
+    ("whole model", "is a whole model, not a LoRA; it must be a LoRA"),
     ("no matrices", "holds no LoRA of SAT format"),
-    ("other format", "is a LoRA of another model than CogVideoX: it changes unet"),
+    ("other format", "no place .unet.lora_A.weight.*CogVideoX-2B"),
     ("no tensors", "holds no tensors"),
-    ("a matrix less", r"1 missing \(transformer.layers.0.attention.*load must name the base"),
+    (
+        "a matrix less",
+        r"1 missing \(transformer.layers.0.attention.*name the base model that the LoRA",
+    ),
     ("empty matrices", "r=2; download or copy it"),
     ("sparse", "matrix_A.0' is not a dense tensor"),
     ("without content", "matrix_A.0' is not a dense tensor"),

@@ -175,11 +175,11 @@ def write(path, names=(), *, rank=2, settings=None, raw=None):
 
 BLOCK = "transformer.transformer_blocks.0"
 REFUSED_NAMES = {
-    f"{BLOCK}.ff.net.0.proj": r"no place \(ff.net.0.proj\), as .* fuse_lora, unload_lora_w",
-    f"{BLOCK}.norm1.linear": "no place .norm1.linear",
-    "transformer.proj_out": "no place .proj_out",
-    "text_encoder.encoder.block.0.layer.0.SelfAttention.q": "changes the text encoder too",
-    "unet.down_blocks.0.attn1.to_q": "another model than CogVideoX: it changes unet.down_blocks",
+    f"{BLOCK}.ff.net.0.proj": r"no place \(.*ff.net.0.proj.*\): .* fuse_lora, unload_lora_w",
+    f"{BLOCK}.norm1.linear": "no place .*norm1.linear",
+    "transformer.proj_out": "no place .*proj_out",
+    "text_encoder.encoder.block.0.layer.0.SelfAttention.q": "no place .*text_encoder",
+    "unet.down_blocks.0.attn1.to_q": "no place .*unet.down_blocks.* is for CogVideoX-2B",
 }
 
 
@@ -193,17 +193,17 @@ def test_layers_without_a_place_in_sat_are_named(tmp_path, name):
 def test_a_layer_under_two_prefixes_is_refused(tmp_path):
     layer = "transformer_blocks.0.attn1.to_q"
     names = [f"transformer.{layer}", f"base_model.model.{layer}"]
-    with pytest.raises(UserError, match="lora_A.weight twice, with different prefixes; load and"):
+    with pytest.raises(UserError, match="2 tensors .*lora_A.weight.* one lora_A and one lora_B"):
         read_lora(write(tmp_path / "lora.safetensors", names))
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        (f"{BLOCK}.attn1.to_q.lora_magnitude_vector", "is a DoRA"),
-        (f"{BLOCK}.attn1.to_q.dora_scale", "is a DoRA"),
-        (f"{BLOCK}.attn1.to_q.lora_B.bias", "changes biases too"),
-        ("lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight", "is not a matrix of a LoRA"),
+        (f"{BLOCK}.attn1.to_q.lora_magnitude_vector", "no place .*lora_magnitude_vector"),
+        (f"{BLOCK}.attn1.to_q.dora_scale", "no place .*dora_scale"),
+        (f"{BLOCK}.attn1.to_q.lora_B.bias", "no place .*lora_B.bias"),
+        ("lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight", "no place .*lora_down"),
         (f"{BLOCK}.attn1.to_k.lora_A.weight", "no two matrices for .*to_k; download"),
     ],
 )
@@ -222,7 +222,7 @@ SOUND = {"r": 2, "lora_alpha": 2}
     [
         (
             {"use_dora": True},
-            "has use_dora='True', so it is not a plain LoRA; merge it in diffusers",
+            "has use_dora='True', so it is not a plain LoRA; .* merge it in diffusers",
         ),
         ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights='pissa_niter_4'"),
         ({"peft_type": "LOHA"}, "has peft_type='LOHA'"),
@@ -280,5 +280,5 @@ def test_a_folder_that_was_saved_before_its_lora_was_unloaded_is_called_that(our
 def test_a_whole_model_of_diffusers_is_told_where_it_belongs(ours, tmp_path, pattern):
     build_theirs(ours).save_pretrained(tmp_path / "transformer")
     (path,) = tmp_path.glob(pattern)
-    with pytest.raises(UserError, match="is a whole model, not a LoRA; name it in load"):
+    with pytest.raises(UserError, match="is a whole model, not a LoRA; it must be a LoRA"):
         read_lora(path)

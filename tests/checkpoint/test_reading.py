@@ -225,8 +225,10 @@ def test_a_small_file_cannot_ask_for_a_large_memory(tmp_path):
     path = tmp_path / "weights.pt"
     torch.save({"module": {"a": torch.zeros(1).expand(10**13)}}, path)
     assert path.stat().st_size < 10_000
-    with pytest.raises(UserError, match="'a' is a tensor of .10000000000000., but the file"):
-        tensors_of(read_checkpoint(path), path, wrapper="module")
+    with pytest.raises(
+        UserError, match="'a' is not a dense tensor of real numbers that are all in the file"
+    ):
+        tensors_of(read_checkpoint(path), path)
     shared = torch.arange(6.0)  # views, as of tied weights, are read
     torch.save({"module": {"a": shared.view(2, 3).T, "b": shared[1:3]}}, path)
-    assert tensors_of(read_checkpoint(path), path, wrapper="module")["a"].shape == (3, 2)
+    assert tensors_of(read_checkpoint(path), path)["a"].shape == (3, 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sgm.checkpoint.lora import replace_loras
+from sgm.checkpoint.lora import merge_updates, read_updates
 from sgm.checkpoint.lora_formats import expected_matrices, lora_layers
 from sgm.checkpoint.transformer import MODEL_PREFIX, load_transformer, read_transformer
 from sgm.config import LoraChoice
@@ -47,6 +47,10 @@ def loras(build, tmp_path_factory):
         paths.append(folder / f"{number}.pt")
         torch.save({"module": module, "lora": record}, paths[-1])
     return [str(path) for path in paths]
+
+
+def replace_loras(network, loras, **place):
+    merge_updates(network, read_updates(loras, dict(network.named_parameters())), **place)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

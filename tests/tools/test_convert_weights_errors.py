@@ -142,7 +142,7 @@ def test_what_diffusers_cannot_express_is_refused(small, capsys):
     [
         ("config.json", "config.json"),
         ("spiece.model", "spiece.model"),
-        ("model.safetensors", "no weights"),
+        ("model.safetensors", "lacks weights"),
         ("shard", "model-00009"),
     ],
 )
@@ -163,7 +163,12 @@ def test_a_t5_folder_with_a_missing_file_is_refused(
 def test_a_t5_that_sampling_would_refuse_is_not_converted(small, t5_folder, tmp_path, capsys):
     t5 = shutil.copytree(t5_folder, tmp_path / "t5")
     edit_json(t5 / "config.json", num_layers=9)
-    refused(capsys, small.convert("--text_encoder_path", t5), "T5 folder", "its config.json asks")
+    refused(
+        capsys,
+        small.convert("--text_encoder_path", t5),
+        "T5 folder",
+        "does not fit its config.json",
+    )
     nothing_new(small.folder, "small.yaml", "transformer", "vae.pt")
 
 

@@ -34,7 +34,7 @@ MISTAKES = {
     ),
     "another autoencoder": (
         {"first_stage_config.params.ckpt_path": str(BUNDLED / "transformer/3078")},
-        "a folder without an autoencoder",
+        "3d-vae.pt does not exist",
     ),
     "an autoencoder of other sizes": (
         {"first_stage_config.params.encoder_config.params.num_res_blocks": 3},

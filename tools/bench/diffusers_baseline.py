@@ -6,7 +6,6 @@ Sizes come from the configuration through the converter's config files; weights 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -183,8 +182,6 @@ def _t5(work: Workload) -> Callable[[], Tensor]:
     _, text, *_ = weight_paths(work.config.model)
     files = find_t5(text.path())
     tokenizer = T5Tokenizer(files.tokenizer, max_length=t5_params(work.config)["max_length"])
-    encoder = T5EncoderModel.from_pretrained(
-        Path(files.folder), dtype=work.dtype, local_files_only=True
-    )
+    encoder = T5EncoderModel.from_pretrained(files.path, dtype=work.dtype, local_files_only=True)
     encoder.to(work.device).eval()
     return lambda: encoder(tokenizer([PROMPT]).to(work.device)).last_hidden_state

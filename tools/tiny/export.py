@@ -66,8 +66,7 @@ def main() -> int:
     parser.add_argument("--tag", default="1000", help="name of the transformer's inner folder")
     options = parser.parse_args()
     set_up_logging()
-    (file,) = find_transformer(options.load).files
-    state = file.tensors(wrapper="module")
+    state = find_transformer(options.load).file.tensors()
     write_transformer(state, options.output / "transformer", tag=options.tag)
     write_t5(state, options.output / "t5" / "model.safetensors")
     return 0

@@ -150,11 +150,11 @@ def _inspect_parts(kind: str, folder: Path, names: Iterable[str]) -> list[Findin
 
 def _inspect_file(weights: Weights) -> Finding:
     """A file; its names say what it holds."""
-    (file,), path = weights.files, weights.path
+    file, path = weights.file, weights.path
     state = file.read().state
     if isinstance(state, Mapping) and "module" not in state and _TRAINING_KEYS & state.keys():
         raise _not_ours(path, "it is the state of a training, which --resume reads in its folder")
-    tensors = file.tensors(wrapper="module")
+    tensors = file.tensors()
 
     def has(*beginnings: str) -> bool:
         return any(name.startswith(beginnings) for name in tensors)
@@ -210,7 +210,8 @@ def _compared(
         sizes = sizes_of(shapes, part, weights.path)
         model = weights_of(sizes, part, where=weights.path)
     noun = "transformer" if part == "transformer" else "video autoencoder (VAE)"
-    finding = Finding(weights.path, f"{noun} in {'diffusers' if weights.folder else 'SAT'} format")
+    form = "diffusers" if weights.is_folder else "SAT"
+    finding = Finding(weights.path, f"{noun} in {form} format")
     finding.facts = [*((key, str(value)) for key, value in sizes.items()), *_amounts(shapes)]
     # The size of the position table depends on the clips, not on the model.
     unfit = differences(without_positions(shapes), without_positions(model))
@@ -267,7 +268,7 @@ def _config_of(matrices: Mapping[str, Tensor], record: LoraRecord) -> str | None
     for name in SHIPPED:
         with suppress(UserError):
             model = shipped_shapes(name, "transformer")
-            check_matrices(matrices, record, model, path="the LoRA", hint="")
+            check_matrices(matrices, record, model, path="the LoRA")
             return name
     return None
 
@@ -278,7 +279,7 @@ def _describe_t5(folder: Path) -> Finding:
     T5Tokenizer(files.tokenizer, max_length=1)  # raises UserError if it is another tokenizer
     shapes: dict[str, Tensor] = {}
     for file in files.files:
-        shapes |= on_meta(file.tensors(wrapper="module"))
+        shapes |= on_meta(file.tensors())
     sizes = {key: files.config.get(key) for key in ("num_layers", "d_model", "num_heads")}
     facts = [*((key, str(value)) for key, value in sizes.items()), *_amounts(shapes)]
     widths = {

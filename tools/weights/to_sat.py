@@ -14,7 +14,6 @@ from torch import Tensor
 from sgm.checkpoint.diffusers_folder import (
     PART_CLASSES,
     DiffusersPart,
-    PartFolder,
     find_part,
     is_pipeline,
     read_diffusers_part,
@@ -24,7 +23,7 @@ from sgm.checkpoint.strict_loading import check_fit
 from sgm.checkpoint.table import to_sat
 from sgm.checkpoint.tensors import in_dtype, on_meta
 from sgm.checkpoint.text_encoder import check_t5
-from sgm.checkpoint.weight_file import read_json
+from sgm.checkpoint.weight_file import Weights, read_json
 from sgm.errors import UserError
 from sgm.files import write_torch
 from tools.weights.sizes import check_sizes, sizes_of, weights_of
@@ -41,7 +40,7 @@ logger = logging.getLogger(__name__)
 T5_FOLDER = "t5-v1_1-xxl"  # as in the published layout
 
 
-def _find_parts(source: Path) -> dict[DiffusersPart, PartFolder]:
+def _find_parts(source: Path) -> dict[DiffusersPart, Weights]:
     """Part → its folder, for the parts that the input has.
 
     Raises:
@@ -81,7 +80,7 @@ class SatConverter:
         self.sizes: dict[str, dict[str, Any]] = {}
         hint = "copy the folder from the original again"
         for part, found in _find_parts(source).items():
-            where = found.folder
+            where = found.path
             tensors = to_sat(read_diffusers_part(found), part, where=where)
             sizes = self.sizes[part] = sizes_of(tensors, part, where)
             described_by = "its config.json"

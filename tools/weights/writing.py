@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sgm.checkpoint.find import MODEL_FILES, SHARD, TOKENIZER_FILES, VARIANT, T5Files, shard_indices
+from sgm.checkpoint.find import MODEL_FILES, SHARD, TOKENIZER_FILES, VARIANT, T5Files
 from sgm.checkpoint.tensors import on_meta
 from sgm.checkpoint.transformer import MODEL_PREFIX
 from sgm.files import write_torch
@@ -160,7 +160,7 @@ def copy_text_encoder(files: T5Files, folder: Path, *, link: bool) -> None:
     """
     logger.info("%s text_encoder", "linking" if link else "copying")
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [files.folder / "config.json", *shard_indices(files), *files.weights]
+    sources = [*files.indices, *(source for source in files.sources if source != files.tokenizer)]
     with Progress(len(sources), unit="file") as progress:
         for source in sources:
             # Shards keep the names that the index gives them.

@@ -169,7 +169,7 @@ def test_a_tokenizer_json_of_something_else_is_refused(newer, content, words):
 
 def test_a_folder_of_something_else_is_called_that(tmp_path):
     (tmp_path / "3d-vae.pt").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"is not a T5 folder \(it holds 3d-vae.pt\)"):
+    with pytest.raises(UserError, match=r"lacks config.json \(it holds 3d-vae.pt\)"):
         FrozenT5Embedder(str(tmp_path), MAX_LENGTH)
 
 
@@ -254,7 +254,7 @@ MISTAKES = {
         "spiece.model is not a sentencepiece model",
     ),
     "tokenizer page": (lambda f: (f / "spiece.model").write_text("<html>"), "web page"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "lacks weights"),
     "weights pointer": (
         lambda f: (f / "model.safetensors").write_text(POINTER),
         "model.safetensors is a pointer of git-lfs",
@@ -269,11 +269,11 @@ MISTAKES = {
         "model.safetensors is not a whole safetensors file",
     ),
     "no weights in the file": (lambda f: (f / "model.safetensors").write_bytes(b""), "is empty"),
-    "a missing weight": (drop_weight, r"lacks 1 of the weights .*block.1.layer.1.*wi_0"),
+    "a missing weight": (drop_weight, r"its config.json: keys 1 missing .*block.1.layer.1.*wi_0"),
     "more layers": (lambda f: edit_config(f, num_layers=3), r"block\.2\.layer"),
     "a missing shard": (in_shards, "lacks the shard model-00002-of-00002.safetensors that"),
     "an invalid size": (lambda f: edit_config(f, num_layers="x"), "cannot be loaded: "),
-    "another width": (lambda f: edit_config(f, d_model=128), "in another shape"),
+    "another width": (lambda f: edit_config(f, d_model=128), "of another shape"),
 }
 
 

@@ -79,7 +79,7 @@ def test_the_tensors_of_one_shard_are_made_at_a_time(tmp_path):
 
     makers = {str(i): (lambda i=i: make(i)) for i in range(6)}
     metas = dict.fromkeys(makers, torch.empty(4, device="meta"))
-    save_sharded(tmp_path, LazyTensors(makers, meta=lambda: metas), max_shard_bytes=32)
+    save_sharded(tmp_path, LazyTensors(makers, meta=metas), max_shard_bytes=32)
     found = {
         name: t for file in tmp_path.glob("*.safetensors") for name, t in load_file(file).items()
     }
