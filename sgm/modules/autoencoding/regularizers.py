@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Range of the log-variance. Beyond it, exp() overflows in float16, or the variance is negligible.
 MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0
@@ -17,11 +17,11 @@ class DiagonalGaussianRegularizer(nn.Module):
 
     def forward(
         self,
-        moments: torch.Tensor,
+        moments: Tensor,
         *,
-        noise: torch.Tensor | None = None,
+        noise: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Draw latents: mean + standard deviation · noise.
 
         Args:
@@ -39,13 +39,13 @@ class DiagonalGaussianRegularizer(nn.Module):
         noise = noise.to(device=mean.device, dtype=torch.float32)
         return (mean + torch.exp(0.5 * log_variance) * noise).to(moments.dtype)
 
-    def kl(self, moments: torch.Tensor) -> torch.Tensor:
+    def kl(self, moments: Tensor) -> Tensor:
         """Return the KL divergence of the latents from N(0, 1), mean over all elements, in nats."""
         mean, log_variance = split_moments(moments)
         return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
 
 
-def split_moments(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def split_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
     """(b, 2z, t, h, w) → mean and clamped log-variance, (b, z, t, h, w) each, in float32."""
     mean, log_variance = moments.float().chunk(2, dim=1)
     return mean, log_variance.clamp(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE)
