@@ -15,27 +15,20 @@ class DiagonalGaussianRegularizer(nn.Module):
     Kingma and Welling, "Auto-Encoding Variational Bayes" (2013), section 3 and appendix B.
     """
 
-    def forward(
-        self,
-        moments: Tensor,
-        *,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def forward(self, moments: Tensor, *, noise: Tensor | None = None) -> Tensor:
         """Draw latents: mean + standard deviation · noise.
 
         Args:
             moments: (b, 2z, t, h, w), mean, then log-variance.
-            noise: (b, z, t, h, w), standard normal; None draws it here.
-            generator: for the noise, on any device; None means the global one.
+            noise: (b, z, t, h, w), standard normal; None draws it from PyTorch's global generator
+                of the device of `moments`.
 
         Returns:
             (b, z, t, h, w) in the dtype of `moments`; computed in float32.
         """
         mean, log_variance = split_moments(moments)
         if noise is None:
-            device = mean.device if generator is None else generator.device
-            noise = torch.randn(mean.shape, generator=generator, device=device)
+            noise = torch.randn(mean.shape, device=mean.device)
         noise = noise.to(device=mean.device, dtype=torch.float32)
         return (mean + torch.exp(0.5 * log_variance) * noise).to(moments.dtype)
 

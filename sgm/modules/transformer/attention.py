@@ -287,12 +287,10 @@ flash_attention.register_autograd(_backward, setup_context=_save_for_backward)
 _OPERATORS = {"hopper": hopper_attention, "flash": flash_attention}
 
 # The operators whose results activation checkpointing can store. PyTorch selects one of its own.
-ATTENTION_OPERATORS = frozenset(
-    {
-        torch.ops.cogvideox.flash_attention.default,
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    }
-)
+ATTENTION_OPERATORS = [
+    torch.ops.cogvideox.flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
