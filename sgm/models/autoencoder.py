@@ -75,11 +75,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
                 self.load_weights()
 
     def encode(
-        self,
-        x: Tensor,
-        unregularized: bool = False,
-        *,
-        noise: Tensor | None = None,
+        self, x: Tensor, unregularized: bool = False, *, noise: Tensor | None = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return latents of a video, drawn from the distribution that the encoder computes.
 

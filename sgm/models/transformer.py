@@ -107,12 +107,12 @@ class DiffusionTransformer(BaseModel):
         super().__init__(
             args=None,
             transformer=_build_sat_transformer(
-                num_layers,
-                hidden_size,
-                num_attention_heads=num_attention_heads,
                 elementwise_affine=elementwise_affine,
+                num_layers=num_layers,
+                hidden_size=hidden_size,
+                num_attention_heads=num_attention_heads,
                 skip_init=transformer_args.get("skip_init", False),
-                dtype=dtype,
+                params_dtype=dtype,
             ),
         )
         self.hidden_size = hidden_size
@@ -327,29 +327,22 @@ def sinusoidal_embedding(timesteps: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def _build_sat_transformer(
-    num_layers: int,
-    hidden_size: int,
-    *,
-    num_attention_heads: int,
-    elementwise_affine: bool,
-    skip_init: bool,
-    dtype: torch.dtype,
-) -> BaseTransformer:
-    """Build SAT's layers on the default device, without its embeddings for language models."""
+def _build_sat_transformer(*, elementwise_affine: bool, **settings: object) -> BaseTransformer:
+    """Build SAT's layers on the default device, without its embeddings for language models.
+
+    Args:
+        elementwise_affine: the layer norms have weight and bias.
+        settings: further arguments of `BaseTransformer`: its sizes and the type of its weights.
+    """
     ensure_process_groups()
     transformer = BaseTransformer(
-        num_layers=num_layers,
         vocab_size=1,
-        hidden_size=hidden_size,
-        num_attention_heads=num_attention_heads,
         max_sequence_length=1,
         layernorm_epsilon=LAYER_NORM_EPSILON,
         layernorm=partial(nn.LayerNorm, elementwise_affine=elementwise_affine),
         activation_func=partial(F.gelu, approximate="tanh"),
-        params_dtype=dtype,
-        skip_init=skip_init,
         device=torch.get_default_device(),
+        **settings,
     )
     del transformer.word_embeddings, transformer.position_embeddings
     return transformer

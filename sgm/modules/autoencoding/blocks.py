@@ -38,11 +38,7 @@ class CausalResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv3d(in_channels, out_channels, kernel_size=1)
 
     def forward(
-        self,
-        x: Tensor,
-        *,
-        latents: Tensor | None = None,
-        cache: ConvCache | None = None,
+        self, x: Tensor, *, latents: Tensor | None = None, cache: ConvCache | None = None
     ) -> Tensor:
         """(b, c, t, h, w) → (b, c_out, t, h, w).
 

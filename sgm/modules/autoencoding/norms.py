@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sgm.errors import UserError
 from sgm.modules.autoencoding.causal_conv import CausalConv3d
 from sgm.modules.autoencoding.convolve import empty_frames, with_room
 from sgm.modules.autoencoding.resize import stretch_time
@@ -28,13 +27,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
     """Return a GroupNorm (Wu and He 2018) with statistics over all frames of its input.
 
     Raises:
-        UserError: `channels` is not a multiple of the number of groups.
+        ValueError: `channels` is not a multiple of the number of groups.
     """
-    if channels % NUM_GROUPS:
-        raise UserError(
-            f"a resolution level of the autoencoder has {channels} channels, which is not a "
-            f"multiple of {NUM_GROUPS}; change ch or ch_mult in encoder_config and decoder_config"
-        )
     return nn.GroupNorm(NUM_GROUPS, channels, eps=EPSILON)
 
 

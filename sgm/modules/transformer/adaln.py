@@ -20,7 +20,7 @@ from sgm.modules.transformer.attention import (
     Kernel,
     attend,
     attend_branches,
-    choose_kernel,
+    list_kernels,
 )
 from sgm.modules.transformer.linear import activated, project
 
@@ -224,7 +224,7 @@ class AdaLNMixin(BaseMixin):
         tokens = hidden_states
         kernel = self.attention
         if kernel == "auto":
-            kernel = choose_kernel(tokens, head_size=self.head_size, own=self.allow_hopper)
+            kernel = list_kernels(tokens, head_size=self.head_size, own=self.allow_hopper)[0]
         # Before the first block the video tokens do not depend on the text, so all branches share
         # them. Not in training, which has one branch: the log-sum-exp that joins the parts of the
         # attention has no gradient.
