@@ -215,12 +215,6 @@ class AdaLNMixin(BaseMixin):
         """
         # SAT gives the layer as a CPU tensor; int() of it waits for no GPU.
         layer = int(layer_id)
-        parts = BlockParts(
-            self.transformer.layers[layer],
-            self.adaLN_modulations[layer],
-            self.query_layernorm_list[layer],
-            self.key_layernorm_list[layer],
-        )
         tokens = hidden_states
         kernel = self.attention
         if kernel == "auto":
@@ -234,74 +228,65 @@ class AdaLNMixin(BaseMixin):
             # With LoRA the input of the first layer has no gradient. An unused gradient costs less
             # than the compilation of a second graph.
             tokens = tokens if tokens.requires_grad else tokens.detach().requires_grad_()
-        return self._run_block(
-            tokens,
-            time_embedding,
-            parts,
+        block = Block(
+            self.transformer.layers[layer],
+            self.adaLN_modulations[layer],
+            self.query_layernorm_list[layer],
+            self.key_layernorm_list[layer],
             text_length=text_length if shard is None else shard.own_text_length(text_length),
             head_size=self.head_size,
             kernel=kernel,
             num_branches=num_branches if is_video_shared else 1,
             shard=shard,
-            policy=self.checkpointing_policy if has_gradient else None,
         )
+        policy = self.checkpointing_policy if has_gradient else None
+        return self._run_block(tokens, time_embedding, block, policy=policy)
 
 
-class BlockParts(NamedTuple):
-    """The modules of one block."""
+class Block(NamedTuple):
+    """The modules and settings of one block.
+
+    Attributes:
+        layer: SAT's norms, attention and MLP.
+        modulation: computes shift, scale and gate from the time embedding.
+        query_norm: norm of the queries of a head.
+        key_norm: norm of the keys of a head.
+        text_length: number of text tokens, which precede the video tokens.
+        head_size: width of an attention head.
+        kernel: kernel of the attention.
+        num_branches: branches of guidance whose attention among video tokens is computed once. With
+            more than one, the video tokens of all branches must be equal.
+        shard: this process's part of the sequence; None if it has all tokens.
+    """
 
     layer: BaseTransformerLayer
     modulation: nn.Module
     query_norm: nn.Module
     key_norm: nn.Module
+    text_length: int
+    head_size: int
+    kernel: Kernel
+    num_branches: int
+    shard: SequenceShard | None
 
-
-def run_block(
-    tokens: Tensor,
-    time_embedding: Tensor,
-    parts: BlockParts,
-    *,
-    policy: CheckpointingPolicy | None,
-    text_length: int,
-    head_size: int,
-    kernel: Kernel,
-    num_branches: int,
-    shard: SequenceShard | None,
-) -> Tensor:
-    """Run a block on tokens (b, n, d); the first `text_length` tokens are text.
-
-    A function that gets all it needs as arguments: compiled, it is the same graph for every layer.
-
-    Args:
-        tokens: (b, n, d). With more than one branch of guidance, the video tokens of all branches
-            must be equal.
-        time_embedding: (b, time_embed_dim).
-        parts: the modules of the block.
-        policy: what is stored for the backward pass; None for everything.
-        text_length: number of text tokens in `tokens`.
-        head_size: width of an attention head.
-        kernel: kernel of the attention.
-        num_branches: branches of guidance whose attention among video tokens is computed once.
-        shard: this process's part of the sequence; None if it has all tokens.
-    """
-
-    def block(tokens: Tensor, time_embedding: Tensor) -> Tensor:
-        layer = parts.layer
-        values = parts.modulation(time_embedding)
+    def run(self, tokens: Tensor, time_embedding: Tensor) -> Tensor:
+        """Return the tokens (b, n, d) after this block; time_embedding (b, time_embed_dim)."""
+        layer, kernel, text_length = self.layer, self.kernel, self.text_length
+        values = self.modulation(time_embedding)
         for_attention, for_mlp = modulations(values, text_length=text_length)
-        query_key_value = partial(_query_key_value, parts, head_size=head_size)
-        if num_branches > 1:
-            assert kernel != "sdpa" and shard is None, (kernel, shard)
-            num_clips = len(tokens) // num_branches
+        if self.num_branches > 1:
+            assert kernel != "sdpa" and self.shard is None, (kernel, self.shard)
+            num_clips = len(tokens) // self.num_branches
             text, video = tokens[:, :text_length], tokens[:num_clips, text_length:]
             attended = attend_branches(
-                query_key_value(for_attention.text.modulate(layer.input_layernorm(text))),
-                query_key_value(for_attention.video.modulate(layer.input_layernorm(video))),
+                self.query_key_value(for_attention.text.modulate(layer.input_layernorm(text))),
+                self.query_key_value(for_attention.video.modulate(layer.input_layernorm(video))),
                 kernel=kernel,
             )
         else:
             attention_input = for_attention.modulate(layer.input_layernorm(tokens))
-            attended = attend(*query_key_value(attention_input), kernel=kernel, shard=shard)
+            query_key_value = self.query_key_value(attention_input)
+            attended = attend(*query_key_value, kernel=kernel, shard=self.shard)
         (attended,) = project(layer.attention.dense, attended.flatten(-2), num_parts=1)
         tokens = for_attention.add_gated(tokens, attended)
 
@@ -310,20 +295,25 @@ def run_block(
         hidden = activated(layer.mlp.dense_h_to_4h, mlp_input, activation=activation)  # (b, n, 4d)
         return for_mlp.add_gated(tokens, layer.mlp.dense_4h_to_h(hidden))
 
+    def query_key_value(self, attention_input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value of tokens (b, n, d), (b, n, heads, head_size) each."""
+        query, key, value = (
+            part.unflatten(-1, (-1, self.head_size))
+            for part in project(self.layer.attention.query_key_value, attention_input, num_parts=3)
+        )
+        return self.query_norm(query), self.key_norm(key), value
+
+
+def run_block(
+    tokens: Tensor, time_embedding: Tensor, block: Block, *, policy: CheckpointingPolicy | None
+) -> Tensor:
+    """Return the result of `Block.run`; the backward pass recomputes what `policy` does not store.
+
+    A function that gets all it needs as arguments: compiled, it is the same graph for every layer.
+    """
     if policy is None:
-        return block(tokens, time_embedding)
-    return run_checkpointed(block, tokens, time_embedding, policy=policy)
-
-
-def _query_key_value(
-    parts: BlockParts, attention_input: Tensor, *, head_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query, key and value of tokens (b, n, d), (b, n, heads, head_size) each."""
-    query, key, value = (
-        part.unflatten(-1, (-1, head_size))
-        for part in project(parts.layer.attention.query_key_value, attention_input, num_parts=3)
-    )
-    return parts.query_norm(query), parts.key_norm(key), value
+        return block.run(tokens, time_embedding)
+    return run_checkpointed(block.run, tokens, time_embedding, policy=policy)
 
 
 def modulations(values: Tensor, *, text_length: int) -> tuple[JointModulation, JointModulation]:
