@@ -147,12 +147,7 @@ def flash_is_installed() -> bool:
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    kernel: Kernel,
-    shard: SequenceShard | None = None,
+    query: Tensor, key: Tensor, value: Tensor, *, kernel: Kernel, shard: SequenceShard | None = None
 ) -> Tensor:
     """Return the attention without mask or dropout; all tensors are (b, n, heads, head_size).
 

@@ -58,12 +58,7 @@ def project(linear: nn.Module, x: Tensor, *, num_parts: int) -> list[Tensor]:
 
 @torch.library.custom_op("cogvideox::lora_linear", mutates_args=())
 def lora_linear(
-    x: Tensor,
-    dropped: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    down: Tensor,
-    ups: list[Tensor],
+    x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor, down: Tensor, ups: list[Tensor]
 ) -> list[Tensor]:
     """A Linear with LoRA (Hu et al., "LoRA", section 4.1): ``W x + bias + B A x``, in parts.
 
