@@ -217,7 +217,7 @@ def warn_of_settings(engine: SATVideoDiffusionEngine, args: SamplingArgs) -> Non
             "parallel: video has no effect in one process; NPROC=2 bash inference.sh … starts two"
         )
     num_steps = engine.sampler.num_steps
-    own_steps = getattr(engine.sampler.guider, "num_steps", num_steps)
+    own_steps = getattr(engine.sampler.guider, "num_steps", None) or num_steps
     if own_steps != num_steps:
         logger.warning(
             "guider_config has num_steps %d, the sampler %d: guidance then follows the curve of "

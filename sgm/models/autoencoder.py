@@ -75,20 +75,15 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
                 self.load_weights()
 
     def encode(
-        self,
-        x: torch.Tensor,
-        unregularized: bool = False,
-        *,
-        noise: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self, x: Tensor, unregularized: bool = False, *, noise: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return latents of a video, drawn from the distribution that the encoder computes.
 
         Args:
             x: (b, c, 4k+1, 8h, 8w) in [-1, 1].
             unregularized: return ``(moments, {})`` instead, moments (b, 2z, k+1, h, w).
-            noise: (b, z, k+1, h, w), standard normal; None draws it here.
-            generator: for the noise; None means PyTorch's global one.
+            noise: (b, z, k+1, h, w), standard normal; None draws it from PyTorch's global
+                generator.
 
         Returns:
             (b, z, k+1, h, w), not yet multiplied by the diffusion model's ``scale_factor``.
@@ -111,9 +106,9 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
             moments = torch.cat([self.encoder(sample.to(dtype)) for sample in x.split(1)])
         if unregularized:
             return moments, {}
-        return self.regularization(moments, noise=noise, generator=generator)
+        return self.regularization(moments, noise=noise)
 
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
+    def decode(self, z: Tensor) -> Tensor:
         """Return the video of latents, decoded in chunks (see `decode_streamed`).
 
         Args:
@@ -127,9 +122,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         """
         return torch.cat(list(self.decode_streamed(z)), dim=2)
 
-    def decode_streamed(
-        self, z: torch.Tensor, *, cache: ConvCache | None = None
-    ) -> Iterator[torch.Tensor]:
+    def decode_streamed(self, z: Tensor, *, cache: ConvCache | None = None) -> Iterator[Tensor]:
         """Decode chunk by chunk: first 3 latent frames, then 2 at a time.
 
         Between chunks, only the last two input frames of each convolution are kept, so the memory
@@ -153,7 +146,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
                 f"together, then {CHUNK_FRAMES} at a time"
             )
 
-        def decode_chunks(z: torch.Tensor, cache: ConvCache) -> Iterator[torch.Tensor]:
+        def decode_chunks(z: Tensor, cache: ConvCache) -> Iterator[Tensor]:
             with cache:
                 for chunk in chunks_of(z):
                     yield self.decoder(chunk, cache=cache)
@@ -179,7 +172,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         self.weights.release()
 
 
-def chunks_of(z: torch.Tensor) -> list[torch.Tensor]:
+def chunks_of(z: Tensor) -> list[Tensor]:
     """Split latents (b, z, t, h, w), t odd, into the chunks of decoding."""
     first, rest = z[:, :, :FIRST_CHUNK_FRAMES], z[:, :, FIRST_CHUNK_FRAMES:]
     return [first, *(rest.split(CHUNK_FRAMES, dim=2) if rest.shape[2] else ())]
@@ -252,7 +245,7 @@ def draw_latents(regularizer: nn.Module, moments: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fit_rgb(first_stage: nn.Module) -> Tensor:
+def fit_rgb(first_stage: VideoAutoencoderInferenceWrapper) -> Tensor:
     """Fit a linear map from latents to colours, for previews: (c + 1, 3), float32, on the CPU.
 
     The last row is the constant; colours are in [-1, 1]. The fit is least squares over single

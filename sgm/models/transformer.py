@@ -107,12 +107,12 @@ class DiffusionTransformer(BaseModel):
         super().__init__(
             args=None,
             transformer=_build_sat_transformer(
-                num_layers,
-                hidden_size,
-                num_attention_heads=num_attention_heads,
                 elementwise_affine=elementwise_affine,
+                num_layers=num_layers,
+                hidden_size=hidden_size,
+                num_attention_heads=num_attention_heads,
                 skip_init=transformer_args.get("skip_init", False),
-                dtype=dtype,
+                params_dtype=dtype,
             ),
         )
         self.hidden_size = hidden_size
@@ -143,7 +143,7 @@ class DiffusionTransformer(BaseModel):
             checkpoint_activations=transformer_args.get("checkpoint_activations", False),
         )
         self.to(dtype)
-        if not self.time_embed[0].weight.is_meta:
+        if not next(self.parameters()).is_meta:
             self.add_lora()
 
     def _add_parts(self, modules: Mapping[str, Any], **sizes: object) -> None:
@@ -164,7 +164,7 @@ class DiffusionTransformer(BaseModel):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
-        return self.time_embed[0].weight.dtype
+        return next(self.time_embed.parameters()).dtype
 
     @property
     def checkpointing(self) -> CheckpointingPolicy | None:
@@ -292,34 +292,26 @@ class DiffusionTransformer(BaseModel):
         return prediction.to(x.dtype)
 
     def _check_shapes(self, x: Tensor, *, timesteps: Tensor, context: Tensor) -> None:
-        limit, frame = self.num_latent_frames, ", ".join(map(str, self.frame_shape))
-        is_clip = x.ndim == 5 and tuple(x.shape[2:]) == self.frame_shape and len(x) > 0
-        _expect(
-            is_clip and 1 <= x.shape[1] <= limit,
-            x,
-            "latents",
-            f"this model takes (b, t, {frame}) with t from 1 to {limit}, the size of its position "
-            "table; change the sampling size, or latent_height, latent_width and num_frames of the "
-            "model",
+        """Raise UserError if the shapes do not fit the model or each other."""
+        limit, text_length = self.num_latent_frames, self.mixins["pos_embed"].text_length
+        fits = (
+            x.ndim == 5
+            and x.shape[2:] == self.frame_shape
+            and min(len(x), len(context)) > 0
+            and 1 <= x.shape[1] <= limit
+            and timesteps.shape == x.shape[:1]
+            and context.shape[1:] == (text_length, self.text_width)
+            and len(context) % len(x) == 0
         )
-        batch_size, num_texts = len(x), len(context)
-        text = [self.mixins["pos_embed"].text_length, self.text_width]
-        _expect(
-            [*context.shape[1:]] == text and num_texts > 0 and num_texts % batch_size == 0,
-            context,
-            "text embedding",
-            f"(k * {batch_size}, {text[0]}, {text[1]}) is expected, k the branches of guidance; "
-            "compare the text encoder and its max_length with text_hidden_size and text_length of "
-            "the model",
-        )
-        fits = tuple(timesteps.shape) == (batch_size,)
-        _expect(fits, timesteps, "timesteps", f"({batch_size},) is expected")
-
-
-def _expect(fits: bool, tensor: Tensor, name: str, expected: str) -> None:
-    """Raise UserError about the shape of `tensor` unless it fits."""
-    if not fits:
-        raise UserError(f"{name} of shape {tuple(tensor.shape)}: {expected}")
+        if not fits:
+            raise UserError(
+                f"latents of shape {tuple(x.shape)}, timesteps of shape {tuple(timesteps.shape)} "
+                f"and text embedding of shape {tuple(context.shape)}: this model takes "
+                f"(b, t, {', '.join(map(str, self.frame_shape))}) with t from 1 to {limit}, (b,) "
+                f"and (k * b, {text_length}, {self.text_width}), k the branches of guidance; "
+                "compare the sampling size with latent_height, latent_width and num_frames of the "
+                "model, and the text encoder with its text_length and text_hidden_size"
+            )
 
 
 def sinusoidal_embedding(timesteps: Tensor, width: int) -> Tensor:
@@ -335,29 +327,22 @@ def sinusoidal_embedding(timesteps: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def _build_sat_transformer(
-    num_layers: int,
-    hidden_size: int,
-    *,
-    num_attention_heads: int,
-    elementwise_affine: bool,
-    skip_init: bool,
-    dtype: torch.dtype,
-) -> BaseTransformer:
-    """Build SAT's layers on the default device, without its embeddings for language models."""
+def _build_sat_transformer(*, elementwise_affine: bool, **settings: object) -> BaseTransformer:
+    """Build SAT's layers on the default device, without its embeddings for language models.
+
+    Args:
+        elementwise_affine: the layer norms have weight and bias.
+        settings: further arguments of `BaseTransformer`: its sizes and the type of its weights.
+    """
     ensure_process_groups()
     transformer = BaseTransformer(
-        num_layers=num_layers,
         vocab_size=1,
-        hidden_size=hidden_size,
-        num_attention_heads=num_attention_heads,
         max_sequence_length=1,
         layernorm_epsilon=LAYER_NORM_EPSILON,
         layernorm=partial(nn.LayerNorm, elementwise_affine=elementwise_affine),
         activation_func=partial(F.gelu, approximate="tanh"),
-        params_dtype=dtype,
-        skip_init=skip_init,
         device=torch.get_default_device(),
+        **settings,
     )
     del transformer.word_embeddings, transformer.position_embeddings
     return transformer

@@ -17,8 +17,7 @@ from sgm.config import Config
 from sgm.data.loader import VALIDATION, SeededDataset, checked_batches
 from sgm.distributed import data_parallel_rank_and_size
 from sgm.files import make_output_folder, replacing
-from sgm.modules.diffusionmodules.discretizer import NUM_TIMESTEPS
-from sgm.modules.diffusionmodules.sigma_sampling import NoiseLevels
+from sgm.modules.diffusionmodules.discretizer import NUM_TIMESTEPS, NoiseLevels
 from sgm.pipeline import CallDefaults, CogVideoX
 from sgm.preflight import allowed_num_frames, check_model_section, require_sizes
 from sgm.progress import Progress

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import ModuleType
 
-import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from sgm.modules.autoencoding.causal_conv import CausalConv3d, ConvCache
 from sgm.modules.autoencoding.convolve import empty_frames, frames_per_call
-from sgm.modules.autoencoding.norms import fused_kernels, needs_grad, norm_silu
-
-MakeNorm = Callable[[int], nn.Module]
-
+from sgm.modules.autoencoding.norms import Norm, fused_kernels, needs_grad, norm_silu
 
 # Keys of published configurations that have no effect; double_z is always true.
 UNREAD_PARAMS = frozenset({"double_z", "resolution", "attn_resolutions", "gather_norm"})
@@ -24,7 +20,12 @@ class CausalResnetBlock(nn.Module):
     """Two causal 3x3x3 convolutions, each after norm and SiLU, and a shortcut around them."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, dropout: float, make_norm: MakeNorm
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        dropout: float,
+        make_norm: Callable[[int], Norm],
     ) -> None:
         super().__init__()
         self.norm1 = make_norm(in_channels)
@@ -32,18 +33,13 @@ class CausalResnetBlock(nn.Module):
         self.norm2 = make_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = CausalConv3d(out_channels, out_channels, kernel_size=3)
+        self.nin_shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv3d(in_channels, out_channels, kernel_size=1)
-        else:
-            self.nin_shortcut = nn.Identity()
 
     def forward(
-        self,
-        x: torch.Tensor,
-        *,
-        latents: torch.Tensor | None = None,
-        cache: ConvCache | None = None,
-    ) -> torch.Tensor:
+        self, x: Tensor, *, latents: Tensor | None = None, cache: ConvCache | None = None
+    ) -> Tensor:
         """(b, c, t, h, w) → (b, c_out, t, h, w).
 
         Args:
@@ -51,53 +47,35 @@ class CausalResnetBlock(nn.Module):
             latents: (b, z, t_z, h_z, w_z) for the decoder's norms.
             cache: cache of the convolutions, if a video is processed in chunks.
         """
-        step = frames_per_call(x, max(x.shape[1], self.conv1.conv.out_channels))
+        room, channels = self.conv1.room, self.conv1.conv.out_channels
         with_grad = needs_grad(self, x)
+        step = x.shape[2] if with_grad else frames_per_call(x, max(x.shape[1], channels))
         fused = None if with_grad else fused_kernels(x)
-        if step < x.shape[2] and not with_grad:
-            return self._in_place(x, latents=latents, cache=cache, step=step, fused=fused)
         # With the fused kernels, the bias of a convolution is left to the next operation.
         add_bias = fused is None
-        h = norm_silu(self.norm1, x, latents, room=self.conv1.room)
-        h = self.conv1.slide(h, cache=cache, add_bias=add_bias)
-        h = norm_silu(self.norm2, h, latents, room=self.conv2.room, offset=self._offset(fused))
-        h = self.conv2.slide(self.dropout(h), cache=cache, add_bias=add_bias)
-        self._add_shortcut(h, x, fused=fused)
-        return h
-
-    def _in_place(
-        self,
-        x: torch.Tensor,
-        *,
-        latents: torch.Tensor | None,
-        cache: ConvCache | None,
-        step: int,
-        fused: ModuleType | None,
-    ) -> torch.Tensor:
-        """The same for long inputs, with little memory: besides `x` one tensor of its size, which
-        all operations but the shortcut change in place, and `step` frames.
-        """
-        room, size = self.conv1.room, (self.conv1.room + x.shape[2], *x.shape[3:])
-        add_bias = fused is None
-        frames = norm_silu(self.norm1, x, latents, room=room)
-        target = frames
-        if self.conv1.conv.out_channels != x.shape[1]:
-            target = empty_frames(x, channels=self.conv1.conv.out_channels, size=size)
-        inside = target[:, :, room:]
-        h = self.conv1.slide(frames, cache=cache, into=inside, add_bias=add_bias)
-        del frames
-        norm_silu(self.norm2, h, latents, into=h, offset=self._offset(fused))
+        offset = None if add_bias else self.conv1.conv.bias
+        h = norm_silu(self.norm1, x, latents, room=room)
+        if step >= x.shape[2]:
+            h = self.conv1.slide(h, cache=cache, add_bias=add_bias)
+            h = norm_silu(self.norm2, h, latents, room=room, offset=offset)
+            h = self.conv2.slide(self.dropout(h), cache=cache, add_bias=add_bias)
+            self._add_shortcut(h, x, fused=fused)
+            return h
+        # A long input is computed with little memory: besides `x` one tensor of its size, which all
+        # operations but the shortcut change in place, and `step` frames.
+        frames = h
+        if channels != x.shape[1]:
+            frames = empty_frames(x, channels=channels, size=(room + x.shape[2], *x.shape[3:]))
+        h = self.conv1.slide(h, cache=cache, into=frames[:, :, room:], add_bias=add_bias)
+        norm_silu(self.norm2, h, latents, into=h, offset=offset)
         F.dropout(h, self.dropout.p, self.training, inplace=True)
-        self.conv2.slide(target, cache=cache, into=h, add_bias=add_bias)
-        for part in (slice(start, start + step) for start in range(0, x.shape[2], step)):
+        self.conv2.slide(frames, cache=cache, into=h, add_bias=add_bias)
+        for start in range(0, x.shape[2], step):
+            part = slice(start, start + step)
             self._add_shortcut(h[:, :, part], x[:, :, part], fused=fused)
         return h
 
-    def _offset(self, fused: ModuleType | None) -> torch.Tensor | None:
-        """Return the bias that the first convolution leaves to the norm after it."""
-        return None if fused is None else self.conv1.conv.bias
-
-    def _add_shortcut(self, h: torch.Tensor, x: torch.Tensor, *, fused: ModuleType | None) -> None:
+    def _add_shortcut(self, h: Tensor, x: Tensor, *, fused: ModuleType | None) -> None:
         """Add the shortcut of x to h, (b, c_out, t, h, w); with `fused` also the missing bias."""
         if fused is None:
             h += self.nin_shortcut(x)
@@ -109,29 +87,28 @@ class CausalResnetBlock(nn.Module):
         fused.add_with_bias(h, x, bias=bias)
 
 
+# make_block(in_channels, out_channels)
+MakeBlock = Callable[[int, int], CausalResnetBlock]
+
+
 class MiddleBlocks(nn.Module):
     """Two residual blocks at the lowest resolution, without attention between them."""
 
-    def __init__(self, channels: int, *, dropout: float, make_norm: MakeNorm) -> None:
+    def __init__(self, channels: int, *, make_block: MakeBlock) -> None:
         super().__init__()
-        self.block_1 = CausalResnetBlock(channels, channels, dropout=dropout, make_norm=make_norm)
-        self.block_2 = CausalResnetBlock(channels, channels, dropout=dropout, make_norm=make_norm)
+        self.block_1 = make_block(channels, channels)
+        self.block_2 = make_block(channels, channels)
 
-    def forward(self, x: torch.Tensor, **inputs: object) -> torch.Tensor:
+    def forward(self, x: Tensor, **inputs: object) -> Tensor:
         """(b, c, t, h, w) → the same shape; `inputs` as in `CausalResnetBlock.forward`."""
         return self.block_2(self.block_1(x, **inputs), **inputs)
 
 
 def residual_stack(
-    in_channels: int, out_channels: int, *, num_blocks: int, dropout: float, make_norm: MakeNorm
+    in_channels: int, out_channels: int, *, num_blocks: int, make_block: MakeBlock
 ) -> nn.ModuleList:
     """Return `num_blocks` residual blocks; the first one changes the number of channels."""
     return nn.ModuleList(
-        CausalResnetBlock(
-            out_channels if index else in_channels,
-            out_channels,
-            dropout=dropout,
-            make_norm=make_norm,
-        )
+        make_block(out_channels if index else in_channels, out_channels)
         for index in range(num_blocks)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sgm.modules.autoencoding.convolve import convolve, with_room
 from sgm.offload import host_copy
@@ -17,7 +17,7 @@ class ConvCache:
     """
 
     def __init__(self) -> None:
-        self._frames: dict[nn.Module, torch.Tensor] = {}
+        self._frames: dict[nn.Module, Tensor] = {}
 
     def __enter__(self) -> ConvCache:
         return self
@@ -28,11 +28,11 @@ class ConvCache:
     def __len__(self) -> int:
         return len(self._frames)
 
-    def recall(self, conv: nn.Module) -> torch.Tensor | None:
+    def recall(self, conv: nn.Module) -> Tensor | None:
         """Return the frames of `conv` from the previous chunk, (b, c, k-1, h, w); None at first."""
         return self._frames.get(conv)
 
-    def fill(self, conv: CausalConv3d, frames: torch.Tensor) -> None:
+    def fill(self, conv: CausalConv3d, frames: Tensor) -> None:
         """Write the end of the previous chunk before this one, and keep the end of this one.
 
         Args:
@@ -44,7 +44,7 @@ class ConvCache:
         self._frames[conv] = frames[:, :, -conv.room :].clone()
 
 
-def fill_room(frames: torch.Tensor, head: torch.Tensor | None, *, room: int) -> None:
+def fill_room(frames: Tensor, head: Tensor | None, *, room: int) -> None:
     """Write `head`, (b, c, room, h, w), before `frames`; without it repeat their first frame."""
     frames[:, :, :room] = frames[:, :, room : room + 1] if head is None else head
 
@@ -65,18 +65,18 @@ class CausalConv3d(nn.Module):
         """Number of frames before a chunk on which its first output frame depends: k - 1."""
         return self.conv.kernel_size[0] - 1
 
-    def forward(self, x: torch.Tensor, *, cache: ConvCache | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, *, cache: ConvCache | None = None) -> Tensor:
         """(b, c, t, h, w) → (b, c_out, t, h, w); reads and updates `cache` if there is one."""
         return self.slide(with_room(x, self.room) if self.room else x, cache=cache)
 
     def slide(
         self,
-        frames: torch.Tensor,
+        frames: Tensor,
         *,
         cache: ConvCache | None = None,
-        into: torch.Tensor | None = None,
+        into: Tensor | None = None,
         add_bias: bool = True,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """As `forward`, for frames with `room` before them, which avoids a copy.
 
         Args:
@@ -110,12 +110,12 @@ class HostConvCache(ConvCache):
         super().__init__()
         self._device = device
 
-    def recall(self, conv: torch.nn.Module) -> torch.Tensor | None:
+    def recall(self, conv: nn.Module) -> Tensor | None:
         """As in `ConvCache`; the frames are copied to the device."""
         frames = super().recall(conv)
         return None if frames is None else frames.to(self._device, non_blocking=True)
 
-    def fill(self, conv: CausalConv3d, frames: torch.Tensor) -> None:
+    def fill(self, conv: CausalConv3d, frames: Tensor) -> None:
         """As in `ConvCache`.
 
         Each convolution has one buffer on the host. Only the GPU reads and writes it, in the order

@@ -46,7 +46,7 @@ ELEMENTS_PER_PART = 3 * 2**25  # two frames of 480 x 720 with 128 channels
 CPU_ELEMENTS = 2**19  # elements that fit into the cache of a CPU
 
 
-def frames_per_call(x: torch.Tensor, channels: int) -> int:
+def frames_per_call(x: Tensor, channels: int) -> int:
     """Return how many frames of `x`, (b, c, t, h, w), to convolve at once with `channels`."""
     elements_per_frame = x[:, 0, 0].numel() * channels
     if elements_per_frame * x.shape[2] <= MAX_ELEMENTS_PER_CALL:
@@ -55,14 +55,14 @@ def frames_per_call(x: torch.Tensor, channels: int) -> int:
 
 
 def convolve(
-    frames: torch.Tensor,
-    weight: torch.Tensor,
+    frames: Tensor,
+    weight: Tensor,
     *,
-    bias: torch.Tensor | None,
+    bias: Tensor | None,
     padding: int = 0,
     stride: int = 1,
-    into: torch.Tensor | None = None,
-) -> torch.Tensor:
+    into: Tensor | None = None,
+) -> Tensor:
     """3D convolution that pads space with zeros and does not pad time.
 
     Args:
@@ -84,7 +84,7 @@ def convolve(
     for stop in range(num_frames, 0, -step):
         start = max(0, stop - step)
         part = _convolve_frames(
-            frames[:, :, start : stop + overlap], weight, bias=bias, padding=padding, stride=stride
+            frames[:, :, start : stop + overlap], weight, bias, padding=padding, stride=stride
         )
         if into is None:
             if part.shape[2] == num_frames:
@@ -92,17 +92,13 @@ def convolve(
             into = empty_frames(part, channels=part.shape[1], size=(num_frames, *part.shape[3:]))
         into[:, :, start:stop] = part
         del part  # free it before the next one is computed
+    assert into is not None, frames.shape
     return into
 
 
 def _convolve_frames(
-    frames: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    bias: torch.Tensor | None,
-    padding: int,
-    stride: int,
-) -> torch.Tensor:
+    frames: Tensor, weight: Tensor, bias: Tensor | None, *, padding: int, stride: int
+) -> Tensor:
     """(b, c, t + k - 1, h, w) → (b, c_out, t, h_out, w_out)."""
     if frames.device.type != "cpu" or frames.dtype != torch.float32:
         result = F.conv3d(
@@ -110,8 +106,7 @@ def _convolve_frames(
         )
         return result.contiguous(memory_format=memory_format(result))  # no copy after cuDNN
     samples = [
-        _convolve_by_taps(sample, weight, bias=bias, padding=padding, stride=stride)
-        for sample in frames
+        _convolve_by_taps(sample, weight, bias, padding=padding, stride=stride) for sample in frames
     ]
     if len(samples) == 1:
         return samples[0][None]
@@ -119,13 +114,8 @@ def _convolve_frames(
 
 
 def _convolve_by_taps(
-    sample: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    bias: torch.Tensor | None,
-    padding: int,
-    stride: int,
-) -> torch.Tensor:
+    sample: Tensor, weight: Tensor, bias: Tensor | None, *, padding: int, stride: int
+) -> Tensor:
     """(c, t + k - 1, h, w) → (c_out, t, h_out, w_out), as a sum of k 2D convolutions.
 
     On a CPU, in float32, this is up to ten times faster than conv3d, which does not use oneDNN with
@@ -141,15 +131,9 @@ def _convolve_by_taps(
         stop = min(start + step, num_rows)
         # Contiguous planes: with channels last, oneDNN's sums have a larger rounding error.
         planes = rows[start : stop + taps - 1].contiguous()
-        piece: torch.Tensor | None = None
-        for tap in range(taps):
-            part = F.conv2d(
-                planes[tap : tap + stop - start],
-                weight[:, :, tap],
-                bias if tap == 0 else None,
-                stride=stride,
-                padding=padding,
-            )
-            piece = part if piece is None else piece.add_(part)
+        piece = F.conv2d(planes[: stop - start], weight[:, :, 0], bias, stride, padding)
+        for tap in range(1, taps):
+            shifted = planes[tap : tap + stop - start]
+            piece.add_(F.conv2d(shifted, weight[:, :, tap], None, stride, padding))
         pieces.append(piece.contiguous(memory_format=torch.channels_last))
     return torch.cat(pieces).transpose(0, 1)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sgm.modules.autoencoding.blocks import UNREAD_PARAMS, MiddleBlocks, residual_stack
+from sgm.modules.autoencoding.blocks import (
+    UNREAD_PARAMS,
+    CausalResnetBlock,
+    MiddleBlocks,
+    residual_stack,
+)
 from sgm.modules.autoencoding.causal_conv import CausalConv3d, ConvCache
 from sgm.modules.autoencoding.norms import LatentModulatedNorm, norm_silu
 from sgm.modules.autoencoding.resize import NUM_TIME_LEVELS, Upsample
@@ -45,17 +49,17 @@ class ContextParallelDecoder3D(nn.Module):
         widths = [ch * factor for factor in ch_mult]
         deepest = len(widths) - 1
         make_norm = partial(LatentModulatedNorm, latent_channels=z_channels)
+        make_block = partial(CausalResnetBlock, dropout=dropout, make_norm=make_norm)
         self.z_channels = z_channels
         self.conv_in = CausalConv3d(z_channels, widths[-1], kernel_size=3)
-        self.mid = MiddleBlocks(widths[-1], dropout=dropout, make_norm=make_norm)
+        self.mid = MiddleBlocks(widths[-1], make_block=make_block)
         self.up = nn.ModuleList()
         for index, width in enumerate(widths):
             blocks = residual_stack(
                 widths[min(index + 1, deepest)],
                 width,
                 num_blocks=num_res_blocks + 1,
-                dropout=dropout,
-                make_norm=make_norm,
+                make_block=make_block,
             )
             upsample: nn.Module = nn.Identity()
             if index > 0:
@@ -64,7 +68,7 @@ class ContextParallelDecoder3D(nn.Module):
         self.norm_out = make_norm(widths[0])
         self.conv_out = CausalConv3d(widths[0], out_ch, kernel_size=3)
 
-    def forward(self, z: torch.Tensor, *, cache: ConvCache | None = None) -> torch.Tensor:
+    def forward(self, z: Tensor, *, cache: ConvCache | None = None) -> Tensor:
         """Decode one chunk of latents; the norms use the statistics of this chunk.
 
         Args:
@@ -78,8 +82,8 @@ class ContextParallelDecoder3D(nn.Module):
         h = self.conv_in(z, cache=cache)
         h = self.mid(h, latents=z, cache=cache)
         for level in reversed(self.up):
-            for block in level["block"]:
+            for block in level.block:
                 h = block(h, latents=z, cache=cache)
-            h = level["upsample"](h)
+            h = level.upsample(h)
         h = norm_silu(self.norm_out, h, z, room=self.conv_out.room)
         return self.conv_out.slide(h, cache=cache)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sgm.modules.autoencoding.blocks import UNREAD_PARAMS, MiddleBlocks, residual_stack
+from sgm.modules.autoencoding.blocks import (
+    UNREAD_PARAMS,
+    CausalResnetBlock,
+    MiddleBlocks,
+    residual_stack,
+)
 from sgm.modules.autoencoding.causal_conv import CausalConv3d
 from sgm.modules.autoencoding.norms import group_norm, norm_silu
 from sgm.modules.autoencoding.resize import NUM_TIME_LEVELS, Downsample
@@ -42,6 +47,7 @@ class ContextParallelEncoder3D(nn.Module):
         super().__init__()
         widths = [ch * factor for factor in ch_mult]
         num_resizes = len(widths) - 1
+        make_block = partial(CausalResnetBlock, dropout=dropout, make_norm=group_norm)
         self.in_channels = in_channels
         self.space_factor = 2**num_resizes
         self.time_factor = 2 ** min(num_resizes, NUM_TIME_LEVELS)
@@ -52,18 +58,17 @@ class ContextParallelEncoder3D(nn.Module):
                 widths[index - 1] if index else ch,
                 width,
                 num_blocks=num_res_blocks,
-                dropout=dropout,
-                make_norm=group_norm,
+                make_block=make_block,
             )
             downsample: nn.Module = nn.Identity()
             if index < num_resizes:
                 downsample = Downsample(width, compress_time=index < NUM_TIME_LEVELS)
             self.down.append(nn.ModuleDict({"block": blocks, "downsample": downsample}))
-        self.mid = MiddleBlocks(widths[-1], dropout=dropout, make_norm=group_norm)
+        self.mid = MiddleBlocks(widths[-1], make_block=make_block)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 2 * z_channels, kernel_size=3)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Encode whole clips.
 
         Args:
@@ -74,8 +79,9 @@ class ContextParallelEncoder3D(nn.Module):
         """
         h = self.conv_in(x)
         for level in self.down:
-            for layer in (*level["block"], level["downsample"]):
-                h = layer(h)
+            for block in level.block:
+                h = block(h)
+            h = level.downsample(h)
         h = self.mid(h)
         h = norm_silu(self.norm_out, h, None, room=self.conv_out.room)
         return self.conv_out.slide(h)

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sgm.errors import UserError
 from sgm.modules.autoencoding.causal_conv import CausalConv3d
 from sgm.modules.autoencoding.convolve import empty_frames, with_room
 from sgm.modules.autoencoding.resize import stretch_time
@@ -28,13 +27,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
     """Return a GroupNorm (Wu and He 2018) with statistics over all frames of its input.
 
     Raises:
-        UserError: `channels` is not a multiple of the number of groups.
+        ValueError: `channels` is not a multiple of the number of groups.
     """
-    if channels % NUM_GROUPS:
-        raise UserError(
-            f"a resolution level of the autoencoder has {channels} channels, which is not a "
-            f"multiple of {NUM_GROUPS}; change ch or ch_mult in encoder_config and decoder_config"
-        )
     return nn.GroupNorm(NUM_GROUPS, channels, eps=EPSILON)
 
 
@@ -76,13 +70,15 @@ class LatentModulatedNorm(nn.Module):
         return rearrange(modulated, "b c t h i w j -> b c t (h i) (w j)")
 
 
+Norm = nn.GroupNorm | LatentModulatedNorm
+
 # Elements of a feature map that are processed at once without Triton; a CPU's cache holds them.
 CPU_PART, GPU_PART = 2**18, 2**26
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 def norm_silu(
-    norm: nn.Module,
+    norm: Norm,
     x: Tensor,
     latents: Tensor | None,
     *,
@@ -93,7 +89,7 @@ def norm_silu(
     """Return SiLU(norm(x + offset)); with latents (in the decoder), norm takes them too.
 
     Args:
-        norm: a `GroupNorm` or, with latents, a `LatentModulatedNorm`.
+        norm: the norm; with latents a `LatentModulatedNorm`.
         x: (b, c, t, h, w).
         latents: (b, z, t_z, h_z, w_z), as `LatentModulatedNorm` takes them.
         room: frames with arbitrary values to leave before the result.
@@ -108,27 +104,28 @@ def norm_silu(
         normed = norm(x) if latents is None else norm(x, latents)
         return with_room(F.silu(normed, inplace=True), room)
     result = into
-    if into is None:
+    if result is None:
         result = empty_frames(x, channels=x.shape[1], size=(room + x.shape[2], *x.shape[3:]))
-        into = result[:, :, room:]
-    layer, modulation = norm, None
+    into = result[:, :, room:]
+    modulation = None
     if isinstance(norm, LatentModulatedNorm):
-        layer, modulation = norm.norm_layer, (norm.conv_y(latents), norm.conv_b(latents))
+        modulation = norm.conv_y(latents), norm.conv_b(latents)
+        norm = norm.norm_layer
     fused = fused_kernels(x)
     if fused is not None:
-        factors = fused.norm_factors(x, layer, offset=offset)
+        factors = fused.norm_factors(x, norm, offset=offset)
         fused.affine_silu(x, factors, modulation=modulation, into=into)
         return result
-    mean, variance = _merge(*_moments(x), num_groups=layer.num_groups)
-    scale = (variance + layer.eps).rsqrt() * layer.weight  # (b, c), float64
-    shift = layer.bias - mean * scale
+    mean, variance = _merge(*_moments(x), num_groups=norm.num_groups)
+    scale = (variance + norm.eps).rsqrt() * norm.weight  # (b, c), float64
+    shift = norm.bias - mean * scale
     scale, shift = (factor[:, :, None, None, None] for factor in (scale, shift))
     if modulation is not None:
         latent_scale, latent_shift = modulation
         # In float64 until here, since each rounding of a factor would be one of the result.
         scale, shift = scale * latent_scale, shift * latent_scale + latent_shift
-    scale, shift = (factor.to(_working_dtype(x)) for factor in (scale, shift))
-    _affine_silu(x, scale=scale, shift=shift, into=into)
+    dtype = _working_dtype(x)
+    _affine_silu(x, scale=scale.to(dtype), shift=shift.to(dtype), into=into)
     return result
 
 
@@ -166,21 +163,19 @@ def _parts(x: Tensor) -> list[slice]:
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return counts (p,), means and sums of squared deviations (p, b, c) per channel in p parts."""
-    counts, means, squares = zip(
-        *(_moments_of_part(x[:, :, part]) for part in _parts(x)), strict=True
-    )
-    return torch.tensor(counts, device=x.device), torch.stack(means), torch.stack(squares)
-
-
-def _moments_of_part(x: Tensor) -> tuple[int, Tensor, Tensor]:
-    means, squares = [], []
-    for sample in x.split(1):  # one by one, so that sums have the same order in any batch
-        values = sample.to(_working_dtype(x))
-        mean = values.mean(dim=(2, 3, 4), keepdim=True)
-        deviations = values - mean
-        means.append(mean[:, :, 0, 0, 0])
-        squares.append(deviations.mul_(deviations).sum(dim=(2, 3, 4)))
-    return x[0, 0].numel(), torch.cat(means), torch.cat(squares)
+    counts, means, squares = [], [], []
+    for part in _parts(x):
+        counts.append(x[0, 0, part].numel())
+        # One sample at a time, so that sums have the same order in any batch.
+        for sample in x[:, :, part].split(1):
+            values = sample.to(_working_dtype(x))
+            mean = values.mean(dim=(2, 3, 4), keepdim=True)
+            deviations = values - mean
+            means.append(mean.flatten())
+            squares.append(deviations.mul_(deviations).sum(dim=(0, 2, 3, 4)))
+    size = (len(counts), *x.shape[:2])
+    counted = torch.tensor(counts, device=x.device)
+    return counted, torch.stack(means).view(size), torch.stack(squares).view(size)
 
 
 def _merge(
@@ -203,8 +198,8 @@ def _merge(
     mean = (means * counts).sum(dim=(0, 3), keepdim=True) / total  # (1, b, g, 1)
     deviations = squares + counts * (means - mean).square()
     variance = deviations.sum(dim=(0, 3)) / total  # (b, g)
-    mean = mean[0, :, :, 0]
-    return tuple(part.repeat_interleave(per_group, dim=1) for part in (mean, variance))
+    mean = mean[0, :, :, 0].repeat_interleave(per_group, dim=1)
+    return mean, variance.repeat_interleave(per_group, dim=1)
 
 
 def _affine_silu(x: Tensor, *, scale: Tensor, shift: Tensor, into: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -184,15 +184,8 @@ def _add_kernel(
     tl.store(into_ptr + places, result, mask=mask)
 
 
-class Factors(NamedTuple):
-    """Factor and summand that normalise a feature map, (b, c) each, float32."""
-
-    scale: Tensor
-    shift: Tensor
-
-
-def norm_factors(x: Tensor, layer: nn.GroupNorm, *, offset: Tensor | None) -> Factors:
-    """Return `layer` of ``x + offset`` as a factor and a summand of x.
+def norm_factors(x: Tensor, layer: nn.GroupNorm, *, offset: Tensor | None) -> Tensor:
+    """Return `layer` of ``x + offset`` as a factor and a summand of x, (2, b, c), float32.
 
     Args:
         x: (b, c, t, h, w), half type.
@@ -206,7 +199,7 @@ def norm_factors(x: Tensor, layer: nn.GroupNorm, *, offset: Tensor | None) -> Fa
     num_parts = triton.cdiv(num_rows, rows_per_program)
     means = x.new_empty((num_parts, batch, num_channels), dtype=torch.float32)
     squares = torch.empty_like(means)
-    factors = Factors(*means.new_empty(2, batch, num_channels))
+    factors = means.new_empty(2, batch, num_channels)
     per_group = num_channels // layer.num_groups
     with _on(x):
         _moments_kernel[(num_parts, batch)](
@@ -223,7 +216,7 @@ def norm_factors(x: Tensor, layer: nn.GroupNorm, *, offset: Tensor | None) -> Fa
 
 
 def affine_silu(
-    x: Tensor, factors: Factors, *, modulation: tuple[Tensor, Tensor] | None, into: Tensor
+    x: Tensor, factors: Tensor, *, modulation: tuple[Tensor, Tensor] | None, into: Tensor
 ) -> None:
     """Write SiLU of `x`, normalised and then modulated, to `into`; computed in float32.
 
@@ -235,7 +228,8 @@ def affine_silu(
     """
     num_frames, height, width = x.shape[2:]
     scale = shift = x
-    latent_size, repeats, first_alone = (1, 1, 1), 1, 0
+    latent_size: Sequence[int] = (1, 1, 1)
+    repeats, first_alone = 1, 0
     if modulation is not None:
         latent_size = modulation[0].shape[2:]
         scale, shift = (factor.permute(0, 2, 3, 4, 1).contiguous() for factor in modulation)

@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
-
-
-class Scaling(NamedTuple):
-    """Factors of denoised = c_out * network(x) + c_skip * x, in the shape of the noise levels."""
-
-    c_skip: Tensor
-    c_out: Tensor
 
 
 class VideoScaling:
@@ -21,6 +12,9 @@ class VideoScaling:
     its time is the timestep itself.
     """
 
-    def __call__(self, alpha_cumprod_sqrt: Tensor) -> Scaling:
-        """Return the factors for noise levels `alpha_cumprod_sqrt`, any shape, values 0..1."""
-        return Scaling(c_skip=alpha_cumprod_sqrt, c_out=-((1.0 - alpha_cumprod_sqrt**2) ** 0.5))
+    def __call__(self, alpha_cumprod_sqrt: Tensor) -> tuple[Tensor, Tensor]:
+        """Return c_skip and c_out of denoised = c_out * network(x) + c_skip * x.
+
+        They have the shape of the noise levels `alpha_cumprod_sqrt`, whose values are 0..1.
+        """
+        return alpha_cumprod_sqrt, -((1.0 - alpha_cumprod_sqrt**2) ** 0.5)

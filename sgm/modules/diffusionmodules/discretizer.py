@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,14 +16,12 @@ BETA_START = 0.00085
 BETA_END = 0.012
 
 
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """The noise levels of a run, from the cleanest to the noisiest.
+class NoiseLevels(NamedTuple):
+    """Noise levels: those of a schedule, or random ones of n samples.
 
     Attributes:
-        timesteps: (n,) int64, ascending, 0..999; the network is conditioned on them.
-        alphas_cumprod_sqrt: (n,) float64, descending within [0, 1); the last entry is 0, which
-            means no signal at all.
+        timesteps: (n,) int64, 0..999; the network is conditioned on them.
+        alphas_cumprod_sqrt: (n,) float64, within [0, 1); 0 means no signal at all.
     """
 
     timesteps: Tensor
@@ -51,8 +49,10 @@ class ZeroSNRDDPMDiscretization:
         alphas_cumprod = np.cumprod(1.0 - betas)
         self._alphas_cumprod = alphas_cumprod / (shift_scale + (1.0 - shift_scale) * alphas_cumprod)
 
-    def __call__(self, num_levels: int) -> NoiseSchedule:
+    def __call__(self, num_levels: int) -> NoiseLevels:
         """Return the schedule of `num_levels` noise levels, evenly spaced in timestep from 999.
+
+        It begins with the cleanest noise level. The last one, the noisiest, has no signal.
 
         Raises:
             UserError: `num_levels` is not in 2..1000. A single noise level cannot be both the
@@ -65,6 +65,6 @@ class ZeroSNRDDPMDiscretization:
         signal = np.sqrt(self._alphas_cumprod[timesteps])
         cleanest, noisiest = signal[0], signal[-1]
         signal = (signal - noisiest) * (cleanest / (cleanest - noisiest))
-        return NoiseSchedule(
+        return NoiseLevels(
             timesteps=torch.from_numpy(timesteps), alphas_cumprod_sqrt=torch.from_numpy(signal)
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -14,62 +13,58 @@ from sgm.modules.diffusionmodules.denoiser import Conditioning
 from sgm.util import check_number
 
 
-class Guider(ABC):
-    """The interface of guidance.
+class Guider:
+    """The interface of guidance. The methods of this base class do not guide.
 
     A sampler calls `prepare` once. At every step it denoises its latents for all branches in one
     forward pass and passes the result to `combine`.
 
     Attributes:
         num_branches: conditionings for which each sample is denoised.
+        scale: strength of the guidance; None for a guider without one.
+        num_steps: number of steps for which the scale is made; None if it does not depend on it.
     """
 
-    num_branches: int
+    num_branches = 1
+    scale: float | None = None
+    num_steps: int | None = None
 
-    @abstractmethod
     def prepare(self, cond: Conditioning, uncond: Conditioning | None) -> Conditioning:
         """Return the conditioning of the forward pass, for `num_branches` times as many samples."""
+        return cond
 
-    @abstractmethod
     def scale_at(self, timestep: int, num_steps: int) -> float:
         """Return the guidance scale at `timestep` (0..999) of a run of `num_steps` steps."""
+        return 1.0
 
-    @abstractmethod
     def combine(self, denoised: Tensor, scale: float) -> Tensor:
         """Combine the branches' estimates, (num_branches * b, t, c, h, w) -> (b, t, c, h, w)."""
+        return denoised
 
     def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
         """Return a copy with another scale, or for runs with another number of steps.
 
-        The base class is for guiders that have neither, so it returns the guider itself.
+        A number of steps has no effect on a guider that does not depend on it.
 
         Raises:
-            UserError: a value is out of range, or the guider has no scale.
+            UserError: `scale` is not a finite number, or the guider has no scale.
         """
+        guider = copy.copy(self)
         if scale is not None:
-            raise UserError(
-                f"guidance_scale={scale}: {type(self).__name__} has no scale; use another "
-                "guider_config in the configuration"
-            )
-        return self
+            if self.scale is None:
+                raise UserError(
+                    f"guidance_scale={scale}: {type(self).__name__} has no scale; use another "
+                    "guider_config in the configuration"
+                )
+            check_number("guidance_scale", scale)
+            guider.scale = float(scale)
+        if num_steps is not None and self.num_steps is not None:
+            guider.num_steps = num_steps
+        return guider
 
 
 class IdentityGuider(Guider):
     """No guidance: only the conditional estimate is computed, which is half the work."""
-
-    num_branches = 1
-
-    def prepare(self, cond: Conditioning, uncond: Conditioning | None) -> Conditioning:
-        """Return `cond` unchanged; `uncond` is not used."""
-        return cond
-
-    def scale_at(self, timestep: int, num_steps: int) -> float:
-        """Return 1, the scale at which guidance is the conditional estimate."""
-        return 1.0
-
-    def combine(self, denoised: Tensor, scale: float) -> Tensor:
-        """Return `denoised` unchanged."""
-        return denoised
 
 
 class VanillaCFG(Guider):
@@ -83,6 +78,7 @@ class VanillaCFG(Guider):
     """
 
     num_branches = 2
+    scale: float
 
     def __init__(self, scale: float) -> None:
         check_number(f"{type(self).__name__}: scale", scale)
@@ -92,14 +88,10 @@ class VanillaCFG(Guider):
         """Return both conditionings as one batch, the unconditional one first.
 
         Raises:
-            ValueError: `uncond` is missing, or its keys or shapes differ from those of `cond`.
+            ValueError: `uncond` is missing.
         """
         if uncond is None:
             raise ValueError(f"{type(self).__name__} needs an unconditional conditioning")
-        shapes = {name: tuple(value.shape) for name, value in cond.items()}
-        other = {name: tuple(value.shape) for name, value in uncond.items()}
-        if shapes != other:
-            raise ValueError(f"conditional {shapes} and unconditional {other} shapes differ")
         return {name: torch.cat([uncond[name], cond[name]]) for name in cond}
 
     def scale_at(self, timestep: int, num_steps: int) -> float:
@@ -110,14 +102,6 @@ class VanillaCFG(Guider):
         """Combine both estimates, (2b, t, c, h, w), unconditional first -> (b, t, c, h, w)."""
         uncond, cond = denoised.chunk(2)
         return uncond + scale * (cond - uncond)
-
-    def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
-        """Return a copy with another scale; the number of steps has no effect."""
-        guider = copy.copy(self)
-        if scale is not None:
-            check_number("guidance_scale", scale)
-            guider.scale = float(scale)
-        return guider
 
 
 class DynamicCFG(VanillaCFG):
@@ -138,6 +122,8 @@ class DynamicCFG(VanillaCFG):
         UserError: a value is out of range.
     """
 
+    num_steps: int
+
     def __init__(self, scale: float, exp: float, *, num_steps: int) -> None:
         super().__init__(scale)
         check_number("DynamicCFG: exp", exp, low=1, high=100, whole=True)
@@ -153,10 +139,3 @@ class DynamicCFG(VanillaCFG):
         """
         progress = (num_steps - timestep) / self.num_steps
         return 1.0 + self.scale * (1.0 - math.cos(math.pi * progress**self.exp)) / 2.0
-
-    def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
-        """Return a copy with another height of the cosine, or another number of steps."""
-        guider = super().adjusted(scale=scale)
-        if num_steps is not None:
-            guider.num_steps = num_steps
-        return guider

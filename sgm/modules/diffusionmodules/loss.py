@@ -10,7 +10,8 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from sgm.modules.diffusionmodules.denoiser import Conditioning, DiscreteDenoiser, Network
-from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling, NoiseLevels
+from sgm.modules.diffusionmodules.discretizer import NoiseLevels
+from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling
 from sgm.util import check_number, instantiate_from_config
 
 

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from sgm.modules.diffusionmodules.denoiser import Conditioning, DiscreteDenoiser, Network
-from sgm.modules.diffusionmodules.discretizer import NoiseSchedule
+from sgm.modules.diffusionmodules.discretizer import NoiseLevels
 from sgm.modules.diffusionmodules.guiders import Guider
 from sgm.util import instantiate_from_config, instantiate_part
 
 # noise(step_index) -> standard normal, like x
 NoiseSource = Callable[[int], Tensor]
-# callback(step_index, num_steps, x after the step)
-StepCallback = Callable[[int, int, Tensor], None]
 
 
 class SampledStep(NamedTuple):
@@ -80,7 +78,7 @@ class Sampler(ABC):
         guider_config: Mapping[str, Any],
     ) -> None:
         self._discretization = instantiate_from_config(discretization_config)
-        self.schedule: NoiseSchedule = self._discretization(num_steps)
+        self.schedule: NoiseLevels = self._discretization(num_steps)
         self.num_steps = len(self.schedule.timesteps)
         where, needs = "sampler_config.params.guider_config", ("prepare", "scale_at", "combine")
         self.guider: Guider = instantiate_part(guider_config, where, needs=needs)
@@ -144,19 +142,13 @@ class Sampler(ABC):
         conditioning = self.guider.prepare(cond, uncond)
         x = x.to(torch.float32)
         # Copied to the device once: row i serves all samples of step i.
-        batch = (self.num_steps, x.shape[0])
-        timesteps = self.schedule.timesteps.flip(0).to(x.device)[:, None].expand(batch)
-        levels = self.schedule.alphas_cumprod_sqrt.flip(0).to(x.device)[:, None].expand(batch)
-        steps = zip(self.coefficients(), self.guidance_scales(), strict=True)
+        timesteps, levels = (
+            values.flip(0).to(x.device)[:, None].expand(-1, len(x)) for values in self.schedule
+        )
+        steps = zip(self.coefficients(), self.guidance_scales(), timesteps, levels, strict=True)
         previous: Tensor | None = None
-        for step_index, (step, scale) in enumerate(steps):
-            denoised = denoiser(
-                network,
-                x,
-                timesteps[step_index],
-                conditioning,
-                alpha_cumprod_sqrt=levels[step_index],
-            )
+        for step_index, (step, scale, timestep, level) in enumerate(steps):
+            denoised = denoiser(network, x, timestep, conditioning, alpha_cumprod_sqrt=level)
             # (branches * b, t, c, h, w) -> (b, t, c, h, w)
             denoised = self.guider.combine(denoised, scale)
             x = x * step.x + denoised * step.denoised

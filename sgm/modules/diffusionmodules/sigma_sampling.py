@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from sgm.distributed import data_parallel_rank_and_size
-from sgm.modules.diffusionmodules.discretizer import NoiseSchedule
+from sgm.modules.diffusionmodules.discretizer import NoiseLevels
 from sgm.util import instantiate_from_config
-
-
-class NoiseLevels(NamedTuple):
-    """Random noise levels of b samples.
-
-    Attributes:
-        timesteps: (b,) int64, 0..999.
-        alphas_cumprod_sqrt: (b,) float64, 0..1.
-    """
-
-    timesteps: Tensor
-    alphas_cumprod_sqrt: Tensor
 
 
 class DiscreteSampling:
@@ -48,7 +35,7 @@ class DiscreteSampling:
         *,
         uniform_sampling: bool = False,
     ) -> None:
-        self.schedule: NoiseSchedule = instantiate_from_config(discretization_config)(num_idx)
+        self.schedule: NoiseLevels = instantiate_from_config(discretization_config)(num_idx)
         self.uniform_sampling = uniform_sampling
 
     def __call__(self, batch_size: int, *, generator: torch.Generator | None = None) -> NoiseLevels:
@@ -61,7 +48,4 @@ class DiscreteSampling:
         positions = ((rank + draws) * num_idx / num_ranks).long()
         # rank + draw can be rounded up to rank + 1, which for the last rank is outside the table.
         positions = positions.clamp(max=num_idx - 1)
-        return NoiseLevels(
-            timesteps=self.schedule.timesteps.to(device)[positions],
-            alphas_cumprod_sqrt=self.schedule.alphas_cumprod_sqrt.to(device)[positions],
-        )
+        return NoiseLevels(*(values.to(device)[positions] for values in self.schedule))

@@ -10,12 +10,9 @@ from typing import Literal, NamedTuple
 import torch
 from einops import rearrange
 from sat.model.base_model import BaseMixin
+from sat.model.transformer import BaseTransformerLayer
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sgm.distributed import SequenceShard
 from sgm.modules.transformer.attention import (
@@ -23,7 +20,7 @@ from sgm.modules.transformer.attention import (
     Kernel,
     attend,
     attend_branches,
-    choose_kernel,
+    list_kernels,
 )
 from sgm.modules.transformer.linear import activated, project
 
@@ -43,23 +40,15 @@ def run_checkpointed(
     recomputes outside autocast and moves the tensors of a CPU model to the GPU.
     """
     if policy == "attention":
-        contexts = partial(create_selective_checkpoint_contexts, _store_attention)
+        contexts = partial(create_selective_checkpoint_contexts, ATTENTION_OPERATORS)
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
     return checkpoint(block, *inputs, use_reentrant=False)
-
-
-def _store_attention(
-    context: object, operator: object, *_: object, **__: object
-) -> CheckpointPolicy:
-    is_attention = operator in ATTENTION_OPERATORS
-    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 QK_NORM_EPSILON = 1e-6
 
 
-@dataclass(frozen=True)
-class Modulation:
+class Modulation(NamedTuple):
     """Shift, scale and gate of one sub-layer, for text or for video tokens; each (b, 1, d)."""
 
     shift: Tensor
@@ -73,6 +62,10 @@ class Modulation:
         """
         num_samples = len(normed)
         return modulate(normed, self.shift[:num_samples], scale=self.scale[:num_samples])
+
+    def add_gated(self, tokens: Tensor, update: Tensor) -> Tensor:
+        """Return the tokens after the sub-layer, ``tokens + gate * update``, (b, n, d)."""
+        return torch.addcmul(tokens, self.gate, update)
 
 
 @dataclass(frozen=True)
@@ -90,35 +83,39 @@ class JointModulation:
     def modulate(self, normed: Tensor) -> Tensor:
         """Return the input of the sub-layer, ``normed * (1 + scale) + shift``, (b, n, d)."""
         if torch.compiler.is_compiling():
-            shift, scale = self._of_tokens("shift", normed), self._of_tokens("scale", normed)
-            return modulate(normed, shift, scale=scale)
-        text, video = normed[:, : self.text_length], normed[:, self.text_length :]
+            return self._of_tokens(normed).modulate(normed)
+        text, video = self._split(normed)
         return torch.cat([self.text.modulate(text), self.video.modulate(video)], dim=1)
 
     def add_gated(self, tokens: Tensor, update: Tensor) -> Tensor:
         """Return the tokens after the sub-layer, ``tokens + gate * update``, (b, n, d)."""
         if torch.compiler.is_compiling():
-            return torch.addcmul(tokens, self._of_tokens("gate", tokens), update)
-        text, video = tokens[:, : self.text_length], tokens[:, self.text_length :]
-        text_update, video_update = update[:, : self.text_length], update[:, self.text_length :]
-        return torch.cat(
-            [
-                torch.addcmul(text, self.text.gate, text_update),
-                torch.addcmul(video, self.video.gate, video_update),
-            ],
-            dim=1,
-        )
+            return self._of_tokens(tokens).add_gated(tokens, update)
+        (text, video), (of_text, of_video) = self._split(tokens), self._split(update)
+        parts = [self.text.add_gated(text, of_text), self.video.add_gated(video, of_video)]
+        return torch.cat(parts, dim=1)
 
-    def _of_tokens(self, name: str, tokens: Tensor) -> Tensor:
-        """Return the shift, scale or gate of each token, (b, n, d)."""
-        is_text = torch.arange(tokens.shape[1], device=tokens.device) < self.text_length
-        text, video = getattr(self.text, name), getattr(self.video, name)
-        return torch.where(is_text[:, None], text, video)
+    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return tokens[:, : self.text_length], tokens[:, self.text_length :]
+
+    def _of_tokens(self, tokens: Tensor) -> Modulation:
+        """Return the shift, scale and gate of each token, (b, n, d)."""
+        is_text = (torch.arange(tokens.shape[1], device=tokens.device) < self.text_length)[:, None]
+        pairs = zip(self.text, self.video, strict=True)
+        return Modulation(*(torch.where(is_text, text, video) for text, video in pairs))
 
 
 def modulate(normed: Tensor, shift: Tensor, *, scale: Tensor) -> Tensor:
     """Return ``normed * (1 + scale) + shift``, (b, n, d); shift and scale are broadcast."""
     return torch.addcmul(shift, normed, 1 + scale)
+
+
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """Return a Linear with zeros for weight and bias."""
+    linear = nn.Linear(in_features, out_features)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 class AdaLNMixin(BaseMixin):
@@ -161,20 +158,17 @@ class AdaLNMixin(BaseMixin):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        self.checkpointing_policy: CheckpointingPolicy | None = None
-        if checkpoint_activations:
-            self.checkpointing_policy = "block"
+        self.checkpointing_policy: CheckpointingPolicy | None = (
+            "block" if checkpoint_activations else None
+        )
         self.attention: Kernel | Literal["auto"] = "auto"
         self.allow_hopper = True
         self.head_size = head_size
         self._run_block = run_block
         self.adaLN_modulations = nn.ModuleList(
-            nn.Sequential(nn.SiLU(), nn.Linear(time_embed_dim, 12 * hidden_size))
+            nn.Sequential(nn.SiLU(), zero_linear(time_embed_dim, 12 * hidden_size))
             for _ in range(num_layers)
         )
-        for modulation in self.adaLN_modulations:
-            nn.init.zeros_(modulation[1].weight)
-            nn.init.zeros_(modulation[1].bias)
         head_norm: Callable[[], nn.Module] = nn.Identity
         if qk_ln:
             head_norm = partial(
@@ -221,16 +215,10 @@ class AdaLNMixin(BaseMixin):
         """
         # SAT gives the layer as a CPU tensor; int() of it waits for no GPU.
         layer = int(layer_id)
-        parts = BlockParts(
-            self.transformer.layers[layer],
-            self.adaLN_modulations[layer],
-            self.query_layernorm_list[layer],
-            self.key_layernorm_list[layer],
-        )
         tokens = hidden_states
         kernel = self.attention
         if kernel == "auto":
-            kernel = choose_kernel(tokens, head_size=self.head_size, own=self.allow_hopper)
+            kernel = list_kernels(tokens, head_size=self.head_size, own=self.allow_hopper)[0]
         # Before the first block the video tokens do not depend on the text, so all branches share
         # them. Not in training, which has one branch: the log-sum-exp that joins the parts of the
         # attention has no gradient.
@@ -240,74 +228,65 @@ class AdaLNMixin(BaseMixin):
             # With LoRA the input of the first layer has no gradient. An unused gradient costs less
             # than the compilation of a second graph.
             tokens = tokens if tokens.requires_grad else tokens.detach().requires_grad_()
-        return self._run_block(
-            tokens,
-            time_embedding,
-            parts,
+        block = Block(
+            self.transformer.layers[layer],
+            self.adaLN_modulations[layer],
+            self.query_layernorm_list[layer],
+            self.key_layernorm_list[layer],
             text_length=text_length if shard is None else shard.own_text_length(text_length),
             head_size=self.head_size,
             kernel=kernel,
             num_branches=num_branches if is_video_shared else 1,
             shard=shard,
-            policy=self.checkpointing_policy if has_gradient else None,
         )
+        policy = self.checkpointing_policy if has_gradient else None
+        return self._run_block(tokens, time_embedding, block, policy=policy)
 
 
-class BlockParts(NamedTuple):
-    """The modules of one block."""
+class Block(NamedTuple):
+    """The modules and settings of one block.
 
-    layer: nn.Module
-    modulation: nn.Module
-    query_norm: nn.Module
-    key_norm: nn.Module
-
-
-def run_block(
-    tokens: Tensor,
-    time_embedding: Tensor,
-    parts: BlockParts,
-    *,
-    policy: CheckpointingPolicy | None,
-    text_length: int,
-    head_size: int,
-    kernel: Kernel,
-    num_branches: int,
-    shard: SequenceShard | None,
-) -> Tensor:
-    """Run a block on tokens (b, n, d); the first `text_length` tokens are text.
-
-    A function that gets all it needs as arguments: compiled, it is the same graph for every layer.
-
-    Args:
-        tokens: (b, n, d). With more than one branch of guidance, the video tokens of all branches
-            must be equal.
-        time_embedding: (b, time_embed_dim).
-        parts: the modules of the block.
-        policy: what is stored for the backward pass; None for everything.
-        text_length: number of text tokens in `tokens`.
+    Attributes:
+        layer: SAT's norms, attention and MLP.
+        modulation: computes shift, scale and gate from the time embedding.
+        query_norm: norm of the queries of a head.
+        key_norm: norm of the keys of a head.
+        text_length: number of text tokens, which precede the video tokens.
         head_size: width of an attention head.
         kernel: kernel of the attention.
-        num_branches: branches of guidance whose attention among video tokens is computed once.
+        num_branches: branches of guidance whose attention among video tokens is computed once. With
+            more than one, the video tokens of all branches must be equal.
         shard: this process's part of the sequence; None if it has all tokens.
     """
 
-    def block(tokens: Tensor, time_embedding: Tensor) -> Tensor:
-        layer = parts.layer
-        values = parts.modulation(time_embedding)
+    layer: BaseTransformerLayer
+    modulation: nn.Module
+    query_norm: nn.Module
+    key_norm: nn.Module
+    text_length: int
+    head_size: int
+    kernel: Kernel
+    num_branches: int
+    shard: SequenceShard | None
+
+    def run(self, tokens: Tensor, time_embedding: Tensor) -> Tensor:
+        """Return the tokens (b, n, d) after this block; time_embedding (b, time_embed_dim)."""
+        layer, kernel, text_length = self.layer, self.kernel, self.text_length
+        values = self.modulation(time_embedding)
         for_attention, for_mlp = modulations(values, text_length=text_length)
-        query_key_value = partial(_query_key_value, parts=parts, head_size=head_size)
-        if num_branches > 1:
-            assert kernel != "sdpa" and shard is None, (kernel, shard)
-            num_clips = len(tokens) // num_branches
+        if self.num_branches > 1:
+            assert kernel != "sdpa" and self.shard is None, (kernel, self.shard)
+            num_clips = len(tokens) // self.num_branches
             text, video = tokens[:, :text_length], tokens[:num_clips, text_length:]
             attended = attend_branches(
-                query_key_value(for_attention.text.modulate(layer.input_layernorm(text))),
-                query_key_value(for_attention.video.modulate(layer.input_layernorm(video))),
+                self.query_key_value(for_attention.text.modulate(layer.input_layernorm(text))),
+                self.query_key_value(for_attention.video.modulate(layer.input_layernorm(video))),
                 kernel=kernel,
             )
         else:
             attention_input = for_attention.modulate(layer.input_layernorm(tokens))
-            attended = attend(*query_key_value(attention_input), kernel=kernel, shard=shard)
+            query_key_value = self.query_key_value(attention_input)
+            attended = attend(*query_key_value, kernel=kernel, shard=self.shard)
         (attended,) = project(layer.attention.dense, attended.flatten(-2), num_parts=1)
         tokens = for_attention.add_gated(tokens, attended)
 
@@ -316,20 +295,25 @@ def run_block(
         hidden = activated(layer.mlp.dense_h_to_4h, mlp_input, activation=activation)  # (b, n, 4d)
         return for_mlp.add_gated(tokens, layer.mlp.dense_4h_to_h(hidden))
 
+    def query_key_value(self, attention_input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value of tokens (b, n, d), (b, n, heads, head_size) each."""
+        query, key, value = (
+            part.unflatten(-1, (-1, self.head_size))
+            for part in project(self.layer.attention.query_key_value, attention_input, num_parts=3)
+        )
+        return self.query_norm(query), self.key_norm(key), value
+
+
+def run_block(
+    tokens: Tensor, time_embedding: Tensor, block: Block, *, policy: CheckpointingPolicy | None
+) -> Tensor:
+    """Return the result of `Block.run`; the backward pass recomputes what `policy` does not store.
+
+    A function that gets all it needs as arguments: compiled, it is the same graph for every layer.
+    """
     if policy is None:
-        return block(tokens, time_embedding)
-    return run_checkpointed(block, tokens, time_embedding, policy=policy)
-
-
-def _query_key_value(
-    attention_input: Tensor, *, parts: BlockParts, head_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query, key and value of tokens (b, n, d), (b, n, heads, head_size) each."""
-    query, key, value = (
-        part.unflatten(-1, (-1, head_size))
-        for part in project(parts.layer.attention.query_key_value, attention_input, num_parts=3)
-    )
-    return parts.query_norm(query), parts.key_norm(key), value
+        return block.run(tokens, time_embedding)
+    return run_checkpointed(block.run, tokens, time_embedding, policy=policy)
 
 
 def modulations(values: Tensor, *, text_length: int) -> tuple[JointModulation, JointModulation]:
@@ -338,11 +322,7 @@ def modulations(values: Tensor, *, text_length: int) -> tuple[JointModulation, J
         values, "b (kind sublayer part d) -> kind sublayer part b 1 d", kind=2, sublayer=2, part=3
     )  # each (2, 3, b, 1, d)
     attention, mlp = (
-        JointModulation(
-            text=Modulation(*text[sublayer]),
-            video=Modulation(*video[sublayer]),
-            text_length=text_length,
-        )
-        for sublayer in range(2)
+        JointModulation(Modulation(*of_text), Modulation(*of_video), text_length)
+        for of_text, of_video in zip(text, video, strict=True)
     )
     return attention, mlp

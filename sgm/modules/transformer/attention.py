@@ -35,19 +35,14 @@ _HOPPER, _BLACKWELL = (9, 0), (10, 0)  # compute capabilities
 _HOPPER_HEAD_SIZE = 64  # HEAD_SIZE of hopper_attention, whose import needs Triton
 
 
-def choose_kernel(tokens: Tensor, *, head_size: int, own: bool = True) -> Kernel:
-    """Return the fastest kernel for tokens of this device and type.
+def list_kernels(tokens: Tensor, *, head_size: int, own: bool = True) -> list[Kernel]:
+    """Return the kernels that run for tokens of this device and type, fastest first.
 
-    While gradients are enabled, it is one with a backward pass. Without `own`, this project's
+    While gradients are enabled, they are those with a backward pass. Without `own`, this project's
     Hopper kernel is left out.
     """
     allowed = [kernel for kernel in _FASTEST_FIRST if own or kernel != "hopper"]
-    return next(kernel for kernel in allowed if _runs(kernel, tokens, head_size))
-
-
-def list_kernels(tokens: Tensor, *, head_size: int) -> list[Kernel]:
-    """Return all kernels for these tokens, fastest first; `choose_kernel` takes the first one."""
-    return [kernel for kernel in _FASTEST_FIRST if _runs(kernel, tokens, head_size)]
+    return [kernel for kernel in allowed if _runs(kernel, tokens, head_size)]
 
 
 def _runs(kernel: Kernel, tokens: Tensor, head_size: int) -> bool:
@@ -152,12 +147,7 @@ def flash_is_installed() -> bool:
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    kernel: Kernel,
-    shard: SequenceShard | None = None,
+    query: Tensor, key: Tensor, value: Tensor, *, kernel: Kernel, shard: SequenceShard | None = None
 ) -> Tensor:
     """Return the attention without mask or dropout; all tensors are (b, n, heads, head_size).
 
@@ -287,12 +277,10 @@ flash_attention.register_autograd(_backward, setup_context=_save_for_backward)
 _OPERATORS = {"hopper": hopper_attention, "flash": flash_attention}
 
 # The operators whose results activation checkpointing can store. PyTorch selects one of its own.
-ATTENTION_OPERATORS = frozenset(
-    {
-        torch.ops.cogvideox.flash_attention.default,
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    }
-)
+ATTENTION_OPERATORS = [
+    torch.ops.cogvideox.flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]

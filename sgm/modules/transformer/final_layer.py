@@ -7,7 +7,7 @@ from sat.model.base_model import BaseMixin
 from torch import Tensor, nn
 
 from sgm.distributed import SequenceShard
-from sgm.modules.transformer.adaln import modulate
+from sgm.modules.transformer.adaln import modulate, zero_linear
 
 FINAL_NORM_EPSILON = 1e-6
 
@@ -40,11 +40,10 @@ class FinalLayerMixin(BaseMixin):
         self.norm_final = nn.LayerNorm(
             hidden_size, eps=FINAL_NORM_EPSILON, elementwise_affine=elementwise_affine
         )
-        self.linear = nn.Linear(hidden_size, out_channels * patch_size**2)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(time_embed_dim, 2 * hidden_size))
-        for linear in (self.linear, self.adaLN_modulation[1]):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        self.linear = zero_linear(hidden_size, out_channels * patch_size**2)
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), zero_linear(time_embed_dim, 2 * hidden_size)
+        )
 
     def final_forward(
         self,

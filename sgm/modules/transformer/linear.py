@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,22 +48,17 @@ def project(linear: nn.Module, x: Tensor, *, num_parts: int) -> list[Tensor]:
     if not is_lora:
         weights, biases = base.weight.chunk(num_parts), base.bias.chunk(num_parts)
         return [F.linear(x, *part) for part in zip(weights, biases, strict=True)]
-    down = torch.cat(tuple(linear.matrix_A)) * linear.scaling
-    dropped = linear.lora_dropout(x) if linear.training else x
-    *parts, _ = lora_linear(
-        x, None if dropped is x else dropped, base.weight, base.bias, down, list(linear.matrix_B)
-    )
+    lora: Any = linear  # SAT's layer has no types
+    down = torch.cat(tuple(lora.matrix_A)) * lora.scaling
+    dropped = lora.lora_dropout(x) if lora.training else x
+    ups = list(lora.matrix_B)
+    *parts, _ = lora_linear(x, None if dropped is x else dropped, base.weight, base.bias, down, ups)
     return parts
 
 
 @torch.library.custom_op("cogvideox::lora_linear", mutates_args=())
 def lora_linear(
-    x: Tensor,
-    dropped: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    down: Tensor,
-    ups: list[Tensor],
+    x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor, down: Tensor, ups: list[Tensor]
 ) -> list[Tensor]:
     """A Linear with LoRA (Hu et al., "LoRA", section 4.1): ``W x + bias + B A x``, in parts.
 
@@ -198,7 +194,6 @@ linear_gelu.register_autograd(_gelu_backward, setup_context=_save_for_gelu)
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max  # 448
 _SMALLEST_PEAK = 1e-12  # of a row, so that the scale of a row of zeros is not zero
-_DIVISOR = 16  # a GPU can multiply weights only if both of their sizes are multiples of it
 _CAPABILITY = (8, 9)  # Ada is the first generation with float8 products
 
 
@@ -210,19 +205,12 @@ class Fp8Linear(nn.Module):
     accumulation"). On a CPU the same factors are multiplied in float32.
 
     Args:
-        linear: the Linear whose weight (n, k) and bias (n,) are converted.
-
-    Raises:
-        UserError: a size of the weight is not divisible by 16.
+        linear: the Linear whose weight (n, k) and bias (n,) are converted. On a GPU, n and k must
+            be multiples of 16; the position table requires that of `hidden_size`.
     """
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
-        if any(size % _DIVISOR for size in linear.weight.shape):
-            raise UserError(
-                f"fp8: a weight of size {list(linear.weight.shape)} is not divisible by "
-                f"{_DIVISOR}; leave fp8 out"
-            )
         weight, scale = to_float8(linear.weight.detach())
         bias = linear.bias.detach().bfloat16()
         self.weight = nn.Parameter(weight, requires_grad=False)  # (n, k)
@@ -274,11 +262,7 @@ def check_fp8(device: torch.device) -> None:
 
 
 def quantize_linears(network: BaseModel) -> None:
-    """Replace both Linears of each block's MLP by `Fp8Linear`.
-
-    Raises:
-        UserError: as in `Fp8Linear`.
-    """
+    """Replace both Linears of each block's MLP by `Fp8Linear`."""
     for layer in network.transformer.layers:
         layer.mlp.dense_h_to_4h = Fp8Linear(layer.mlp.dense_h_to_4h)
         layer.mlp.dense_4h_to_h = Fp8Linear(layer.mlp.dense_4h_to_h)

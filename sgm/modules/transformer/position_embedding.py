@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange, repeat
-from sat.model.base_model import BaseMixin, BaseModel
+from sat.model.base_model import BaseMixin
 from torch import Tensor, nn
 
 from sgm.distributed import SequenceShard
@@ -46,12 +46,11 @@ class Basic3DPositionEmbeddingMixin(BaseMixin):
             raise UserError(
                 f"hidden_size={hidden_size}: the 3D position table needs a multiple of 16"
             )
-        factors = {"height": height_interpolation, "width": width_interpolation}
-        for side, factor in factors.items():
-            if not factor > 0:
-                raise UserError(
-                    f"{side}_interpolation={factor} in pos_embed_config: it must be above 0"
-                )
+        if not (height_interpolation > 0 and width_interpolation > 0):
+            raise UserError(
+                f"height_interpolation={height_interpolation} and width_interpolation="
+                f"{width_interpolation} in pos_embed_config: both must be above 0"
+            )
         self.num_latent_frames = num_latent_frames
         self.grid_size = grid_size
         self.hidden_size = hidden_size
@@ -89,12 +88,6 @@ class Basic3DPositionEmbeddingMixin(BaseMixin):
         )  # (t, h, w, d)
         text = torch.zeros(1, self.text_length, self.hidden_size, dtype=dtype, device=device)
         return torch.cat([text, rearrange(video, "t h w d -> 1 (t h w) d")], dim=1)
-
-    def reinit(self, parent_model: BaseModel | None = None) -> None:
-        """Write the computed table into the parameter; SAT's hook for weights without a file."""
-        table = self.compute_table(dtype=self.pos_embedding.dtype, device=self.pos_embedding.device)
-        with torch.no_grad():
-            self.pos_embedding.copy_(table)
 
     def position_embedding_forward(
         self,

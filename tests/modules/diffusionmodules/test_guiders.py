@@ -68,9 +68,7 @@ def test_impossible_values_are_refused(params: dict[str, object]) -> None:
         DynamicCFG(**params)
 
 
-def test_missing_or_unlike_unconditional_conditioning_is_refused() -> None:
+def test_a_missing_unconditional_conditioning_is_refused() -> None:
     cond = {"crossattn": torch.ones(2, 3, 4)}
     with pytest.raises(ValueError, match="unconditional"):
         VanillaCFG(6).prepare(cond, None)
-    with pytest.raises(ValueError, match=r"\(2, 3, 4\).*\(1, 3, 4\)"):
-        VanillaCFG(6).prepare(cond, {"crossattn": torch.ones(1, 3, 4)})

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from sgm.errors import UserError
 from sgm.modules.diffusionmodules.denoiser import DiscreteDenoiser
-from sgm.modules.diffusionmodules.discretizer import ZeroSNRDDPMDiscretization
+from sgm.modules.diffusionmodules.discretizer import NoiseLevels, ZeroSNRDDPMDiscretization
 from sgm.modules.diffusionmodules.loss import VideoDiffusionLoss
-from sgm.modules.diffusionmodules.sigma_sampling import NoiseLevels
 from sgm.util import instantiate_from_config
 
 SHAPE = (4, 3, 2, 4, 4)

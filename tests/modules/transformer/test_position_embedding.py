@@ -48,14 +48,8 @@ def test_clip_uses_the_first_frames(num_frames: int) -> None:
     torch.testing.assert_close(positions, part.pos_embedding[:, : 4 + num_frames * 6])
 
 
-def test_table_is_not_trained_and_can_be_computed_again() -> None:
-    part = make().half()
-    assert not part.pos_embedding.requires_grad
-    expected = part.pos_embedding.clone()
-    part.pos_embedding.data.zero_()
-    part.reinit()
-    assert part.pos_embedding.dtype == torch.float16
-    torch.testing.assert_close(part.pos_embedding.data, expected.data, rtol=0, atol=0)
+def test_table_is_not_trained() -> None:
+    assert not make().pos_embedding.requires_grad
 
 
 def test_computed_on_the_device_asked_for() -> None:
