@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from sgm.errors import UserError, nearest_name
@@ -27,6 +27,17 @@ class Options(BaseModel):
     """Options with exact types: text is not taken for a number, and unknown keys are errors."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def option(default: object, description: str, **limits: Any) -> Any:  # noqa: ANN401 (as Field)
+    """A field of options.
+
+    Args:
+        default: its value if it is not set.
+        description: its meaning, for ``--help`` and the documentation.
+        limits: of its value, as pydantic names them: `ge`, `gt`, `le`, `lt`, `min_length`.
+    """
+    return Field(default, description=description, **limits)
 
 
 class Section(BaseModel):
