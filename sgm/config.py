@@ -9,6 +9,7 @@ reported at once.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from omegaconf.grammar_parser import parse as parse_interpolation
 from pydantic import BeforeValidator, InstanceOf, field_validator, model_validator
 from yaml import YAMLError
 
@@ -98,6 +98,7 @@ Loras = Annotated[
     BeforeValidator(_as_list),
 ]
 
+_REFERENCE = re.compile(r"\$\{[^${}:]*\}")  # to another value, such as ${args.seed}
 # What the loader raises: ValueError for text that is not UTF-8 or for an invalid number,
 # RecursionError for a list within itself.
 _YAML_ERRORS = (YAMLError, ValueError, RecursionError)
@@ -274,16 +275,14 @@ class Config:
 
 
 def _calls_resolver(text: str) -> bool:
-    """Whether a value holds a call such as ``${oc.env:HOME}``; ``${args.seed}`` is not a call."""
-    if "${" not in text:
-        return False
-    nodes = [parse_interpolation(text)]
-    while nodes:
-        node = nodes.pop()
-        if type(node).__name__ == "InterpolationResolverContext":
-            return True
-        nodes.extend(getattr(node, "children", None) or ())
-    return False
+    """Whether a value holds a call such as ``${oc.env:HOME}``; ``${args.seed}`` is not a call.
+
+    References within references are removed from the inside out; a call, with its colon, remains.
+    """
+    removed = 1
+    while removed:
+        text, removed = _REFERENCE.subn("", text)
+    return "${" in text
 
 
 def _check_no_resolvers(value: object, name: str) -> None:

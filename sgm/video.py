@@ -57,12 +57,13 @@ def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: float) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    import imageio.v2 as imageio
+    import imageio.v2
     from imageio_ffmpeg import count_frames_and_secs
 
     num_frames = 0
     with replacing(path) as partial:
-        with imageio.get_writer(
+        get_writer: Any = imageio.v2.get_writer  # its types are not those of its documentation
+        with get_writer(
             partial,
             format="FFMPEG",
             fps=fps,
