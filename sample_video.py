@@ -150,7 +150,8 @@ def sample_all(pipe: CogVideoX, config: Config, prompts: Iterable[Prompt], *, ra
                 failed += 1
                 logger.debug("prompt %d", prompt.line, exc_info=True)
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                progress.complain(f"error: prompt {prompt.line} failed: {reason}")
+                message = f"error: prompt {prompt.line} failed: {reason}"
+                progress.say(message, level=logging.ERROR)
     return failed
 
 

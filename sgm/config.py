@@ -99,6 +99,7 @@ Loras = Annotated[
 ]
 
 _REFERENCE = re.compile(r"\$\{[^${}:]*\}")  # to another value, such as ${args.seed}
+
 # What the loader raises: ValueError for text that is not UTF-8 or for an invalid number,
 # RecursionError for a list within itself.
 _YAML_ERRORS = (YAMLError, ValueError, RecursionError)
@@ -118,16 +119,12 @@ class CommonArgs(Options):
     mode: Literal["inference", "finetune", "pretrain"] = option(
         "inference", "what the file is for; 'finetune' starts from `load`, 'pretrain' from nothing"
     )
-    load: str | None = option(
-        None, "the transformer's weights: a folder of SAT or diffusers, or a file"
-    )
+    load: str | None = option(None, "transformer weights: a folder of SAT or diffusers, or a file")
     seed: int = option(42, "seed of all random numbers")
     fp16: bool = option(False, "run in float16")
     bf16: bool = option(False, "run in bfloat16")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one")
-    model_parallel_size: int = option(
-        1, "accepted from old files; one model is not split", ge=1, le=1
-    )
+    model_parallel_size: int = option(1, "for old files; one model is not split", ge=1, le=1)
 
     @model_validator(mode="after")
     def _check_precision(self) -> CommonArgs:
@@ -145,43 +142,31 @@ class SamplingArgs(CommonArgs):
     """Options of sample_video.py."""
 
     batch_size: int = option(1, "videos for each prompt", ge=1)
-    input_type: Literal["txt", "cli"] = option(
-        "txt", "txt: prompts from input_file; cli: prompts typed in the terminal"
-    )
+    input_type: Literal["txt", "cli"] = option("txt", "prompts of input_file, or typed in (cli)")
     input_file: str = option("configs/test.txt", "prompts, UTF-8, one on a line")
     negative_prompt: str = option("", "what the videos should not show; empty: unconditional")
     latent_channels: int = option(16, "channels of the latents; the model decides it")
     sampling_num_frames: int = option(13, "latent frames: n gives 4·(n - 1) + 1 video frames")
     sampling_image_size: Numbers = option([480, 720], "height and width of the video in pixels")
     sampling_fps: int = option(8, "frames per second of the mp4", ge=1)
-    parallel: Literal["prompts", "video"] = option(
-        "prompts", "what several processes divide: the prompts, or each video"
-    )
+    parallel: Literal["prompts", "video"] = option("prompts", "what several processes divide")
     step_cache: float = option(
         0.0,
         "reuse steps that change by less: faster, slightly different videos; 0: off, try 0.1",
         ge=0,
     )
-    tile_decode: bool = option(
-        False, "decode in tiles: a quarter of the memory at 480x720, slightly different videos"
-    )
+    tile_decode: bool = option(False, "decode in tiles: less memory, slightly different videos")
     memory: Literal["auto", "high", "low"] = option(
         "auto", "high: all weights on the GPU; low: each part while it works; auto: high if it fits"
     )
-    compile: bool | None = option(
-        None, "compile the transformer's blocks; default: on a GPU, from 100 steps on"
-    )
+    compile: bool | None = option(None, "compile the blocks; default: on a GPU, from 100 steps on")
     attention: Literal["auto", "hopper", "flash", "sdpa"] = option(
         "auto",
         "the kernel: this project's (Hopper), FlashAttention-4 or PyTorch; auto: the fastest",
     )
-    fp8: bool = option(
-        False, "the blocks' MLPs in float8: faster on newer GPUs, slightly different videos"
-    )
+    fp8: bool = option(False, "MLPs in float8: faster on newer GPUs, slightly different videos")
     output_dir: str = option("outputs", "folder for the videos")
-    lora: Loras = option(
-        [], "LoRAs merged into the weights: folders or files; PATH:0.8 for a strength other than 1"
-    )
+    lora: Loras = option([], "LoRAs to merge: folders or files; PATH:0.8 for a strength of 0.8")
 
     @model_validator(mode="after")
     def _check_step_cache(self) -> SamplingArgs:
@@ -202,27 +187,19 @@ class TrainingArgs(CommonArgs):
     split: str = option("1,0,0", "accepted from old files; train_data and valid_data decide")
     cache_dir: str | None = option(None, "keep latents and text embeddings in this folder")
     num_workers: int = option(8, "worker processes that load data", ge=0)
-    text_device: Literal["auto", "cpu"] = option(
-        "auto", "device of the text encoder; auto: the network's"
-    )
+    text_device: Literal["auto", "cpu"] = option("auto", "the text encoder's; auto: the network's")
     train_iters: int = option(1000, "optimizer steps", ge=1)
     lr_decay_style: Literal["constant", "linear", "cosine"] = option(
         "linear", "the learning rate after the warm-up"
     )
     lr_decay_iters: int | None = option(None, "steps of the decay; default: train_iters", ge=1)
-    lr_decay_ratio: float = option(
-        0.1, "cosine ends at this fraction of the learning rate", gt=0, le=1
-    )
-    warmup: float = option(
-        0.01, "fraction of the decay's steps in which the learning rate rises", ge=0, le=1
-    )
+    lr_decay_ratio: float = option(0.1, "the cosine ends at this fraction of lr", gt=0, le=1)
+    warmup: float = option(0.01, "fraction of the decay with a rising learning rate", ge=0, le=1)
     auto_warmup_steps: int = option(100, "first steps, with at most 5% of the learning rate", ge=0)
     ema_decay: float = option(
         0.0, "keep a moving average of the weights; 0: none, usual: 0.9999", ge=0, le=0.999999
     )
-    nonfinite_limit: int = option(
-        10, "stop after this many steps in a row without a finite loss", ge=1
-    )
+    nonfinite_limit: int = option(10, "stop after this many non-finite losses in a row", ge=1)
     checkpoint_activations: bool = option(False, "recompute activations to save memory")
     checkpoint_keep: Literal["block", "attention"] = option(
         "block", "activations kept of each block: its input, or the attention's output too (faster)"
@@ -234,13 +211,9 @@ class TrainingArgs(CommonArgs):
     eval_iters: int = option(1, "batches of a validation", ge=1)
     eval_interval: int = option(100, "steps between validations", ge=1)
     eval_batch_size: int = option(1, "samples of a validation batch", ge=1)
-    valid_prompts: Texts = option(
-        [], "prompts of validation videos; default: captions of valid_data"
-    )
+    valid_prompts: Texts = option([], "prompts of validation videos; default: from valid_data")
     valid_videos: int = option(1, "videos from captions of valid_data in each validation", ge=0)
-    only_log_video_latents: bool = option(
-        False, "keep the latents of validation videos, do not decode them"
-    )
+    only_log_video_latents: bool = option(False, "keep validation videos as latents, undecoded")
     save: str = option("ckpts", "folder for the runs' folders", min_length=1)
     save_interval: int = option(100, "steps between checkpoints", ge=1)
     save_total_limit: int = option(0, "keep this many of the newest checkpoints; 0: all", ge=0)
@@ -287,10 +260,8 @@ def _calls_resolver(text: str) -> bool:
 
 def _check_no_resolvers(value: object, name: str) -> None:
     """Raise UserError if a value of the file `name` calls a resolver."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
             _check_no_resolvers(item, name)
     elif isinstance(value, str) and _calls_resolver(value):
         raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -39,7 +38,7 @@ from sgm.modules.autoencoding.causal_conv import ConvCache, HostConvCache
 from sgm.modules.diffusionmodules.sampling import SampledStep, Sampler
 from sgm.offload import OffloadedWeights, move_to_host
 from sgm.parallel.decoding import decode_together
-from sgm.util import instantiate_from_config, instantiate_part
+from sgm.util import instantiate_from_config, instantiate_part, is_finite_number
 
 if TYPE_CHECKING:
     from sgm.models.transformer import DiffusionTransformer
@@ -134,7 +133,7 @@ class SATVideoDiffusionEngine(nn.Module):
         tile_decode: bool = False,
     ) -> None:
         super().__init__()
-        if not math.isfinite(scale_factor) or scale_factor <= 0:
+        if not is_finite_number(scale_factor) or scale_factor <= 0:
             raise UserError(f"model.scale_factor: {scale_factor!r} must be a finite number above 0")
         self.scale_factor = scale_factor
         self.input_key = input_key
@@ -143,7 +142,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self._network_config = config
         self._dtype = dtype
         self._weights = None if load is None else find_transformer(load)
-        if self._weights is not None:  # for `base_weights`, which may be read from another folder
+        if self._weights is not None:  # for `replace_loras`, perhaps from another folder
             self._weights_place = os.path.abspath(self._weights.path)
             self._weights_state = self._weights.state()
         self.base_fingerprint = ""  # of the weights before training and LoRAs; empty until then
@@ -245,35 +244,27 @@ class SATVideoDiffusionEngine(nn.Module):
             if not self._is_trained(name):
                 weight.requires_grad_(False)
 
-    @property
-    def base_weights(self) -> Mapping[str, Tensor]:
-        """The transformer's weights before any LoRA, mapped again from the file or folder `load`.
+    def replace_loras(self, loras: Sequence[LoraChoice]) -> None:
+        """Merge LoRAs into the weights, and remove those that were merged before.
+
+        The weights before any LoRA are mapped again from the file or folder `load`. The result has
+        the bytes of a fresh start with these LoRAs.
 
         Raises:
-            UserError: the file changed after the weights were loaded.
+            UserError: a file is not a LoRA of this model, or the base weights can no longer be
+                read or changed since they were loaded; the weights are then unchanged.
         """
         weights = find_transformer(self._weights_place)
         if weights.state() != self._weights_state:
             raise UserError(
                 f"{self._weights} changed after its weights were loaded; start again with it"
             )
-        _, base, _ = read_transformer(weights)
+        _, base_weights, _ = read_transformer(weights)
         weights.release()
-        return base
-
-    def replace_loras(self, loras: Sequence[LoraChoice]) -> None:
-        """Merge LoRAs into the weights, and remove those that were merged before.
-
-        The result has the bytes of a fresh start with these LoRAs.
-
-        Raises:
-            UserError: a file is not a LoRA of this model, or the base weights can no longer be
-                read; the weights are then unchanged.
-        """
         replace_loras(
             self.model.diffusion_model,
             loras,
-            base_weights=self.base_weights,
+            base_weights=base_weights,
             base=self.base_fingerprint,
             device=self.device,
         )
@@ -463,8 +454,9 @@ def _checked_prefixes(value: Sequence[str] | None, names: Collection[str]) -> tu
         UserError: it is not a list of texts, or one of them matches no weight.
     """
     prefixes = () if value is None else value
-    is_list = isinstance(prefixes, list | tuple)
-    if not is_list or not all(isinstance(prefix, str) and prefix for prefix in prefixes):
+    if not isinstance(prefixes, list | tuple) or not all(
+        isinstance(p, str) and p for p in prefixes
+    ):
         raise UserError(
             f"model.not_trainable_prefixes: {value!r} must be a list of texts, for example ['all']"
         )

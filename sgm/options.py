@@ -21,7 +21,6 @@ _KINDS: dict[object, str] = {
     str: "a text",
 }
 _LIMITS = {"ge": "of at least", "gt": "above", "le": "up to", "lt": "below", "min_length": ""}
-_PLURALS: dict[object, str] = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 class Options(BaseModel):
@@ -80,23 +79,12 @@ def explain(error: ValidationError, model: type[BaseModel], *, place: Callable[[
     if kind == "value_error":  # the sentence of a validator of ours
         reason = str(first["ctx"]["error"])
         return f"{where}: {reason}" if where else reason
-    is_own = issubclass(owner, Options | Section)
-    if field is None or not is_own or kind not in _DESCRIBED:
+    if field is None or not issubclass(owner, Options | Section):
         return f"{where}: {value!r:.100}: {first['msg']}"
     expected = describe(field)
     if kind == "finite_number":
         expected = expected.replace("a number", "a finite number")
     return f"{where}: {value!r:.100} must be {expected}"
-
-
-# Kinds of errors that the description of the field explains.
-_DESCRIBED = frozenset(
-    {
-        *("int_type", "int_from_float", "float_type", "finite_number", "bool_type", "string_type"),
-        *("list_type", "dict_type", "string_too_short", "literal_error"),
-        *("greater_than", "greater_than_equal", "less_than", "less_than_equal"),
-    }
-)
 
 
 def _names(model: type[BaseModel]) -> list[str]:
@@ -139,7 +127,7 @@ def describe(field: FieldInfo) -> str:
     for limit in field.metadata:
         limits |= {name: getattr(limit, name) for name in _LIMITS if hasattr(limit, name)}
     if is_list:
-        return f"a list of {_PLURALS.get(kind, 'values')}"
+        return f"a list of {_KINDS.get(kind, 'a value').removeprefix('a ')}s"
     name = _KINDS.get(kind, "a section with keys")
     if "min_length" in limits:
         return f"{name} that is not empty"

@@ -204,19 +204,14 @@ class WeightPath:
     """A key of the `model` section that names weights.
 
     Attributes:
-        where: place of the key within the section, such as ``first_stage_config.params.ckpt_path``.
+        where: place of the params within the section, such as ``first_stage_config.params``.
+        key: name of the key.
         params: the params that have the key, of any type until they are checked.
-        index: number of the text encoder.
     """
 
     where: str
-    params: object
-    index: int = 0
-
-    @property
-    def key(self) -> str:
-        """Name of the key."""
-        return self.where.rpartition(".")[2]
+    key: str
+    params: Any
 
     @property
     def value(self) -> object:
@@ -229,8 +224,8 @@ class WeightPath:
             return self.value
         what = mistyped_as(self.key, self.params) or f" (it is {self.value!r})"
         raise UserError(
-            f"model.{self.where} is not set{what}: it must be the path of the weights; without "
-            "them this part of the model would be random"
+            f"model.{self.where}.{self.key} is not set{what}: it must be the path of the weights; "
+            "without them this part of the model would be random"
         )
 
 
@@ -239,10 +234,11 @@ def weight_paths(model: Mapping[str, Any]) -> Iterator[WeightPath]:
 
     The first is the autoencoder's, not set if the section has none; then those of each T5 embedder.
     """
-    yield WeightPath(f"{_AUTOENCODER}.params.ckpt_path", _at(model, _AUTOENCODER, "params"))
+    params = _at(model, _AUTOENCODER, "params")
+    yield WeightPath(f"{_AUTOENCODER}.params", "ckpt_path", params)
     for index, node in _t5_nodes(model):
-        where = f"conditioner_config.params.emb_models[{index}].params.model_dir"
-        yield WeightPath(where, node.get("params"), index)
+        where = f"conditioner_config.params.emb_models[{index}].params"
+        yield WeightPath(where, "model_dir", node.get("params"))
 
 
 @dataclass(frozen=True)
@@ -252,18 +248,18 @@ class RunWeights:
     transformer: Weights | None
     loras: Sequence[LoraChoice]
     autoencoder: Weights | None
-    text_encoders: Mapping[int, T5Files]
+    text_encoders: Sequence[T5Files]
 
     def within(self, model: Mapping[str, Any]) -> dict[str, Any]:
         """Copy a `model` section with these objects in the place of their paths."""
         changed = copy.deepcopy(dict(model))
-        target = (changed.get(_AUTOENCODER) or {}).get("target", "")
+        vae, *t5 = weight_paths(changed)
+        target = _at(changed, _AUTOENCODER, "target")
         # Other classes take paths only.
         if self.autoencoder is not None and TARGET_ALIASES.get(target, target) == AUTOENCODER:
-            changed[_AUTOENCODER]["params"]["ckpt_path"] = self.autoencoder
-        for index, files in self.text_encoders.items():
-            node = changed["conditioner_config"]["params"]["emb_models"][index]
-            node["params"]["model_dir"] = files
+            vae.params[vae.key] = self.autoencoder
+        for named, files in zip(t5, self.text_encoders, strict=True):
+            named.params[named.key] = files
         return changed
 
 
@@ -301,9 +297,9 @@ def find_weights(
             hint = mistyped_as(_AUTOENCODER, model)
             raise UserError(f"model.{_AUTOENCODER} is missing{hint}; add it")
         autoencoder = find_autoencoder(vae.path())
-    text_encoders = {
-        named.index: find_t5(named.path(), option=f"model.{named.where}") for named in t5
-    }
+    text_encoders = [
+        find_t5(named.path(), option=f"model.{named.where}.{named.key}") for named in t5
+    ]
     return RunWeights(transformer, loras, autoencoder, text_encoders)
 
 

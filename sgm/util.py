@@ -46,16 +46,19 @@ SET_BY_CODE = frozenset(
 )
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a real number. A bool is not, although Python counts it as an int."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+def is_finite_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number other than infinity and NaN.
+
+    A bool is not, although Python counts it as an int.
+    """
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # Annotation, as text → check of a value, and what the value must be.
 _PLAIN_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bool": (lambda value: value in (0, 1), "true or false"),
-    "int": (lambda value: is_number(value) and value % 1 == 0, "a whole number"),
-    "float": (is_number, "a number"),
+    "int": (lambda value: is_finite_number(value) and value % 1 == 0, "a whole number"),
+    "float": (is_finite_number, "a finite number"),
     "str": (lambda value: isinstance(value, str), "a text"),
 }
 
@@ -207,11 +210,6 @@ def build_on_meta(node: Mapping[str, Any]) -> nn.Module:
     params = {key: value for key, value in node["params"].items() if key != "ckpt_path"}
     with torch.device("meta"):
         return instantiate_from_config({**node, "params": params})
-
-
-def is_finite_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a real number other than infinity and NaN."""
-    return is_number(value) and math.isfinite(value)
 
 
 def check_number(
