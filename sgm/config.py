@@ -152,7 +152,7 @@ class SamplingArgs(CommonArgs):
     parallel: Literal["prompts", "video"] = option("prompts", "what several processes divide")
     step_cache: float = option(
         0.0,
-        "reuse steps that change by less: faster, slightly different videos; 0: off, try 0.1",
+        "lossy: reuse steps that change by less; 0: off, try 0.1",
         ge=0,
     )
     tile_decode: bool = option(False, "decode in tiles: less memory, slightly different videos")
@@ -189,16 +189,12 @@ class TrainingArgs(CommonArgs):
     num_workers: int = option(8, "worker processes that load data", ge=0)
     text_device: Literal["auto", "cpu"] = option("auto", "the text encoder's; auto: the network's")
     train_iters: int = option(1000, "optimizer steps", ge=1)
-    lr_decay_style: Literal["constant", "linear", "cosine"] = option(
-        "linear", "the learning rate after the warm-up"
-    )
+    lr_decay_style: Literal["constant", "linear", "cosine"] = option("linear", "after the warm-up")
     lr_decay_iters: int | None = option(None, "steps of the decay; default: train_iters", ge=1)
     lr_decay_ratio: float = option(0.1, "the cosine ends at this fraction of lr", gt=0, le=1)
     warmup: float = option(0.01, "fraction of the decay with a rising learning rate", ge=0, le=1)
     auto_warmup_steps: int = option(100, "first steps, with at most 5% of the learning rate", ge=0)
-    ema_decay: float = option(
-        0.0, "keep a moving average of the weights; 0: none, usual: 0.9999", ge=0, le=0.999999
-    )
+    ema_decay: float = option(0.0, "average the weights; 0: no, usual: 0.9999", ge=0, le=0.999999)
     nonfinite_limit: int = option(10, "stop after this many non-finite losses in a row", ge=1)
     checkpoint_activations: bool = option(False, "recompute activations to save memory")
     checkpoint_keep: Literal["block", "attention"] = option(

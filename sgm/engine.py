@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -34,14 +34,12 @@ from sgm.models.autoencoder import (
     load_first_stage,
 )
 from sgm.models.tiled_decoding import decode_tiled
+from sgm.models.transformer import DiffusionTransformer
 from sgm.modules.autoencoding.causal_conv import ConvCache, HostConvCache
 from sgm.modules.diffusionmodules.sampling import SampledStep, Sampler
 from sgm.offload import OffloadedWeights, move_to_host
 from sgm.parallel.decoding import decode_together
 from sgm.util import instantiate_from_config, instantiate_part, is_finite_number
-
-if TYPE_CHECKING:
-    from sgm.models.transformer import DiffusionTransformer
 
 Config = Mapping[str, Any]
 

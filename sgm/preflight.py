@@ -285,9 +285,7 @@ def find_weights(
         UserError: a path is not set, or nothing of the expected kind is there.
     """
     if not load and not random_transformer:
-        raise UserError(
-            "args.load is not set: it must name the folder of the transformer's weights"
-        )
+        raise UserError("args.load is not set: it must name the transformer's weights")
     transformer = None if random_transformer or not load else find_transformer(load)
     loras = [replace(choice, path=find_lora(choice.path)) for choice in lora]
     vae, *t5 = weight_paths(model)

@@ -232,8 +232,7 @@ def check_number(
     kind = "a whole number" if whole else "a number"
     if is_finite_number(value) and low <= value <= high and (not whole or value % 1 == 0):
         return
-    if math.isfinite(low) and math.isfinite(high):
-        bounds = f" from {low:g} to {high:g}"
-    else:
-        bounds = f" of at least {low:g}" if math.isfinite(low) else ""
+    bounds = f" from {low:g} to {high:g}"
+    if math.isinf(high):
+        bounds = "" if math.isinf(low) else f" of at least {low:g}"
     raise UserError(f"{name}={value!r}: give {kind}{bounds} in the configuration")
