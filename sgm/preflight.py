@@ -29,7 +29,7 @@ SPATIAL_FACTOR = 8  # pixels of a latent, in height and width
 TEMPORAL_FACTOR = 4  # default of time_compressed_rate
 T5_EMBEDDER = "sgm.modules.encoders.modules.FrozenT5Embedder"
 AUTOENCODER = "sgm.models.autoencoder.VideoAutoencoderInferenceWrapper"
-_AUTOENCODER = "first_stage_config"
+_FIRST_STAGE = "first_stage_config"
 _T5_LENGTH = 226  # default of FrozenT5Embedder's max_length
 
 
@@ -78,7 +78,7 @@ class _Widths(Section):
     num_attention_heads: int = Field(ge=1)
 
 
-class _TransformerArgs(Options):
+class _SatArgs(Options):
     """Settings of SAT's transformer. The model is built in one form; other values are errors."""
 
     checkpoint_activations: bool = False
@@ -234,8 +234,8 @@ def weight_paths(model: Mapping[str, Any]) -> Iterator[WeightPath]:
 
     The first is the autoencoder's, not set if the section has none; then those of each T5 embedder.
     """
-    params = _at(model, _AUTOENCODER, "params")
-    yield WeightPath(f"{_AUTOENCODER}.params", "ckpt_path", params)
+    params = _at(model, _FIRST_STAGE, "params")
+    yield WeightPath(f"{_FIRST_STAGE}.params", "ckpt_path", params)
     for index, node in _t5_nodes(model):
         where = f"conditioner_config.params.emb_models[{index}].params"
         yield WeightPath(where, "model_dir", node.get("params"))
@@ -254,7 +254,7 @@ class RunWeights:
         """Copy a `model` section with these objects in the place of their paths."""
         changed = copy.deepcopy(dict(model))
         vae, *t5 = weight_paths(changed)
-        target = _at(changed, _AUTOENCODER, "target")
+        target = _at(changed, _FIRST_STAGE, "target")
         # Other classes take paths only.
         if self.autoencoder is not None and TARGET_ALIASES.get(target, target) == AUTOENCODER:
             vae.params[vae.key] = self.autoencoder
@@ -291,9 +291,9 @@ def find_weights(
     vae, *t5 = weight_paths(model)
     autoencoder = None
     if not model.get("latent_input"):
-        if model.get(_AUTOENCODER) is None:
-            hint = mistyped_as(_AUTOENCODER, model)
-            raise UserError(f"model.{_AUTOENCODER} is missing{hint}; add it")
+        if model.get(_FIRST_STAGE) is None:
+            hint = mistyped_as(_FIRST_STAGE, model)
+            raise UserError(f"model.{_FIRST_STAGE} is missing{hint}; add it")
         autoencoder = find_autoencoder(vae.path())
     text_encoders = [
         find_t5(named.path(), option=f"model.{named.where}.{named.key}") for named in t5
@@ -333,7 +333,7 @@ def check_transformer_args(transformer_args: Mapping[str, Any]) -> None:
     Raises:
         UserError: one is unknown, or has a value that is not supported.
     """
-    checked(_TransformerArgs, transformer_args, place="transformer_args: {}".format)
+    checked(_SatArgs, transformer_args, place=lambda key: f"transformer_args.{key}".rstrip("."))
 
 
 def check_modules(modules: Mapping[str, Any], *, parts: Iterable[str], num_layers: int) -> None:

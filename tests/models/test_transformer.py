@@ -404,7 +404,7 @@ def test_lora_only_in_layer_range(small_config: Config, caplog: pytest.LogCaptur
         ({"transformer_args": {"checkpoint_activation": True}}, "'checkpoint_activations'"),
         (
             {"transformer_args": {"layernorm_order": "post"}},
-            "layernorm_order: 'post' must be 'pre'",
+            "transformer_args.layernorm_order: 'post' must be 'pre'",
         ),
         ({"transformer_args": {"model_parallel_size": 2}}, "model_parallel_size: 2 must be 1"),
         (
