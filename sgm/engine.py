@@ -140,7 +140,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self._network_config = config
         self._dtype = dtype
         self._weights = None if load is None else find_transformer(load)
-        if self._weights is not None:  # for `replace_loras`, perhaps from another folder
+        if self._weights is not None:  # for `base_weights`, which may be read from another folder
             self._weights_place = os.path.abspath(self._weights.path)
             self._weights_state = self._weights.state()
         self.base_fingerprint = ""  # of the weights before training and LoRAs; empty until then
@@ -242,27 +242,35 @@ class SATVideoDiffusionEngine(nn.Module):
             if not self._is_trained(name):
                 weight.requires_grad_(False)
 
-    def replace_loras(self, loras: Sequence[LoraChoice]) -> None:
-        """Merge LoRAs into the weights, and remove those that were merged before.
-
-        The weights before any LoRA are mapped again from the file or folder `load`. The result has
-        the bytes of a fresh start with these LoRAs.
+    @property
+    def base_weights(self) -> Mapping[str, Tensor]:
+        """The transformer's weights before any LoRA, mapped again from the file or folder `load`.
 
         Raises:
-            UserError: a file is not a LoRA of this model, or the base weights can no longer be
-                read or changed since they were loaded; the weights are then unchanged.
+            UserError: the file changed after the weights were loaded.
         """
         weights = find_transformer(self._weights_place)
         if weights.state() != self._weights_state:
             raise UserError(
                 f"{self._weights} changed after its weights were loaded; start again with it"
             )
-        _, base_weights, _ = read_transformer(weights)
+        _, base, _ = read_transformer(weights)
         weights.release()
+        return base
+
+    def replace_loras(self, loras: Sequence[LoraChoice]) -> None:
+        """Merge LoRAs into the weights, and remove those that were merged before.
+
+        The result has the bytes of a fresh start with these LoRAs.
+
+        Raises:
+            UserError: a file is not a LoRA of this model, or the base weights can no longer be
+                read; the weights are then unchanged.
+        """
         replace_loras(
             self.model.diffusion_model,
             loras,
-            base_weights=base_weights,
+            base_weights=self.base_weights,
             base=self.base_fingerprint,
             device=self.device,
         )

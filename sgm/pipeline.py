@@ -27,7 +27,7 @@ from sgm.loading import choose_device, compile_network, load_engine, warn_of_set
 from sgm.modules.diffusionmodules.sampling import SampledStep, Sampler
 from sgm.modules.transformer.step_cache import cached_steps
 from sgm.parallel.processes import PATIENCE, LostProcessError, in_step, share_sampling
-from sgm.preflight import RunWeights, check_sampling, num_latent_frames
+from sgm.preflight import RunWeights, check_model_section, check_sampling, num_latent_frames
 from sgm.seeds import sample_generator
 from sgm.util import allow_targets
 from sgm.video import collect_frames, mp4_path, to_uint8, write_mp4
@@ -243,9 +243,9 @@ class CogVideoX:
             LostProcessError: this process failed in work that others need.
         """
         with self._alone():  # so that a call while another one runs fails here already
-            sampler = self.engine.sampler.adjusted(
-                num_steps=num_steps, guidance_scale=guidance_scale
-            )
+            sampler: Any = self.engine.sampler
+            if num_steps is not None or guidance_scale is not None:
+                sampler = sampler.adjusted(num_steps=num_steps, guidance_scale=guidance_scale)
         if not isinstance(prompt, str):
             raise UserError(f"CogVideoX: prompt: {prompt!r} must be a text")
         given: dict[str, Any] = {"negative_prompt": negative_prompt, "seed": _plain_integer(seed)}
@@ -363,8 +363,7 @@ class CogVideoX:
                 unconditional = self.engine.conditioner.unconditional
                 uncond = self._encode(negative) if negative else unconditional(cond)
                 started = time.perf_counter()
-                network = self.engine.model.diffusion_model
-                shape = (1, args.sampling_num_frames, *network.frame_shape)
+                shape = (1, args.sampling_num_frames, *check_model_section(self._model).frame_shape)
                 steps = self.engine.sample_steps(
                     cond, uncond, shape, generator=generator, sampler=sampler
                 )

@@ -125,16 +125,14 @@ def check_model_section(model: Mapping[str, Any]) -> VideoSizes:
             number, or the length of texts is not the network's.
     """
     sizes = _network_params(model, VideoSizes)
-    path = ("network_config", "params", "modules", "pos_embed_config", "params", "text_length")
-    wanted = _at(model, *path)
+    wanted = _at(sizes.model_extra, "modules", "pos_embed_config", "params", "text_length")
     for index, node in _t5_nodes(model):
         length = _at(node, "params", "max_length")
         given = _T5_LENGTH if length is None else length
         if wanted not in (None, given):
             raise UserError(
                 f"model.conditioner_config.params.emb_models[{index}].params.max_length: {given!r} "
-                f"must be {wanted!r}, text_length in model.network_config.params.modules."
-                "pos_embed_config"
+                f"must be {wanted!r}, text_length in network_config.params.modules.pos_embed_config"
             )
     return sizes
 
