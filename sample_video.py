@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from arguments import parse_config
 from sgm.cli import no_garbage_collection, run_and_exit, set_up_logging
 from sgm.config import Config, SamplingArgs
-from sgm.distributed import Rank, any_rank
+from sgm.distributed import Rank, Ranks
 from sgm.errors import UserError
 from sgm.files import installed_versions, make_output_folder
 from sgm.preflight import check_sampling
@@ -143,7 +143,8 @@ def sample_all(pipe: CogVideoX, config: Config, prompts: Iterable[Prompt], *, ra
                 failed += 1
                 logger.debug("prompt %d", prompt.line, exc_info=True)
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                progress.complain(f"error: prompt {prompt.line} failed: {reason}")
+                message = f"error: prompt {prompt.line} failed: {reason}"
+                progress.say(message, level=logging.ERROR)
     return failed
 
 
@@ -158,20 +159,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     with no_garbage_collection():
         weights = check_sampling(config)
 
-        from sgm.loading import warn_of_settings
-        from sgm.parallel.processes import group_of_all
         from sgm.pipeline import CogVideoX
         from sgm.sat_runtime import leave_process_groups_at_exit
 
         make_output_folder(args.output_dir)
         pipe = CogVideoX.load(config, weights)
     logger.info("model ready on %s after %.1f s", pipe.engine.device, time.perf_counter() - started)
-    warn_of_settings(pipe.engine, args)
-    everyone = pipe.group or (group_of_all() if rank.world_size > 1 else None)
-    failed = sample_all(pipe, config, prompts, rank=rank)
-    any_failed = any_rank(failed > 0, everyone)
+    with Ranks() as ranks:
+        failed = sum(ranks.gather(sample_all(pipe, config, prompts, rank=rank)))
     leave_process_groups_at_exit()
-    return 1 if any_failed else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

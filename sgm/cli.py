@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import itertools
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -88,24 +86,11 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
-        """Parse like argparse, but report an unknown flag before a missing one.
+        """Parse like argparse.
 
         Exits with code 2 after one line on stderr if the command line is invalid.
         """
         words = [self._with_hyphens(word) for word in (sys.argv[1:] if args is None else args)]
-        flags = itertools.takewhile(lambda word: word != "--", words)
-        switch = None
-        for word in flags:
-            name, equals, _ = word.partition("=")
-            is_flag = re.fullmatch(r"--[a-zA-Z]\S*", name)
-            if is_flag and name not in self._option_string_actions:
-                self._refuse(word)
-            action = self._option_string_actions.get(name)
-            is_switch = isinstance(action, argparse.BooleanOptionalAction)
-            if (is_switch and equals) or (switch and word.lower() in _TRUTH):
-                on, off = (action if is_switch else switch).option_strings[:2]
-                self.error(f"{on} takes no value; {off} says the opposite")
-            switch = action if is_switch else None
         namespace, rest = self.parse_known_args(words)
         if rest:
             self._refuse(rest[0])
@@ -118,6 +103,8 @@ class CommandParser(argparse.ArgumentParser):
             hint = f"; {nearest_name(name, self._option_string_actions)}"
         if name.endswith((".yaml", ".yml")) and "--base" in self._option_string_actions:
             hint = "; configurations come before all flags"
+        if word.lower() in _TRUTH:
+            hint = "; a switch takes no value, and --no-NAME says the opposite"
         self.error(f"unknown argument {word!r}{hint}")
 
     def _with_hyphens(self, word: str) -> str:

@@ -9,6 +9,7 @@ reported at once.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from omegaconf.grammar_parser import parse as parse_interpolation
-from pydantic import BeforeValidator, Field, InstanceOf, field_validator, model_validator
+from pydantic import BeforeValidator, InstanceOf, field_validator, model_validator
 from yaml import YAMLError
 
-from sgm.errors import UserError, check_known, nearest_name
-from sgm.options import Options, checked
+from sgm.errors import UserError, check_known
+from sgm.options import Options, checked, option
 from sgm.util import is_finite_number
 
 if TYPE_CHECKING:
@@ -46,38 +46,16 @@ def lora_from_text(text: str) -> LoraChoice:
     """Parse ``PATH`` or ``PATH:SCALE``; if a path of the whole text exists, it is the path.
 
     Raises:
-        UserError: the scale is not a finite number.
+        UserError: the scale is not finite.
     """
     path, colon, number = text.rpartition(":")
     if not colon or not path or os.path.exists(os.path.expanduser(text)):
         return LoraChoice(text)
     try:
         scale = float(number)
-    except ValueError:
-        if os.path.exists(os.path.expanduser(path)):
-            raise UserError(
-                f"{text}: {colon + number!r} is not a number; write the strength after the colon, "
-                "as in PATH:0.8"
-            ) from None
-        return LoraChoice(text)  # the colon belongs to the path
-    return _lora(path, scale, where=text)
-
-
-def _lora(path: object, scale: object, *, where: object) -> LoraChoice:
-    if not isinstance(path, str) or not path:
-        raise UserError(f"{where} has no path; add the LoRA's folder or file")
-    if not is_finite_number(scale):
-        raise UserError(
-            f"scale {scale!r} of {where} must be a finite number; 1 is the LoRA as trained"
-        )
-    return LoraChoice(path, float(scale))
-
-
-def _validate_lora(item: object) -> LoraChoice:
-    try:
-        return _lora_from_item(item)
-    except UserError as error:  # pydantic adds the place of the item to a ValueError
-        raise ValueError(str(error)) from None
+    except ValueError:  # the colon belongs to the path
+        return LoraChoice(text)
+    return _lora_from_item({"path": path, "scale": scale})
 
 
 def _lora_from_item(item: object) -> LoraChoice:
@@ -90,12 +68,22 @@ def _lora_from_item(item: object) -> LoraChoice:
         raise UserError(
             f"{item!r} is not a LoRA: write a path, or {{path: …, scale: …}}, or a list of these"
         )
-    unknown = [key for key in item if key not in ("path", "scale")]
-    if unknown:
-        hint = nearest_name(unknown[0], ("path", "scale"))
-        raise UserError(f"unknown key {str(unknown[0])!r} in {dict(item)}; {hint}")
-    path = item.get("path")
-    return _lora(path, item.get("scale", 1.0), where=path or dict(item))
+    check_known(item, ("path", "scale"), where=str(dict(item)))
+    path, scale = item.get("path"), item.get("scale", 1.0)
+    if not isinstance(path, str) or not path:
+        raise UserError(f"{dict(item)} has no path; add the LoRA's folder or file")
+    if not is_finite_number(scale):
+        raise UserError(
+            f"scale {scale!r} of {path} must be a finite number; 1 is the LoRA as trained"
+        )
+    return LoraChoice(path, float(scale))
+
+
+def _validate_lora(item: object) -> LoraChoice:
+    try:
+        return _lora_from_item(item)
+    except UserError as error:  # pydantic adds the place of the item to a ValueError
+        raise ValueError(str(error)) from None
 
 
 def _as_list(value: object) -> object:
@@ -109,6 +97,8 @@ Loras = Annotated[
     list[Annotated[InstanceOf[LoraChoice], BeforeValidator(_validate_lora)]],
     BeforeValidator(_as_list),
 ]
+
+_REFERENCE = re.compile(r"\$\{[^${}:]*\}")  # to another value, such as ${args.seed}
 
 # What the loader raises: ValueError for text that is not UTF-8 or for an invalid number,
 # RecursionError for a list within itself.
@@ -126,22 +116,15 @@ IGNORED_ARGS = {
 class CommonArgs(Options):
     """Options of both commands."""
 
-    mode: Literal["inference", "finetune", "pretrain"] = Field(
-        "inference",
-        description="what the file is for; 'finetune' starts from `load`, 'pretrain' from nothing",
+    mode: Literal["inference", "finetune", "pretrain"] = option(
+        "inference", "what the file is for; 'finetune' starts from `load`, 'pretrain' from nothing"
     )
-    load: str | None = Field(
-        None, description="the transformer's weights: a folder of SAT or diffusers, or a file"
-    )
-    seed: int = Field(42, description="seed of all random numbers")
-    fp16: bool = Field(False, description="run in float16")
-    bf16: bool = Field(False, description="run in bfloat16")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: a GPU if there is one"
-    )
-    model_parallel_size: int = Field(
-        1, ge=1, le=1, description="accepted from old files; one model is not split"
-    )
+    load: str | None = option(None, "transformer weights: a folder of SAT or diffusers, or a file")
+    seed: int = option(42, "seed of all random numbers")
+    fp16: bool = option(False, "run in float16")
+    bf16: bool = option(False, "run in bfloat16")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one")
+    model_parallel_size: int = option(1, "for old files; one model is not split", ge=1, le=1)
 
     @model_validator(mode="after")
     def _check_precision(self) -> CommonArgs:
@@ -158,60 +141,32 @@ class CommonArgs(Options):
 class SamplingArgs(CommonArgs):
     """Options of sample_video.py."""
 
-    batch_size: int = Field(1, ge=1, description="videos for each prompt")
-    input_type: Literal["txt", "cli"] = Field(
-        "txt", description="txt: prompts from input_file; cli: prompts typed in the terminal"
-    )
-    input_file: str = Field("configs/test.txt", description="prompts, UTF-8, one on a line")
-    negative_prompt: str = Field(
-        "", description="what the videos should not show; empty: unconditional"
-    )
-    latent_channels: int = Field(16, description="channels of the latents; the model decides it")
-    sampling_num_frames: int = Field(
-        13, description="latent frames: n gives 4·(n - 1) + 1 video frames"
-    )
-    sampling_image_size: Numbers = Field(
-        [480, 720], description="height and width of the video in pixels"
-    )
-    sampling_fps: int = Field(8, ge=1, description="frames per second of the mp4")
-    parallel: Literal["prompts", "video"] = Field(
-        "prompts", description="what several processes divide: the prompts, or each video"
-    )
-    step_cache: float = Field(
+    batch_size: int = option(1, "videos for each prompt", ge=1)
+    input_type: Literal["txt", "cli"] = option("txt", "prompts of input_file, or typed in (cli)")
+    input_file: str = option("configs/test.txt", "prompts, UTF-8, one on a line")
+    negative_prompt: str = option("", "what the videos should not show; empty: unconditional")
+    latent_channels: int = option(16, "channels of the latents; the model decides it")
+    sampling_num_frames: int = option(13, "latent frames: n gives 4·(n - 1) + 1 video frames")
+    sampling_image_size: Numbers = option([480, 720], "height and width of the video in pixels")
+    sampling_fps: int = option(8, "frames per second of the mp4", ge=1)
+    parallel: Literal["prompts", "video"] = option("prompts", "what several processes divide")
+    step_cache: float = option(
         0.0,
+        "lossy: reuse steps that change by less; 0: off, try 0.1",
         ge=0,
-        description="reuse steps that change less than this fraction: faster, slightly different "
-        "videos; 0: off, try 0.1",
     )
-    tile_decode: bool = Field(
-        False,
-        description="decode in overlapping tiles: a quarter of the memory at 480x720, slightly "
-        "different videos",
+    tile_decode: bool = option(False, "decode in tiles: less memory, slightly different videos")
+    memory: Literal["auto", "high", "low"] = option(
+        "auto", "high: all weights on the GPU; low: each part while it works; auto: high if it fits"
     )
-    memory: Literal["auto", "high", "low"] = Field(
+    compile: bool | None = option(None, "compile the blocks; default: on a GPU, from 100 steps on")
+    attention: Literal["auto", "hopper", "flash", "sdpa"] = option(
         "auto",
-        description="high: all weights on the GPU; low: each part while it works; auto: high if "
-        "it fits",
+        "the kernel: this project's (Hopper), FlashAttention-4 or PyTorch; auto: the fastest",
     )
-    compile: bool | None = Field(
-        None, description="compile the transformer's blocks; default: on a GPU, from 100 steps on"
-    )
-    attention: Literal["auto", "hopper", "flash", "sdpa"] = Field(
-        "auto",
-        description="the attention kernel: this project's for Hopper GPUs, FlashAttention-4 or "
-        "PyTorch; auto: the fastest that runs here",
-    )
-    fp8: bool = Field(
-        False,
-        description="the blocks' MLPs in float8: faster on GPUs that support it, slightly "
-        "different videos",
-    )
-    output_dir: str = Field("outputs", description="folder for the videos")
-    lora: Loras = Field(
-        [],
-        description="LoRAs merged into the weights: folders or files; PATH:0.8 for a strength "
-        "other than 1",
-    )
+    fp8: bool = option(False, "MLPs in float8: faster on newer GPUs, slightly different videos")
+    output_dir: str = option("outputs", "folder for the videos")
+    lora: Loras = option([], "LoRAs to merge: folders or files; PATH:0.8 for a strength of 0.8")
 
     @model_validator(mode="after")
     def _check_step_cache(self) -> SamplingArgs:
@@ -224,89 +179,45 @@ class TrainingArgs(CommonArgs):
     """Options of train_video.py."""
 
     # What torch.manual_seed accepts, less the room for the ranks and epochs that are added to it.
-    seed: int = Field(42, ge=-(2**63), le=2**63 - 1, description="seed of all random numbers")
-    experiment_name: str = Field(
-        "finetune", description="the run's folder is this and the time of its start"
+    seed: int = option(42, "seed of all random numbers", ge=-(2**63), le=2**63 - 1)
+    experiment_name: str = option("finetune", "the run's folder is this and the time of its start")
+    resume: str | None = option(None, "continue a run: latest, or a run's or checkpoint's folder")
+    train_data: Texts = option([], "folders (or files) of training data")
+    valid_data: Texts = option([], "folders (or files) of validation data")
+    split: str = option("1,0,0", "accepted from old files; train_data and valid_data decide")
+    cache_dir: str | None = option(None, "keep latents and text embeddings in this folder")
+    num_workers: int = option(8, "worker processes that load data", ge=0)
+    text_device: Literal["auto", "cpu"] = option("auto", "the text encoder's; auto: the network's")
+    train_iters: int = option(1000, "optimizer steps", ge=1)
+    lr_decay_style: Literal["constant", "linear", "cosine"] = option("linear", "after the warm-up")
+    lr_decay_iters: int | None = option(None, "steps of the decay; default: train_iters", ge=1)
+    lr_decay_ratio: float = option(0.1, "the cosine ends at this fraction of lr", gt=0, le=1)
+    warmup: float = option(0.01, "fraction of the decay with a rising learning rate", ge=0, le=1)
+    auto_warmup_steps: int = option(100, "first steps, with at most 5% of the learning rate", ge=0)
+    ema_decay: float = option(0.0, "average the weights; 0: no, usual: 0.9999", ge=0, le=0.999999)
+    nonfinite_limit: int = option(10, "stop after this many non-finite losses in a row", ge=1)
+    checkpoint_activations: bool = option(False, "recompute activations to save memory")
+    checkpoint_keep: Literal["block", "attention"] = option(
+        "block", "activations kept of each block: its input, or the attention's output too (faster)"
     )
-    resume: str | None = Field(
-        None, description="continue a run: latest, or the folder of a run or checkpoint"
+    compile: bool | None = option(None, "compile the blocks; default: on a GPU, from 300 steps on")
+    attention: Literal["auto", "flash", "sdpa"] = option(
+        "auto", "the kernel: FlashAttention-4 or PyTorch; auto: the fastest that runs here"
     )
-    train_data: Texts = Field([], description="folders (or files) of training data")
-    valid_data: Texts = Field([], description="folders (or files) of validation data")
-    split: str = Field(
-        "1,0,0", description="accepted from old files; train_data and valid_data decide"
-    )
-    cache_dir: str | None = Field(
-        None, description="keep latents and text embeddings in this folder"
-    )
-    num_workers: int = Field(8, ge=0, description="worker processes that load data")
-    text_device: Literal["auto", "cpu"] = Field(
-        "auto", description="device of the text encoder; auto: the network's"
-    )
-    train_iters: int = Field(1000, ge=1, description="optimizer steps")
-    lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="the learning rate after the warm-up"
-    )
-    lr_decay_iters: int | None = Field(
-        None, ge=1, description="steps of the decay; default: train_iters"
-    )
-    lr_decay_ratio: float = Field(
-        0.1, gt=0, le=1, description="cosine ends at this fraction of the learning rate"
-    )
-    warmup: float = Field(
-        0.01,
-        ge=0,
-        le=1,
-        description="fraction of the decay's steps in which the learning rate rises",
-    )
-    auto_warmup_steps: int = Field(
-        100, ge=0, description="first steps, with at most 5% of the learning rate"
-    )
-    ema_decay: float = Field(
-        0.0,
-        ge=0,
-        le=0.999999,
-        description="keep a moving average of the weights; 0: none, usual: 0.9999",
-    )
-    nonfinite_limit: int = Field(
-        10, ge=1, description="stop after this many steps in a row without a finite loss"
-    )
-    checkpoint_activations: bool = Field(False, description="recompute activations to save memory")
-    checkpoint_keep: Literal["block", "attention"] = Field(
-        "block",
-        description="activations kept of each block: its input, or the attention's output too "
-        "(faster)",
-    )
-    compile: bool | None = Field(
-        None, description="compile the blocks; default: on a GPU, from 300 steps on"
-    )
-    attention: Literal["auto", "flash", "sdpa"] = Field(
-        "auto",
-        description="the attention kernel: FlashAttention-4 or PyTorch; auto: the fastest that "
-        "runs here",
-    )
-    eval_iters: int = Field(1, ge=1, description="batches of a validation")
-    eval_interval: int = Field(100, ge=1, description="steps between validations")
-    eval_batch_size: int = Field(1, ge=1, description="samples of a validation batch")
-    valid_prompts: Texts = Field(
-        [], description="prompts of validation videos; default: captions of valid_data"
-    )
-    valid_videos: int = Field(
-        1, ge=0, description="videos from captions of valid_data in each validation"
-    )
-    only_log_video_latents: bool = Field(
-        False, description="keep the latents of validation videos, do not decode them"
-    )
-    save: str = Field("ckpts", min_length=1, description="folder for the runs' folders")
-    save_interval: int = Field(100, ge=1, description="steps between checkpoints")
-    save_total_limit: int = Field(
-        0, ge=0, description="keep this many of the newest checkpoints; 0: all"
-    )
-    log_interval: int = Field(20, ge=1, description="steps between lines of the log")
-    wandb: bool = Field(False, description="log to Weights & Biases too")
-    wandb_project_name: str = Field("cogvideox", description="project at Weights & Biases")
-    no_load_rng: bool = Field(True, description="accepted from old files; a run starts from `seed`")
-    local_rank: int = Field(0, description="set by launchers; the environment's LOCAL_RANK decides")
+    eval_iters: int = option(1, "batches of a validation", ge=1)
+    eval_interval: int = option(100, "steps between validations", ge=1)
+    eval_batch_size: int = option(1, "samples of a validation batch", ge=1)
+    valid_prompts: Texts = option([], "prompts of validation videos; default: from valid_data")
+    valid_videos: int = option(1, "videos from captions of valid_data in each validation", ge=0)
+    only_log_video_latents: bool = option(False, "keep validation videos as latents, undecoded")
+    save: str = option("ckpts", "folder for the runs' folders", min_length=1)
+    save_interval: int = option(100, "steps between checkpoints", ge=1)
+    save_total_limit: int = option(0, "keep this many of the newest checkpoints; 0: all", ge=0)
+    log_interval: int = option(20, "steps between lines of the log", ge=1)
+    wandb: bool = option(False, "log to Weights & Biases too")
+    wandb_project_name: str = option("cogvideox", "project at Weights & Biases")
+    no_load_rng: bool = option(True, "accepted from old files; a run starts from `seed`")
+    local_rank: int = option(0, "set by launchers; the environment's LOCAL_RANK decides")
 
     @field_validator("experiment_name")
     @classmethod
@@ -333,24 +244,20 @@ class Config:
 
 
 def _calls_resolver(text: str) -> bool:
-    """Whether a value holds a call such as ``${oc.env:HOME}``; ``${args.seed}`` is not a call."""
-    if "${" not in text:
-        return False
-    nodes = [parse_interpolation(text)]
-    while nodes:
-        node = nodes.pop()
-        if type(node).__name__ == "InterpolationResolverContext":
-            return True
-        nodes.extend(getattr(node, "children", None) or ())
-    return False
+    """Whether a value holds a call such as ``${oc.env:HOME}``; ``${args.seed}`` is not a call.
+
+    References within references are removed from the inside out; a call, with its colon, remains.
+    """
+    removed = 1
+    while removed:
+        text, removed = _REFERENCE.subn("", text)
+    return "${" in text
 
 
 def _check_no_resolvers(value: object, name: str) -> None:
     """Raise UserError if a value of the file `name` calls a resolver."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
             _check_no_resolvers(item, name)
     elif isinstance(value, str) and _calls_resolver(value):
         raise UserError(

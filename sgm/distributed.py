@@ -12,7 +12,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, distributed
 
 T = TypeVar("T")
@@ -42,21 +41,6 @@ class Rank:
         return cls(*(int(os.environ.get(name, default)) for name, default in names.items()))
 
 
-def any_rank(here: bool, group: torch.distributed.ProcessGroup | None) -> bool:
-    """Whether `here` is true on any rank of `group` (or here, without a group); waits for all.
-
-    torchrun ends every process once one exits with an error, so none may exit while others work.
-    """
-    if group is None:
-        return here
-    import torch
-    from torch import distributed
-
-    count = torch.tensor(int(here))
-    distributed.all_reduce(count, group=group)
-    return bool(count)
-
-
 def is_main() -> bool:
     """Whether this is rank 0, the process that writes files and logs."""
     from torch import distributed
@@ -65,17 +49,14 @@ def is_main() -> bool:
 
 
 def data_parallel_rank_and_size() -> tuple[int, int]:
-    """Return rank and number of the processes that get different data; (0, 1) in one process."""
+    """Return rank and number of the processes that get different data; (0, 1) in one process.
+
+    These are all processes of the run, since each holds the whole model.
+    """
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
-    # Imported here: it loads DeepSpeed, which takes seconds that a single process can save.
-    from sat import mpu
-
-    # Ranks that hold parts of one model get the same data and must draw the same noise levels.
-    if mpu.model_parallel_is_initialized():
-        return mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     return distributed.get_rank(), distributed.get_world_size()
 
 
@@ -83,14 +64,12 @@ class Ranks:
     """All processes of the run, or only this one if PyTorch's processes are not initialised.
 
     A context manager. Every process must enter and leave it, and call `gather` equally often.
+    torchrun ends every process once one exits with an error, so a process with an error calls
+    `gather` first, to wait for the others.
     """
 
     def __init__(self) -> None:
-        from torch import distributed
-
-        is_parallel = distributed.is_available() and distributed.is_initialized()
-        self.rank = distributed.get_rank() if is_parallel else 0
-        self.world_size = distributed.get_world_size() if is_parallel else 1
+        self.rank, self.world_size = data_parallel_rank_and_size()
         self._group: distributed.ProcessGroup | None = None
 
     def __enter__(self) -> Ranks:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -27,7 +27,6 @@ from sgm.checkpoint.transformer import (
 from sgm.config import LoraChoice
 from sgm.errors import UserError, nearest_name
 from sgm.models.autoencoder import (
-    VideoAutoencoderInferenceWrapper,
     build_first_stage,
     draw_latents,
     encode_moments,
@@ -35,14 +34,12 @@ from sgm.models.autoencoder import (
     load_first_stage,
 )
 from sgm.models.tiled_decoding import decode_tiled
+from sgm.models.transformer import DiffusionTransformer
 from sgm.modules.autoencoding.causal_conv import ConvCache, HostConvCache
 from sgm.modules.diffusionmodules.sampling import SampledStep, Sampler
 from sgm.offload import OffloadedWeights, move_to_host
 from sgm.parallel.decoding import decode_together
-from sgm.util import instantiate_from_config, instantiate_part
-
-if TYPE_CHECKING:
-    from sgm.models.transformer import DiffusionTransformer
+from sgm.util import instantiate_from_config, instantiate_part, is_finite_number
 
 Config = Mapping[str, Any]
 
@@ -108,7 +105,8 @@ class SATVideoDiffusionEngine(nn.Module):
     # Keys of older files without effect: there is no autocast to disable, and the trainer logs.
     IGNORED_PARAMS = frozenset({"disable_first_stage_autocast", "log_keys"})
 
-    first_stage_model: VideoAutoencoderInferenceWrapper | None
+    # A `VideoAutoencoderInferenceWrapper` or like one; None while no autoencoder is kept.
+    first_stage_model: Any
     sampler: Sampler | None
 
     def __init__(
@@ -133,7 +131,7 @@ class SATVideoDiffusionEngine(nn.Module):
         tile_decode: bool = False,
     ) -> None:
         super().__init__()
-        if not math.isfinite(scale_factor) or scale_factor <= 0:
+        if not is_finite_number(scale_factor) or scale_factor <= 0:
             raise UserError(f"model.scale_factor: {scale_factor!r} must be a finite number above 0")
         self.scale_factor = scale_factor
         self.input_key = input_key
@@ -145,7 +143,7 @@ class SATVideoDiffusionEngine(nn.Module):
         if self._weights is not None:  # for `base_weights`, which may be read from another folder
             self._weights_place = os.path.abspath(self._weights.path)
             self._weights_state = self._weights.state()
-        self.base_fingerprint: str | None = None  # of the weights before training and LoRAs
+        self.base_fingerprint = ""  # of the weights before training and LoRAs; empty until then
         with torch.device("meta"):
             network = instantiate_from_config(config)
         self.model = NetworkWrapper(network)
@@ -171,8 +169,8 @@ class SATVideoDiffusionEngine(nn.Module):
             if is_meta:  # only to check it; its file stays mapped for the cache
                 build_first_stage(first_stage_config, dtype=dtype, device="meta")
             # Cached moments need no other part of the autoencoder; this one has no weights.
-            regularizer = (first_stage_config.get("params") or {}).get("regularizer_config")
-            self.regularizer = instantiate_from_config(regularizer)
+            params = first_stage_config.get("params") or {}
+            self.regularizer = instantiate_from_config(params.get("regularizer_config") or {})
         elif not latent_input:
             self.first_stage_model = build_first_stage(
                 first_stage_config, dtype=dtype, device="meta"
@@ -187,8 +185,8 @@ class SATVideoDiffusionEngine(nn.Module):
         )
         self._check_text_width()
         self._offloaded_from: torch.device | None = None
-        self._network_here: AbstractContextManager[None] = nullcontext()
-        self._decoder_here: AbstractContextManager[None] = nullcontext()
+        resident: AbstractContextManager[None] = nullcontext()
+        self._network_here = self._encoder_here = self._decoder_here = resident
         if not is_meta:
             self.load_weights(device)
 
@@ -213,7 +211,7 @@ class SATVideoDiffusionEngine(nn.Module):
             UserError: a file cannot be read.
             RuntimeError: the weights are loaded already.
         """
-        if self.base_fingerprint is not None:
+        if self.base_fingerprint:
             raise RuntimeError("the weights of this engine are loaded already")
         network, dtype = self.model.diffusion_model, self._dtype
         if self._found is None:
@@ -338,13 +336,14 @@ class SATVideoDiffusionEngine(nn.Module):
         `decode_first_stage`. The decoder's convolutions keep the frames between chunks on the host
         too (in one process).
         """
-        device, decoder = self.device, self.first_stage_model.decoder
+        device, first_stage = self.device, self.first_stage_model
         self._offloaded_from = device
-        for part in (self.model, decoder):
+        for part in (self.model, first_stage.decoder):
             move_to_host(part)
-        self.first_stage_model.encoder.to("cpu")  # sampling does not need it
+        first_stage.encoder.to("cpu")  # sampling does not need it
         self._network_here = OffloadedWeights(self.model, device)
-        self._decoder_here = OffloadedWeights(decoder, device)
+        self._encoder_here = OffloadedWeights(first_stage.encoder, device)
+        self._decoder_here = OffloadedWeights(first_stage.decoder, device)
         self._make_cache = partial(HostConvCache, device)
 
     @torch.no_grad()
@@ -355,10 +354,7 @@ class SATVideoDiffusionEngine(nn.Module):
 
     def fit_rgb(self) -> Tensor:
         """As `sgm.models.autoencoder.fit_rgb`; an offloaded encoder is loaded for it."""
-        encoder_here: AbstractContextManager[None] = nullcontext()
-        if self._offloaded_from is not None:
-            encoder_here = OffloadedWeights(self.first_stage_model.encoder, self.device)
-        with encoder_here:
+        with self._encoder_here:
             return fit_rgb(self.first_stage_model)
 
     @torch.no_grad()
@@ -378,13 +374,8 @@ class SATVideoDiffusionEngine(nn.Module):
                 decode = partial(decode_together, first_stage, group=group)
             if self.tile_decode:
                 decode = partial(decode_tiled, decode, factor=first_stage.encoder.space_factor)
-            previous: Tensor | None = None
-            for chunk in decode(z):
-                if previous is not None:
-                    yield previous
-                previous = rearrange(chunk.float(), "b c t h w -> b t c h w")
-            if previous is not None:  # with several processes it is None on all but the first
-                yield previous
+            for chunk, _ in pairwise(chain(decode(z), [None])):
+                yield rearrange(chunk.float(), "b c t h w -> b t c h w")
 
     @torch.no_grad()
     def sample_steps(
@@ -470,8 +461,9 @@ def _checked_prefixes(value: Sequence[str] | None, names: Collection[str]) -> tu
         UserError: it is not a list of texts, or one of them matches no weight.
     """
     prefixes = () if value is None else value
-    is_list = isinstance(prefixes, Sequence) and not isinstance(prefixes, str)
-    if not is_list or not all(isinstance(prefix, str) and prefix for prefix in prefixes):
+    if not isinstance(prefixes, list | tuple) or not all(
+        isinstance(p, str) and p for p in prefixes
+    ):
         raise UserError(
             f"model.not_trainable_prefixes: {value!r} must be a list of texts, for example ['all']"
         )
@@ -496,9 +488,10 @@ def _network_config(config: Config, lora_config: Config | None, *, with_lora: bo
     Raises:
         UserError: both are set and differ.
     """
-    params = config.get("params") if isinstance(config, Mapping) else None
-    modules = params.get("modules") if isinstance(params, Mapping) else None
-    if not isinstance(modules, Mapping):  # building the transformer raises UserError for it
+    try:
+        params = dict(config["params"])
+        modules = dict(params["modules"])
+    except (KeyError, TypeError, ValueError):  # building the transformer raises UserError for it
         return config
     own = modules.get("lora_config") or lora_config
     if lora_config and own != lora_config:
@@ -506,5 +499,5 @@ def _network_config(config: Config, lora_config: Config | None, *, with_lora: bo
             "lora_config stands under model and under network_config.params.modules with "
             "different values; keep one"
         )
-    modules = {**modules, "lora_config": own if with_lora else None}
-    return {**config, "params": {**params, "modules": modules}}
+    params["modules"] = modules | {"lora_config": own if with_lora else None}
+    return {**config, "params": params}

@@ -81,15 +81,10 @@ def refuse_existing(path: Path) -> None:
     """Check that `path` does not exist, so that nothing is overwritten.
 
     Raises:
-        UserError: `path` exists, or cannot be looked up.
+        UserError: `path` exists.
     """
-    try:
-        if not (path.exists() or path.is_symlink()):
-            return
-        problem = "exists already and is left alone; remove it or name another"
-    except OSError as error:
-        problem = f"cannot be looked up ({error.strerror}); choose another output"
-    raise UserError(f"{path} {problem}")
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists already and is left alone; remove it or name another")
 
 
 def write_error(path: Path, error: OSError) -> UserError:

@@ -174,8 +174,9 @@ def estimate_needs(
     tokens = 2 * num_tokens * network.hidden_size * dtype.itemsize  # guidance doubles them
     num_frames = TEMPORAL_FACTOR * (min(args.sampling_num_frames, FIRST_CHUNK_FRAMES) - 1) + 1
     channels = autoencoder.decoder.conv_out.conv.in_channels
-    longest = SPATIAL_FACTOR * TILE if args.tile_decode else math.inf
-    num_pixels = math.prod(min(side, longest) for side in args.sampling_image_size)
+    sides = args.sampling_image_size
+    longest = SPATIAL_FACTOR * TILE if args.tile_decode else max(sides)
+    num_pixels = math.prod(min(side, longest) for side in sides)
     frames = num_frames * num_pixels * channels * dtype.itemsize
     sampling = tokens * SAMPLING_TENSORS
     weights = network_bytes + autoencoder_bytes + text_bytes
@@ -207,15 +208,11 @@ def compile_network(
     return choice
 
 
-def warn_of_settings(engine: SATVideoDiffusionEngine, args: SamplingArgs) -> None:
-    """Warn of settings that make sampling slow and of settings without effect."""
+def warn_of_settings(engine: SATVideoDiffusionEngine) -> None:
+    """Warn if a step takes minutes, or if guidance is made for another number of steps."""
     num_weights = sum(weight.numel() for weight in engine.model.parameters())
     if engine.device.type == "cpu" and num_weights > LARGE_MODEL:
         logger.warning("without a GPU a step of this model takes many minutes, a video hours")
-    if args.parallel == "video" and Rank.from_environment().world_size == 1:
-        logger.warning(
-            "parallel: video has no effect in one process; NPROC=2 bash inference.sh … starts two"
-        )
     num_steps = engine.sampler.num_steps
     own_steps = getattr(engine.sampler.guider, "num_steps", None) or num_steps
     if own_steps != num_steps:
@@ -225,5 +222,3 @@ def warn_of_settings(engine: SATVideoDiffusionEngine, args: SamplingArgs) -> Non
             own_steps,
             num_steps,
         )
-    if args.tile_decode and max(engine.model.diffusion_model.frame_shape[1:]) <= TILE:
-        logger.warning("tile_decode has no effect: these frames fit into one tile")

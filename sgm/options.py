@@ -7,10 +7,10 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from sgm.errors import UserError, nearest_name
+from sgm.errors import UserError, mistyped_as, nearest_name
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -20,7 +20,7 @@ _KINDS: dict[object, str] = {
     bool: "true or false",
     str: "a text",
 }
-_PLURALS: dict[object, str] = {int: "whole numbers", float: "numbers", str: "texts"}
+_LIMITS = {"ge": "of at least", "gt": "above", "le": "up to", "lt": "below", "min_length": ""}
 
 
 class Options(BaseModel):
@@ -29,26 +29,30 @@ class Options(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
+def option(default: object, description: str, **limits: Any) -> Any:  # noqa: ANN401 (as Field)
+    """A field of options.
+
+    Args:
+        default: its value if it is not set.
+        description: its meaning, for ``--help`` and the documentation.
+        limits: of its value, as pydantic names them: `ge`, `gt`, `le`, `lt`, `min_length`.
+    """
+    return Field(default, description=description, **limits)
+
+
 class Section(BaseModel):
     """As `Options`, for a section in which other code knows more keys."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
-def checked(
-    model: type[Model],
-    values: Mapping[str, Any],
-    *,
-    place: Callable[[str], str],
-    names: Iterable[str] | None = None,
-) -> Model:
+def checked(model: type[Model], values: Mapping[str, Any], *, place: Callable[[str], str]) -> Model:
     """The options in `values`.
 
     Args:
         model: the model of the options.
         values: option → value. Keys may be of any type, as those of YAML may be.
         place: where an option was set, for messages: a function of its dotted name.
-        names: the names that an unknown key is compared with; None: those of the model.
 
     Raises:
         UserError: a key is unknown, a value is missing or has another type or range.
@@ -56,16 +60,10 @@ def checked(
     try:
         return model.model_validate({str(key): value for key, value in values.items()})
     except ValidationError as error:
-        raise UserError(explain(error, model, place=place, names=names)) from None
+        raise UserError(explain(error, model, place=place)) from None
 
 
-def explain(
-    error: ValidationError,
-    model: type[BaseModel],
-    *,
-    place: Callable[[str], str],
-    names: Iterable[str] | None = None,
-) -> str:
+def explain(error: ValidationError, model: type[BaseModel], *, place: Callable[[str], str]) -> str:
     """The first mistake that pydantic found, as one sentence; arguments as for `checked`."""
     first = error.errors(include_url=False)[0]
     keys = [key for key in first["loc"] if isinstance(key, str)]
@@ -74,39 +72,22 @@ def explain(
     kind, value = first["type"], first["input"]
     if kind == "extra_forbidden":
         parent = place(".".join(keys[:-1]))
-        hint = nearest_name(keys[-1], names if names is not None else field_names(owner))
-        return f"unknown key {keys[-1]!r} in {parent}; {hint}"
+        return f"unknown key {keys[-1]!r} in {parent}; {nearest_name(keys[-1], _names(owner))}"
     if kind == "missing":
-        return f"{where} is missing; it must be {describe(field)}" if field else f"{where}: missing"
+        hint = mistyped_as(keys[-1], value)
+        return f"{where} is missing{hint}" + (f"; it must be {describe(field)}" if field else "")
     if kind == "value_error":  # the sentence of a validator of ours
         reason = str(first["ctx"]["error"])
         return f"{where}: {reason}" if where else reason
-    is_own = issubclass(owner, Options | Section)
-    if field is None or not is_own or kind not in _DESCRIBED:
-        return f"{where}: {_shortened(value)}: {first['msg']}"
+    if field is None or not issubclass(owner, Options | Section):
+        return f"{where}: {value!r:.100}: {first['msg']}"
     expected = describe(field)
     if kind == "finite_number":
         expected = expected.replace("a number", "a finite number")
-    return f"{where}: {_shortened(value)} must be {expected}"
+    return f"{where}: {value!r:.100} must be {expected}"
 
 
-# Kinds of errors that the description of the field explains.
-_DESCRIBED = frozenset(
-    {
-        *("int_type", "int_from_float", "float_type", "finite_number", "bool_type", "string_type"),
-        *("list_type", "dict_type", "string_too_short", "literal_error"),
-        *("greater_than", "greater_than_equal", "less_than", "less_than_equal"),
-    }
-)
-_LONGEST_VALUE = 100  # characters of a wrong value that a message repeats
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
-
-
-def field_names(model: type[BaseModel]) -> list[str]:
+def _names(model: type[BaseModel]) -> list[str]:
     """The names under which a user sets the fields of a model."""
     return [field.alias or name for name, field in model.model_fields.items()]
 
@@ -142,20 +123,16 @@ def describe(field: FieldInfo) -> str:
     kind, choices, is_list = value_type(field.annotation)
     if choices:
         return " or ".join(map(repr, choices))
-    limits = {}
-    for constraint in field.metadata:
-        for name in ("ge", "gt", "le", "lt", "min_length"):
-            if getattr(constraint, name, None) is not None:
-                limits[name] = getattr(constraint, name)
+    limits: dict[str, Any] = {}
+    for limit in field.metadata:
+        limits |= {name: getattr(limit, name) for name in _LIMITS if hasattr(limit, name)}
     if is_list:
-        return f"a list of {_PLURALS.get(kind, 'values')}"
+        return f"a list of {_KINDS.get(kind, 'a value').removeprefix('a ')}s"
     name = _KINDS.get(kind, "a section with keys")
     if "min_length" in limits:
         return f"{name} that is not empty"
-    if limits.get("ge") is not None and limits.get("ge") == limits.get("le"):
-        return f"{limits['ge']}"
     if "ge" in limits and "le" in limits:
-        return f"{name} from {limits['ge']} to {limits['le']}"
-    words = {"ge": "of at least", "gt": "above", "le": "up to", "lt": "below"}
-    bounds = " and ".join(f"{words[key]} {value}" for key, value in limits.items())
+        low, high = limits["ge"], limits["le"]
+        return f"{low}" if low == high else f"{name} from {low} to {high}"
+    bounds = " and ".join(f"{_LIMITS[key]} {value}" for key, value in limits.items())
     return f"{name} {bounds}".rstrip()

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain
 from numbers import Integral
@@ -24,10 +24,10 @@ from sgm.distributed import Rank
 from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError
 from sgm.loading import choose_device, compile_network, load_engine, warn_of_settings
-from sgm.modules.diffusionmodules.sampling import Sampler
+from sgm.modules.diffusionmodules.sampling import SampledStep, Sampler
 from sgm.modules.transformer.step_cache import cached_steps
-from sgm.parallel.processes import LostProcessError, group_of_all, in_step, share_sampling
-from sgm.preflight import RunWeights, check_sampling, num_latent_frames
+from sgm.parallel.processes import PATIENCE, LostProcessError, in_step, share_sampling
+from sgm.preflight import RunWeights, check_model_section, check_sampling, num_latent_frames
 from sgm.seeds import sample_generator
 from sgm.util import allow_targets
 from sgm.video import collect_frames, mp4_path, to_uint8, write_mp4
@@ -89,36 +89,6 @@ class Step:
         return self._preview()
 
 
-@dataclass(frozen=True)
-class CallDefaults:
-    """Settings of a pipeline; arguments of a call replace some of them.
-
-    Attributes:
-        shape: (t, c, h, w) of the latents.
-        fps: frames per second of the videos.
-        seed, negative_prompt: as in `CogVideoX.stream`.
-        step_cache: see `sgm.modules.transformer.step_cache.cached_steps`.
-        compile: whether to compile the transformer's blocks; None: see `CogVideoX.compile`.
-    """
-
-    shape: tuple[int, ...]
-    fps: float
-    seed: int
-    negative_prompt: str = ""
-    step_cache: float = 0.0
-    compile: bool | None = False
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One video to make: the arguments of a call, checked and completed."""
-
-    prompt: str
-    settings: CallDefaults
-    line_and_sample: tuple[int, ...]
-    sampler: Sampler
-
-
 class CogVideoX:
     """A loaded model that makes videos from prompts, one at a time.
 
@@ -127,7 +97,7 @@ class CogVideoX:
     Args:
         engine: in evaluation mode, with a sampler.
         model: the section `model` of its configuration.
-        defaults: values for the arguments that a call leaves out.
+        args: the options; arguments of a call replace some of them.
         embed: returns the conditioning of texts; None: the engine's text encoder.
 
     Attributes:
@@ -138,12 +108,12 @@ class CogVideoX:
         self,
         engine: SATVideoDiffusionEngine,
         model: Mapping[str, Any],
-        defaults: CallDefaults,
+        args: SamplingArgs,
         *,
         embed: Callable[[Sequence[str]], Conditioning] | None = None,
     ) -> None:
-        self.engine = engine  # None once it is closed
-        self.defaults = defaults
+        self.engine: SATVideoDiffusionEngine | None = engine  # None once it is closed
+        self.args = args
         self._model = model
         embed = embed or engine.conditioner.encode
         # Caches two texts: the last prompt and the last negative prompt.
@@ -175,9 +145,7 @@ class CogVideoX:
         given = check_given(SamplingArgs, plain, where="from_config")
         names = [str(file) for file in files]
         config = load_config(SamplingArgs, names, given, allow_target=allow_target)
-        pipe = cls.load(config, check_sampling(config))
-        warn_of_settings(pipe.engine, config.args)
-        return pipe
+        return cls.load(config, check_sampling(config))
 
     @classmethod
     def load(cls, config: Config, weights: RunWeights) -> CogVideoX:
@@ -191,19 +159,12 @@ class CogVideoX:
         rank = Rank.from_environment()
         allow_targets(config.allow_target)
         engine = load_engine(config, choose_device(config.args, rank), weights=weights)
-        args, network = config.args, engine.model.diffusion_model
-        defaults = CallDefaults(
-            shape=(args.sampling_num_frames, *network.frame_shape),
-            fps=args.sampling_fps,
-            seed=args.seed,
-            negative_prompt=args.negative_prompt,
-            step_cache=args.step_cache,
-            compile=args.compile,
-        )
-        pipe = cls(engine, config.model, defaults)
-        if args.parallel == "video" and rank.world_size > 1:
-            share_sampling(network, engine.sampler)
-            pipe.group = engine.decoding_group = group_of_all()
+        warn_of_settings(engine)
+        pipe = cls(engine, config.model, config.args)
+        if config.args.parallel == "video" and rank.world_size > 1:
+            assert engine.sampler is not None  # `load_engine` checks it
+            share_sampling(engine.model.diffusion_model, engine.sampler)
+            pipe.group = engine.decoding_group = distributed.new_group(timeout=PATIENCE)
         return pipe
 
     def __enter__(self) -> CogVideoX:
@@ -226,19 +187,19 @@ class CogVideoX:
             with suppress(ValueError):  # it is computing, in another thread
                 running.close()
         with self._alone(needs_open=False):
-            engine, self.engine = self.engine, None
-            self._encode = self._rgb = None
-            if engine is None:
+            if self.engine is None:
                 return
-            for weight in chain(engine.parameters(), engine.buffers()):
+            for weight in chain(self.engine.parameters(), self.engine.buffers()):
                 weight.data = weight.data.new_empty(0)  # others may hold the module
-            del engine, weight
+            self.engine = self._rgb = None
+            del self._encode, weight
             gc.collect()  # modules with streamed weights are in reference cycles
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
 
     def __call__(self, prompt: str, **options: Any) -> Video:
         """Make a video; options and errors are those of `stream`."""
+        last: Any = None
         for event in self.stream(prompt, **options):
             last = event
         return last
@@ -282,16 +243,17 @@ class CogVideoX:
             LostProcessError: this process failed in work that others need.
         """
         with self._alone():  # so that a call while another one runs fails here already
-            sampler = self.engine.sampler
+            sampler: Any = self.engine.sampler
             if num_steps is not None or guidance_scale is not None:
                 sampler = sampler.adjusted(num_steps=num_steps, guidance_scale=guidance_scale)
         if not isinstance(prompt, str):
             raise UserError(f"CogVideoX: prompt: {prompt!r} must be a text")
-        given = {"negative_prompt": negative_prompt, "seed": _plain_integer(seed)}
-        settings = replace(self.defaults, **check_given(SamplingArgs, given, where="CogVideoX"))
+        given: dict[str, Any] = {"negative_prompt": negative_prompt, "seed": _plain_integer(seed)}
         if num_frames is not None:
-            num_latents = num_latent_frames(_plain_integer(num_frames), self._model)
-            settings = replace(settings, shape=(num_latents, *settings.shape[1:]))
+            frames = num_latent_frames(_plain_integer(num_frames), self._model)
+            given["sampling_num_frames"] = frames
+        given = check_given(SamplingArgs, given, where="CogVideoX")
+        args = self.args.model_copy(update=given)
         pair = index if isinstance(index, tuple) else (index, 0)
         line_and_sample = tuple(map(_plain_integer, pair))
         if len(pair) != 2 or not all(type(n) is int and n >= 0 for n in line_and_sample):
@@ -302,8 +264,8 @@ class CogVideoX:
         if path is not None:
             # In a group only the first process would fail here, and the others would wait for it.
             path = mp4_path(path) if self.group is None else Path(path).absolute()
-        request = _Request(prompt, settings, line_and_sample, sampler)
-        run = self._run(request, path, decode=decode)
+        generator = sample_generator(args.seed, *line_and_sample)
+        run = self._run(prompt, args, generator, sampler=sampler, path=path, decode=decode)
         self._running = weakref.ref(run)
         return run
 
@@ -338,9 +300,9 @@ class CogVideoX:
         Raises:
             UserError: the pipeline is closed.
         """
-        self._require_open()
+        engine = self._require_open()
         self._is_compiled = self._is_compiled or compile_network(
-            self.engine, self.defaults.compile, num_steps=num_steps
+            engine, self.args.compile, num_steps=num_steps
         )
 
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
@@ -352,8 +314,8 @@ class CogVideoX:
         with self._alone():
             yield from self._decode(latents)
 
-    def _require_open(self) -> None:
-        """Raise UserError if this pipeline is closed, or has left a video that others make too."""
+    def _require_open(self) -> SATVideoDiffusionEngine:
+        """The engine; raises UserError if it is closed or has left a video that others make too."""
         if self.engine is None:
             raise UserError("this pipeline is closed; load it again with CogVideoX.from_config")
         if self._is_lost:
@@ -361,6 +323,7 @@ class CogVideoX:
                 "this process left a video that other processes make with it, so that no more can "
                 "be made; start all of them again"
             )
+        return self.engine
 
     @contextmanager
     def _alone(self, *, needs_open: bool = True) -> Iterator[None]:
@@ -381,20 +344,31 @@ class CogVideoX:
             self._busy.release()
 
     def _run(
-        self, request: _Request, path: Path | None, *, decode: bool
+        self,
+        prompt: str,
+        args: SamplingArgs,
+        generator: torch.Generator,
+        *,
+        sampler: Sampler,
+        path: Path | None,
+        decode: bool,
     ) -> Generator[Step | Video, None, None]:
         """Make one video; `stream` says what is yielded and raised."""
         with self._alone():  # the pipeline may be closed since the call
-            if self.defaults.compile and not self._is_compiled:
-                self.compile(num_steps=request.sampler.num_steps)
+            if args.compile and not self._is_compiled:
+                self.compile(num_steps=sampler.num_steps)
             is_together = self.group is not None
             with in_step(together=is_together):
-                cond, negative = self._encode(request.prompt), request.settings.negative_prompt
+                cond, negative = self._encode(prompt), args.negative_prompt
                 unconditional = self.engine.conditioner.unconditional
                 uncond = self._encode(negative) if negative else unconditional(cond)
                 started = time.perf_counter()
+                shape = (1, args.sampling_num_frames, *check_model_section(self._model).frame_shape)
+                steps = self.engine.sample_steps(
+                    cond, uncond, shape, generator=generator, sampler=sampler
+                )
                 try:
-                    latents = yield from self._sample(request, cond, uncond)
+                    latents = yield from self._report(steps, sampler.num_steps)
                 except GeneratorExit:
                     self._is_lost = is_together
                     raise
@@ -412,27 +386,20 @@ class CogVideoX:
                     "the result is not finite; the weights may be damaged, or try --bf16 or full "
                     "precision"
                 )
-            fps = self.defaults.fps
+            fps = args.sampling_fps
             with closing(chunks):  # takes the decoder's weights off the GPU after a failure too
                 array = collect_frames(frames, path if writes else None, fps=fps)
             yield Video(array, fps, sampled - started, time.perf_counter() - sampled)
 
-    def _sample(
-        self, request: _Request, cond: Conditioning, uncond: Conditioning
+    def _report(
+        self, steps: Generator[SampledStep, None, None], num_steps: int
     ) -> Generator[Step, None, Tensor]:
         """Yield the steps of a video; return its latents."""
-        steps = self.engine.sample_steps(
-            cond,
-            uncond,
-            (1, *request.settings.shape),
-            generator=sample_generator(request.settings.seed, *request.line_and_sample),
-            sampler=request.sampler,
-        )
         network = self.engine.model.diffusion_model
-        with cached_steps(network, self.defaults.step_cache), closing(steps):
+        with cached_steps(network, self.args.step_cache), closing(steps):
             for step in steps:
                 preview = partial(self._preview, step.denoised)
-                yield Step(step.step_index, request.sampler.num_steps, step.x, preview)
+                yield Step(step.step_index, num_steps, step.x, preview)
         return step.x
 
     def _decode(self, latents: Tensor) -> Generator[np.ndarray, None, None]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -20,26 +19,76 @@ from sgm.checkpoint.find import (
 )
 from sgm.config import Config, LoraChoice, SamplingArgs
 from sgm.errors import UserError, check_known, mistyped_as
-from sgm.options import Section, checked
-from sgm.util import TARGET_ALIASES
+from sgm.options import Options, Section, checked
+from sgm.util import TARGET_ALIASES, check_number
+
+Params = TypeVar("Params", bound=Section)
+
 
 SPATIAL_FACTOR = 8  # pixels of a latent, in height and width
 TEMPORAL_FACTOR = 4  # default of time_compressed_rate
+T5_EMBEDDER = "sgm.modules.encoders.modules.FrozenT5Embedder"
+AUTOENCODER = "sgm.models.autoencoder.VideoAutoencoderInferenceWrapper"
+_FIRST_STAGE = "first_stage_config"
 _T5_LENGTH = 226  # default of FrozenT5Embedder's max_length
-_SIZES = ("num_frames", "latent_height", "latent_width", "in_channels")
-_WIDTHS = ("hidden_size", "num_attention_heads")
 
 
-class _NetworkSizes(Section):
-    """Sizes of the transformer. `require_sizes` checks that those in use are present."""
+def _at(section: object, *keys: str) -> Any:  # noqa: ANN401 (a value of a file)
+    """The value at a path of keys through nested sections; None if a part of it is missing."""
+    for key in keys:
+        section = section.get(key) if isinstance(section, Mapping) else None
+    return section
 
-    num_frames: int = Field(1, ge=1)
-    latent_height: int = Field(1, ge=1)
-    latent_width: int = Field(1, ge=1)
-    in_channels: int = Field(1, ge=1)
-    hidden_size: int = Field(1, ge=1)
-    num_attention_heads: int = Field(1, ge=1)
+
+class VideoSizes(Section):
+    """The params of ``network_config`` that decide which videos a model makes."""
+
+    num_frames: int = Field(ge=1)
+    latent_height: int = Field(ge=1)
+    latent_width: int = Field(ge=1)
+    in_channels: int = Field(ge=1)
     time_compressed_rate: int = Field(TEMPORAL_FACTOR, ge=1)
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """Shape (c, h, w) of a latent frame."""
+        return self.in_channels, self.latent_height, self.latent_width
+
+    @property
+    def image_size(self) -> list[int]:
+        """Height and width of a frame in pixels, which the position table fixes."""
+        return [self.latent_height * SPATIAL_FACTOR, self.latent_width * SPATIAL_FACTOR]
+
+    @property
+    def lengths(self) -> dict[int, int]:
+        """Number of latent frames → number of video frames, in ascending order.
+
+        Latent frames are odd in number: the decoder takes three (or a single one), then two at a
+        time. The most are those of the position table.
+        """
+        factor = self.time_compressed_rate
+        most = (self.num_frames - 1) // factor + 1
+        return {n: factor * (n - 1) + 1 for n in range(1, most + 1, 2)}
+
+
+class _Widths(Section):
+    """The params of ``network_config`` that decide the width of an attention head."""
+
+    hidden_size: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+
+
+class _SatArgs(Options):
+    """Settings of SAT's transformer. The model is built in one form; other values are errors."""
+
+    checkpoint_activations: bool = False
+    skip_init: bool = False
+    layernorm_order: Literal["pre"] = "pre"
+    is_decoder: Literal[False] = False
+    model_parallel_size: int = Field(1, ge=1, le=1)
+    # Sizes of SAT's embeddings of words and 1D positions, which this model does not have.
+    vocab_size: Any = None
+    max_sequence_length: Any = None
 
 
 class _LoraSettings(Section):
@@ -48,88 +97,54 @@ class _LoraSettings(Section):
     r: int = Field(ge=1)
     lora_alpha: float = 1
     lora_dropout: float = Field(0, ge=0, le=1)
+    layer_range: list[int] | None = None
 
 
-def check_model_section(model: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the network's params of a `model` section, checked.
-
-    Raises:
-        UserError: the section or the node is missing, a size is not a positive whole number, or
-            the length of texts is not the network's.
-    """
+def _network_params(model: Mapping[str, Any], kind: type[Params]) -> Params:
+    """The network's params of a `model` section that are fields of `kind`, checked."""
     if not model:
         raise UserError(
             "the configuration has no section 'model'; name a file that has it before this one"
         )
     node = model.get("network_config")
-    params = node.get("params") if isinstance(node, Mapping) else None
+    params = _at(node, "params")
     if not params or not isinstance(params, Mapping):
         hint = mistyped_as("network_config", model) or mistyped_as("params", node)
         raise UserError(
             f"model.network_config.params is missing{hint} or holds no keys; name a configuration "
             "that has it, before this one if this one changes a few keys only"
         )
-    checked(_NetworkSizes, params, place=lambda key: f"model.network_config.params.{key}")
-    _check_text_length(model, params)
-    return params
+    return checked(kind, params, place=lambda key: f"model.network_config.params.{key}")
 
 
-def _check_text_length(model: Mapping[str, Any], network: Mapping[str, Any]) -> None:
-    """Raise UserError if T5 and the network disagree about the number of text tokens."""
-    try:
-        (embedder,) = model["conditioner_config"]["params"]["emb_models"]
-        is_t5 = TARGET_ALIASES.get(embedder["target"], embedder["target"]) == T5_EMBEDDER
-        given = embedder["params"].get("max_length", _T5_LENGTH)
-        wanted = network["modules"]["pos_embed_config"]["params"]["text_length"]
-    except (KeyError, TypeError, ValueError, AttributeError):  # reported when the parts are built
-        return
-    if is_t5 and given != wanted:
-        raise UserError(
-            f"model.conditioner_config.params.emb_models[0].params.max_length: {given!r} must be "
-            f"{wanted!r}, text_length in model.network_config.params.modules.pos_embed_config"
-        )
-
-
-def require_sizes(params: Mapping[str, Any], keys: Sequence[str]) -> None:
-    """Check that sizes are present; `check_model_section` has checked their values.
+def check_model_section(model: Mapping[str, Any]) -> VideoSizes:
+    """Return the sizes of the videos that the network of a `model` section makes.
 
     Raises:
-        UserError: one is missing.
+        UserError: the section or the node is missing, a size is missing or not a positive whole
+            number, or the length of texts is not the network's.
     """
-    for key in keys:
-        if key not in params:
+    sizes = _network_params(model, VideoSizes)
+    wanted = _at(sizes.model_extra, "modules", "pos_embed_config", "params", "text_length")
+    for index, node in _t5_nodes(model):
+        length = _at(node, "params", "max_length")
+        given = _T5_LENGTH if length is None else length
+        if wanted not in (None, given):
             raise UserError(
-                f"model.network_config.params.{key} is missing{mistyped_as(key, params)}; add it, "
-                "a whole number"
+                f"model.conditioner_config.params.emb_models[{index}].params.max_length: {given!r} "
+                f"must be {wanted!r}, text_length in network_config.params.modules.pos_embed_config"
             )
+    return sizes
 
 
 def head_size(model: Mapping[str, Any]) -> int:
     """Width of an attention head of the network in a `model` section.
 
     Raises:
-        UserError: as in `check_model_section`, or a size is missing.
+        UserError: a size is missing or not a positive whole number.
     """
-    params = check_model_section(model)
-    require_sizes(params, _WIDTHS)
-    return params["hidden_size"] // params["num_attention_heads"]
-
-
-def video_size(params: Mapping[str, Any]) -> list[int]:
-    """Height and width in pixels of the network's videos, which its position table fixes."""
-    return [params[key] * SPATIAL_FACTOR for key in ("latent_height", "latent_width")]
-
-
-def _temporal_factor(params: Mapping[str, Any]) -> int:
-    return params.get("time_compressed_rate", TEMPORAL_FACTOR)
-
-
-def allowed_num_frames(params: Mapping[str, Any]) -> list[int]:
-    """Numbers of latent frames that can be sampled: odd, up to the size of the position table.
-
-    The decoder takes three latent frames (or a single one), then two at a time.
-    """
-    return list(range(1, (params["num_frames"] - 1) // _temporal_factor(params) + 2, 2))
+    widths = _network_params(model, _Widths)
+    return widths.hidden_size // widths.num_attention_heads
 
 
 def num_latent_frames(num_frames: int, model: Mapping[str, Any]) -> int:
@@ -138,10 +153,7 @@ def num_latent_frames(num_frames: int, model: Mapping[str, Any]) -> int:
     Raises:
         UserError: the model does not make videos of this length; the message lists the lengths.
     """
-    params = check_model_section(model)
-    require_sizes(params, _SIZES)
-    factor = _temporal_factor(params)
-    lengths = {factor * (n - 1) + 1: n for n in allowed_num_frames(params)}
+    lengths = {frames: n for n, frames in check_model_section(model).lengths.items()}
     if type(num_frames) is not int or num_frames not in lengths:
         raise UserError(
             f"num_frames={num_frames!r} counts frames of the video; this model allows: "
@@ -156,38 +168,33 @@ def latent_shape(args: SamplingArgs, model: Mapping[str, Any]) -> tuple[int, int
     Raises:
         UserError: the model does not make videos of this size; the message says which it makes.
     """
-    params = check_model_section(model)
-    require_sizes(params, _SIZES)
-    allowed = allowed_num_frames(params)
-    if args.sampling_num_frames not in allowed:
-        factor = _temporal_factor(params)
-        frames = ", ".join(f"{n} ({factor * (n - 1) + 1})" for n in allowed)
+    sizes = check_model_section(model)
+    if args.sampling_num_frames not in sizes.lengths:
+        frames = ", ".join(f"{n} ({frames})" for n, frames in sizes.lengths.items())
         raise UserError(
             f"sampling_num_frames={args.sampling_num_frames} counts latent frames; this model "
             f"allows (video frames in brackets): {frames}"
         )
-    size = video_size(params)
-    if list(args.sampling_image_size) != size:
+    if args.sampling_image_size != sizes.image_size:
         raise UserError(
-            f"sampling_image_size={list(args.sampling_image_size)}: this model makes videos of "
-            f"{size} (height, width) only, the size of its position table"
+            f"sampling_image_size={args.sampling_image_size}: this model makes videos of "
+            f"{sizes.image_size} (height, width) only, the size of its position table"
         )
-    if args.latent_channels != params["in_channels"]:
+    if args.latent_channels != sizes.in_channels:
         raise UserError(
             f"latent_channels={args.latent_channels}, but the model has in_channels="
-            f"{params['in_channels']}; set latent_channels to that"
+            f"{sizes.in_channels}; set latent_channels to that"
         )
-    return (
-        args.sampling_num_frames,
-        params["in_channels"],
-        params["latent_height"],
-        params["latent_width"],
-    )
+    return (args.sampling_num_frames, *sizes.frame_shape)
 
 
-T5_EMBEDDER = "sgm.modules.encoders.modules.FrozenT5Embedder"
-AUTOENCODER = "sgm.models.autoencoder.VideoAutoencoderInferenceWrapper"
-_AUTOENCODER = "first_stage_config"
+def _t5_nodes(model: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Number and node of each T5 embedder of a `model` section."""
+    nodes = _at(model, "conditioner_config", "params", "emb_models")
+    is_list = isinstance(nodes, Sequence) and not isinstance(nodes, str)
+    for index, node in enumerate(nodes if is_list else ()):
+        if _at(node, "target") == T5_EMBEDDER:
+            yield index, node
 
 
 @dataclass(frozen=True)
@@ -195,28 +202,28 @@ class WeightPath:
     """A key of the `model` section that names weights.
 
     Attributes:
-        key: name of the param.
-        where: place of the node within the section.
-        node: the node with the params, of any type until it is checked.
-        value: the value of the param, of any type; None if it is missing.
-        index: number of the text encoder.
+        where: place of the params within the section, such as ``first_stage_config.params``.
+        key: name of the key.
+        params: the params that have the key, of any type until they are checked.
     """
 
-    key: str
     where: str
-    node: object
-    value: object
-    index: int = 0
+    key: str
+    params: Any
+
+    @property
+    def value(self) -> object:
+        """Value of the key, of any type; None if it is missing."""
+        return _at(self.params, self.key)
 
     def path(self) -> str:
         """The path; raises UserError if the key is not set."""
         if self.value and isinstance(self.value, str):
             return self.value
-        params = self.node.get("params") if isinstance(self.node, Mapping) else None
-        what = mistyped_as(self.key, params) or f" (it is {self.value!r})"
+        what = mistyped_as(self.key, self.params) or f" (it is {self.value!r})"
         raise UserError(
-            f"model.{self.where}.params.{self.key} is not set{what}: it must be the path of the "
-            "weights; without them this part of the model would be random"
+            f"model.{self.where}.{self.key} is not set{what}: it must be the path of the weights; "
+            "without them this part of the model would be random"
         )
 
 
@@ -225,22 +232,11 @@ def weight_paths(model: Mapping[str, Any]) -> Iterator[WeightPath]:
 
     The first is the autoencoder's, not set if the section has none; then those of each T5 embedder.
     """
-    yield _weight_path(model.get(_AUTOENCODER), "ckpt_path", _AUTOENCODER)
-    conditioner = model.get("conditioner_config")
-    params = conditioner.get("params") if isinstance(conditioner, Mapping) else None
-    embedders = params.get("emb_models") if isinstance(params, Mapping) else None
-    is_list = isinstance(embedders, Sequence) and not isinstance(embedders, str)
-    for index, node in enumerate(embedders if is_list else ()):
-        target = node.get("target") if isinstance(node, Mapping) else None
-        if isinstance(target, str) and TARGET_ALIASES.get(target, target) == T5_EMBEDDER:
-            where = f"conditioner_config.params.emb_models[{index}]"
-            yield _weight_path(node, "model_dir", where, index=index)
-
-
-def _weight_path(node: object, key: str, where: str, **place: int) -> WeightPath:
-    params = node.get("params") if isinstance(node, Mapping) else None
-    value = params.get(key) if isinstance(params, Mapping) else None
-    return WeightPath(key, where, node, value, **place)
+    params = _at(model, _FIRST_STAGE, "params")
+    yield WeightPath(f"{_FIRST_STAGE}.params", "ckpt_path", params)
+    for index, node in _t5_nodes(model):
+        where = f"conditioner_config.params.emb_models[{index}].params"
+        yield WeightPath(where, "model_dir", node.get("params"))
 
 
 @dataclass(frozen=True)
@@ -250,18 +246,18 @@ class RunWeights:
     transformer: Weights | None
     loras: Sequence[LoraChoice]
     autoencoder: Weights | None
-    text_encoders: Mapping[int, T5Files]
+    text_encoders: Sequence[T5Files]
 
     def within(self, model: Mapping[str, Any]) -> dict[str, Any]:
         """Copy a `model` section with these objects in the place of their paths."""
         changed = copy.deepcopy(dict(model))
-        target = (changed.get(_AUTOENCODER) or {}).get("target", "")
+        vae, *t5 = weight_paths(changed)
+        target = _at(changed, _FIRST_STAGE, "target")
         # Other classes take paths only.
         if self.autoencoder is not None and TARGET_ALIASES.get(target, target) == AUTOENCODER:
-            changed[_AUTOENCODER]["params"]["ckpt_path"] = self.autoencoder
-        for index, files in self.text_encoders.items():
-            node = changed["conditioner_config"]["params"]["emb_models"][index]
-            node["params"]["model_dir"] = files
+            vae.params[vae.key] = self.autoencoder
+        for named, files in zip(t5, self.text_encoders, strict=True):
+            named.params[named.key] = files
         return changed
 
 
@@ -296,19 +292,13 @@ def find_weights(
     vae, *t5 = weight_paths(model)
     autoencoder = None
     if not model.get("latent_input"):
-        if model.get(_AUTOENCODER) is None:
-            hint = mistyped_as(_AUTOENCODER, model)
-            raise UserError(f"model.{_AUTOENCODER} is missing{hint}; add it")
+        if model.get(_FIRST_STAGE) is None:
+            hint = mistyped_as(_FIRST_STAGE, model)
+            raise UserError(f"model.{_FIRST_STAGE} is missing{hint}; add it")
         autoencoder = find_autoencoder(vae.path())
-    text_encoders = {}
-    for named in t5:
-        path = Path(named.path()).expanduser()
-        if not path.is_dir():
-            raise UserError(
-                f"model.{named.where}.params.model_dir: the T5 folder {path} does not exist "
-                f"(model_dir {str(path)!r} is not a folder); README tells where to get it"
-            )
-        text_encoders[named.index] = find_t5(path)
+    text_encoders = [
+        find_t5(named.path(), option=f"model.{named.where}.{named.key}") for named in t5
+    ]
     return RunWeights(transformer, loras, autoencoder, text_encoders)
 
 
@@ -321,13 +311,6 @@ def check_sampling(config: Config) -> RunWeights:
     latent_shape(config.args, config.model)
     model = config.model | {"latent_input": False}  # it is for training; sampling always decodes
     return find_weights(model, config.args.load, lora=config.args.lora)
-
-
-_USED_TRANSFORMER_ARGS = ("checkpoint_activations", "skip_init")
-# The model is built in one form; other values are errors.
-_FIXED_TRANSFORMER_ARGS = {"layernorm_order": "pre", "is_decoder": False, "model_parallel_size": 1}
-# Sizes of SAT's embeddings of words and 1D positions, which this model does not have.
-_UNUSED_TRANSFORMER_ARGS = ("vocab_size", "max_sequence_length")
 
 
 def check_divides(name: str, divisor: int, **divided: int) -> None:
@@ -351,14 +334,7 @@ def check_transformer_args(transformer_args: Mapping[str, Any]) -> None:
     Raises:
         UserError: one is unknown, or has a value that is not supported.
     """
-    known = {*_USED_TRANSFORMER_ARGS, *_FIXED_TRANSFORMER_ARGS, *_UNUSED_TRANSFORMER_ARGS}
-    check_known(transformer_args, known, where="transformer_args")
-    for name, value in transformer_args.items():
-        if name in _FIXED_TRANSFORMER_ARGS and value != _FIXED_TRANSFORMER_ARGS[name]:
-            raise UserError(
-                f"{name}={value!r} in transformer_args: this model is built with "
-                f"{_FIXED_TRANSFORMER_ARGS[name]!r} only"
-            )
+    checked(_SatArgs, transformer_args, place=lambda key: f"transformer_args.{key}".rstrip("."))
 
 
 def check_modules(modules: Mapping[str, Any], *, parts: Iterable[str], num_layers: int) -> None:
@@ -367,16 +343,17 @@ def check_modules(modules: Mapping[str, Any], *, parts: Iterable[str], num_layer
     Raises:
         UserError: a node is missing or unknown, or a setting is out of range.
     """
-    if num_layers < 1:
-        raise UserError(f"num_layers={num_layers}: at least 1 is needed")
+    check_number("num_layers", num_layers, low=1, whole=True)
     required = [f"{name}_config" for name in parts]
     check_known(modules, [*required, "lora_config"], where="modules")
     for name in required:
         if not modules.get(name):
             raise UserError(f"network_config.params.modules.{name} is missing; add it")
-    lora = (modules.get("lora_config") or {}).get("params") or {}
-    if modules.get("lora_config"):
-        checked(_LoraSettings, lora, place=lambda key: f"lora_config: {key}")
-    outside = [i for i in lora.get("layer_range") or [] if not 0 <= i < num_layers]
-    if outside:
-        raise UserError(f"lora_config: layer_range names layer {outside[0]} of {num_layers} layers")
+    if node := modules.get("lora_config"):
+        settings = node.get("params") or {}
+        lora = checked(_LoraSettings, settings, place=lambda key: f"lora_config: {key}")
+        outside = [i for i in lora.layer_range or [] if not 0 <= i < num_layers]
+        if outside:
+            raise UserError(
+                f"lora_config: layer_range names layer {outside[0]} of {num_layers} layers"
+            )

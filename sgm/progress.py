@@ -53,15 +53,14 @@ class Progress:
             self._bar.close()
 
     def say(self, message: str, *, level: int = logging.INFO) -> None:
-        """Print a line above the bar, or log it at `level` if there is no bar."""
+        """Print a line above the bar, or log it at `level` if there is no bar.
+
+        Every rank logs errors.
+        """
         if self._bar is not None:
             self._bar.write(message, file=sys.stderr)
         else:
             logger.log(level, "%s", message)
-
-    def complain(self, message: str) -> None:
-        """Like `say`, for an error, which every rank logs."""
-        self.say(message, level=logging.ERROR)
 
     @contextmanager
     def hidden(self) -> Iterator[None]:

@@ -14,32 +14,30 @@ from sgm.errors import UserError, check_known, nearest_name
 if TYPE_CHECKING:
     from torch import nn
 
-_DIFFUSION_TRANSFORMER = "sgm.models.transformer.DiffusionTransformer"
-_TRANSFORMER_PARTS = "sgm.modules.transformer"
-_AUTOENCODER = "sgm.models.autoencoder.VideoAutoencoderInferenceWrapper"
-_REGULARIZER = "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"
-
-# Class paths of published YAML files, and where the classes are in this code base.
-TARGET_ALIASES = {
-    "dit_video_concat.DiffusionTransformer": _DIFFUSION_TRANSFORMER,
-    "dit_video_concat.Basic3DPositionEmbeddingMixin": (
-        f"{_TRANSFORMER_PARTS}.position_embedding.Basic3DPositionEmbeddingMixin"
+# Modules that published YAML files name, and the classes of this code base that they stand for.
+_OLD_MODULES = {
+    "dit_video_concat": (
+        "sgm.models.transformer.DiffusionTransformer",
+        "sgm.modules.transformer.position_embedding.Basic3DPositionEmbeddingMixin",
+        "sgm.modules.transformer.patch_embedding.ImagePatchEmbeddingMixin",
+        "sgm.modules.transformer.adaln.AdaLNMixin",
+        "sgm.modules.transformer.final_layer.FinalLayerMixin",
     ),
-    "dit_video_concat.ImagePatchEmbeddingMixin": (
-        f"{_TRANSFORMER_PARTS}.patch_embedding.ImagePatchEmbeddingMixin"
+    "vae_modules.autoencoder": ("sgm.models.autoencoder.VideoAutoencoderInferenceWrapper",),
+    "vae_modules.regularizers": (
+        "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer",
     ),
-    "dit_video_concat.AdaLNMixin": f"{_TRANSFORMER_PARTS}.adaln.AdaLNMixin",
-    "dit_video_concat.FinalLayerMixin": f"{_TRANSFORMER_PARTS}.final_layer.FinalLayerMixin",
-    "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper": _AUTOENCODER,
-    "vae_modules.regularizers.DiagonalGaussianRegularizer": _REGULARIZER,
-    "vae_modules.cp_enc_dec.ContextParallelEncoder3D": (
-        "sgm.modules.autoencoding.encoder.ContextParallelEncoder3D"
-    ),
-    "vae_modules.cp_enc_dec.ContextParallelDecoder3D": (
-        "sgm.modules.autoencoding.decoder.ContextParallelDecoder3D"
+    "vae_modules.cp_enc_dec": (
+        "sgm.modules.autoencoding.encoder.ContextParallelEncoder3D",
+        "sgm.modules.autoencoding.decoder.ContextParallelDecoder3D",
     ),
 }
-
+# Class paths of these files → where the classes are.
+TARGET_ALIASES = {
+    f"{module}.{path.rpartition('.')[2]}": path
+    for module, paths in _OLD_MODULES.items()
+    for path in paths
+}
 
 # Parameters of constructors that the code gives, not a file; no message names them.
 SET_BY_CODE = frozenset(
@@ -48,16 +46,19 @@ SET_BY_CODE = frozenset(
 )
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a real number. A bool is not, although Python counts it as an int."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+def is_finite_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number other than infinity and NaN.
+
+    A bool is not, although Python counts it as an int.
+    """
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # Annotation, as text → check of a value, and what the value must be.
 _PLAIN_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bool": (lambda value: value in (0, 1), "true or false"),
-    "int": (lambda value: is_number(value) and value % 1 == 0, "a whole number"),
-    "float": (is_number, "a number"),
+    "int": (lambda value: is_finite_number(value) and value % 1 == 0, "a whole number"),
+    "float": (is_finite_number, "a finite number"),
     "str": (lambda value: isinstance(value, str), "a text"),
 }
 
@@ -127,8 +128,7 @@ def check_params(cls: type, params: Mapping[str, Any], *, where: str) -> dict[st
     signature = list(inspect.signature(cls).parameters.values())
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature):
         return used
-    named = [p for p in signature if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    known = {parameter.name: parameter for parameter in named}
+    known = {p.name: p for p in signature if p.kind is not p.VAR_POSITIONAL}
     allowed = [*known.keys() - SET_BY_CODE, *ignored]
     check_known([name for name in used if name not in known], allowed, where=where)
     for name, value in used.items():
@@ -136,9 +136,9 @@ def check_params(cls: type, params: Mapping[str, Any], *, where: str) -> dict[st
         has_type, expected = _PLAIN_TYPES.get(known[name].annotation, (None, ""))
         if has_type is not None and not has_type(value):
             raise UserError(f"{where}: {name}: {value!r} must be {expected}")
-    for parameter in named:
-        if parameter.default is parameter.empty and parameter.name not in used:
-            raise UserError(f"{where}: {parameter.name} is missing; add it")
+    for name, parameter in known.items():
+        if parameter.default is parameter.empty and name not in used:
+            raise UserError(f"{where}: {name} is missing; add it")
     return used
 
 
@@ -146,33 +146,27 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: object) -> Any: 
     """Build the object that a node ``{target: …, params: {…}}`` describes.
 
     Args:
-        config: the node, a plain mapping or an OmegaConf one. Nested nodes are passed to the
-            constructor, which builds them.
+        config: the node. Nested nodes are passed to the constructor, which builds them.
         extra: further constructor arguments from the caller; they win over `params`.
 
     Raises:
         UserError: as in `get_class` and `check_params`; the node has another form; or the
             constructor cannot use a value.
     """
-    from omegaconf import DictConfig, OmegaConf  # decoding processes do without it
-
-    node: Any = config
-    if isinstance(config, DictConfig):
-        node = OmegaConf.to_container(config, resolve=True)
-    if not isinstance(node, Mapping) or "target" not in node:
-        raise UserError(f"a node with the key 'target' was expected, not {node!r}")
-    check_known(node, ("target", "params"), where=f"the node of {node['target']}")
-    cls = get_class(node["target"])
-    params = node.get("params") or {}
+    if not isinstance(config, Mapping) or "target" not in config:
+        raise UserError(f"a node with the key 'target' was expected, not {config!r}")
+    target, params = config["target"], config.get("params") or {}
+    check_known(config, ("target", "params"), where=f"the node of {target}")
+    cls = get_class(target)
     if not isinstance(params, Mapping):
-        raise UserError(f"{node['target']}: params must hold keys, not {params!r}")
-    used = check_params(cls, {**params, **extra}, where=f"params of {node['target']}")
+        raise UserError(f"{target}: params must hold keys, not {params!r}")
+    used = check_params(cls, {**params, **extra}, where=f"params of {target}")
     try:
         return cls(**used)
     except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{node['target']} cannot be built: {reason}; check the types of its params"
+            f"{target} cannot be built: {reason}; check the types of its params"
         ) from error
 
 
@@ -218,11 +212,6 @@ def build_on_meta(node: Mapping[str, Any]) -> nn.Module:
         return instantiate_from_config({**node, "params": params})
 
 
-def is_finite_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a real number other than infinity and NaN."""
-    return is_number(value) and math.isfinite(value)
-
-
 def check_number(
     name: str,
     value: object,
@@ -243,8 +232,7 @@ def check_number(
     kind = "a whole number" if whole else "a number"
     if is_finite_number(value) and low <= value <= high and (not whole or value % 1 == 0):
         return
-    if math.isfinite(low) and math.isfinite(high):
-        bounds = f" from {low:g} to {high:g}"
-    else:
-        bounds = f" of at least {low:g}" if math.isfinite(low) else ""
+    bounds = f" from {low:g} to {high:g}"
+    if math.isinf(high):
+        bounds = "" if math.isinf(low) else f" of at least {low:g}"
     raise UserError(f"{name}={value!r}: give {kind}{bounds} in the configuration")

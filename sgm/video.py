@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,13 @@ def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: float) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    import imageio.v2 as imageio
+    import imageio.v2
     from imageio_ffmpeg import count_frames_and_secs
 
     num_frames = 0
     with replacing(path) as partial:
-        with imageio.get_writer(
+        get_writer: Any = imageio.v2.get_writer  # its types are not those of its documentation
+        with get_writer(
             partial,
             format="FFMPEG",
             fps=fps,
@@ -126,19 +128,12 @@ def collect_frames(chunks: Iterable[np.ndarray], path: Path | None, *, fps: floa
     Raises:
         UserError: the file cannot be written.
     """
-    kept: list[np.ndarray] = []
-
-    def passing() -> Iterator[np.ndarray]:
-        for chunk in chunks:
-            kept.append(chunk)
-            yield chunk
-
-    if path is None:
-        kept.extend(chunks)
-    else:
+    written, kept = itertools.tee(chunks)
+    if path is not None:
         make_output_folder(path.parent)
-        write_mp4(passing(), path, fps=fps)
-    return np.concatenate(kept) if kept else np.empty((0, 0, 0, 3), np.uint8)
+        write_mp4(written, path, fps=fps)
+    frames = list(kept)
+    return np.concatenate(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:

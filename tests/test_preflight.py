@@ -42,7 +42,7 @@ def test_other_sizes_are_refused_with_the_allowed_ones(change, words):
         ({"network_config": {"params": PARAMS}}, "params.in_channels is missing;"),
         (
             {"network_config": {"params": PARAMS | {"in_chanels": 16}}},
-            r"params.in_channels is missing \(is 'in_chanels' mistyped\?\); add it",
+            r"params.in_channels is missing \(is 'in_chanels' mistyped\?\); it must be",
         ),
         (
             {"network_confg": {}},

@@ -372,7 +372,9 @@ def test_each_absent_weight_is_named(placed, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="args.load is not set"):
         find_weights(model, None)
     (tmp_path / "t5").unlink()
-    with pytest.raises(UserError, match=rf"emb_models\[0\].params.model_dir: .*{tmp_path}/t5 does"):
+    with pytest.raises(
+        UserError, match=rf"emb_models\[0\].params.model_dir: .*{tmp_path}/t5' is not"
+    ):
         find_weights(model, load)
     embedder["params"] = None
     with pytest.raises(UserError, match="model_dir is not set"):

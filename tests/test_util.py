@@ -131,7 +131,7 @@ class Typed:
         ({"count": "2"}, "part: count: '2' must be a whole number"),
         ({"count": True}, "a whole number"),
         ({"count": 2.5}, "a whole number"),
-        ({"share": "0.1"}, "share: '0.1' must be a number"),
+        ({"share": "0.1"}, "share: '0.1' must be a finite number"),
         ({"name": 3}, "name: 3 must be a text"),
         ({"count": None}, "count: None must be"),
     ],

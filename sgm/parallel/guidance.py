@@ -26,11 +26,6 @@ class SplitGuider(Guider):
         self.guider = guider
         self.group = group
 
-    @property
-    def num_steps(self) -> int:
-        """The number of steps of the guider, if it has one."""
-        return self.guider.num_steps
-
     def prepare(self, cond: Conditioning, uncond: Conditioning | None) -> Conditioning:
         """Return the conditioning of this process's branch."""
         rank, size = self.group.rank(), self.group.size()

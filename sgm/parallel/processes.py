@@ -15,7 +15,7 @@ from sgm.modules.diffusionmodules.sampling import Sampler
 from sgm.parallel.guidance import SplitGuider
 
 # While the first process decodes and writes a video, the others wait in the next one's first step.
-_PATIENCE = timedelta(hours=12)
+PATIENCE = timedelta(hours=12)
 
 
 class LostProcessError(UserError):
@@ -45,18 +45,11 @@ def share_sampling(network: DiffusionTransformer, sampler: Sampler) -> None:
         )
     if branches > 1:
         pairs = list(zip(*parts, strict=True))
-        group, _ = distributed.new_subgroups_by_enumeration(pairs, timeout=_PATIENCE)
+        group, _ = distributed.new_subgroups_by_enumeration(pairs, timeout=PATIENCE)
         sampler.guider = SplitGuider(sampler.guider, group)
     if len(parts[0]) > 1:
-        group, _ = distributed.new_subgroups_by_enumeration(parts, timeout=_PATIENCE)
+        group, _ = distributed.new_subgroups_by_enumeration(parts, timeout=PATIENCE)
         network.split_sequence(group)
-
-
-def group_of_all() -> distributed.ProcessGroup:
-    """Return a group of all processes with a timeout that is long enough for making videos."""
-    everyone = [list(range(distributed.get_world_size()))]
-    group, _ = distributed.new_subgroups_by_enumeration(everyone, timeout=_PATIENCE)
-    return group
 
 
 @contextmanager

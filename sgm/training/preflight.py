@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sgm.errors import UserError, check_known, nearest_name
 from sgm.options import Section, checked, explain
-from sgm.preflight import SPATIAL_FACTOR, check_model_section, require_sizes, video_size
+from sgm.preflight import SPATIAL_FACTOR, check_model_section
 
 if TYPE_CHECKING:
     import torch
@@ -163,17 +163,16 @@ def check_video_data(data: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     network = check_model_section(model)
     if data.get("target") != VIDEO_DATASET or not isinstance(data.get("params"), Mapping):
         return
-    require_sizes(network, ("latent_height", "latent_width", "num_frames"))
-    size = video_size(network)
     given, length = (data["params"].get(key) for key in ("video_size", "max_num_frames"))
+    size = network.image_size
     if given != size:
         raise UserError(
             f"data.params.video_size: {given!r} must be {size} (height, width), that is "
             f"{SPATIAL_FACTOR} times latent_height and latent_width of this model"
         )
-    if isinstance(length, int) and length > network["num_frames"]:
+    if isinstance(length, int) and length > network.num_frames:
         raise UserError(
-            f"data.params.max_num_frames: {length} must be at most {network['num_frames']}, the "
+            f"data.params.max_num_frames: {length} must be at most {network.num_frames}, the "
             "num_frames of this model"
         )
 

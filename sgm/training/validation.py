@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sgm.config import Config
+from sgm.config import Config, SamplingArgs
 from sgm.data.loader import VALIDATION, SeededDataset, checked_batches
 from sgm.distributed import data_parallel_rank_and_size
 from sgm.files import make_output_folder, replacing
 from sgm.modules.diffusionmodules.discretizer import NUM_TIMESTEPS, NoiseLevels
-from sgm.pipeline import CallDefaults, CogVideoX
-from sgm.preflight import allowed_num_frames, check_model_section, require_sizes
+from sgm.pipeline import CogVideoX
+from sgm.preflight import check_model_section
 from sgm.progress import Progress
 from sgm.prompts import Prompt
 from sgm.seeds import derived_seed
@@ -81,13 +81,10 @@ class Validation:
         self.dataset = dataset
         self.args = config.args
         self.model = config.model
-        network = check_model_section(config.model)
-        sizes = ("in_channels", "latent_height", "latent_width")
-        require_sizes(network, ("num_frames", *sizes))
-        self.defaults = CallDefaults(
-            shape=(allowed_num_frames(network)[-1], *(network[key] for key in sizes)),
-            fps=(config.data.get("params") or {}).get("fps", _FPS),
+        self.fps = (config.data.get("params") or {}).get("fps", _FPS)
+        self.sampling = SamplingArgs(
             seed=config.args.seed,
+            sampling_num_frames=max(check_model_section(config.model).lengths),
         )
         self.folder = folder / "validation"
         self.prompts = list(prompts)
@@ -182,7 +179,7 @@ class Validation:
         if writes:
             make_output_folder(folder)
         made = []
-        pipe = CogVideoX(engine, self.model, self.defaults, embed=self.embed)
+        pipe = CogVideoX(engine, self.model, self.sampling, embed=self.embed)
         with evaluating(engine), Progress(len(own) * engine.sampler.num_steps) as progress:
             for number, prompt in own:
                 for step in pipe.stream(prompt, index=number, decode=False):
@@ -214,7 +211,7 @@ class Validation:
                         stem, latents = left[0]
                         mp4, sheet = (stem.with_name(stem.name + end) for end in (".mp4", ".png"))
                         before = self.folder / f"{0:06d}" / sheet.name
-                        frames = collect_frames(pipe.decode(latents), mp4, fps=self.defaults.fps)
+                        frames = collect_frames(pipe.decode(latents), mp4, fps=self.fps)
                         write_contact_sheet(
                             frames, sheet, above=None if before == sheet else before
                         )

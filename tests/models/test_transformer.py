@@ -402,8 +402,11 @@ def test_lora_only_in_layer_range(small_config: Config, caplog: pytest.LogCaptur
         ),
         ({"num_layers": 0}, "num_layers=0"),
         ({"transformer_args": {"checkpoint_activation": True}}, "'checkpoint_activations'"),
-        ({"transformer_args": {"layernorm_order": "post"}}, "layernorm_order='post'.*'pre' only"),
-        ({"transformer_args": {"model_parallel_size": 2}}, "model_parallel_size=2.*1 only"),
+        (
+            {"transformer_args": {"layernorm_order": "post"}},
+            "transformer_args.layernorm_order: 'post' must be 'pre'",
+        ),
+        ({"transformer_args": {"model_parallel_size": 2}}, "model_parallel_size: 2 must be 1"),
         (
             {"lora": {"rank": 4}},
             "lora_config: r is missing; it must be a whole number of at least 1",
