@@ -140,7 +140,7 @@ class Weights(_Found):
 
 
 @contextmanager
-def _looking_up(given: str | Path, option: str) -> Iterator[None]:
+def looking_up(given: str | Path, option: str) -> Iterator[None]:
     """Around looking up a path: UserError if its name is too long, a folder is not readable …"""
     try:
         yield
@@ -168,7 +168,7 @@ def find_transformer(
     if isinstance(load, Weights):
         return load
     option = option or kind
-    with _looking_up(load, option):
+    with looking_up(load, option):
         path = Path(os.path.expanduser(load))
         if path.is_file():
             return Weights.of_file(load, path, option)
@@ -311,7 +311,7 @@ def find_t5(model_dir: str | Path | T5Files, *, option: str = "model_dir") -> T5
     """
     if isinstance(model_dir, T5Files):
         return model_dir
-    with _looking_up(model_dir, option):
+    with looking_up(model_dir, option):
         folder = Path(model_dir).expanduser()
         folder = find_in_pipeline(folder, "text_encoder") or folder
         config = _t5_config(folder, option)

@@ -7,6 +7,7 @@ import functools
 import io
 import logging
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from subprocess import SubprocessError
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ from torch.optim import Optimizer
 from sgm.config import TrainingArgs
 from sgm.errors import UserError
 from sgm.sat_runtime import quiet_sat
-from sgm.training.preflight import REFUSALS, SAT_OPTIMIZER, reason_of
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -26,6 +26,16 @@ if TYPE_CHECKING:
     from sat.training.learning_rates import AnnealingLR
 
 logger = logging.getLogger(__name__)
+
+SAT_OPTIMIZER = "sat.ops.FusedEmaAdam"
+# Exceptions that DeepSpeed raises for invalid settings, besides its own class.
+REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError)
+
+
+def reason_of(error: Exception) -> str:
+    """One line about an error that DeepSpeed raised for its settings."""
+    reason = textwrap.shorten(str(error), 300, placeholder=" …") or "no reason given"
+    return f"{type(error).__name__}: {reason}"
 
 
 # For messages about a loss, gradient or weight that is not finite.
