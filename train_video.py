@@ -18,7 +18,6 @@ from sgm.training.preflight import (
     VIDEO_DATASET,
     check_data_paths,
     check_video_data,
-    warn_of_warmup,
 )
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ def build_engine(
         if is_lora:
             load_lora(network, saved, base=engine.base_fingerprint)
             saved.release()
-        saving.restore_conditioner(engine, stored)
+        engine.load_state_dict(stored, strict=False)
         stored.clear()
 
     return engine, load_weights
@@ -191,7 +190,6 @@ def check(config: Config) -> RunWeights:
     Raises:
         UserError: a value or a path is invalid.
     """
-    warn_of_warmup(config.args)
     check_video_data(config.data, config.model)
     from_nothing = config.args.mode == "pretrain"
     if not (config.args.load or from_nothing):

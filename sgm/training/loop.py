@@ -119,21 +119,14 @@ class Trainer:
                     with self.report.pause():
                         self.checkpointer.save(progress)
         except KeyboardInterrupt:
-            self._log_interruption()
+            with self.report.pause():
+                logger.info(
+                    "stopped after step %d; --resume %s continues from the last checkpoint, if one "
+                    "was saved",
+                    *(progress.step, self.checkpointer.run),
+                )
             raise
         self.report.close()
-
-    def _log_interruption(self) -> None:
-        """Log how an interrupted run can be resumed."""
-        run = self.checkpointer.run
-        try:
-            saved = (run / "latest").read_text("utf-8", errors="replace")
-        except OSError:
-            hint = f"nothing is saved yet in {run}"
-        else:
-            hint = f"the last checkpoint is {run}/{saved}; --resume {run} continues from it"
-        with self.report.pause():
-            logger.info("stopped after step %d; %s", self.progress.step, hint)
 
     def _step(self, batches: Iterator[Mapping[str, Any]]) -> None:
         """One step of the optimizer: `gradient_accumulation_steps` passes."""

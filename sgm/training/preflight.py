@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,7 @@ from sgm.config import TrainingArgs
 from sgm.errors import UserError
 from sgm.preflight import SPATIAL_FACTOR, check_model_section, require_sizes, video_size
 
-logger = logging.getLogger(__name__)
-
-
 VIDEO_DATASET = "data_video.SFTDataset"
-
-
-def warn_of_warmup(args: TrainingArgs) -> None:
-    """Log a warning if the first steps, with a small learning rate, are all steps."""
-    if args.train_iters <= args.auto_warmup_steps:
-        logger.warning(
-            "auto_warmup_steps=%d covers all of train_iters=%d: the learning rate stays at 5%% of "
-            "lr; set it to 0 for a short run",
-            args.auto_warmup_steps,
-            args.train_iters,
-        )
 
 
 def check_data_paths(args: TrainingArgs) -> None:

@@ -19,13 +19,13 @@ import re
 import shutil
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from torch import distributed
 
 from sgm.checkpoint.find import looking_up
-from sgm.config import Config, TrainingArgs
+from sgm.config import Config, TrainingArgs, read_yaml
 from sgm.distributed import is_main
 from sgm.errors import UserError, first_of
 from sgm.files import make_output_folder, replacing
@@ -38,8 +38,6 @@ OLD = ".old"  # a checkpoint that will be deleted after the next save
 _LOCK = ".lock"
 CONFIG_FILE = "training_config.yaml"
 EMA = "-ema"
-# Errors from reading a configuration file that is damaged or not a training configuration.
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
 def start_run(args: TrainingArgs) -> Path:
@@ -240,20 +238,16 @@ def compare_with_last_start(config: Config, run: Path) -> None:
     Raises:
         UserError: the precision differs, so the optimizer's state does not fit.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     from sgm.training.deepspeed_settings import weight_dtype
 
     try:
-        before: Any = OmegaConf.to_container(OmegaConf.load(run / CONFIG_FILE))
-        keys = before["model"] | config.model
-        changed = [key for key in keys if before["model"].get(key) != config.model.get(key)]
-        precision = weight_dtype(before.get("deepspeed") or {})
-    except (*_UNREADABLE, YAMLError, OmegaConfBaseException) as error:
-        logger.debug("%s of %s cannot be compared: %s", CONFIG_FILE, run, error)
+        before, _ = read_yaml([str(run / CONFIG_FILE)])
+    except UserError as error:
+        logger.debug("the settings cannot be compared: %s", error)
         return
+    model = before["model"]
+    changed = [key for key in model | config.model if model.get(key) != config.model.get(key)]
+    precision = weight_dtype(before["deepspeed"])
     if precision != weight_dtype(config.deepspeed):
         raise UserError(
             f"resume: {run} was trained in {str(precision)[6:]}; set the precision in the section "

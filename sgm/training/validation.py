@@ -217,9 +217,7 @@ class Validation:
                         mp4, sheet = (stem.with_name(stem.name + end) for end in (".mp4", ".png"))
                         before = self.folder / f"{0:06d}" / sheet.name
                         frames = collect_frames(pipe.decode(latents), mp4, fps=self.defaults.fps)
-                        write_contact_sheet(
-                            frames, sheet, above=None if before == sheet else before
-                        )
+                        write_contact_sheet(frames, sheet, above=before)
                         written += [mp4, sheet]
                         del left[0]
             except torch.cuda.OutOfMemoryError:

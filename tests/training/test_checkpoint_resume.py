@@ -156,11 +156,10 @@ def test_a_run_resumed_at_an_earlier_step_replaces_its_later_checkpoints(
     run = small.train(file, tmp_path / "runs", *flags, *EMA)
     weights = module_of(run / "3")
     small.train(file, run.parent, *flags, "--resume", str(run / "3"))  # nothing is left to do
-    assert (run / "3-ema").is_dir() and "3-ema holds a moving average" in caplog.text
+    assert (run / "3-ema").is_dir()
     small.train(file, run.parent, *flags, "--resume", str(run / "1"))
     found = module_of(run / "3")
     assert all(torch.equal(found[name], weights[name]) for name in weights)
-    assert "1-ema holds a moving average, which ends here" in caplog.text
     assert "later checkpoints (2, 3) are renamed" in caplog.text
     folders = sorted(path.name for path in run.iterdir() if path.name[0].isdecimal())
     assert folders == ["1", "1-ema", "2", "3"]
