@@ -183,7 +183,7 @@ WRONG = {
     "args.warmup": [-0.1, 1.1, math.nan],
     "args.ema_decay": [1.0, math.nan],
     "args.lr_decay_ratio": [0.0, math.nan],
-    "deepspeed.zero_optimization.stage": ["two", 4, True, -1],
+    "deepspeed.zero_optimization.stage": ["two", 4, -1],
     "deepspeed.optimizer": ["Adam", None],
     "deepspeed.optimizer.params": [[1]],
     "deepspeed.optimizer.type": [None, "sat.ops.LayerNorm", "sat.ops.os.system"],

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor, distributed
 
-from sgm.checkpoint.find import MODEL_FILES, Weights, find_transformer
+from sgm.checkpoint.find import MODEL_FILES, Weights
 from sgm.checkpoint.lora import lora_record
 from sgm.checkpoint.reading import read_checkpoint, tensors_of
 from sgm.checkpoint.strict_loading import check_fit
@@ -265,14 +265,11 @@ def check_state_file(path: Path) -> None:
     Raises:
         UserError: it is missing, so only the weights beside it can be used.
     """
-    if path.is_file():
-        return
-    load = str(path.parent)
-    if holds_lora(find_transformer(path.parent)):
-        load = f"the output of tools/merge_lora.py for the base model and {path.parent}"
-    raise UserError(
-        f"{path} does not exist, so the run cannot be resumed; start a new one with load: {load}"
-    )
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist, so the run cannot be resumed; start a new one with load: "
+            f"{path.parent} (if that is a LoRA: with the output of tools/merge_lora.py for it)"
+        )
 
 
 def _read_state(path: Path) -> _State:

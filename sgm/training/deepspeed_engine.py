@@ -184,14 +184,9 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """
     from sat.training.deepspeed_training import get_optimizer_param_groups
 
-    trained = trained_weights(module).values()
     every = sum(weight.numel() for weight in module.parameters())
-    own = sum(weight.numel() for weight in trained)
-    size = sum(weight.numel() * weight.element_size() for weight in trained) / 2**20
-    logger.info(
-        "training %.2f M of %.2f M parameters (%d tensors, %.1f MiB)",
-        *(own / 1e6, every / 1e6, len(trained), size),
-    )
+    trained = sum(weight.numel() for weight in trained_weights(module).values())
+    logger.info("training %.2f M of %.2f M parameters", trained / 1e6, every / 1e6)
     with quiet_sat():
         groups = get_optimizer_param_groups(module)
     seen: set[nn.Parameter] = set()

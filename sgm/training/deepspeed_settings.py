@@ -21,7 +21,7 @@ from deepspeed.runtime.precision_config import (
 )
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger as deepspeed_logger
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sgm.config import TrainingArgs
 from sgm.errors import UserError, check_known, nearest_name
@@ -46,14 +46,9 @@ _KEYS = """
 """.split()
 _ALIKE = 0.8  # difflib's ratio from which on an unknown key counts as a known one, mistyped
 
-# Params of Adam that only DeepSpeed has.
-_DEEPSPEED_ADAM = ("torch_adam", "adam_w_mode", "bias_correction", "fp32_optimizer_states")
-# PyTorch's optimizers, which check their own params. DeepSpeed has a Muon with other params.
-_TORCH_OPTIMIZERS = {
-    name: kind
-    for name, kind in vars(torch.optim).items()
-    if isinstance(kind, type) and name != "Muon"
-}
+# DeepSpeed's names may be written in capitals too; others are classes of PyTorch.
+_OPTIMIZERS = [*(name for name in dir(torch.optim) if name[0].isupper()), SAT_OPTIMIZER]
+_OPTIMIZERS += DEEPSPEED_OPTIMIZERS
 _BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")  # the names that DeepSpeed knows
 
 
@@ -66,24 +61,9 @@ class _Optimizer(Section):
     @field_validator("type")
     @classmethod
     def _check_type(cls, name: str) -> str:
-        known = [*_TORCH_OPTIMIZERS, SAT_OPTIMIZER, *DEEPSPEED_OPTIMIZERS]
-        if name not in known and name.lower() not in known:
-            raise ValueError(f"{name!r} is unknown; {nearest_name(name, known)}")
+        if name not in _OPTIMIZERS and name.lower() not in DEEPSPEED_OPTIMIZERS:
+            raise ValueError(f"{name!r} is unknown; {nearest_name(name, _OPTIMIZERS)}")
         return name
-
-    @field_validator("params")
-    @classmethod
-    def _check_params(
-        cls, params: dict[str, Any] | None, info: ValidationInfo
-    ) -> dict[str, Any] | None:
-        kind = _TORCH_OPTIMIZERS.get(info.data.get("type", ""))
-        if kind is not None and params:
-            own = {key: value for key, value in params.items() if key not in _DEEPSPEED_ADAM}
-            try:
-                kind([torch.nn.Parameter(torch.zeros(1))], **own)
-            except REFUSALS as error:
-                raise ValueError(str(error)) from None
-        return params
 
 
 class _Autocast(Options):
@@ -117,21 +97,13 @@ class _DeepSpeed(Section):
     fp16: DeepSpeedFP16Config = DeepSpeedFP16Config()
     torch_autocast: _Autocast | None = None
 
-    @field_validator("zero_optimization", mode="before")
-    @classmethod
-    def _check_zero(cls, section: object) -> object:
-        given = section if isinstance(section, Mapping) else {}
-        if type(given.get("stage", 0)) is not int:  # DeepSpeed takes true for 1, "auto" for 0
-            raise ValueError(f"stage: {given['stage']!r} must be a whole number from 0 to 3")
-        if given.get("elastic_checkpoint"):
-            raise ValueError("elastic_checkpoint is not supported; remove it")
-        return section
-
     @model_validator(mode="after")
-    def _check_float16(self) -> _DeepSpeed:
+    def _check_zero(self) -> _DeepSpeed:
+        zero, half = self.zero_optimization, self.fp16
+        if zero.elastic_checkpoint:
+            raise ValueError("zero_optimization.elastic_checkpoint is not supported; remove it")
         # DeepSpeed 0.19.8 divides the gradients by the loss scale, but does not multiply the loss.
-        half, stage = self.fp16, self.zero_optimization.stage
-        if half.enabled and not stage and half.loss_scale != 1:
+        if half.enabled and not zero.stage and half.loss_scale != 1:
             raise ValueError(
                 "fp16: without ZeRO DeepSpeed does not scale the loss, so float16 would learn next "
                 "to nothing; set zero_optimization.stage to 1, 2 or 3, or use bf16"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,11 +105,7 @@ class Trainer:
             if progress.step == 0:
                 self._validate()
             if progress.step >= total:
-                logger.info(
-                    "%d steps are done and train_iters is %d, so nothing is left to do; raise it "
-                    "to continue training",
-                    *(progress.step, total),
-                )
+                logger.info("all %d steps are done; raise train_iters to continue", total)
             while progress.step < total:
                 self._step(batches)
                 done = progress.step == total
@@ -206,8 +202,8 @@ class TrainingObjective(nn.Module):
         super().__init__()
         self.model = engine.model
         self.denoiser = engine.denoiser
-        self.loss_fn = engine.loss_fn
-        assert self.loss_fn is not None  # training is not started without one
+        assert engine.loss_fn is not None  # training is not started without one
+        self.loss_fn: Callable[..., Tensor] = engine.loss_fn
         if engine.conditioner.is_trained:
             self.conditioner = engine.conditioner
 

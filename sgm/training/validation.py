@@ -20,7 +20,7 @@ from sgm.files import make_output_folder, replacing
 from sgm.modules.diffusionmodules.discretizer import NUM_TIMESTEPS
 from sgm.modules.diffusionmodules.sigma_sampling import NoiseLevels
 from sgm.pipeline import CallDefaults, CogVideoX
-from sgm.preflight import allowed_num_frames, check_model_section, require_sizes
+from sgm.preflight import allowed_num_frames, check_model_section
 from sgm.progress import Progress
 from sgm.prompts import Prompt
 from sgm.seeds import derived_seed
@@ -84,7 +84,6 @@ class Validation:
         self.model = config.model
         network = check_model_section(config.model)
         sizes = ("in_channels", "latent_height", "latent_width")
-        require_sizes(network, ("num_frames", *sizes))
         self.defaults = CallDefaults(
             shape=(allowed_num_frames(network)[-1], *(network[key] for key in sizes)),
             fps=(config.data.get("params") or {}).get("fps", _FPS),
