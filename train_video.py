@@ -14,11 +14,7 @@ from sgm.config import Config, TrainingArgs
 from sgm.errors import UserError
 from sgm.preflight import RunWeights, find_weights
 from sgm.toolchain import can_compile_kernels, check_compile
-from sgm.training.preflight import (
-    VIDEO_DATASET,
-    check_data_paths,
-    check_video_data,
-)
+from sgm.training.preflight import VIDEO_DATASET, check_data_paths, check_video_data
 
 if TYPE_CHECKING:
     import torch

@@ -160,11 +160,10 @@ class Checkpointer:
                 schedule.step(state.schedule["num_iters"])
             self.report.load_state_dict(state.watched["report"])
         except (KeyError, ValueError, RuntimeError, AssertionError, TypeError) as error:
-            logger.debug("%s", folder, exc_info=True)
             raise UserError(
                 f"{folder} cannot be resumed ({reason_of(error)}); the trained weights and the "
                 "deepspeed section must be as in training_config.yaml beside it"
-            ) from None
+            ) from error
         if self.average is not None:
             self._restore_average(self.average, folder.with_name(f"{folder.name}{run_folder.EMA}"))
         self.wrapped.global_steps = state.step

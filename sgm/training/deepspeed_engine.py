@@ -75,9 +75,8 @@ def start_deepspeed(
         optimizer = sat_optimizer(params)
     # On a CPU DeepSpeed would compile a shared-memory reduction that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the extensions that it compiles
             wrapped, *_ = deepspeed.initialize(
                 model=objective,
                 model_parameters=groups,
@@ -86,13 +85,10 @@ def start_deepspeed(
                 config=settings,
             )
     except (*REFUSALS, deepspeed.DeepSpeedConfigError) as error:
-        logger.debug("deepspeed.initialize", exc_info=True)
         raise UserError(
             f"deepspeed refuses its settings: {reason_of(error)}; change them in the section "
             "deepspeed"
-        ) from None
-    finally:  # it prints the extensions that it compiles
-        logger.debug(printed.getvalue())
+        ) from error
     fuse_gradient_checks(wrapped.optimizer)
     return wrapped
 
@@ -217,11 +213,10 @@ def sat_optimizer(params: Mapping[str, Any]) -> Callable[[Sequence[object]], Opt
         try:
             return ops.FusedEmaAdam(groups, **params)
         except (IndexError, OSError, RuntimeError, AssertionError, SubprocessError) as error:
-            logger.debug("%s", SAT_OPTIMIZER, exc_info=True)
             raise UserError(
                 f"deepspeed.optimizer.type: {SAT_OPTIMIZER} cannot be compiled here "
                 f"({type(error).__name__}); it needs a GPU and nvcc; without them use type: AdamW"
-            ) from None
+            ) from error
 
     return build
 

@@ -81,9 +81,7 @@ class Trainer:
             limit=args.save_total_limit,
             base=engine.base_fingerprint,
         )
-        self.progress = TrainingProgress()
-        if checkpoint:
-            self.progress = self.checkpointer.restore(checkpoint)
+        self.progress = self.checkpointer.restore(checkpoint) if checkpoint else TrainingProgress()
         if wrapped.torch_autocast_enabled():  # DeepSpeed applies it in its own forward only
             engine.model.autocast_dtype = wrapped.torch_autocast_dtype()
         self.guard = StepGuard(wrapped.basic_optimizer)
@@ -101,27 +99,18 @@ class Trainer:
             UserError: a checkpoint cannot be written, or the loss is not finite for too many steps.
         """
         progress, total = self.progress, self.args.train_iters
-        try:
-            if progress.step == 0:
+        if progress.step == 0:
+            self._validate()
+        if progress.step >= total:
+            logger.info("all %d steps are done; raise train_iters to continue", total)
+        while progress.step < total:
+            self._step(batches)
+            done = progress.step == total
+            if progress.step % self.args.eval_interval == 0 or done:
                 self._validate()
-            if progress.step >= total:
-                logger.info("all %d steps are done; raise train_iters to continue", total)
-            while progress.step < total:
-                self._step(batches)
-                done = progress.step == total
-                if progress.step % self.args.eval_interval == 0 or done:
-                    self._validate()
-                if progress.step % self.args.save_interval == 0 or done:
-                    with self.report.pause():
-                        self.checkpointer.save(progress)
-        except KeyboardInterrupt:
-            with self.report.pause():
-                logger.info(
-                    "stopped after step %d; --resume %s continues from the last checkpoint, if one "
-                    "was saved",
-                    *(progress.step, self.checkpointer.run),
-                )
-            raise
+            if progress.step % self.args.save_interval == 0 or done:
+                with self.report.pause():
+                    self.checkpointer.save(progress)
         self.report.close()
 
     def _step(self, batches: Iterator[Mapping[str, Any]]) -> None:

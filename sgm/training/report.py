@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 
 from sgm.config import TrainingArgs
 from sgm.progress import Progress
-from sgm.training.trackers import MetricsFile, TensorBoard, Tracker, WeightsAndBiases
+from sgm.training.trackers import MetricsFile, TensorBoard, WeightsAndBiases
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Report:
         self.total_steps = args.train_iters
         self.samples_per_step = samples_per_step
         self.is_main = is_main
-        self.trackers: list[Tracker] = []
+        self.trackers: list[WeightsAndBiases | MetricsFile | TensorBoard] = []
         if is_main:
             if args.wandb:
                 project = args.wandb_project_name

@@ -13,10 +13,12 @@ later iterations to ``{iteration}.old``, and deletes these after its next save. 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import os
 import re
 import shutil
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO
@@ -63,18 +65,14 @@ def start_run(args: TrainingArgs) -> Path:
 
 def _make_folder(save: Path, name: str) -> str:
     """Make a folder of this name, or with a number after it, and return its name."""
-    own, number = name, 1
-    while True:
-        try:
-            (save / own).mkdir()
-            return own
-        except FileExistsError:  # another run was started in the same minute
-            number += 1
+    own = name
+    with looking_up(name, "experiment_name"):  # which may be too long
+        for number in itertools.count(2):
+            with suppress(FileExistsError):  # of a run that was started in the same minute
+                (save / own).mkdir()
+                break
             own = f"{name}_{number}"
-        except OSError as error:
-            raise UserError(
-                f"{save / own} cannot be made ({error.strerror}); change experiment_name"
-            ) from None
+    return own
 
 
 def reserve(run: Path) -> IO[str] | None:
@@ -100,8 +98,8 @@ def reserve(run: Path) -> IO[str] | None:
             raise UserError(
                 f"{run} is being trained by another process; wait for its end, or start a new run"
             ) from None
-        except OSError as error:
-            logger.debug("%s cannot be locked: %s", run, error)
+        except OSError:  # the file system has no locks
+            pass
         for path in run.glob(f"*{PARTIAL}"):
             shutil.rmtree(path, ignore_errors=True)
     distributed.barrier()
@@ -242,8 +240,7 @@ def compare_with_last_start(config: Config, run: Path) -> None:
 
     try:
         before, _ = read_yaml([str(run / CONFIG_FILE)])
-    except UserError as error:
-        logger.debug("the settings cannot be compared: %s", error)
+    except UserError:
         return
     model = before["model"]
     changed = [key for key in model | config.model if model.get(key) != config.model.get(key)]
