@@ -455,7 +455,7 @@ def test_an_optimizer_that_cannot_be_compiled_is_one_sentence(monkeypatch, kind)
 
     monkeypatch.setattr("sat.ops.FusedEmaAdam", fail)
     with pytest.raises(UserError, match="sat.ops.FusedEmaAdam cannot be compiled.*use type: AdamW"):
-        sat_optimizer({"lr": 1})([])
+        sat_optimizer([], params={"lr": 1})
 
 
 @pytest.mark.parametrize("workers", [0, 1])

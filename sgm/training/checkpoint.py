@@ -135,7 +135,11 @@ class Checkpointer:
             UserError: a file is missing or damaged, or belongs to another number of processes or
                 to other settings of DeepSpeed.
         """
-        state = _read_state(folder / STATE_FILE)
+        path = folder / STATE_FILE
+        try:
+            state = _State.model_validate(read_checkpoint(path))
+        except ValidationError:
+            raise UserError(f"{path} is not the state of a run; resume from another one") from None
         processes = distributed.get_world_size()
         if (state.optimizer is None) != self.divided:
             raise UserError(
@@ -269,15 +273,6 @@ def check_state_file(path: Path) -> None:
             f"{path} does not exist, so the run cannot be resumed; start a new one with load: "
             f"{path.parent} (if that is a LoRA: with the output of tools/merge_lora.py for it)"
         )
-
-
-def _read_state(path: Path) -> _State:
-    try:
-        return _State.model_validate(read_checkpoint(path))
-    except ValidationError:
-        raise UserError(
-            f"{path} is not the state of a run; resume from another checkpoint"
-        ) from None
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import io
 import logging
 import os
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from subprocess import SubprocessError
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,7 @@ def start_deepspeed(
     if settings["optimizer"]["type"] == SAT_OPTIMIZER:
         # DeepSpeed knows its own and PyTorch's optimizers by name; it is given SAT's as a function.
         del settings["optimizer"]
-        optimizer = sat_optimizer(params)
+        optimizer = functools.partial(sat_optimizer, params=params)
     # On a CPU DeepSpeed would compile a shared-memory reduction that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
@@ -202,23 +202,21 @@ def _divided(group: Mapping[str, Any], seen: set[nn.Parameter]) -> list[dict[str
     return [{**group, "params": part} for part in parts]
 
 
-def sat_optimizer(params: Mapping[str, Any]) -> Callable[[Sequence[object]], Optimizer]:
-    """A function that builds SAT's fused Adam for groups; its CUDA code is compiled at first use.
+def sat_optimizer(groups: Sequence[object], *, params: Mapping[str, Any]) -> Optimizer:
+    """SAT's fused Adam for groups of weights; its CUDA code is compiled at first use.
 
-    The function raises UserError if the code cannot be compiled.
+    Raises:
+        UserError: the code cannot be compiled.
     """
     from sat import ops
 
-    def build(groups: Sequence[object]) -> Optimizer:
-        try:
-            return ops.FusedEmaAdam(groups, **params)
-        except (IndexError, OSError, RuntimeError, AssertionError, SubprocessError) as error:
-            raise UserError(
-                f"deepspeed.optimizer.type: {SAT_OPTIMIZER} cannot be compiled here "
-                f"({type(error).__name__}); it needs a GPU and nvcc; without them use type: AdamW"
-            ) from error
-
-    return build
+    try:
+        return ops.FusedEmaAdam(groups, **params)
+    except (IndexError, OSError, RuntimeError, AssertionError, SubprocessError) as error:
+        raise UserError(
+            f"deepspeed.optimizer.type: {SAT_OPTIMIZER} cannot be compiled here "
+            f"({type(error).__name__}); it needs a GPU and nvcc; without them use type: AdamW"
+        ) from error
 
 
 class StepGuard:

@@ -52,8 +52,7 @@ class Report:
         samples_per_step: int,
         is_main: bool,
     ) -> None:
-        self.log_interval = args.log_interval
-        self.total_steps = args.train_iters
+        self.log_interval, self.total_steps = args.log_interval, args.train_iters
         self.samples_per_step = samples_per_step
         self.is_main = is_main
         self.trackers: list[WeightsAndBiases | MetricsFile | TensorBoard] = []
