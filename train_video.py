@@ -14,14 +14,7 @@ from sgm.config import Config, TrainingArgs
 from sgm.errors import UserError
 from sgm.preflight import RunWeights, find_weights
 from sgm.toolchain import can_compile_kernels, check_compile
-from sgm.training.preflight import (
-    VIDEO_DATASET,
-    check_data_paths,
-    check_deepspeed,
-    check_precision,
-    check_video_data,
-    warn_of_warmup,
-)
+from sgm.training.preflight import VIDEO_DATASET, check_data_paths, check_video_data
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +59,7 @@ def build_engine(
     from sgm.data.cache_keys import check_cacheable
     from sgm.engine import SATVideoDiffusionEngine
     from sgm.training import checkpoint as saving
-    from sgm.training.preflight import weight_dtype
+    from sgm.training.deepspeed_settings import weight_dtype
     from sgm.util import check_params
 
     args = config.args
@@ -104,7 +97,7 @@ def build_engine(
         if is_lora:
             load_lora(network, saved, base=engine.base_fingerprint)
             saved.release()
-        saving.restore_conditioner(engine, stored)
+        engine.load_state_dict(stored, strict=False)
         stored.clear()
 
     return engine, load_weights
@@ -190,10 +183,7 @@ def check(config: Config) -> RunWeights:
     Raises:
         UserError: a value or a path is invalid.
     """
-    warn_of_warmup(config.args)
     check_video_data(config.data, config.model)
-    check_deepspeed(config.deepspeed)
-    check_precision(config.args, config.deepspeed)
     from_nothing = config.args.mode == "pretrain"
     weights = find_weights(config.model, config.args.load, random_transformer=from_nothing)
     check_data_paths(config.args)
@@ -217,7 +207,7 @@ def load_data(config: Config, device: torch.device, weights: RunWeights) -> Trai
     """
     from sgm.data.cache import prepare_cache
     from sgm.data.loader import check_lengths
-    from sgm.training.preflight import weight_dtype
+    from sgm.training.deepspeed_settings import weight_dtype
 
     args = config.args
     training = build_dataset(config, args.train_data)
@@ -330,10 +320,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # DeepSpeed, which is imported later, would move the model to a GPU if there is one.
         os.environ["DS_ACCELERATOR"] = "cpu"
     from sgm.sat_runtime import ensure_process_groups, leave_process_groups_at_exit
-    from sgm.training.preflight import check_sections, weight_dtype
+    from sgm.training.deepspeed_settings import check_deepspeed, check_precision, weight_dtype
 
     ensure_process_groups()
-    check_sections(config.deepspeed)
+    check_deepspeed(config.deepspeed)
+    check_precision(config.args, config.deepspeed)
     dtype = weight_dtype(config.deepspeed)
     check_attention(config.args.attention, config.model, device=device, dtype=dtype)
     if config.args.compile:

@@ -85,7 +85,7 @@ def no_sat_format(found: Weights, kind: Kind) -> UserError:
 
 
 @contextmanager
-def _looking_up(given: str | Path, option: str) -> Iterator[None]:
+def looking_up(given: str | Path, option: str) -> Iterator[None]:
     """Around looking up a path: UserError if its name is too long, a folder is not readable …"""
     try:
         yield
@@ -149,7 +149,7 @@ def _find(given: str | Path | Weights, kind: Kind, option: str) -> Weights:
     """
     if isinstance(given, Weights):
         return given
-    with _looking_up(given, option):
+    with looking_up(given, option):
         path = Path(os.path.expanduser(given))
         if path.is_file():
             return Weights.of_file(given, path, option)
@@ -250,7 +250,7 @@ def find_t5(model_dir: str | Path | T5Files, *, option: str = "model_dir") -> T5
     """
     if isinstance(model_dir, T5Files):
         return model_dir
-    with _looking_up(model_dir, option):
+    with looking_up(model_dir, option):
         folder = Path(os.path.expanduser(model_dir))
         folder = find_in_pipeline(folder, "text_encoder") or folder
         config = _t5_config(folder, option)

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import Field, ValidationError
 from torch import Tensor, distributed
 
-from sgm.checkpoint.find import MODEL_FILES, Weights, find_transformer
+from sgm.checkpoint.find import MODEL_FILES, Weights
 from sgm.checkpoint.lora import lora_record
 from sgm.checkpoint.reading import read_checkpoint, tensors_of
 from sgm.checkpoint.strict_loading import check_fit
@@ -29,8 +30,9 @@ from sgm.checkpoint.transformer import is_lora_matrix
 from sgm.distributed import is_main
 from sgm.errors import UserError
 from sgm.files import save_torch
+from sgm.options import Section
 from sgm.training import run_folder
-from sgm.training.deepspeed_engine import NONFINITE_ADVICE, gathered, trained_weights
+from sgm.training.deepspeed_engine import NONFINITE_ADVICE, gathered, reason_of, trained_weights
 from sgm.training.ema import WeightAverage
 from sgm.training.report import Report
 
@@ -44,12 +46,21 @@ logger = logging.getLogger(__name__)
 WEIGHTS_FILE = MODEL_FILES[0]
 STATE_FILE = "training_state.pt"
 _RANK_FILE = "optimizer_rank_{:02d}.pt"
-_STATE_KEYS = {"step", "samples", "processes", "schedule", "watched", "optimizer"}
-_COUNTS = ("step", "samples", "processes")
 _CONDITIONER = "conditioner."
 _LOSS_SCALER = "loss_scaler"
 # DeepSpeed adds these objects for its own ways of loading, which are not used here.
 _UNUSED_KEYS = ("param_slice_mappings", "universal_checkpoint_info")
+
+
+class _State(Section):
+    """The contents of ``training_state.pt``; `optimizer` is None if ZeRO divides it."""
+
+    step: int = Field(ge=0)
+    samples: int = Field(ge=0)
+    processes: int = Field(ge=1)
+    schedule: dict[str, Any]
+    watched: dict[str, dict[str, Any]]
+    optimizer: dict[str, Any] | None
 
 
 @dataclass
@@ -124,51 +135,49 @@ class Checkpointer:
             UserError: a file is missing or damaged, or belongs to another number of processes or
                 to other settings of DeepSpeed.
         """
-        state = _read_state(folder / STATE_FILE)
+        path = folder / STATE_FILE
+        try:
+            state = _State.model_validate(read_checkpoint(path))
+        except ValidationError:
+            raise UserError(f"{path} is not the state of a run; resume from another one") from None
         processes = distributed.get_world_size()
-        difference = ""
-        if (state["optimizer"] is None) != self.divided:
-            difference = (
-                "with another stage of zero_optimization or another precision; set the deepspeed "
-                "section as in training_config.yaml beside it"
+        if (state.optimizer is None) != self.divided:
+            raise UserError(
+                f"{folder} was saved with another stage of zero_optimization or another precision; "
+                "set the deepspeed section as in training_config.yaml beside it"
             )
-        elif self.divided and state["processes"] != processes:
-            difference = (
-                f"by {state['processes']} processes and ZeRO divided the optimizer among them, but "
-                f"now there are {processes}; resume with NPROC={state['processes']}, or start a "
-                f"new run with load: {folder}"
+        if self.divided and state.processes != processes:
+            raise UserError(
+                f"{folder} was saved by {state.processes} processes and ZeRO divided the optimizer "
+                f"among them, but now there are {processes}; resume with NPROC={state.processes}, "
+                f"or start a new run with load: {folder}"
             )
-        if difference:
-            raise UserError(f"{folder} was saved {difference}")
-        optimizer = state["optimizer"]
+        optimizer: Any = state.optimizer
         if self.divided:
-            optimizer = _read_state(folder / _RANK_FILE.format(distributed.get_rank()))
+            optimizer = read_checkpoint(folder / _RANK_FILE.format(distributed.get_rank()))
         try:
             with _kept_settings(self.wrapped):
                 self._load_optimizer(optimizer)
             schedule = self.wrapped.lr_scheduler
-            schedule.load_state_dict(state["schedule"])
-            if "num_iters" in state["schedule"]:  # SAT's schedule does not set itself to its step
-                schedule.step(state["schedule"]["num_iters"])
-            self.report.load_state_dict(state["watched"]["report"])
+            schedule.load_state_dict(state.schedule)
+            if "num_iters" in state.schedule:  # SAT's schedule does not set itself to its step
+                schedule.step(state.schedule["num_iters"])
+            self.report.load_state_dict(state.watched["report"])
         except (KeyError, ValueError, RuntimeError, AssertionError, TypeError) as error:
-            logger.debug("%s", folder, exc_info=True)
-            reason = str(error).strip().splitlines() or [""]
             raise UserError(
-                f"{folder} cannot be resumed ({type(error).__name__}: {reason[0]}); the trained "
-                "weights and the deepspeed section must be as in training_config.yaml beside it"
-            ) from None
-        self._restore_average(folder.with_name(f"{folder.name}{run_folder.EMA}"))
-        self.wrapped.global_steps = state["step"]
-        return TrainingProgress(step=state["step"], samples=state["samples"])
+                f"{folder} cannot be resumed ({reason_of(error)}); the trained weights and the "
+                "deepspeed section must be as in training_config.yaml beside it"
+            ) from error
+        if self.average is not None:
+            self._restore_average(self.average, folder.with_name(f"{folder.name}{run_folder.EMA}"))
+        self.wrapped.global_steps = state.step
+        return TrainingProgress(step=state.step, samples=state.samples)
 
     def _write_weights(self, folder: Path, *, averages: Mapping[str, Tensor]) -> None:
         """Write the weights; those with an average are replaced by it."""
-        weights = trained_weights(self.wrapped.module)
-        is_lora = trains_lora(self.wrapped.module)
-        if not is_lora:
-            weights = dict(self.wrapped.module.named_parameters())
-        module = {}
+        model, module = self.wrapped.module, {}
+        is_lora = trains_lora(model)
+        weights = trained_weights(model) if is_lora else dict(model.named_parameters())
         for name, weight in weights.items():
             with gathered(self.wrapped, [weight]):
                 if not is_main():
@@ -182,7 +191,7 @@ class Checkpointer:
                     )
                 module[name] = source.to("cpu", copy=True)
         if is_main():
-            network = self.wrapped.module.model.diffusion_model
+            network = model.model.diffusion_model
             record = {"lora": lora_record(network, self.base)} if is_lora else {}
             save_torch({"module": module, **record}, folder / WEIGHTS_FILE)
 
@@ -205,16 +214,8 @@ class Checkpointer:
         with contextlib.redirect_stdout(io.StringIO()):
             optimizer.load_state_dict({distributed.get_rank(): state}, load_from_fp32_weights=True)
 
-    def _restore_average(self, folder: Path) -> None:
-        """Load the moving average from its folder; warn if there is one but `ema_decay` is 0."""
-        if self.average is None:
-            if is_main() and folder.is_dir():
-                logger.warning(
-                    "%s holds a moving average, which ends here because ema_decay is 0; to "
-                    "continue it give --ema-decay as before",
-                    folder,
-                )
-            return
+    def _restore_average(self, average: WeightAverage, folder: Path) -> None:
+        """Load the moving average from its folder."""
         path = folder / WEIGHTS_FILE
         if not path.is_file():
             raise UserError(
@@ -222,11 +223,11 @@ class Checkpointer:
                 "ema_decay 0"
             )
         module = tensors_of(read_checkpoint(path), path)
-        averages = self.average.averages
+        averages = average.averages
         found = {name: tensor for name, tensor in module.items() if name in averages}
         hint = "resume from another iteration, or with ema_decay 0"
         check_fit(found, averages, path=path, hint=hint, model="what is trained")
-        self.average.load(found)
+        average.load(found)
 
 
 def trains_lora(module: torch.nn.Module) -> bool:
@@ -259,38 +260,17 @@ def check_conditioner(engine: SATVideoDiffusionEngine, checkpoint: Weights) -> d
     return stored
 
 
-@torch.no_grad()
-def restore_conditioner(engine: SATVideoDiffusionEngine, stored: Mapping[str, Tensor]) -> None:
-    """Copy the weights that `check_conditioner` returned into the text encoder."""
-    own = dict(engine.named_parameters())
-    for name, tensor in stored.items():
-        own[name].copy_(tensor)
-
-
 def check_state_file(path: Path) -> None:
     """Check that a file of the state exists in a checkpoint's folder.
 
     Raises:
         UserError: it is missing, so only the weights beside it can be used.
     """
-    if path.is_file():
-        return
-    load = str(path.parent)
-    if holds_lora(find_transformer(path.parent)):
-        load = f"the output of tools/merge_lora.py for the base model and {path.parent}"
-    raise UserError(
-        f"{path} does not exist, so the run cannot be resumed; start a new one with load: {load}"
-    )
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    check_state_file(path)
-    state = read_checkpoint(path)
-    keys, counts = (_STATE_KEYS, _COUNTS) if path.name == STATE_FILE else (set(), ())
-    is_whole = isinstance(state, Mapping) and not keys - state.keys()
-    if not is_whole or not all(type(state[key]) is int and state[key] >= 0 for key in counts):
-        raise UserError(f"{path} is not the state of a run; resume from another checkpoint")
-    return state
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist, so the run cannot be resumed; start a new one with load: "
+            f"{path.parent} (if that is a LoRA: with the output of tools/merge_lora.py for it)"
+        )
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ import functools
 import io
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from subprocess import SubprocessError
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ from torch.optim import Optimizer
 from sgm.config import TrainingArgs
 from sgm.errors import UserError
 from sgm.sat_runtime import quiet_sat
-from sgm.training.preflight import REFUSALS, SAT_OPTIMIZER, reason_of
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -26,6 +26,16 @@ if TYPE_CHECKING:
     from sat.training.learning_rates import AnnealingLR
 
 logger = logging.getLogger(__name__)
+
+SAT_OPTIMIZER = "sat.ops.FusedEmaAdam"
+# Exceptions that DeepSpeed raises for invalid settings, besides its own class.
+REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError)
+
+
+def reason_of(error: Exception) -> str:
+    """One line about an error that DeepSpeed raised for its settings."""
+    reason = textwrap.shorten(str(error), 300, placeholder=" …") or "no reason given"
+    return f"{type(error).__name__}: {reason}"
 
 
 # For messages about a loss, gradient or weight that is not finite.
@@ -62,12 +72,11 @@ def start_deepspeed(
     if settings["optimizer"]["type"] == SAT_OPTIMIZER:
         # DeepSpeed knows its own and PyTorch's optimizers by name; it is given SAT's as a function.
         del settings["optimizer"]
-        optimizer = sat_optimizer(params)
+        optimizer = functools.partial(sat_optimizer, params=params)
     # On a CPU DeepSpeed would compile a shared-memory reduction that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the extensions that it compiles
             wrapped, *_ = deepspeed.initialize(
                 model=objective,
                 model_parameters=groups,
@@ -76,13 +85,10 @@ def start_deepspeed(
                 config=settings,
             )
     except (*REFUSALS, deepspeed.DeepSpeedConfigError) as error:
-        logger.debug("deepspeed.initialize", exc_info=True)
         raise UserError(
             f"deepspeed refuses its settings: {reason_of(error)}; change them in the section "
             "deepspeed"
-        ) from None
-    finally:  # it prints the extensions that it compiles
-        logger.debug(printed.getvalue())
+        ) from error
     fuse_gradient_checks(wrapped.optimizer)
     return wrapped
 
@@ -174,14 +180,9 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """
     from sat.training.deepspeed_training import get_optimizer_param_groups
 
-    trained = trained_weights(module).values()
     every = sum(weight.numel() for weight in module.parameters())
-    own = sum(weight.numel() for weight in trained)
-    size = sum(weight.numel() * weight.element_size() for weight in trained) / 2**20
-    logger.info(
-        "training %.2f M of %.2f M parameters (%d tensors, %.1f MiB)",
-        *(own / 1e6, every / 1e6, len(trained), size),
-    )
+    trained = sum(weight.numel() for weight in trained_weights(module).values())
+    logger.info("training %.2f M of %.2f M parameters", trained / 1e6, every / 1e6)
     with quiet_sat():
         groups = get_optimizer_param_groups(module)
     seen: set[nn.Parameter] = set()
@@ -201,24 +202,21 @@ def _divided(group: Mapping[str, Any], seen: set[nn.Parameter]) -> list[dict[str
     return [{**group, "params": part} for part in parts]
 
 
-def sat_optimizer(params: Mapping[str, Any]) -> Callable[[Sequence[object]], Optimizer]:
-    """A function that builds SAT's fused Adam for groups; its CUDA code is compiled at first use.
+def sat_optimizer(groups: Sequence[object], *, params: Mapping[str, Any]) -> Optimizer:
+    """SAT's fused Adam for groups of weights; its CUDA code is compiled at first use.
 
-    The function raises UserError if the code cannot be compiled.
+    Raises:
+        UserError: the code cannot be compiled.
     """
     from sat import ops
 
-    def build(groups: Sequence[object]) -> Optimizer:
-        try:
-            return ops.FusedEmaAdam(groups, **params)
-        except (IndexError, OSError, RuntimeError, AssertionError, SubprocessError) as error:
-            logger.debug("%s", SAT_OPTIMIZER, exc_info=True)
-            raise UserError(
-                f"deepspeed.optimizer.type: {SAT_OPTIMIZER} cannot be compiled here "
-                f"({type(error).__name__}); it needs a GPU and nvcc; without them use type: AdamW"
-            ) from None
-
-    return build
+    try:
+        return ops.FusedEmaAdam(groups, **params)
+    except (IndexError, OSError, RuntimeError, AssertionError, SubprocessError) as error:
+        raise UserError(
+            f"deepspeed.optimizer.type: {SAT_OPTIMIZER} cannot be compiled here "
+            f"({type(error).__name__}); it needs a GPU and nvcc; without them use type: AdamW"
+        ) from error
 
 
 class StepGuard:

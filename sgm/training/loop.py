@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,9 +81,7 @@ class Trainer:
             limit=args.save_total_limit,
             base=engine.base_fingerprint,
         )
-        self.progress = TrainingProgress()
-        if checkpoint:
-            self.progress = self.checkpointer.restore(checkpoint)
+        self.progress = self.checkpointer.restore(checkpoint) if checkpoint else TrainingProgress()
         if wrapped.torch_autocast_enabled():  # DeepSpeed applies it in its own forward only
             engine.model.autocast_dtype = wrapped.torch_autocast_dtype()
         self.guard = StepGuard(wrapped.basic_optimizer)
@@ -101,39 +99,19 @@ class Trainer:
             UserError: a checkpoint cannot be written, or the loss is not finite for too many steps.
         """
         progress, total = self.progress, self.args.train_iters
-        try:
-            if progress.step == 0:
+        if progress.step == 0:
+            self._validate()
+        if progress.step >= total:
+            logger.info("all %d steps are done; raise train_iters to continue", total)
+        while progress.step < total:
+            self._step(batches)
+            done = progress.step == total
+            if progress.step % self.args.eval_interval == 0 or done:
                 self._validate()
-            if progress.step >= total:
-                logger.info(
-                    "%d steps are done and train_iters is %d, so nothing is left to do; raise it "
-                    "to continue training",
-                    *(progress.step, total),
-                )
-            while progress.step < total:
-                self._step(batches)
-                done = progress.step == total
-                if progress.step % self.args.eval_interval == 0 or done:
-                    self._validate()
-                if progress.step % self.args.save_interval == 0 or done:
-                    with self.report.pause():
-                        self.checkpointer.save(progress)
-        except KeyboardInterrupt:
-            self._log_interruption()
-            raise
+            if progress.step % self.args.save_interval == 0 or done:
+                with self.report.pause():
+                    self.checkpointer.save(progress)
         self.report.close()
-
-    def _log_interruption(self) -> None:
-        """Log how an interrupted run can be resumed."""
-        run = self.checkpointer.run
-        try:
-            saved = (run / "latest").read_text("utf-8", errors="replace")
-        except OSError:
-            hint = f"nothing is saved yet in {run}"
-        else:
-            hint = f"the last checkpoint is {run}/{saved}; --resume {run} continues from it"
-        with self.report.pause():
-            logger.info("stopped after step %d; %s", self.progress.step, hint)
 
     def _step(self, batches: Iterator[Mapping[str, Any]]) -> None:
         """One step of the optimizer: `gradient_accumulation_steps` passes."""
@@ -213,8 +191,8 @@ class TrainingObjective(nn.Module):
         super().__init__()
         self.model = engine.model
         self.denoiser = engine.denoiser
-        self.loss_fn = engine.loss_fn
-        assert self.loss_fn is not None  # training is not started without one
+        assert engine.loss_fn is not None  # training is not started without one
+        self.loss_fn: Callable[..., Tensor] = engine.loss_fn
         if engine.conditioner.is_trained:
             self.conditioner = engine.conditioner
 

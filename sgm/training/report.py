@@ -7,7 +7,8 @@ import math
 import resource
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, distributed
 
 from sgm.config import TrainingArgs
 from sgm.progress import Progress
-from sgm.training.trackers import MetricsFile, TensorBoard, Tracker, WeightsAndBiases
+from sgm.training.trackers import MetricsFile, TensorBoard, WeightsAndBiases
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +52,17 @@ class Report:
         samples_per_step: int,
         is_main: bool,
     ) -> None:
-        self.log_interval = args.log_interval
-        self.total_steps = args.train_iters
+        self.log_interval, self.total_steps = args.log_interval, args.train_iters
         self.samples_per_step = samples_per_step
-        self.trackers: list[Tracker] = []
-        self._progress = None
+        self.is_main = is_main
+        self.trackers: list[WeightsAndBiases | MetricsFile | TensorBoard] = []
         if is_main:
             if args.wandb:
                 project = args.wandb_project_name
                 self.trackers.append(WeightsAndBiases(folder, project=project, config=vars(args)))
             self.trackers.append(MetricsFile(folder / METRICS_FILE, start_step=start_step))
             self.trackers.append(TensorBoard(folder / "tensorboard", start_step=start_step))
-            self._progress = Progress(self.total_steps, done=start_step, lines=False)
+        self._progress = Progress(self.total_steps, done=start_step, lines=False)
         # Sum and number of the losses since the last line; the same with fading weights.
         self._sums = torch.zeros(2, 2, dtype=torch.float64)
         self._last_step = self._last_line = start_step
@@ -87,9 +87,8 @@ class Report:
             loss_scale: scale of the loss in float16.
         """
         self._add(loss)
-        if self._progress is not None:
-            for _ in range(step - self._last_step):
-                self._progress.step("training")
+        for _ in range(step - self._last_step):
+            self._progress.step("training")
         self._last_step = step
         # If the step of a line was skipped, the next step logs the line.
         due = step // self.log_interval > self._last_line // self.log_interval
@@ -109,11 +108,11 @@ class Report:
             ("loss_scale", loss_scale, "loss scale {:g},"),
             ("seconds_per_step", seconds, "{:.3f} s/step,"),
             ("samples_per_second", self.samples_per_step / seconds, "{:.1f} samples/s,"),
-            ("peak_gib", peak_gib(self._sums.device), "peak {:.1f} GiB,"),
+            ("peak_gib", _peak_gib(self._sums.device), "peak {:.1f} GiB,"),
         ]
         present = [(name, value, form) for name, value, form in figures if value is not None]
         text = " ".join(form.format(value) for _, value, form in present)
-        left = time_in_words(seconds * (self.total_steps - step))
+        left = timedelta(seconds=round(seconds * (self.total_steps - step)))
         line = f"step {step} of {self.total_steps}: {text} {left} left"
         self._log(step, line, {f"train/{name}": value for name, value, _ in present})
 
@@ -154,7 +153,7 @@ class Report:
         self._log(step, line, {f"valid/{name}": value for name, value in losses.items()})
 
     def _log(self, step: int, line: str, scalars: Mapping[str, float]) -> None:
-        if self._progress is not None:
+        if self.is_main:
             self._progress.say(line)
         for tracker in list(self.trackers):
             try:
@@ -169,7 +168,7 @@ class Report:
         _wait_for(self._sums.device)
         self._seconds += time.perf_counter() - self._running_since
         try:
-            with self._progress.hidden() if self._progress is not None else nullcontext():
+            with self._progress.hidden():
                 yield
         finally:
             _wait_for(self._sums.device)
@@ -177,8 +176,7 @@ class Report:
 
     def close(self) -> None:
         """Close the bar and the curves."""
-        if self._progress is not None:
-            self._progress.close()
+        self._progress.close()
         while self.trackers:
             self.trackers.pop().close()
 
@@ -192,21 +190,7 @@ class Report:
         self._sums = torch.tensor(state["sums"], dtype=torch.float64)
 
 
-def time_in_words(seconds: float) -> str:
-    """A duration such as ``40 s``, ``6 min``, ``2 h 5 min`` or ``3 d 4 h``."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours} h {minutes} min"
-    days, hours = divmod(hours, 24)
-    return f"{days} d {hours} h"
-
-
-def peak_gib(device: torch.device) -> float:
+def _peak_gib(device: torch.device) -> float:
     """Peak memory of this process so far in GiB: of the GPU, or of the host without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30

@@ -13,19 +13,21 @@ later iterations to ``{iteration}.old``, and deletes these after its next save. 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from torch import distributed
 
-from sgm.config import Config, TrainingArgs
+from sgm.checkpoint.find import looking_up
+from sgm.config import Config, TrainingArgs, read_yaml
 from sgm.distributed import is_main
 from sgm.errors import UserError, first_of
 from sgm.files import make_output_folder, replacing
@@ -38,9 +40,6 @@ OLD = ".old"  # a checkpoint that will be deleted after the next save
 _LOCK = ".lock"
 CONFIG_FILE = "training_config.yaml"
 EMA = "-ema"
-# Errors from reading a configuration file that is damaged or not a training configuration.
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
-_LONGEST_QUOTE = 60  # characters of a path that a message repeats
 
 
 def start_run(args: TrainingArgs) -> Path:
@@ -50,11 +49,10 @@ def start_run(args: TrainingArgs) -> Path:
         UserError: the folder cannot be made, or another machine does not see it.
     """
     save = Path(args.save).expanduser()
-    names = [
-        f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}"
-    ]  # rank 0's is used: clocks differ
-    if is_main():
-        names = [_make_folder(make_output_folder(save), names[0])]
+    names = [""]
+    if is_main():  # clocks differ between machines
+        make_output_folder(save)
+        names = [_make_folder(save, f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}")]
     distributed.broadcast_object_list(names, src=0, device=torch.device("cpu"))
     folder = save / names[0]
     if not folder.is_dir():
@@ -67,18 +65,14 @@ def start_run(args: TrainingArgs) -> Path:
 
 def _make_folder(save: Path, name: str) -> str:
     """Make a folder of this name, or with a number after it, and return its name."""
-    number, own = 1, name
-    while True:
-        try:
-            (save / own).mkdir()
-            return own
-        except FileExistsError:  # another run was started in the same minute
-            number += 1
+    own = name
+    with looking_up(name, "experiment_name"):  # which may be too long
+        for number in itertools.count(2):
+            with suppress(FileExistsError):  # of a run that was started in the same minute
+                (save / own).mkdir()
+                break
             own = f"{name}_{number}"
-        except OSError as error:
-            raise UserError(
-                f"{save / own} cannot be made ({error.strerror}); change experiment_name"
-            ) from None
+    return own
 
 
 def reserve(run: Path) -> IO[str] | None:
@@ -88,7 +82,7 @@ def reserve(run: Path) -> IO[str] | None:
     open, at most until the process ends.
 
     Returns:
-        The locked file; None on other ranks, and on file systems without locks.
+        The file, which is not locked if its file system has no locks; None on other ranks.
 
     Raises:
         UserError: another process trains the run, or its folder cannot be written to.
@@ -104,9 +98,8 @@ def reserve(run: Path) -> IO[str] | None:
             raise UserError(
                 f"{run} is being trained by another process; wait for its end, or start a new run"
             ) from None
-        except OSError as error:
-            logger.debug("%s cannot be locked: %s", run, error)
-            file = None
+        except OSError:  # the file system has no locks
+            pass
         for path in run.glob(f"*{PARTIAL}"):
             shutil.rmtree(path, ignore_errors=True)
     distributed.barrier()
@@ -120,62 +113,47 @@ def find_checkpoint(args: TrainingArgs) -> Path:
         UserError: there is no checkpoint; the message says where it was expected.
     """
     given = str(args.resume)
-    try:
+    with looking_up(given, "resume"):
         folder = _newest_run(args) if given == "latest" else Path(given).expanduser()
-        return _iteration_in(folder, given)
-    except LookupError as error:
-        reason = str(error.args[0])
-    except OSError as error:  # for example a name that is too long
-        reason = (
-            f"{given[:_LONGEST_QUOTE]} cannot be looked up ({error.strerror}); check the path and "
-            "its permissions"
-        )
-    raise UserError(f"resume: {reason}")
+        latest = folder / "latest"
+        name = latest.read_text("utf-8", errors="replace").strip() if latest.is_file() else ""
+        if name:
+            folder = folder / name
+        elif folder.is_dir():  # `latest` is empty after a power failure, or not yet written
+            folder = [folder, *_checkpoints(folder)][-1]
+        # A damaged `latest` may hold a newline or NUL; such a path is not a folder either.
+        if folder.name.isdecimal() and folder.is_dir():
+            return folder
+    raise UserError(
+        f"resume: {folder} is not a checkpoint of a run; name the folder of a run that has saved "
+        "one, or of one of its iterations, or start without --resume"
+    )
 
 
 def _newest_run(args: TrainingArgs) -> Path:
-    """The run of this experiment that saved last; LookupError if there is none."""
+    """The run of this experiment that saved last; raises UserError if there is none."""
     save = Path(args.save).expanduser()
     # The pattern includes the time: the runs of experiment "a-b" do not belong to experiment "a".
     name = re.compile(re.escape(args.experiment_name) + r"(-\d\d){4}(_\d+)?")
     runs = [path.parent for path in save.glob("*/latest") if name.fullmatch(path.parent.name)]
     if not runs:
-        raise LookupError(
-            f"latest: no run named {args.experiment_name}-… in {save} has a checkpoint; "
+        raise UserError(
+            f"resume: latest: no run named {args.experiment_name}-… in {save} has a checkpoint; "
             "check save and experiment_name, or start without --resume"
         )
     return max(runs, key=lambda run: (run / "latest").stat().st_mtime_ns)
 
 
-def _iteration_in(folder: Path, given: str) -> Path:
-    """`folder`, if it is an iteration's, or the newest iteration in it; LookupError if none is."""
-    latest = ""  # `latest` may be empty after a power failure
-    if (folder / "latest").is_file():
-        latest = (folder / "latest").read_text("utf-8", errors="replace").strip()
-    if latest:
-        folder = folder / latest
-    elif (folder / CONFIG_FILE).is_file():  # the process was killed before `latest` was written
-        saved = _checkpoints(folder)
-        if not saved:
-            raise LookupError(
-                f"{folder}: nothing is saved there yet; if that run has ended, start it again, "
-                "without --resume"
-            )
-        folder = saved[-1]
-    # A damaged `latest` may hold a newline or NUL; such a path is not a folder either.
-    if not folder.name.isdecimal() or not folder.is_dir():
-        place = str(folder) if folder == Path(given).expanduser() else f"{given}: {folder}"
-        raise LookupError(
-            f"{place} is not a checkpoint of a run; name the run's folder (with the file 'latest' "
-            "in it) or the folder of one of its iterations"
-        )
-    return folder
-
-
 def _checkpoints(run: Path) -> list[Path]:
     """The folders of the saved iterations, in ascending order."""
     saved = [path for path in run.iterdir() if path.name.isdecimal() and path.is_dir()]
-    return sorted(saved, key=lambda path: int(path.name))
+    return sorted(saved, key=_iteration)
+
+
+def _iteration(folder: Path) -> int:
+    """The iteration of a checkpoint or of its moving average; -1 for another folder."""
+    number = folder.name.removesuffix(EMA)
+    return int(number) if number.isdecimal() else -1
 
 
 def new_partial(run: Path, name: str) -> Path:
@@ -235,18 +213,17 @@ def set_aside_later(checkpoint: Path) -> None:
     The run will save these iterations again. `publish` deletes the old ones after its next save.
     """
     run, start = checkpoint.parent, int(checkpoint.name)
-    names = {path.name: path.name.removesuffix(EMA) for path in run.iterdir() if path.is_dir()}
-    later = [name for name, number in names.items() if number.isdecimal() and int(number) > start]
+    later = [path for path in run.iterdir() if path.is_dir() and _iteration(path) > start]
     if not later:
         return
     _point_latest(run, start)  # first, so that `latest` always names a folder that exists
-    for name in later:
-        _set_aside(run / name)
-    numbers = sorted({int(names[name]) for name in later})
+    numbers = sorted({_iteration(path) for path in later})
+    for path in later:
+        _set_aside(path)
     logger.warning(
         "the run is resumed at step %d; its later checkpoints (%s) are renamed to N%s and deleted "
         "after the next save",
-        *(start, first_of([str(number) for number in numbers]), OLD),
+        *(start, first_of(list(map(str, numbers))), OLD),
     )
 
 
@@ -259,39 +236,25 @@ def compare_with_last_start(config: Config, run: Path) -> None:
     Raises:
         UserError: the precision differs, so the optimizer's state does not fit.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    from sgm.training.preflight import weight_dtype
+    from sgm.training.deepspeed_settings import weight_dtype
 
     try:
-        before: Any = OmegaConf.to_container(OmegaConf.load(run / CONFIG_FILE))
-        changed = list(_differing_keys(before["model"], config.model, "model"))
-        precision = weight_dtype(before.get("deepspeed") or {})
-    except (*_UNREADABLE, YAMLError, OmegaConfBaseException) as error:
-        logger.debug("%s of %s cannot be compared: %s", CONFIG_FILE, run, error)
+        before, _ = read_yaml([str(run / CONFIG_FILE)])
+    except UserError:
         return
-    now = weight_dtype(config.deepspeed)
-    if precision != now:
+    model = before["model"]
+    changed = [key for key in model | config.model if model.get(key) != config.model.get(key)]
+    precision = weight_dtype(before["deepspeed"])
+    if precision != weight_dtype(config.deepspeed):
         raise UserError(
-            f"resume: {run} was trained in {str(precision)[6:]}, and the section deepspeed asks "
-            f"for {str(now)[6:]}; set it as in {CONFIG_FILE} there, or start a new run"
+            f"resume: {run} was trained in {str(precision)[6:]}; set the precision in the section "
+            f"deepspeed as in {CONFIG_FILE} there, or start a new run"
         )
     if changed and is_main():
         logger.warning(
-            "this run was last started with other settings: %s; compare %s",
+            "this run was last started with other settings in the section model: %s; compare %s",
             *(", ".join(changed), run / CONFIG_FILE),
         )
-
-
-def _differing_keys(one: object, other: object, key: str) -> Iterator[str]:
-    """Dotted keys at which two sections differ."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        for name in dict.fromkeys([*one, *other]):
-            yield from _differing_keys(one.get(name), other.get(name), f"{key}.{name}")
-    elif one != other:
-        yield key
 
 
 def save_config(config: Config, run: Path) -> None:

@@ -1,16 +1,19 @@
-"""Where the metrics of a run are written besides the log: a file, TensorBoard, Weights & Biases."""
+"""Where the metrics of a run are written besides the log: a file, TensorBoard, Weights & Biases.
+
+Each class has `log`, which adds a point to each curve by its name ``group/name`` and may raise
+OSError, and `close`, after which nothing is logged.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -18,18 +21,6 @@ from tensorboardX.summary import scalar
 
 from sgm.errors import UserError
 from sgm.files import make_output_folder, replacing
-
-logger = logging.getLogger(__name__)
-
-
-class Tracker(Protocol):
-    """Keeps curves of numbers over steps."""
-
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Add a point to each curve; ``group/name`` is a curve's name. May raise OSError."""
-
-    def close(self) -> None:
-        """Finish; nothing is logged afterwards."""
 
 
 class MetricsFile:
@@ -151,12 +142,11 @@ class WeightsAndBiases:
                 config=dict(config),
             )
         except (wandb.Error, ValueError, OSError) as error:  # ValueError: an invalid variable
-            logger.debug("wandb.init", exc_info=True)
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise UserError(
                 f"wandb: true, but Weights & Biases cannot start: {reason}; log in with `wandb "
                 "login`, set WANDB_MODE=offline, or use --no-wandb"
-            ) from None
+            ) from error
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Add a point to each curve."""

@@ -185,13 +185,11 @@ class Validation:
                 for step in pipe.stream(prompt, index=number, decode=False):
                     progress.step(f"validation video {number}")
                     latents = step.latents
-                if not writes:
-                    continue
-                if bool(latents.isfinite().all()):
+                if not latents.isfinite().all():
+                    progress.say(f"validation video {number} is left out: it is not finite")
+                elif writes:
                     name = Prompt(line=number, text=prompt).folder_name.encode()[:_MAX_NAME_BYTES]
                     made.append((folder / name.decode(errors="ignore").rstrip(" ._"), latents))
-                else:
-                    progress.say(f"validation video {number} is left out: it is not finite")
             # The autoencoder may have to be loaded: this happens once, after the sampling.
             written = self._write(pipe, made) if made else []
             for path in written:
@@ -212,9 +210,7 @@ class Validation:
                         mp4, sheet = (stem.with_name(stem.name + end) for end in (".mp4", ".png"))
                         before = self.folder / f"{0:06d}" / sheet.name
                         frames = collect_frames(pipe.decode(latents), mp4, fps=self.fps)
-                        write_contact_sheet(
-                            frames, sheet, above=None if before == sheet else before
-                        )
+                        write_contact_sheet(frames, sheet, above=before)
                         written += [mp4, sheet]
                         del left[0]
             except torch.cuda.OutOfMemoryError:

@@ -144,7 +144,7 @@ def test_a_lora_without_a_state_is_found_before_data_is_read(small, tmp_path, ca
     argv = ["--base", file, "--device", "cpu", "--resume", str(run), "--train-iters", "2"]
     assert run_command(lambda: train_video.main(argv)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"load: the output of tools/merge_lora.py for the base model and {run / '1'}" in error
+    assert f"load: {run / '1'} (if that is a LoRA: with the output of tools/merge_lora.py" in error
 
 
 def test_a_run_resumed_at_an_earlier_step_replaces_its_later_checkpoints(
@@ -156,11 +156,10 @@ def test_a_run_resumed_at_an_earlier_step_replaces_its_later_checkpoints(
     run = small.train(file, tmp_path / "runs", *flags, *EMA)
     weights = module_of(run / "3")
     small.train(file, run.parent, *flags, "--resume", str(run / "3"))  # nothing is left to do
-    assert (run / "3-ema").is_dir() and "3-ema holds a moving average" in caplog.text
+    assert (run / "3-ema").is_dir()
     small.train(file, run.parent, *flags, "--resume", str(run / "1"))
     found = module_of(run / "3")
     assert all(torch.equal(found[name], weights[name]) for name in weights)
-    assert "1-ema holds a moving average, which ends here" in caplog.text
     assert "later checkpoints (2, 3) are renamed" in caplog.text
     folders = sorted(path.name for path in run.iterdir() if path.name[0].isdecimal())
     assert folders == ["1", "1-ema", "2", "3"]

@@ -198,27 +198,6 @@ def test_a_step_that_seeks_the_scale_is_not_counted(small, tmp_path, monkeypatch
     assert "step 3 of 3" in caplog.text and "grad norm" not in caplog.text  # it is infinite then
 
 
-@pytest.mark.parametrize("interval", [1, 9])
-def test_an_interrupted_run_logs_how_it_is_resumed(small, tmp_path, monkeypatch, caplog, interval):
-    monkeypatch.setattr(train_video, "set_up_logging", lambda: None)
-    caplog.set_level("INFO")
-    whole, calls = SATVideoDiffusionEngine.get_input, iter(range(9))
-
-    def end(self, batch):
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        return whole(self, batch)
-
-    monkeypatch.setattr(SATVideoDiffusionEngine, "get_input", end)
-    with pytest.raises(KeyboardInterrupt):
-        small.train(small.file("end"), tmp_path, "--save-interval", str(interval))
-    (run,) = tmp_path.iterdir()
-    hint = f"nothing is saved yet in {run}"
-    if interval == 1:
-        hint = f"the last checkpoint is {run}/2; --resume {run} continues from it"
-    assert caplog.messages[-1].startswith("stopped after step 2") and hint in caplog.messages[-1]
-
-
 def test_validation_encodes_as_training_does_and_runs_the_network_under_its_autocast(
     small, tmp_path, monkeypatch
 ):

@@ -8,9 +8,10 @@ from omegaconf import OmegaConf
 
 import train_video
 from sgm.errors import UserError
-from sgm.training.preflight import check_sections
+from sgm.training.deepspeed_settings import check_deepspeed
 from tests.training.conftest import LORA
 
+ADAM = {"optimizer": {"type": "Adam"}}
 LOSS = "loss_fn_config.params"
 T5 = "conditioner_config.params.emb_models"
 BUNDLED = Path(__file__).resolve().parents[2] / "CogVideoX-tiny-sat"
@@ -77,12 +78,12 @@ def test_a_mistake_is_found_before_data_is_read(refuse, kind):
         ({"optimizer": {"type": "AdamW", "params": {"betass": [0, 1]}}}, "params: .*'betass'"),
         ({"optimizer": {"type": "sgd", "params": {"lr": 1.0}}}, "type: 'sgd' is unknown"),
         ({"optimizer": {"type": "SGD", "params": {"lr": "abc"}}}, "optimizer.params: "),
-        ({"scheduler": {"type": "WarmupXX"}}, "scheduler.type: 'WarmupXX' is unknown"),
+        (ADAM | {"scheduler": {"type": "WarmupXX"}}, "scheduler.type: 'WarmupXX' is unknown"),
     ],
 )
 def test_a_mistake_in_optimizer_or_schedule_is_found_with_the_sections(section, words):
     with pytest.raises(UserError, match=words):
-        check_sections(section)
+        check_deepspeed(section)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_a_mistake_in_optimizer_or_schedule_is_found_with_the_sections(section, 
     ],
 )
 def test_optimizers_that_exist_pass(optimizer):
-    check_sections({"optimizer": optimizer, "scheduler": {"type": "WarmupLR"}})
+    check_deepspeed({"optimizer": optimizer, "scheduler": {"type": "WarmupLR"}})
 
 
 def test_a_text_encoder_of_another_width_is_found_before_data_is_read(refuse):
