@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
 from deepspeed.runtime.precision_config import (
     DeepSpeedBF16Config,
     DeepSpeedFP16Config,
@@ -21,7 +22,6 @@ from deepspeed.runtime.precision_config import (
 )
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sgm.config import TrainingArgs
@@ -75,7 +75,7 @@ class _Optimizer(Section):
     def _check_params(
         cls, params: dict[str, Any] | None, info: ValidationInfo
     ) -> dict[str, Any] | None:
-        """Build PyTorch's optimizer with the params; DeepSpeed does so after reading the weights."""
+        """Build the optimizer, which DeepSpeed does only after the weights are read."""
         name = info.data.get("type", "")
         is_own = name.lower() in DEEPSPEED_OPTIMIZERS
         kind = getattr(torch.optim, _TORCH_TWINS.get(name.lower(), "") if is_own else name, None)
