@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import itertools
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -86,11 +88,15 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
-        """Parse like argparse.
+        """Parse like argparse, but report an unknown flag before a missing one.
 
         Exits with code 2 after one line on stderr if the command line is invalid.
         """
         words = [self._with_hyphens(word) for word in (sys.argv[1:] if args is None else args)]
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            name = word.partition("=")[0]
+            if re.fullmatch(r"--[a-zA-Z]\S*", name) and name not in self._option_string_actions:
+                self._refuse(word)
         namespace, rest = self.parse_known_args(words)
         if rest:
             self._refuse(rest[0])

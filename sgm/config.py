@@ -46,15 +46,20 @@ def lora_from_text(text: str) -> LoraChoice:
     """Parse ``PATH`` or ``PATH:SCALE``; if a path of the whole text exists, it is the path.
 
     Raises:
-        UserError: the scale is not finite.
+        UserError: the scale is not a finite number.
     """
     path, colon, number = text.rpartition(":")
     if not colon or not path or os.path.exists(os.path.expanduser(text)):
         return LoraChoice(text)
     try:
         scale = float(number)
-    except ValueError:  # the colon belongs to the path
-        return LoraChoice(text)
+    except ValueError:
+        if os.path.exists(os.path.expanduser(path)):
+            raise UserError(
+                f"{text}: {colon + number!r} is not a number; write the strength after the colon, "
+                "as in PATH:0.8"
+            ) from None
+        return LoraChoice(text)  # the colon belongs to the path
     return _lora_from_item({"path": path, "scale": scale})
 
 

@@ -76,7 +76,7 @@ def explain(error: ValidationError, model: type[BaseModel], *, place: Callable[[
     if kind == "missing":
         hint = mistyped_as(keys[-1], value)
         return f"{where} is missing{hint}" + (f"; it must be {describe(field)}" if field else "")
-    if kind == "value_error":  # the sentence of a validator of ours
+    if kind in ("value_error", "assertion_error"):  # the sentence of a validator
         reason = str(first["ctx"]["error"])
         return f"{where}: {reason}" if where else reason
     if field is None or not issubclass(owner, Options | Section):

@@ -22,7 +22,7 @@ from sgm.checkpoint.transformer import load_transformer
 from sgm.config import LoraChoice, TrainingArgs
 from sgm.data.loader import check_lengths, checked_batches
 from sgm.errors import UserError
-from sgm.preflight import RunWeights, find_weights
+from sgm.preflight import find_weights
 from sgm.training.deepspeed_engine import sat_optimizer, start_deepspeed
 from sgm.training.deepspeed_settings import check_deepspeed, weight_dtype
 from sgm.util import instantiate_from_config
@@ -432,7 +432,8 @@ def test_activations_are_recomputed_only_where_both_keys_say_so(small_model, in_
     config.model = small_model | {"loss_fn_config": config.model["loss_fn_config"]}
     config.args.mode, config.args.checkpoint_activations = "pretrain", in_args
     config.args.checkpoint_keep = "attention"
-    engine, load_weights = train_video.build_engine(config, RunWeights(None, [], None, {}))
+    weights = find_weights(config.model | {"latent_input": True}, None, random_transformer=True)
+    engine, load_weights = train_video.build_engine(config, weights)
     load_weights(torch.device("cpu"))
     train_video.set_up_activations(engine, config)
     expected = "attention" if in_args and in_network else None

@@ -343,7 +343,7 @@ def test_lora_that_sat_cannot_hold(inspect: Callable[..., Any], tmp_path: Path, 
     save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
     code, shown = inspect(tmp_path)
     assert code == 1
-    assert ("DoRA" if kind == "DoRA" else "ff.net.0.proj") in shown["error"]
+    assert ("lora_magnitude_vector" if kind == "DoRA" else "ff.net.0.proj") in shown["error"]
     assert "merge it in diffusers" in shown["error"]
 
 

@@ -339,7 +339,7 @@ def wrong(tmp_path):
         ("bring_in none", "--lora_path: .*none does not exist"),
         ("bring_in none", "pytorch_lora_weights.safetensors or adapter_model.safetensors"),
         ("merge base --lora run:abc", "':abc' is not a number"),
-        ("merge base --lora run:inf", "scale inf of .*run:inf must be a finite number"),
+        ("merge base --lora run:inf", "scale inf of .*run must be a finite number"),
     ],
 )
 def test_a_wrong_use_is_one_sentence_and_leaves_nothing(request, wrong, tmp_path, line, words):
