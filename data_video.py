@@ -2,7 +2,8 @@
 
     python data_video.py DIR --base config.yaml
 
-inspects a folder without training. It prints what each clip gives and why others are skipped.
+inspects a folder without training. It prints the properties of each usable clip, and the reason
+for each skipped clip.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ logger = logging.getLogger(__name__)
 class SFTDataset(Dataset):
     """Clips with captions from a folder in one of the layouts of `sgm.data.survey`.
 
-    Items are ``{"mp4": float32 (t, 3, h, w) in [-1, 1], "txt": caption}``. Their length t is
-    `max_num_frames`, or for a shorter clip the largest 4k + 1 that it has. A clip with less than 5
-    frames is left out. Items of different lengths cannot share a batch.
+    An item is ``{"mp4": float32 (t, 3, h, w) in [-1, 1], "txt": caption}``. Its length t is
+    `max_num_frames`; a shorter clip gives an item of the largest 4k + 1 frames that it has. A clip
+    with fewer than 5 frames is skipped. Items of different lengths cannot share a batch.
 
-    Frames are chosen at `fps` by their timestamps, and rotated as the file says. If a clip is
-    longer than an item, a number from torch's global generator decides where the window begins.
+    Frames are chosen by their timestamps, at a rate of `fps`, and rotated as the file specifies. If
+    a clip is longer than an item, torch's global generator draws the position of the window.
 
-    Clips that cannot be used are left out, and a warning gives the reason for each. If damage is
-    found only when the frames of a clip are decoded, a warning names that clip, and the next clip
-    replaces it from then on. Decoded frames are not kept.
+    Clips that cannot be used are skipped, and a warning gives the reason for each. If decoding the
+    frames of an item fails, a warning names the clip, and the next clip is used instead from then
+    on. Decoded frames are not cached.
 
-    If several processes train together, all must build their datasets in the same order, since
-    they agree on the clips.
+    If several processes train together, all must build their datasets in the same order, because
+    building a dataset exchanges the list of clips between the processes.
 
     Args:
         data_dir: the folder.
@@ -55,13 +56,13 @@ class SFTDataset(Dataset):
         fps: frames per second.
         max_num_frames: the largest number of frames of an item; 4k + 1.
         skip_frms_num: number of the clip's own frames that are dropped at each end; a whole number.
-        random_window: if a clip is longer than an item, whether each access gives a random window
-            of it, or the first one.
+        random_window: whether each access draws a random window of a clip that is longer than an
+            item; if False, the first window is used.
 
     Attributes:
         clips: the path of each clip that can be used.
-        captions: the caption of each.
-        item_lengths: the number of frames of each one's item.
+        captions: the caption of each clip in `clips`.
+        item_lengths: the number of frames that an item has, for each clip in `clips`.
 
     Raises:
         UserError: a parameter is invalid, or the folder has no clip that can be used.
@@ -80,7 +81,7 @@ class SFTDataset(Dataset):
         self._settings = FrameSettings(video_size, fps, max_num_frames, skip_frms_num)
         self.random_window = random_window
         survey = survey_folder(Path(data_dir), self._settings)
-        # All processes of a run see the same files, so one of them logs the warnings.
+        # All processes of a run see the same files, so only the first process logs warnings.
         level = logging.WARNING if Rank.from_environment().index == 0 else logging.DEBUG
         for path, reason in survey.skipped:
             logger.log(level, "%s is skipped: %s", path, reason)
@@ -91,20 +92,22 @@ class SFTDataset(Dataset):
         self.captions: list[str] = [clip.caption for clip in survey.clips]
         self._facts = [clip.facts for clip in survey.clips]
         self.item_lengths = [facts.length for facts in self._facts]
-        # Shared by worker processes, so that only one of them warns of a clip.
+        # Shared by the worker processes, so that only one process warns about a clip.
         self._damaged = torch.zeros(len(self.clips), dtype=torch.bool).share_memory_()
 
     def frame_settings(self) -> dict[str, object]:
-        """All parameters that decide which frames a clip gives, by their names."""
+        """Return all parameters that determine which frames a clip gives, by name."""
         own = {"skip_frms_num": self._settings.skip, "random_window": self.random_window}
         return asdict(self._settings) | own
 
     def read_clip(self, index: int, *, position: float = 0.0) -> Tensor:
-        """A window of clip `index`, even if it is damaged: float32 (t, 3, h, w) in [-1, 1].
+        """Decode a window of clip `index`: float32 (t, 3, h, w) in [-1, 1].
+
+        If the clip is damaged, no other clip replaces it.
 
         Args:
             index: from 0 to len(self) - 1.
-            position: in [0, 1), from the first window to the last one.
+            position: the relative position of the window in the clip, in [0, 1); 0 is the first.
 
         Raises:
             ClipError: the clip cannot be decoded.
@@ -119,12 +122,12 @@ class SFTDataset(Dataset):
         return len(self.clips)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
-        """Clip `index`, or the next one that can be decoded.
+        """Return the item of clip `index`, or of the next clip that can be decoded.
 
         Raises:
-            UserError: no clip can be decoded any more.
+            UserError: no clip is left that can be decoded.
         """
-        # Drawn once, whichever clip is used: later draws must not depend on known damage.
+        # Drawn once per access, because later draws must not depend on which clips are damaged.
         position = float(torch.rand((), dtype=torch.float64)) if self.random_window else 0.0
         for step in range(len(self)):
             place = (index + step) % len(self)
@@ -140,13 +143,13 @@ class SFTDataset(Dataset):
 
 
 def settings_from_config(data: Mapping[str, Any]) -> FrameSettings:
-    """The settings of a configuration's `data` section.
+    """Return the frame settings from the `data` section of a configuration.
 
     Raises:
-        UserError: the section is missing or for another dataset, or a parameter is invalid.
+        UserError: the section is missing or names another dataset, or a parameter is invalid.
     """
     target, given = data.get("target"), data.get("params") or {}
-    expected = f"be {VIDEO_DATASET}; add the file that has it to --base"
+    expected = f"be {VIDEO_DATASET}; add the configuration file that sets it to --base"
     check_value("data.target", target, expected, valid=target == VIDEO_DATASET)
     check_value("data.params", given, "hold keys", valid=isinstance(given, Mapping))
     params = check_params(SFTDataset, {**given, "data_dir": ""}, where="data")
@@ -155,7 +158,7 @@ def settings_from_config(data: Mapping[str, Any]) -> FrameSettings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Inspect a folder; returns the exit code 0.
+    """Inspect a folder and return the exit code 0.
 
     Raises:
         UserError: the configuration is invalid, or no clip can be used.
@@ -169,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--contact-sheet",
         type=Path,
         metavar="FILE",
-        help="picture with frames of the first clips; default: outputs/DIR-clips.png",
+        help="picture to write, with frames of the first clips; default: outputs/DIR-clips.png",
     )
     options = parser.parse_args(argv)
     set_up_logging()
@@ -184,11 +187,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for line in report(survey, settings):
             print(line, flush=True)
-    except BrokenPipeError:  # the reader has closed the pipe, as head does
+    except BrokenPipeError:  # the reader has closed the pipe, for example `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     survey.require_clips()
     shown = write_sheet(survey, settings, sheet)
-    print(f"{sheet} shows the first {shown}, a row each")
+    print(f"{sheet} shows the first {shown} clips, one row per clip")
     return 0
 
 

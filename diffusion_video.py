@@ -1,4 +1,4 @@
-"""The module from which SAT's scripts and older code import the engine of sgm/engine.py."""
+"""The engine of sgm/engine.py, under the module name that SAT's scripts and older code import."""
 
 from sgm.engine import SATVideoDiffusionEngine
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make videos from prompts: bash inference.sh [CONFIG.yaml ...] [--FLAG ...]
-# Without a configuration: the 2B model if its weights exist, else the small bundled model.
-# NPROC=4 splits the prompts over 4 processes (GPUs). Paths are relative to this folder.
+# Without a configuration, this uses the 2B model if its weights exist, and otherwise the small
+# bundled model. NPROC=4 splits the prompts over 4 processes (one GPU each). Paths are relative to
+# this folder.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/tools/launch/launch.sh"
 

@@ -1,4 +1,4 @@
-"""Text to video: ``python sample_video.py --base config.yaml [--flags]``."""
+"""Generate videos from prompts: ``python sample_video.py --base config.yaml [--flags]``."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from sgm.pipeline import CogVideoX, Video
     from sgm.progress import Progress
 
-# Heavy modules (PyTorch, SAT) are imported at first use, so that a mistake in the command line or
-# in a configuration is reported at once.
+# Heavy modules (PyTorch, SAT) are imported at first use. Mistakes in the command line or in a
+# configuration are reported before these imports.
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ PACKAGES = "torch SwissArmyTransformer transformers imageio-ffmpeg triton flash-
 
 
 def get_prompts(args: SamplingArgs, rank: Rank) -> Iterable[Prompt]:
-    """The prompts of this rank.
+    """Return the prompts of this rank.
 
     Raises:
         UserError: the prompt file is invalid, or prompts are typed and there are several processes.
@@ -46,7 +46,7 @@ def get_prompts(args: SamplingArgs, rank: Rank) -> Iterable[Prompt]:
 
 
 def make_videos(pipe: CogVideoX, config: Config, prompt: Prompt, *, progress: Progress) -> None:
-    """Make all samples of a prompt and write them with their records into the output folder.
+    """Generate all samples of a prompt; write them and their records into the output folder.
 
     Args:
         pipe: the model.
@@ -56,7 +56,7 @@ def make_videos(pipe: CogVideoX, config: Config, prompt: Prompt, *, progress: Pr
 
     Raises:
         UserError: a file cannot be written, or the result is not finite.
-        LostProcessError: this process failed in work that others need.
+        LostProcessError: this process failed while other processes need its result.
     """
     from sgm.pipeline import Step
     from sgm.video import write_contact_sheet
@@ -64,7 +64,7 @@ def make_videos(pipe: CogVideoX, config: Config, prompt: Prompt, *, progress: Pr
     for sample in range(config.args.batch_size):
         folder = Path(config.args.output_dir, prompt.folder_name, str(sample))
         path = folder / "000000.mp4"
-        # One sample at a time, so that none depends on their number.
+        # Samples are not batched, because a sample must not depend on the number of samples.
         index = (prompt.line, sample)
         for event in pipe.stream(prompt.text, index=index, path=path.absolute()):
             if isinstance(event, Step):
@@ -77,7 +77,7 @@ def make_videos(pipe: CogVideoX, config: Config, prompt: Prompt, *, progress: Pr
 
 
 def write_record(config: Config, prompt: Prompt, sample: int, video: Video, path: Path) -> None:
-    """Write a JSON file with the settings that reproduce a video, and with its timings.
+    """Write a JSON file with the settings that reproduce a video, and its timings.
 
     Raises:
         UserError: the file cannot be written.
@@ -103,7 +103,7 @@ def write_record(config: Config, prompt: Prompt, sample: int, video: Video, path
 
 
 def peak_memory() -> dict[str, float]:
-    """Peak memory of this process so far in GiB: host memory, and GPU memory if it uses a GPU."""
+    """Return this process's peak memory in GiB: host memory, and GPU memory if it uses a GPU."""
     import resource
 
     import torch
@@ -115,18 +115,18 @@ def peak_memory() -> dict[str, float]:
 
 
 def sample_all(pipe: CogVideoX, config: Config, prompts: Iterable[Prompt], *, rank: Rank) -> int:
-    """Make the videos of all prompts; a prompt that fails is reported and does not stop the others.
+    """Generate the videos of all prompts; report a prompt that fails and continue with the next.
 
     Returns:
-        Number of prompts that failed.
+        The number of prompts that failed.
 
     Raises:
-        LostProcessError: several processes make each video together, and this one failed.
+        LostProcessError: this process failed, and several processes generate each video together.
     """
     from sgm.parallel.processes import LostProcessError
     from sgm.progress import Progress
 
-    # Every process reports the files that it writes, and the first one its steps.
+    # Every process logs the files that it writes. Only the first process logs its steps.
     logging.getLogger("sgm.progress").setLevel(logging.INFO)
     steps = None
     if isinstance(prompts, list):  # the number of typed prompts is unknown
@@ -139,7 +139,7 @@ def sample_all(pipe: CogVideoX, config: Config, prompts: Iterable[Prompt], *, ra
                 make_videos(pipe, config, prompt, progress=progress)
             except LostProcessError:
                 raise
-            except Exception as error:  # no error of one prompt stops the others
+            except Exception as error:  # a failed prompt must not stop the run
                 failed += 1
                 logger.debug("prompt %d", prompt.line, exc_info=True)
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -149,7 +149,7 @@ def sample_all(pipe: CogVideoX, config: Config, prompts: Iterable[Prompt], *, ra
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check, load, sample; returns the exit code: 1 if any prompt failed."""
+    """Parse, check, load and sample; return the exit code, which is 1 if any prompt failed."""
     started = time.perf_counter()
     config = parse_config(SamplingArgs, "Make videos from prompts.", argv)
     args = config.args

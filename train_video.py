@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from sgm.data.cache import Cache
     from sgm.engine import SATVideoDiffusionEngine
 
-# As in sample_video.py, heavy modules are imported after the configuration was checked.
+# Heavy modules are imported only after the configuration has been checked, like in sample_video.py.
 
 logger = logging.getLogger(__name__)
 
-COMPILE_STEPS = 300  # a run on a GPU of at least this many steps is compiled
+COMPILE_STEPS = 300  # on a GPU, runs of at least this many steps are compiled
 
 
 def text_device(config: Config, device: torch.device) -> str | torch.device:
-    """The device of the text encoder: the CPU if `args` say so, otherwise `device`."""
+    """Return the text encoder's device: the CPU if `text_device` is cpu, otherwise `device`."""
     return "cpu" if config.args.text_device == "cpu" else device
 
 
@@ -42,10 +42,10 @@ def build_engine(
 
     Args:
         config: the configuration.
-        weights: the weight files of the configuration. The transformer's are not used in mode
-            pretrain, where weights are random.
-        checkpoint: the folder of the iteration to resume from. Its weights replace those of
-            `load`; if it is a LoRA, they are added to them.
+        weights: the weight files of the configuration. In mode pretrain, the transformer starts
+            with random weights, and its files are not used.
+        checkpoint: the folder of the iteration to resume from. A whole model in it replaces the
+            weights of `load`; a LoRA in it is added to the weights of `load`.
 
     Returns:
         The engine, and a function that loads its weights on a device.
@@ -83,7 +83,7 @@ def build_engine(
         if network.lora_config and not is_lora:
             raise UserError(
                 f"{checkpoint} holds a whole model, but the configuration trains a LoRA; to train "
-                f"one on it, start a new run with --load {checkpoint}"
+                f"a LoRA on this model, start a new run with --load {checkpoint}"
             )
         if is_lora:
             check_trained_lora(network, saved)
@@ -104,12 +104,12 @@ def build_engine(
 
 
 def build_dataset(config: Config, folders: Sequence[str], **extra: object) -> ConcatDataset:
-    """The datasets of the `data` section for each folder, joined.
+    """Build the dataset of the `data` section for each folder, and concatenate the datasets.
 
     Args:
         config: the configuration.
-        folders: the values of `data_dir`.
-        extra: further params, for the dataset of clips only.
+        folders: the data folders, each a value of `data_dir`.
+        extra: further params of the dataset; ignored if it is not `data_video.SFTDataset`.
 
     Raises:
         UserError: the section is missing, or the data in a folder is invalid.
@@ -127,12 +127,12 @@ def build_dataset(config: Config, folders: Sequence[str], **extra: object) -> Co
 
 
 def num_workers(config: Config) -> int:
-    """The number of worker processes of a loader, at most the number of cores."""
+    """Return the number of worker processes per loader; at most the number of cores."""
     return min(config.args.num_workers, os.cpu_count() or 1)
 
 
 def build_loader(dataset: Dataset, config: Config, *, batch_size: int, start: int) -> DataLoader:
-    """An endless loader of this process's batches; `start` is the first sample of the stream."""
+    """Return an endless loader of this process's batches; `start` counts samples already used."""
     import torch
     from torch import distributed
     from torch.utils.data import DataLoader
@@ -156,14 +156,15 @@ def build_loader(dataset: Dataset, config: Config, *, batch_size: int, start: in
 
 
 def set_up_activations(engine: SATVideoDiffusionEngine, config: Config) -> None:
-    """Set activation checkpointing and compile the blocks, as `args` ask for them.
+    """Set up activation checkpointing and compile the transformer blocks, as `args` require.
 
-    If `compile` is not set, blocks are compiled where that saves time: it takes half a minute and
-    saves a fifth of each step on a GPU.
+    If `compile` is not set, the blocks are compiled only if this saves time. On a GPU, compiling
+    takes half a minute and makes each step a fifth shorter.
     """
     args = config.args
     network = engine.model.diffusion_model
-    if not args.checkpoint_activations:  # it is on only if this and transformer_args say so
+    # Checkpointing is used only if both this flag and transformer_args enable it.
+    if not args.checkpoint_activations:
         network.set_checkpointing(None)
     elif network.checkpointing is not None:
         network.set_checkpointing(args.checkpoint_keep)
@@ -178,7 +179,7 @@ def set_up_activations(engine: SATVideoDiffusionEngine, config: Config) -> None:
 
 
 def check(config: Config) -> RunWeights:
-    """Check all that can be checked without PyTorch; returns the weight files.
+    """Check everything that can be checked without PyTorch, and return the weight files.
 
     Raises:
         UserError: a value or a path is invalid.
@@ -191,7 +192,7 @@ def check(config: Config) -> RunWeights:
 
 
 class TrainingData(NamedTuple):
-    """Datasets of training and validation, prompts of validation videos, and the cache if used."""
+    """The datasets, the prompts of the validation videos, and the cache (None if not used)."""
 
     training: Dataset
     validation: Dataset | None
@@ -200,7 +201,7 @@ class TrainingData(NamedTuple):
 
 
 def load_data(config: Config, device: torch.device, weights: RunWeights) -> TrainingData:
-    """The data of `args`, from the cache in `cache_dir` if that is set.
+    """Load the training and validation data; if `cache_dir` is set, fill the cache and use it.
 
     Raises:
         UserError: a folder or its data is invalid, or the cache cannot be filled.
@@ -223,7 +224,7 @@ def load_data(config: Config, device: torch.device, weights: RunWeights) -> Trai
     if not args.cache_dir:
         return TrainingData(training, validation, prompts, None)
     if prompts and weights.autoencoder and not args.only_log_video_latents:
-        weights.autoencoder.keep()  # every validation loads it
+        weights.autoencoder.keep()  # each validation loads the autoencoder again
     cache = prepare_cache(
         [*training.datasets, *(validation.datasets if validation else [])],
         weights.within(config.model),
@@ -239,7 +240,7 @@ def load_data(config: Config, device: torch.device, weights: RunWeights) -> Trai
 
 
 def train(config: Config, device: torch.device, weights: RunWeights) -> None:
-    """Load the model and the data, then train; all processes of the run call it alike.
+    """Load the model and the data, then train; every process of the run must call this.
 
     Raises:
         UserError: data, weights or settings are invalid, or a file cannot be written.
@@ -263,7 +264,7 @@ def train(config: Config, device: torch.device, weights: RunWeights) -> None:
         lock = run_folder.reserve(checkpoint.parent)
         logger.info("resuming from %s", checkpoint)
         run_folder.compare_with_last_start(config, checkpoint.parent)
-    else:  # a folder that cannot be written to is an error before anything is read
+    else:  # if the folder cannot be written to, fail before reading any weights or data
         make_output_folder(Path(args.save).expanduser())
     engine, load_weights = build_engine(config, weights, checkpoint=checkpoint)
     data = load_data(config, device, weights)
@@ -300,7 +301,7 @@ def train(config: Config, device: torch.device, weights: RunWeights) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check, load, train; returns the exit code."""
+    """Parse, check, load and train; return the exit code."""
     config = parse_config(TrainingArgs, "Train the transformer.", argv)
     set_up_logging()
     weights = check(config)
@@ -317,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        # DeepSpeed, which is imported later, would move the model to a GPU if there is one.
+        # Otherwise DeepSpeed, which is imported later, moves the model to a GPU if one exists.
         os.environ["DS_ACCELERATOR"] = "cpu"
     from sgm.sat_runtime import ensure_process_groups, leave_process_groups_at_exit
     from sgm.training.deepspeed_settings import check_deepspeed, check_precision, weight_dtype

@@ -269,7 +269,7 @@ def test_unusable_files_are_named_once_with_the_reason(tmp_path, caplog):
     assert [path.name for path in data.clips] == ["good.mp4"]
     assert data[0]["txt"] == "caption of good"
     reasons = {
-        "one frame": "too short: frames at 8 fps without 3 at each end: 0, needed: 5",
+        "one frame": "too short: 0 frames at 8 fps after dropping 3 at each end; 5 are needed",
         "only ends": "too short",
         "audio": "no video stream",
         "text": "not a video",

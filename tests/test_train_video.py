@@ -465,7 +465,7 @@ def test_clips_of_different_lengths_are_found_before_anything_is_loaded() -> Non
     parts = [SimpleNamespace(item_lengths=[17, 5]), SimpleNamespace(item_lengths=[17])]
     check_lengths(parts, batch_size=1, key="size")
     check_lengths([*parts[1:], object()], batch_size=2, key="size")
-    told = r"\(1 of 5 frames, 2 of 17 frames\), so they cannot share a batch of 2; set size to 1"
+    told = r"1 with 5 frames, 2 with 17 frames\), so they cannot share a batch of 2; set size to 1"
     with pytest.raises(UserError, match=told):
         check_lengths(parts, batch_size=2, key="size")
 
@@ -497,7 +497,7 @@ class Fatal(Dataset):
 
 
 def test_a_process_that_is_ended_while_it_reads_data_is_one_sentence() -> None:
-    with pytest.raises(UserError, match="reads data was ended .DataLoader worker .*; lower num_w"):
+    with pytest.raises(UserError, match="reads data was killed .DataLoader worker .*; lower num_w"):
         next(checked_batches(DataLoader(Fatal(), num_workers=1)))
 
 

@@ -1,1 +1,1 @@
-"""Training data: clips of folders, their frames, decoding in separate processes, the cache."""
+"""Training data: finding clips and captions, choosing frames, decoding, batches, the cache."""

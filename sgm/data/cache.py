@@ -1,12 +1,12 @@
-"""The cache of `args.cache_dir`: latents of clips and embeddings of texts, computed once.
+"""The cache in `args.cache_dir`: latents of clips and embeddings of texts, computed only once.
 
-    cache_dir/latents/KEY.safetensors       moments (t', 2c, h, w) of a window of a clip
+    cache_dir/latents/KEY.safetensors       moments (t', 2c, h, w) of one window of a clip
     cache_dir/embeddings/KEY.safetensors    crossattn (n, d) of a text
     cache_dir/contents.json                 digests of clips, see `clip_digests`
 
-If the cache is complete, training loads neither the autoencoder nor the text encoder. Nothing
-deletes entries. A user may delete entries or the whole folder; the next start computes what is
-missing. Several runs may use one folder at the same time.
+If the cache is complete, training loads neither the autoencoder nor the text encoder. Entries are
+never deleted automatically. A user may delete entries or the whole folder; the next start computes
+missing entries. Several runs may use the same folder at the same time.
 """
 
 from __future__ import annotations
@@ -50,28 +50,28 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Writing an entry never takes this long, so an older partial file is from a killed process.
+# Partial files older than this belong to killed processes, because writing an entry is faster.
 _LEFTOVER_SECONDS = 3600.0
 
 
 class ClipDataset(Protocol):
-    """What `prepare_cache` needs of a dataset; `data_video.SFTDataset` has it."""
+    """The interface of datasets that `prepare_cache` needs. `data_video.SFTDataset` has it."""
 
     clips: list[Path]
     captions: list[str]
 
     def frame_settings(self) -> Mapping[str, Any]:
-        """All settings that decide which frames a clip gives, with ``random_window``."""
+        """Return all settings that determine which frames a clip gives; has ``random_window``."""
 
     def read_clip(self, index: int, *, position: float = 0.0) -> Tensor:
-        """A window of clip `index`, (t, 3, h, w) in [-1, 1]; the first one at `position` 0."""
+        """Return a window of clip `index`, (t, 3, h, w) in [-1, 1]; `position` 0 is the first."""
 
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of entries, ``{folder}/{key}.safetensors``, each with one tensor.
+    """A folder of entries ``{folder}/{key}.safetensors``. Each entry contains one tensor.
 
-    Several processes and several runs may use it at the same time.
+    Several processes and several runs may use the same folder at the same time.
 
     Args:
         folder: the folder.
@@ -85,16 +85,16 @@ class Store:
         return self.folder / f"{key}.safetensors"
 
     def prepare(self) -> None:
-        """Make the folder, and remove the partial files of killed processes from it.
+        """Create the folder if needed, and remove partial files of killed processes from it.
 
         Raises:
-            UserError: the folder cannot be made or written to.
+            UserError: the folder cannot be created or written to.
         """
         make_output_folder(self.folder)
         _remove_leftovers(self.folder)
 
     def holds(self, key: str) -> bool:
-        """Whether the entry exists and is whole; logs a warning if it is damaged."""
+        """Return whether the entry exists and is intact; log a warning if it is damaged."""
         path = self._path(key)
         try:
             with safe_open(path, framework="pt") as file:
@@ -103,27 +103,27 @@ class Store:
         except FileNotFoundError:
             return False
         except (SafetensorError, OSError) as error:
-            logger.warning("%s is damaged (%s) and is made anew", path, error)
+            logger.warning("%s is damaged (%s); it is computed again", path, error)
             return False
 
     def read(self, key: str) -> Tensor:
-        """The tensor of an entry.
+        """Return the tensor of an entry.
 
         Raises:
             UserError: the entry is missing or damaged.
         """
         path = self._path(key)
         try:
-            # Read, not mapped: a mapped file that another process truncates ends this process.
+            # Not memory-mapped: this process would crash if another one truncated a mapped file.
             return load(path.read_bytes())[self.name]
         except (SafetensorError, OSError, KeyError) as error:
             raise UserError(
-                f"the cache entry {path} cannot be read ({error}); start again to make it anew "
-                "(processes on several hosts need a cache_dir on a disk that they share)"
+                f"the cache entry {path} cannot be read ({error}); start again to compute it again "
+                "(if you use several machines, cache_dir must be on a shared disk)"
             ) from None
 
     def write(self, key: str, tensor: Tensor) -> None:
-        """Write an entry, whole or not at all.
+        """Write an entry atomically.
 
         Raises:
             UserError: the entry cannot be written.
@@ -133,18 +133,18 @@ class Store:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the partial files of killed processes from a folder."""
+    """Remove partial files of killed processes from `folder`."""
     for path in folder.glob(".*.partial.*"):
-        with suppress(OSError):  # another process may have removed it
+        with suppress(OSError):  # another process may have removed the file
             if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
                 path.unlink()
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Clip `index` of a dataset, the digest of its file, and the key of its latents.
+    """A clip: its dataset, its index there, the digest of its file, and the key of its latents.
 
-    `content` and `key` are empty if the file cannot be read.
+    `content` is the digest. `content` and `key` are "" if the file cannot be read.
     """
 
     dataset: ClipDataset
@@ -158,7 +158,7 @@ class _Sample:
 
 
 class CachedDataset(Dataset):
-    """Items ``{"moments": (t', 2c, h, w), "crossattn": (n, d)}``, read from the cache on access.
+    """A dataset of ``{"moments": (t', 2c, h, w), "crossattn": (n, d)}``, read from the cache.
 
     Attributes:
         captions: the caption of each item.
@@ -173,7 +173,7 @@ class CachedDataset(Dataset):
         return len(self._keys)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Item `index`.
+        """Read item `index` from the cache.
 
         Raises:
             UserError: an entry was removed or damaged after the cache was prepared.
@@ -186,13 +186,13 @@ class CachedDataset(Dataset):
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """A prepared cache, see `prepare_cache`.
+    """A cache that contains every entry that a run needs; made by `prepare_cache`.
 
     Attributes:
         latents: the latents of clips.
         embeddings: the embeddings of texts.
         samples: the clips that could be decoded.
-        text_keys: the keys of all captions and given texts in `embeddings`.
+        text_keys: for each caption and each given text, its key in `embeddings`.
     """
 
     latents: Store
@@ -201,9 +201,10 @@ class Cache:
     text_keys: Mapping[str, str]
 
     def dataset(self, dataset: Dataset) -> CachedDataset:
-        """The cached items of a dataset that the cache was prepared for, in its order.
+        """Return the cached items of `dataset`, in its order.
 
-        Clips that could not be decoded are left out.
+        The cache must have been prepared for `dataset`. Clips that could not be decoded are
+        skipped.
 
         Raises:
             UserError: no clip could be decoded.
@@ -215,7 +216,9 @@ class Cache:
         return CachedDataset(self, kept)
 
     def embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """The conditioning ``{"crossattn": (b, n, d)}`` of captions and given texts, on the CPU.
+        """Return the conditioning ``{"crossattn": (b, n, d)}`` for `texts`, on the CPU.
+
+        Only captions and the texts that were given to `prepare_cache` are in the cache.
 
         Raises:
             UserError: an entry was removed or damaged after the cache was prepared.
@@ -224,17 +227,17 @@ class Cache:
 
 
 def _parts(dataset: Dataset) -> list[ClipDataset]:
-    """The datasets of clips that `dataset` consists of.
+    """Return the clip datasets that `dataset` is concatenated from, or `dataset` itself.
 
     Raises:
-        UserError: one is not a dataset of clips.
+        UserError: one of them is not a dataset of clips.
     """
     parts = dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]
     for part in parts:
         if not hasattr(part, "read_clip"):
             raise UserError(
                 f"args.cache_dir: {type(part).__name__} has no clips whose latents can be cached; "
-                "leave cache_dir out, or use data_video.SFTDataset"
+                "remove cache_dir, or use data_video.SFTDataset"
             )
     return cast("list[ClipDataset]", parts)
 
@@ -253,25 +256,25 @@ def prepare_cache(
     """Compute the entries that are missing in the cache.
 
     All processes that train together must call this with the same arguments. They divide the work
-    and wait for each other at the end. If a clip is longer than an item, one window is cached: the
-    first one, or, if the dataset draws windows, one that depends on the clip's content. The state
-    of torch's random generator does not change.
+    and wait for each other at the end. If a clip is longer than an item, only one window is cached.
+    It is the first window, or, if the dataset has `random_window`, a pseudo-random window that
+    depends on the clip's content only. The state of torch's random generator does not change.
 
     Args:
-        datasets: datasets of `data_video.SFTDataset`, or `ConcatDataset` of them.
-        model: the `model` section with `first_stage_config` and `conditioner_config`. Each is built
-            here only if an entry is missing, one after the other. `Weights` in them that were read
-            before are used, and then released.
+        datasets: instances of `data_video.SFTDataset`, or of `ConcatDataset` for several of them.
+        model: the `model` section with `first_stage_config` and `conditioner_config`. The
+            autoencoder and the text encoder are built one after the other, each only if an entry
+            is missing. `Weights` objects in the section are used, and then released.
         cache_dir: the folder of the cache.
-        texts: texts whose embeddings are needed besides those of all captions.
-        dtype: the precision of autoencoder and text encoder.
-        device: where autoencoder and text encoder run.
-        text_device: where the text encoder runs instead, if given.
-        num_workers: number of processes that decode clips, and of threads that read them.
+        texts: texts to embed in addition to all captions.
+        dtype: the dtype of the autoencoder and the text encoder.
+        device: the device of the autoencoder and the text encoder.
+        text_device: the device of the text encoder, if it is not `device`.
+        num_workers: number of processes that decode clips, and of threads that hash clips.
 
     Raises:
         UserError: a dataset has no clips, the configuration or a file is invalid, the folder cannot
-            be written to, or a result is not finite.
+            be written to, or an output is not finite.
     """
     folder = Path(cache_dir).expanduser()
     latents = Store(folder / "latents", "moments")
@@ -305,15 +308,15 @@ def prepare_cache(
 class _Encoder:
     """The autoencoder or the text encoder, and the store of its outputs.
 
-    It is built at the first use.
+    The module is built when it is first used.
 
     Args:
-        name: its name in messages.
-        node: its node of the configuration.
-        weights: its files. They must not change between this call and `get`.
-        build: builds it.
-        store: the entries.
-        dtype: the precision in which it runs.
+        name: the module's name in messages.
+        node: the module's configuration node.
+        weights: the module's weight files. They must not change before `get` has built the module.
+        build: the function that builds the module.
+        store: the store of the module's outputs.
+        dtype: the dtype in which the module runs.
         ranks: the processes that train together.
     """
 
@@ -328,16 +331,22 @@ class _Encoder:
     def __post_init__(self) -> None:
         self._module: nn.Module | None = None
         self._since = self.weights.state()
-        # The first process reads the files; the others need not read gigabytes.
+        # Only the first process hashes the files, because they can have gigabytes.
         digest = model_digest(self.node, self.weights) if self.ranks.rank == 0 else ""
         self._digest = self.ranks.gather(digest)[0]
 
     def key(self, *source: object) -> str:
-        """The key of the entry for a text, or for a clip: its file's digest and the settings."""
+        """Return the key of an entry.
+
+        `source` is a text, or for a clip, the digest of its file and the frame settings.
+        """
         return digest_of(VERSION, self.store.name, *source, self._digest, str(self.dtype))
 
     def own_missing(self, wanted: Mapping[str, T]) -> list[tuple[str, T]]:
-        """This process's share of the (key, source) in `wanted` whose entries are missing."""
+        """Return the pairs (key, source) of missing entries that this process must compute.
+
+        `wanted` maps the keys of all required entries to their sources.
+        """
         own, store = self.ranks.share([*wanted]), self.store
         missing = set().union(*self.ranks.gather([key for key in own if not store.holds(key)]))
         if missing:
@@ -345,10 +354,10 @@ class _Encoder:
         return self.ranks.share([(key, wanted[key]) for key in wanted if key in missing])
 
     def get(self) -> nn.Module:
-        """The module, in evaluation mode.
+        """Return the module in evaluation mode; build it if it was not used before.
 
         Raises:
-            UserError: it cannot be built, or its files have changed.
+            UserError: the module cannot be built, or its files have changed.
         """
         if self._module is None:
             self._module = self.build().eval()
@@ -359,7 +368,7 @@ class _Encoder:
         return self._module
 
     def write(self, key: str, output: Tensor, *, source: object) -> None:
-        """Write an entry, unless it would spoil every run that reads it.
+        """Write an entry, after a check that all its values are finite.
 
         Raises:
             UserError: the output for `source` is not finite, or the entry cannot be written.
@@ -367,25 +376,25 @@ class _Encoder:
         if not bool(output.isfinite().all()):
             raise UserError(
                 f"cache_dir: the output of {self.name} for {source} is not finite in "
-                f"{output.dtype}; its weights may be damaged, or try bfloat16 or full precision"
+                f"{output.dtype}; try bfloat16 or float32, or check the weights for damage"
             )
         self.store.write(key, output)
 
     def free(self) -> None:
-        """Release the files, and the memory of the module if it was built, on the GPU too."""
+        """Release the weight files, and the module's CPU and GPU memory if it was built."""
         self.weights.release()
         if self._module is not None:
             self._module = None
-            gc.collect()  # importing its modules may have left frames that refer to it
+            gc.collect()  # stack frames left over from imports may still refer to the module
             torch.cuda.empty_cache()
 
 
 def _prepare_latents(
     parts: Sequence[ClipDataset], encoder: _Encoder, *, memory: Path, num_workers: int
 ) -> list[_Sample]:
-    """Compute missing latents; returns the clips of all `parts` that can be decoded.
+    """Compute missing latents; return the clips of all `parts` that can be decoded.
 
-    A warning names each clip that cannot.
+    A warning names each clip that cannot be decoded.
     """
     ranks = encoder.ranks
     clips = [clip for part in parts for clip in part.clips]
@@ -411,28 +420,28 @@ def _prepare_latents(
 
 
 def _read_window(sample: _Sample) -> Tensor | ClipError:
-    """The window of a clip that is cached, (t, 3, h, w), or the reason why there is none."""
+    """Decode the window of a clip that will be cached, (t, 3, h, w), or return the failure."""
     is_drawn = sample.dataset.frame_settings()["random_window"]
     position = window_position(sample.key) if is_drawn else 0.0
     try:
         video = sample.dataset.read_clip(sample.index, position=position)
     except ClipError as reason:
         return reason
-    with suppress(OSError):  # the file was removed
+    with suppress(OSError):  # raised if the file was removed
         if hash_file(sample.clip) == sample.content:
             return video
     return ClipError("it was changed while the cache was made")
 
 
 def _encode_clips(samples: list[_Sample], encoder: _Encoder, *, num_workers: int) -> dict[str, str]:
-    """Write the entries of `samples`; returns key → reason of those that cannot be decoded.
+    """Write the entries of `samples`; return {key: reason} for clips that cannot be decoded.
 
-    The autoencoder is built when the first video is there. A clip that can never be decoded, and
-    so is missing at each start, does not load it.
+    The autoencoder is built only after a first clip was decoded. So if only undecodable clips are
+    missing in the cache, it is not loaded at each start.
     """
     failed: dict[str, str] = {}
     workers = min(num_workers, len(samples))
-    # With batch_size=None, worker processes call collate_fn for one sample at a time.
+    # With batch_size=None, a worker process calls collate_fn for each single sample.
     read: Callable[[Any], Tensor | ClipError] = _read_window
     windows: DataLoader[Tensor | ClipError] = DataLoader(
         cast("Dataset", samples), batch_size=None, num_workers=workers, collate_fn=read
@@ -450,7 +459,7 @@ def _encode_clips(samples: list[_Sample], encoder: _Encoder, *, num_workers: int
 
 @torch.no_grad()
 def _prepare_embeddings(texts: Sequence[str], encoder: _Encoder) -> dict[str, str]:
-    """Compute missing embeddings; returns text → key."""
+    """Compute missing embeddings; return {text: key}."""
     keys = {text: encoder.key(text) for text in texts}
     own = encoder.own_missing({key: text for text, key in keys.items()})
     with Progress(len(own), unit="text") as progress:
@@ -459,5 +468,5 @@ def _prepare_embeddings(texts: Sequence[str], encoder: _Encoder) -> dict[str, st
             encoder.write(key, encoder.get()(batch)["crossattn"][0], source=repr(text))  # (n, d)
             progress.step("embedding texts")
     encoder.free()
-    encoder.ranks.gather(None)  # no process goes on before all entries are there
+    encoder.ranks.gather(None)  # wait until all processes have written their entries
     return keys

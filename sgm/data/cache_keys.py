@@ -1,7 +1,7 @@
-"""Keys of cache entries, and the digests of files that they are made of.
+"""Keys of cache entries, and the file digests from which the keys are computed.
 
-A key depends on contents only, never on paths or times of files. An entry is found again after its
-clip was moved or renamed, but not after the clip was changed.
+A key depends only on the contents of files, never on their paths or times. So a clip keeps its
+entry if it is moved or renamed, but needs a new entry if its content changes.
 """
 
 from __future__ import annotations
@@ -29,26 +29,28 @@ from sgm.util import get_class
 logger = logging.getLogger(__name__)
 
 
-# Increase this number when a change of the code changes the content of entries: the choice or the
-# scaling of frames, the output of the autoencoder or the text encoder, the format of an entry.
+# Increase this number if a code change alters the content of entries: the choice or scaling of
+# frames, the output of the autoencoder or the text encoder, or the format of an entry.
 VERSION = 1
 
 _CHUNK_BYTES = 1 << 20
-# Only samples of a larger file are read. T5-XXL can have 44 GB, too much to read at every start.
+# Files up to this size are hashed whole. Larger files are sampled: T5-XXL can have 44 GB, which is
+# too much to read at every start.
 WHOLE_BYTES = 1 << 30
-# One sample is read per stretch of this size. T5-XXL's matrices are larger, so each is sampled.
+# One sample is read per stretch of this size. T5-XXL's matrices are larger, so every matrix is
+# sampled.
 _STRETCH_BYTES = 8 << 20
 _SAMPLE_BYTES = 1 << 12
 
 
 def digest_of(*parts: object) -> str:
-    """40 hexadecimal digits for values that JSON can represent."""
+    """Return the digest of `parts`, which JSON can represent, as 40 hexadecimal digits."""
     text = json.dumps(parts, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
 
 def hash_file(path: Path) -> str:
-    """The digest of a file's whole content.
+    """Return the digest of a file's whole content.
 
     Raises:
         OSError: the file cannot be read.
@@ -65,16 +67,16 @@ def _hash_all(file: BinaryIO) -> str:
 
 
 def hash_weights(weights: WeightFile) -> str:
-    """The digest of a weight file: of the whole file up to 1 GiB, of samples above that size.
+    """Return the digest of a weight file. Files up to 1 GiB are read whole, larger ones sampled.
 
-    If the file was read before, the digest is that of the file whose tensors are mapped, even if
-    another file has its path now.
+    If `weights` was read before, the digest is computed from the file whose tensors are mapped,
+    even if the path now leads to a different file.
 
-    The samples are the file's size, its first and last MiB, and 4 KiB of every 8 MiB. They contain
-    the names, types and shapes (the header of safetensors), the checksums of all tensors (in the
-    last MiB of a file of torch.save) and a part of every large tensor. Other weights, and weights
-    that were trained further, have another digest. An edit of a few numbers in a safetensors file
-    may keep the digest.
+    Of a large file, the digest covers the size, the first and the last MiB, and 4 KiB of every
+    8 MiB. This includes the names, types and shapes (the header of safetensors), the checksums of
+    all tensors (in the last MiB of a file of torch.save) and a part of every large tensor. So
+    different weights, and weights that were trained further, have a different digest. Only if a few
+    numbers of a safetensors file are edited may the digest stay the same.
 
     Raises:
         OSError: the file cannot be read.
@@ -93,12 +95,14 @@ def hash_weights(weights: WeightFile) -> str:
     return state.hexdigest()
 
 
-# The paths in nodes of the configuration, which keys do not depend on.
+# Params of configuration nodes that are paths. Keys do not depend on them.
 _PATHS = ("ckpt_path", "model_dir")
 
 
 def model_digest(node: Mapping[str, Any], weights: Weights | T5Files) -> str:
-    """The digest of a node of the configuration, with the contents of `weights` for their path.
+    """Return the digest of a configuration node; file contents replace its paths.
+
+    `weights` are the files to which the paths lead.
 
     Raises:
         UserError: a file cannot be read.
@@ -113,7 +117,10 @@ def model_digest(node: Mapping[str, Any], weights: Weights | T5Files) -> str:
 
 
 def check_cacheable(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The text encoder's node in the conditioner's node, if its embeddings can be cached.
+    """Check that text embeddings can be cached; return the text encoder's configuration node.
+
+    Args:
+        config: the conditioner's configuration node.
 
     Raises:
         UserError: there is not exactly one embedder, it is not T5, or it is trained.
@@ -122,39 +129,41 @@ def check_cacheable(config: Mapping[str, Any]) -> Mapping[str, Any]:
     is_t5 = len(nodes) == 1 and get_class(nodes[0].get("target")) is FrozenT5Embedder
     if not is_t5 or nodes[0].get("is_trainable"):
         raise UserError(
-            "cache_dir: conditioner_config must have one FrozenT5Embedder and no other embedder, "
-            "and the text encoder must not be trained (is_trainable); change that, or leave "
-            "cache_dir out"
+            "cache_dir: conditioner_config must have exactly one FrozenT5Embedder, no other "
+            "embedder, and is_trainable: false; change it, or remove cache_dir"
         )
     return nodes[0]
 
 
 def window_position(key: str) -> float:
-    """The position in [0, 1) of the cached window in a longer clip, drawn from the entry's key."""
+    """Return the relative position of the cached window in its clip, in [0, 1); see `read_clip`.
+
+    The position is pseudo-random, but depends only on the entry's key.
+    """
     return int(key[:12], 16) / 16**12
 
 
-# A file that is written twice within one tick of the file system's clock keeps its times. The
-# longest tick of a file system is two seconds.
+# If a file is written twice within one tick of the file system's clock, its times stay the same.
+# The longest tick of a file system is two seconds.
 _TICK_SECONDS = 2.0
 
 
 def clip_digests(
     clips: Iterable[Path], memory: Path, ranks: Ranks, *, num_threads: int
 ) -> dict[Path, str | None]:
-    """The digest of each clip's file; None if the file cannot be read.
+    """Return the digest of each clip's file; None if the file cannot be read.
 
-    Digests are remembered in the JSON file `memory`, ``{path of a clip: [state, digest]}``, so that
-    clips are read once. A missing or damaged file counts as empty. A digest is valid as long as the
-    `_state` of the clip is the same.
+    Digests are stored in the JSON file `memory`, ``{path of a clip: [state, digest]}``, so each
+    clip is read only once. If `memory` is missing or damaged, it counts as empty. A stored digest
+    is valid as long as the `_state` of the clip stays the same.
 
-    All processes must call this with the same clips. They divide the clips among them, and the
-    first one updates `memory`.
+    All processes must call this with the same clips. The clips are divided among the processes, and
+    the first process updates `memory`.
 
     Args:
         clips: the clips.
-        memory: the file of digests from earlier runs.
-        ranks: the processes.
+        memory: the file with the digests that earlier runs stored.
+        ranks: the processes of the run.
         num_threads: number of threads that read clips.
     """
     known = _read(memory)
@@ -167,21 +176,25 @@ def clip_digests(
             found[clip] = digest
             if state is not None:
                 new[os.path.abspath(clip)] = [state, digest]
-            progress.step("looking up latents")
+            progress.step("hashing clips")
     gathered = ranks.gather((found, new))
     all_new = {name: item for _, part in gathered for name, item in part.items()}
-    if ranks.rank == 0 and all_new:  # usually there is none; reading the file may take long
+    if ranks.rank == 0 and all_new:  # usually empty; reading the file again may take long
         try:
             with replacing(memory, shared=True) as unfinished:
                 # Other runs may have written to the file since.
                 unfinished.write_text(json.dumps(_read(memory) | all_new), "utf-8")
-        except UserError as error:  # the only consequence: the next start reads the clips again
+        except UserError as error:  # not an error: the next start only reads the clips again
             logger.debug("%s", error)
     return {clip: content for part, _ in gathered for clip, content in part.items()}
 
 
 def _look_up(clip: Path, known: Mapping[str, Any]) -> tuple[str | None, list[int] | None]:
-    """A clip's digest, and the state to remember with it if it is new and will stay valid."""
+    """Return a clip's digest and state. The state is None if the digest must not be stored.
+
+    A digest is not stored if `known` has it already or if the clip was changed very recently. Both
+    results are None if the clip cannot be read.
+    """
     try:
         looked_at, state = time.time(), _state(clip)
         match known.get(os.path.abspath(clip)):
@@ -195,18 +208,17 @@ def _look_up(clip: Path, known: Mapping[str, Any]) -> tuple[str | None, list[int
 
 
 def _state(path: Path) -> list[int]:
-    """Size, time of the last change of content, of content or metadata (in ns), and inode.
+    """Return a file's size, mtime (content changed, ns), ctime (any change, ns) and inode.
 
-    The time of the last change of content or metadata is set by the system only. It changes with
-    the content, even if the size stays the same and a program sets the other times back, as
-    copying does.
+    Only the system can set ctime. It changes whenever the content changes, even if the size stays
+    the same and a program sets mtime back, as copying tools do.
     """
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if the file is missing or damaged."""
+    """Return the object in a JSON file; an empty one if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:

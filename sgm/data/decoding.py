@@ -1,8 +1,8 @@
-"""Decoding in separate processes, which may crash or hang without harm.
+"""Decoding of clips in child processes, so that a crash of the decoder does not stop the run.
 
-Damaged files can make the decoder abort its process, or wait forever. So clips are opened in child
-processes only. A child that dies, or does not answer in time, is replaced, and the request for the
-clip raises `ClipError`.
+A damaged file can make the decoder abort its process or hang. So clips are opened in child
+processes only. If a child dies or does not answer in time, the request raises `ClipError`, and the
+next request starts a new child.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from sgm.distributed import Ranks
 from sgm.errors import UserError
 from sgm.progress import Progress
 
-# The time limits for a clip's frames, and for the start of a child.
+# Time limits in seconds: for one request about a clip, and for the start of a child.
 CLIP_SECONDS = 60.0
 _START_SECONDS = 120.0
 _MOST_CHILDREN = 8
-_CLIPS_FOR_A_CHILD = 32  # probing fewer clips takes less time than starting another child
+_CLIPS_FOR_A_CHILD = 32  # for fewer clips, starting another child takes longer than it saves
 _ROOT = Path(__file__).parents[2]
 
 
 class DecodingProcess:
     """A child process that decodes one clip at a time.
 
-    The first request starts it, and so does the first one after it was lost. Several threads may
-    use this object. After a fork the new process gets its own child. The child ends with the
-    process that started it, even if that one is killed.
+    The child is started by the first request, and again by the first request after a child was
+    lost. Several threads may use this object. After a fork, the new process starts a child of its
+    own. The child ends with the process that started it, even if that process is killed.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class DecodingProcess:
         self._lock = threading.Lock()
 
     def probe(self, path: Path, settings: FrameSettings) -> ClipFacts:
-        """The properties of the clip, with the number of frames that it gives.
+        """Return the properties of a clip. The child decodes its first frame.
 
         Raises:
             ClipError: the clip is damaged or too short.
@@ -63,13 +63,13 @@ class DecodingProcess:
         return cast("ClipFacts", self._request("probe", path, settings))
 
     def read(self, path: Path, settings: FrameSettings, *, facts: ClipFacts, first: int) -> Tensor:
-        """An item's frames of the clip at the rate of `settings`: uint8 (t, h, w, 3).
+        """Decode the frames of an item, resampled to `settings.fps`: uint8 (t, h, w, 3).
 
         Args:
             path: the clip.
             settings: the settings that were given to `probe`.
             facts: the result of `probe`.
-            first: index of the first frame among those at the rate of `settings`.
+            first: index of the item's first frame among the clip's frames at `settings.fps`.
 
         Raises:
             ClipError: the frames cannot be decoded, or the clip has changed since `probe`.
@@ -85,9 +85,9 @@ class DecodingProcess:
             return
         self._connection.close()
         self._errors.close()
-        if self._owner == os.getpid():  # after a fork the child is the parent's
+        if self._owner == os.getpid():  # after a fork, the child belongs to the parent process
             child.kill()
-            with suppress(subprocess.TimeoutExpired):  # it may wait for a dead network drive
+            with suppress(subprocess.TimeoutExpired):  # the child may wait for a dead network drive
                 child.wait(timeout=5)
 
     def _start(self) -> None:
@@ -99,11 +99,11 @@ class DecodingProcess:
                 self._child = subprocess.Popen(
                     [sys.executable, "-m", "sgm.data.clips", str(os.getpid()), str(socket)],
                     cwd=_ROOT,
-                    # More threads of NumPy would only take memory.
+                    # NumPy does not need more threads; they would only use memory.
                     env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                     pass_fds=[socket],
                     stdin=subprocess.DEVNULL,
-                    stdout=self._errors,  # libraries may print there too
+                    stdout=self._errors,  # libraries may print errors to stdout too
                     stderr=self._errors,
                 )
             self._receive(_START_SECONDS)
@@ -114,10 +114,10 @@ class DecodingProcess:
             ) from None
 
     def _request(self, call: str, path: Path, *arguments: object) -> object:
-        """The child's answer to a request.
+        """Send a request to the child and return the answer.
 
         Raises:
-            ClipError: the answer is this error, or there is none.
+            ClipError: the child answers with this error, or does not answer.
             UserError: the child cannot be started.
         """
         if self._owner != os.getpid():
@@ -136,46 +136,47 @@ class DecodingProcess:
                 except TimeoutError:
                     raise ClipError(f"decoding it took more than {CLIP_SECONDS:g} s") from None
                 except (EOFError, ConnectionError):
-                    # The child may have been ended from outside, or with the thread that started
-                    # it. Only a second crash is the clip's fault.
+                    # The child may have been killed from outside, or have ended with the thread
+                    # that started it. So the clip is blamed only for a second crash.
                     if attempt == 2:
                         reason = f"it makes the decoder crash{self._last_words()}"
                         raise ClipError(reason) from None
                 finally:
-                    if answer is None:  # after Ctrl-C too: a later request must not get the answer
+                    # After Ctrl-C too, or a later request would receive this request's answer.
+                    if answer is None:
                         self.close()
         if isinstance(answer, ClipError):
             raise answer
         return answer
 
     def _receive(self, seconds: float) -> object:
-        """The next answer.
+        """Return the child's next answer.
 
         Raises:
-            TimeoutError: it does not come in time.
+            TimeoutError: there is no answer after this many `seconds`.
             EOFError: the child has ended.
         """
         try:
             if self._connection.poll(seconds):
                 return self._connection.recv()
-        except OSError:  # it ended within its answer, or with a request that it did not read
+        except OSError:  # the child ended while it sent the answer, or before it read the request
             raise EOFError from None
         raise TimeoutError
 
     def _last_words(self) -> str:
-        """The last line of the child's standard error, in parentheses, or nothing."""
+        """Return the last line of the child's output in parentheses, or "" if it has no output."""
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").split("\n")
         written = [line.strip() for line in lines if line.strip()]
         return f" ({written[-1]})" if written else ""
 
 
-# The child of this process, shared by all its datasets. The first request starts it.
+# The child process shared by all datasets of this process. The first request starts it.
 OWN_CHILD = DecodingProcess()
 
 
 def _probe_here(paths: Sequence[Path], settings: FrameSettings) -> list[ClipFacts | ClipError]:
-    """`probe_clips` in this process; several children look at many clips."""
+    """Inspect clips for `probe_clips` in children of this process, several for many clips."""
     useful = 1 + len(paths) // _CLIPS_FOR_A_CHILD
     num_children = min(_MOST_CHILDREN, len(os.sched_getaffinity(0)), useful)
     # A child ends with the thread that started it, so OWN_CHILD is not used in these threads.
@@ -183,7 +184,7 @@ def _probe_here(paths: Sequence[Path], settings: FrameSettings) -> list[ClipFact
 
     def probe(path: Path) -> ClipFacts | ClipError:
         if os.path.exists(path) and not os.path.isfile(path):
-            return ClipError("it is not a file")  # reading a named pipe would never end
+            return ClipError("it is not a file")  # opening a named pipe would block forever
         child = idle.get()
         try:
             return child.probe(path, settings)
@@ -200,25 +201,25 @@ def _probe_here(paths: Sequence[Path], settings: FrameSettings) -> list[ClipFact
         at_end.callback(threads.shutdown, wait=False, cancel_futures=True)
         for result in threads.map(probe, paths):
             results.append(result)
-            progress.step("looking at clips")
+            progress.step("inspecting clips")
     return results
 
 
 def probe_clips(paths: Sequence[Path], settings: FrameSettings) -> list[ClipFacts | ClipError]:
-    """The properties of each clip, or the reason why it cannot be used.
+    """Return the properties of each clip, or the reason why it cannot be used.
 
-    If several processes train together, all must call this in the same order. The first one looks
-    at the clips and sends the result to the others, so that all use the same clips.
+    If several processes train together, all must make the same calls in the same order. The first
+    process inspects the clips and sends the result to the others, so all use the same clips.
 
     Raises:
-        UserError: clips cannot be decoded on this machine, or processes see different clips.
+        UserError: clips cannot be decoded on this machine, or the processes see different clips.
     """
     found: tuple[list[Path], list[ClipFacts | ClipError]] | UserError = ([], [])
     with Ranks() as ranks:
         if ranks.rank == 0:
             try:
                 found = (list(paths), _probe_here(paths, settings))
-            except UserError as error:  # raised below, since the other processes wait for it
+            except UserError as error:  # raised below, because the other processes wait for `found`
                 found = error
         found = ranks.gather(found)[0]
     if isinstance(found, UserError):
@@ -226,7 +227,8 @@ def probe_clips(paths: Sequence[Path], settings: FrameSettings) -> list[ClipFact
     first_paths, results = found
     if first_paths != list(paths):
         raise UserError(
-            f"process {ranks.rank} finds {len(paths)} clips with captions, the first "
-            f"process {len(first_paths)}, or others; all machines must see the same data folder"
+            f"process {ranks.rank} does not find the same clips as the first process "
+            f"({len(paths)} here, {len(first_paths)} there); all machines must see the same data "
+            "folder"
         )
     return results

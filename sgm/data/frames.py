@@ -1,4 +1,4 @@
-"""Which frames of a clip an item has: settings, counts and times. Nothing is decoded here."""
+"""The choice of a clip's frames for an item: settings, counts and times. This decodes nothing."""
 
 from __future__ import annotations
 
@@ -12,35 +12,38 @@ import numpy as np
 from sgm.errors import UserError
 from sgm.util import is_finite_number
 
-# Two latent frames: a shorter clip shows no motion.
+# Five video frames are two latent frames. A shorter clip shows no motion.
 MIN_FRAMES = 5
-# A fraction of an output frame's duration. Timestamps are float32: one hour into a clip their error
-# is 0.2 ms.
+# A fraction of an output frame's duration. Timestamps are float32; their rounding error is 0.2 ms
+# one hour into a clip.
 TIME_TOLERANCE = 0.01
 
 
 class ClipError(Exception):
-    """A clip cannot be used; the message is the reason."""
+    """Raised if a clip cannot be used. The message is the reason and calls the clip "it"."""
 
 
 def no_clip_left(clips: str) -> UserError:
-    """The error if no clip can be decoded; `clips` names them, as in ``3 clips``."""
+    """Return the error for a set of clips none of which can be decoded.
+
+    `clips` describes the set in the message, for example ``3 clips``.
+    """
     return UserError(f"none of the {clips} can be decoded; replace their files")
 
 
 def check_value(name: str, value: object, expected: str, *, valid: bool) -> None:
-    """Raise UserError, ``NAME: VALUE must EXPECTED``, unless the value is `valid`."""
+    """Raise UserError with the message ``NAME: VALUE must EXPECTED`` if `valid` is False."""
     if not valid:
         raise UserError(f"{name}: {value!r} must {expected}")
 
 
 @dataclass(frozen=True)
 class FrameSettings:
-    """The settings that decide which frames a clip gives, and their size.
+    """The settings that determine which frames an item takes from a clip, and the frame size.
 
     Args:
-        video_size: height and width in pixels.
-        fps: frames per second.
+        video_size: height and width of an item's frames in pixels.
+        fps: frames per second of an item.
         max_num_frames: the largest number of frames of an item; 4k + 1.
         skip_frms_num: number of the clip's own frames that are dropped at each end; a whole number.
 
@@ -61,9 +64,9 @@ class FrameSettings:
         valid = is_finite_number(self.fps) and self.fps > 0
         check_value("fps", self.fps, "be a number above 0", valid=valid)
         valid = isinstance(most, int) and most > 0 and most % 4 == 1
-        check_value("max_num_frames", most, "be 4k + 1: 1, 5, 9, … 49 …", valid=valid)
+        check_value("max_num_frames", most, "be 4k + 1 (1, 5, 9, …, 49, …)", valid=valid)
         valid = is_finite_number(skip) and skip >= 0 and skip % 1 == 0
-        check_value("skip_frms_num", skip, "be a whole number from 0", valid=valid)
+        check_value("skip_frms_num", skip, "be a whole number of at least 0", valid=valid)
 
     @property
     def skip(self) -> int:
@@ -71,16 +74,19 @@ class FrameSettings:
         return int(self.skip_frms_num)
 
     def item_length(self, count: int) -> int:
-        """The length of an item from a clip that gives `count` frames at `fps`: the longest 4k + 1.
+        """Return the number of frames of an item: the largest possible 4k + 1.
+
+        Args:
+            count: number of frames that the clip gives at `fps`.
 
         Raises:
             ClipError: the clip is too short.
         """
         needed = min(MIN_FRAMES, self.max_num_frames)
         if count < needed:
-            without = f" without {self.skip} at each end" if self.skip else ""
+            without = f" after dropping {self.skip} at each end" if self.skip else ""
             raise ClipError(
-                f"it is too short: frames at {self.fps:g} fps{without}: {count}, needed: {needed}"
+                f"it is too short: {count} frames at {self.fps:g} fps{without}; {needed} are needed"
             )
         length = min(count, self.max_num_frames)
         return length - (length - 1) % 4
@@ -91,11 +97,11 @@ class ClipFacts:
     """Properties of a clip.
 
     Attributes:
-        frames: number of its own frames.
-        height: of a frame, in pixels.
-        width: of a frame, in pixels.
-        rate: its own frames per second.
-        count: number of frames that it gives at the `fps` of the settings.
+        frames: number of frames in the file.
+        height: height of a frame in pixels.
+        width: width of a frame in pixels.
+        rate: frames per second of the file.
+        count: number of frames that the clip gives at the `fps` of the settings.
         length: number of frames of an item.
     """
 
@@ -108,21 +114,21 @@ class ClipFacts:
 
     @property
     def num_windows(self) -> int:
-        """The number of windows of `length` frames."""
+        """The number of different windows of `length` frames among the `count` frames."""
         return self.count - self.length + 1
 
     @property
     def seconds(self) -> float:
-        """The duration of the clip."""
+        """The duration of the clip in seconds."""
         return self.frames / self.rate
 
 
 def count_at_rate(starts: np.ndarray, fps: float) -> int:
-    """The number of frames, 1/fps apart, that a clip gives.
+    """Return the number of frames that a clip gives if it is resampled to `fps`.
 
     Args:
-        starts: times in seconds at which the clip's own frames appear, (n,).
-        fps: frames per second.
+        starts: presentation times of the clip's own frames in seconds, (n,).
+        fps: the new number of frames per second.
     """
     if len(starts) == 0:
         return 0
@@ -130,17 +136,17 @@ def count_at_rate(starts: np.ndarray, fps: float) -> int:
 
 
 def nearest_frames(starts: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """For each of `times` (t,) the index of the frame that appears nearest to it, (t,).
+    """Return, for each of `times` (t,), the index of the frame with the nearest start time, (t,).
 
-    `starts` (n,) are the times at which frames appear; both are in seconds, ascending.
+    `starts` (n,) are the frames' presentation times. Both arrays are in seconds, ascending.
     """
     return np.searchsorted((starts[1:] + starts[:-1]) / 2, times)
 
 
 def difference_in_length(lengths: Iterable[int]) -> str:
-    """A clause that items of these lengths cannot share a batch; empty if they can."""
+    """Return a message that items of these lengths cannot share a batch; "" if they can."""
     counts = sorted(Counter(lengths).items())
     if len(counts) < 2:
         return ""
-    found = ", ".join(f"{count} of {length} frames" for length, count in counts)
+    found = ", ".join(f"{count} with {length} frames" for length, count in counts)
     return f"samples differ in length ({found}), so they cannot share a batch"

@@ -1,9 +1,9 @@
 """Batches of training data. Each sample draws its random numbers from its own seed.
 
-The look of a sample (its window of the clip) and what happens to it (noise level, noise, dropped
-caption, LoRA dropout) come from generators that are seeded for that sample. So a resumed run draws
-the same numbers as an uninterrupted one, and the assignment of samples to processes or to parts of
-an accumulated batch changes nothing.
+All random choices for a sample (window of the clip, noise level, noise, dropped caption, LoRA
+dropout) come from generators that are seeded for this sample. So a resumed run draws the same
+numbers as an uninterrupted run. The numbers do not depend on the process that handles the sample,
+or on its place in the steps of gradient accumulation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from sgm.seeds import derived_seed
 
 T = TypeVar("T")
 
-# The kinds of random draws. They are part of the seed, so that draws of two kinds are independent.
+# The kinds of random draws. The kind is part of the seed, so draws of different kinds are
+# independent.
 ORDER, SAMPLE, STEP, VALIDATION = range(4)
 
 
@@ -34,20 +35,20 @@ def sample_order(
     world_size: int = 1,
     start: int = 0,
 ) -> Iterator[list[tuple[int, int]]]:
-    """The endless batches of one process: lists of (index of the item, its seed).
+    """Yield the batches of one process without end, as lists of (index of the item, its seed).
 
-    All processes walk through one endless stream of samples. It has one epoch after another, each
-    in its own random order. Batch k of process r starts at sample (k · world_size + r) · batch_size
-    of the stream. The number of processes and the batch size may change when a run is resumed,
-    since `start` counts samples.
+    All processes share one endless stream of samples. It is a sequence of epochs, each in its own
+    random order. Batch k of process r starts at sample start + (k · world_size + r) · batch_size of
+    the stream. The number of processes and the batch size may change when a run is resumed, because
+    `start` counts samples, not batches.
 
     Args:
         num_items: length of the dataset.
         batch_size: samples per batch.
         seed: the seed of the run.
-        rank: this process among those that train.
-        world_size: number of processes that train.
-        start: number of samples of the stream that are done.
+        rank: rank of this process among the training processes.
+        world_size: number of training processes.
+        start: number of samples of the stream that earlier runs have used.
     """
     shuffled_epoch, order = -1, torch.empty(0, dtype=torch.long)
     for first in itertools.count(start + rank * batch_size, world_size * batch_size):
@@ -62,7 +63,7 @@ def sample_order(
 
 
 class SeededDataset(Dataset):
-    """Items of `dataset` by (index, seed); the item draws its random numbers from the seed."""
+    """Wraps `dataset`: takes keys (index, seed), and seeds torch's generator for each item."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -78,9 +79,9 @@ def check_lengths(parts: Iterable[Dataset], *, batch_size: int, key: str) -> Non
     """Check that the samples of all `parts` can share batches.
 
     Args:
-        parts: datasets; those without the attribute `item_lengths` are skipped.
+        parts: datasets. Datasets without the attribute `item_lengths` are not checked.
         batch_size: samples per batch.
-        key: the key of the configuration that sets `batch_size`, for the message.
+        key: the configuration key that sets `batch_size`, for the error message.
 
     Raises:
         UserError: samples differ in length, and a batch has more than one.
@@ -92,7 +93,7 @@ def check_lengths(parts: Iterable[Dataset], *, batch_size: int, key: str) -> Non
 
 
 def checked_batches(loader: Iterable[T]) -> Iterator[T]:
-    """The batches of a `DataLoader`.
+    """Yield the batches of a `DataLoader`, with its errors reworded.
 
     Raises:
         UserError: the data cannot be used, or a worker process was killed.
@@ -101,14 +102,14 @@ def checked_batches(loader: Iterable[T]) -> Iterator[T]:
         yield from loader
         return
     except UserError as error:
-        # The error of a worker process has that process's stack trace before the sentence.
+        # An error from a worker process starts with a stack trace. The message is its last line.
         sentence = str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):  # an error of the dataset itself
             raise
         sentence = (
-            f"a process that reads data was ended ({str(error).splitlines()[0]}): memory may be "
-            "short, or shared memory (docker run --shm-size=16g); lower num_workers, or set "
-            "cache_dir, which reads much less"
+            f"a process that reads data was killed ({str(error).splitlines()[0]}), perhaps because "
+            "memory or shared memory (docker run --shm-size=16g) is too small; lower num_workers, "
+            "or set cache_dir to read much less data"
         )
     raise UserError(sentence)

@@ -1,15 +1,15 @@
-"""The clips of a data folder: their captions, which can be used and why not, and a report.
+"""Finds the clips and captions of a data folder, checks which clips can be used, and reports it.
 
 A folder has one of these layouts:
 
 1. ``videos/NAME.mp4`` and ``labels/NAME.txt``, at any depth; the whole file is the caption.
 2. ``metadata.csv`` or ``metadata.jsonl``, with a column for the clip and one for its caption.
-3. ``videos.txt`` and ``prompts.txt`` (or ``prompt.txt``): one clip per line, and its caption on the
-   same line of the other file.
+3. ``videos.txt`` and ``prompts.txt`` (or ``prompt.txt``): line i of ``videos.txt`` names a clip,
+   and line i of ``prompts.txt`` is its caption.
 4. ``NAME.mp4`` beside ``NAME.txt``, at any depth; the whole file is the caption.
 
 If a folder has several layouts, the first one in this list is used, and a warning names the others.
-Paths in the files of 2 and 3 are relative to the folder, or absolute.
+In layouts 2 and 3, the paths of clips are absolute or relative to the folder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sgm.video import write_contact_sheet
 logger = logging.getLogger(__name__)
 
 LAYOUTS = (
-    "videos/NAME.mp4 with its caption in labels/NAME.txt (folders in between are fine), "
+    "videos/NAME.mp4 with its caption in labels/NAME.txt (subfolders are allowed), "
     "NAME.mp4 beside NAME.txt, videos.txt with prompts.txt, or metadata.csv or .jsonl"
 )
 CONTAINERS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
@@ -45,10 +45,10 @@ CAPTION_COLUMNS = ("text", "caption", "prompt")
 TABLES = ("metadata.csv", "metadata.jsonl")
 PROMPT_LISTS = ("prompts.txt", "prompt.txt")
 VIDEO_LIST = "videos.txt"
-# Half of a character. JSON can hold it, but UTF-8 cannot.
+# A lone surrogate, half of a UTF-16 character. JSON can represent it, but UTF-8 cannot.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
-# A clip with its caption, or with the reason why it has none.
+# The path of a clip and its caption, or the reason why it has no caption.
 Sample = tuple[Path, "str | ClipError"]
 
 
@@ -57,22 +57,25 @@ def _warn_of_folder(error: OSError) -> None:
 
 
 def _is_circle(folder: Path) -> bool:
-    """Whether a folder is a link to one of the folders above it."""
+    """Return whether a folder is a link to one of its own parent folders."""
     return os.path.realpath(folder) in {os.path.realpath(above) for above in folder.parents}
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All files below `folder` that are not hidden. Links are followed, but circles are not."""
+    """Yield all files below `folder` that are not hidden. Links are followed, except in a loop."""
     for place, folders, names in os.walk(folder, onerror=_warn_of_folder, followlinks=True):
         here = Path(place)
-        # Copying tools leave hidden files behind.
+        # Hidden files and folders are skipped, because copying tools leave some behind.
         shown = [name for name in folders if not name.startswith(".")]
         folders[:] = [name for name in shown if not _is_circle(here / name)]
         yield from (here / name for name in names if not name.startswith("."))
 
 
 def _label_path(clip: Path, folder: Path) -> Path:
-    """The file of a clip's caption: the innermost ``videos`` below `folder` becomes ``labels``."""
+    """Return a clip's caption file, in ``labels`` instead of the innermost ``videos`` of its path.
+
+    Folders above `folder` are not considered.
+    """
     parts = list(clip.relative_to(folder).parts)
     innermost = max(i for i, part in enumerate(parts[:-1]) if part == "videos")
     parts[innermost] = "labels"
@@ -80,7 +83,7 @@ def _label_path(clip: Path, folder: Path) -> Path:
 
 
 def _read_text(path: Path) -> str:
-    if not os.path.isfile(path):  # reading a named pipe would never end
+    if not os.path.isfile(path):  # reading a named pipe would block forever
         raise UserError(f"{path} does not exist")
     try:
         return path.read_text("utf-8-sig")
@@ -89,21 +92,31 @@ def _read_text(path: Path) -> str:
 
 
 def _sample(clip: Path, caption: object, where: str) -> Sample:
-    """A clip with its caption, stripped, or with the reason if `where` there is none."""
+    """Return a clip with its stripped caption, or with a ClipError if the caption is invalid.
+
+    `where` says for the message where the caption is.
+    """
     if isinstance(caption, str) and caption.strip() and not _SURROGATE.search(caption):
         return clip, caption.strip()
     return clip, ClipError(f"{where} holds no text")
 
 
 def _listed(line: Path, name: object, caption: object, caption_line: object) -> Sample:
-    """The sample of a line, ``FILE:NUMBER``, that names a clip; and the line of its caption."""
+    """Return the sample of a clip that a line of a file names.
+
+    Args:
+        line: the place of the clip's name, ``FILE:NUMBER``.
+        name: the clip's path, absolute or relative to the folder of the file.
+        caption: the caption.
+        caption_line: the place of the caption, ``FILE:NUMBER``.
+    """
     if not isinstance(name, str) or not name.strip():
         return line, ClipError("the line names no clip")
     return _sample(line.parent / name.strip(), caption, f"its caption, {caption_line},")
 
 
 def _from_captions(clips: Iterable[Path], caption_path: Callable[[Path], Path]) -> list[Sample]:
-    """Samples whose captions are whole files."""
+    """Return a sample per clip. Its caption is the whole text file at `caption_path(clip)`."""
     samples: list[Sample] = []
     for clip in clips:
         label = caption_path(clip)
@@ -115,17 +128,18 @@ def _from_captions(clips: Iterable[Path], caption_path: Callable[[Path], Path]) 
 
 
 def _from_lists(prompts: Path, videos: Path) -> list[Sample]:
-    """A sample per line of both files.
+    """Return a sample per line: a path from `videos`, and the caption from `prompts`.
 
     Raises:
         UserError: a file cannot be read, or the numbers of lines differ.
     """
-    # Without empty lines at the end. str.splitlines would also split at characters in captions.
+    # rstrip removes empty lines at the end. str.splitlines is not used, because it also splits at
+    # other characters that captions may contain.
     captions, names = (_read_text(path).rstrip().split("\n") for path in (prompts, videos))
     if len(captions) != len(names):
         raise UserError(
-            f"{prompts} has {len(captions)} lines, {videos} has {len(names)}; line i of one "
-            "belongs to line i of the other"
+            f"{prompts} has {len(captions)} lines, {videos} has {len(names)}; both must have one "
+            "line per clip, in the same order"
         )
     return [
         _listed(Path(f"{videos}:{number}"), name, caption, f"{prompts}:{number}")
@@ -134,7 +148,7 @@ def _from_lists(prompts: Path, videos: Path) -> list[Sample]:
 
 
 def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a table: (number of the line, column → value).
+    """Yield the rows of a table as (line number, {column: value}).
 
     Raises:
         UserError: the file cannot be read, or is not a table.
@@ -143,27 +157,27 @@ def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     number, reader = 0, csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         if path.suffix == ".csv":
-            expected = "it must be CSV, and a caption with commas must be in quotes"
+            expected = "the file must be CSV, with quotes around captions that contain commas"
             for row in reader:
                 rest = row.pop(None, [])  # values without a column
                 if any(value.strip() for value in rest):
                     raise ValueError("the row has more values than the first line has columns")
                 yield reader.line_num, row
         else:
-            expected = "a line must be one JSON object in braces"
+            expected = "each line must be one JSON object in braces"
             for number, line in enumerate(text.split("\n"), 1):
                 if not line.strip():
                     continue
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise ValueError("it is not an object")
+                    raise ValueError("the line is not a JSON object")
                 yield number, row
     except (csv.Error, ValueError, RecursionError) as error:
         raise UserError(f"{path}:{number or reader.line_num}: {error}; {expected}") from None
 
 
 def _column(path: Path, known: Iterable[str], row: dict[str, Any], *, what: str) -> str:
-    """The first of the `known` names that is a column of `row`.
+    """Return the column of `row` whose name comes first in `known`; case is ignored.
 
     Raises:
         UserError: there is no such column.
@@ -173,13 +187,13 @@ def _column(path: Path, known: Iterable[str], row: dict[str, Any], *, what: str)
         if name in columns:
             return columns[name]
     raise UserError(
-        f"{path} has no column for the {what}: it has {', '.join(columns) or 'none'}; "
-        f"name one of them {' or '.join(known)}"
+        f"{path} has no column for the {what} (columns: {', '.join(columns) or 'none'}); "
+        f"rename one of them to {' or '.join(known)}"
     )
 
 
 def _from_table(path: Path) -> list[Sample]:
-    """A sample per row; the columns are chosen by the first row.
+    """Return a sample per row. The columns of the first row decide which columns are used.
 
     Raises:
         UserError: the file is not a table, or a column is missing.
@@ -194,7 +208,7 @@ def _from_table(path: Path) -> list[Sample]:
 
 
 def _layouts_of(folder: Path) -> dict[str, Callable[[], list[Sample]]]:
-    """The layouts that `folder` has: name → reader. The first one is used."""
+    """Return the layouts of `folder` as {name: function that reads it}, the preferred one first."""
     clips = sorted(path for path in _walk(folder) if path.suffix.lower() in CONTAINERS)
     in_videos = [clip for clip in clips if "videos" in clip.relative_to(folder).parts[:-1]]
     label = partial(_label_path, folder=folder)
@@ -213,12 +227,12 @@ def _layouts_of(folder: Path) -> dict[str, Callable[[], list[Sample]]]:
             found[f"{path.name} and {VIDEO_LIST}"] = partial(_from_lists, path, videos)
     if any(os.path.isfile(beside(clip)) for clip in clips):
         found["captions beside the clips"] = from_neighbours
-    # If no clip has a caption, the reader gives the reason for each.
+    # If no clip has a caption, the function returns the reason for each clip.
     return found or {"": from_labels if in_videos else from_neighbours}
 
 
 def find_samples(folder: Path) -> list[Sample]:
-    """All clips that `folder` names or holds, each with its caption or why it has none.
+    """Return all clips of `folder`, each with its caption or the reason why it has none.
 
     Raises:
         UserError: the folder does not exist or cannot be read, or a file that lists clips is
@@ -226,7 +240,7 @@ def find_samples(folder: Path) -> list[Sample]:
     """
     try:
         os.listdir(folder)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"data folder {folder} cannot be read ({reason}); it must be a folder with {LAYOUTS}"
@@ -250,12 +264,12 @@ class Clip:
 
 @dataclass
 class Survey:
-    """The result of `survey_folder`, in the order of the folder's layout.
+    """The result of `survey_folder`. Clips are in the order in which the layout lists them.
 
     Attributes:
-        folder: the folder.
+        folder: the data folder.
         clips: the clips that can be used.
-        skipped: the path of each other clip, and the reason.
+        skipped: the path of each clip that cannot be used, and the reason.
     """
 
     folder: Path
@@ -264,20 +278,20 @@ class Survey:
 
     @property
     def total(self) -> int:
-        """The number of all clips."""
+        """The number of all clips, including those that cannot be used."""
         return len(self.clips) + len(self.skipped)
 
     def require_clips(self) -> None:
         """Raise UserError if no clip can be used."""
         if not self.clips:
             what = f"none of its {self.total} clips can be used" if self.total else "it has no clip"
-            raise UserError(f"data folder {self.folder}: {what}; it must hold {LAYOUTS}")
+            raise UserError(f"data folder {self.folder}: {what}; it must contain {LAYOUTS}")
 
 
 def survey_folder(folder: Path, settings: FrameSettings) -> Survey:
-    """Look at all clips of `folder`; the first frame of each is decoded.
+    """Inspect all clips of `folder`. This decodes the first frame of each clip.
 
-    If several processes train together, all must call this: see `probe_clips`.
+    If several processes train together, all must call this (see `probe_clips`).
 
     Raises:
         UserError: the folder does not exist, a file that lists clips is invalid, or clips cannot
@@ -298,11 +312,11 @@ def survey_folder(folder: Path, settings: FrameSettings) -> Survey:
 
 _SHEET_CLIPS = 16
 _SHEET_COLUMNS = 6
-_SHEET_WIDTH = 240  # pixels of a frame
+_SHEET_WIDTH = 240  # largest width of a frame in pixels
 
 
 def report(survey: Survey, settings: FrameSettings) -> Iterator[str]:
-    """The lines of the report: each clip, the skipped ones with the reason, and totals."""
+    """Yield the lines of the report: usable clips, skipped clips with the reason, and totals."""
 
     def name(path: Path) -> Path:
         return path.relative_to(survey.folder) if path.is_relative_to(survey.folder) else path
@@ -311,9 +325,9 @@ def report(survey: Survey, settings: FrameSettings) -> Iterator[str]:
         facts, windows = clip.facts, clip.facts.num_windows
         yield (
             f"{name(clip.path)}: {facts.frames} frames of {facts.width}x{facts.height} at "
-            f"{facts.rate:.4g} fps, {facts.seconds:.2f} s; {facts.count} at {settings.fps:g} fps, "
-            f"items of {facts.length} from {windows} window{'s' * (windows > 1)}; "
-            f"caption of {len(clip.caption.split())} words"
+            f"{facts.rate:.4g} fps, {facts.seconds:.2f} s; {facts.count} frames at "
+            f"{settings.fps:g} fps; {windows} window{'s' * (windows > 1)} of "
+            f"{facts.length} frames; caption of {len(clip.caption.split())} words"
         )
     for path, reason in survey.skipped:
         yield f"{name(path)} is skipped: {reason}"
@@ -321,20 +335,23 @@ def report(survey: Survey, settings: FrameSettings) -> Iterator[str]:
     usable = len(survey.clips)
     yield (
         f"{usable} of {survey.total} clips can be used: {seconds:.1f} s "
-        f"({seconds / 3600:.2f} h), {usable} samples an epoch"
+        f"({seconds / 3600:.2f} h), {usable} samples per epoch"
     )
     if difference := difference_in_length(clip.facts.length for clip in survey.clips):
         yield difference
 
 
 def write_sheet(survey: Survey, settings: FrameSettings, path: Path) -> int:
-    """Write the first clips as rows of frames, cropped as for training but smaller.
+    """Write a picture with a row of frames for each of the first clips.
+
+    Frames are cropped like those for training, but scaled to a smaller size. A warning names each
+    clip that cannot be decoded.
 
     Returns:
-        The number of rows. A warning names each clip that cannot be decoded.
+        The number of rows.
 
     Raises:
-        UserError: the file cannot be written, or none of the clips can be decoded.
+        UserError: the file cannot be written, or none of these clips can be decoded.
     """
     height, width = settings.video_size
     small_width = min(width, _SHEET_WIDTH)

@@ -48,5 +48,5 @@ def test_items_have_the_longest_length_that_the_autoencoder_takes(count, most, l
 
 
 def test_less_than_two_latent_frames_are_too_few():
-    with pytest.raises(ClipError, match="frames at 8 fps without 3 at each end: 4, needed: 5"):
+    with pytest.raises(ClipError, match="4 frames at 8 fps after dropping 3 at each end; 5 are"):
         settings(skip=3).item_length(4)

@@ -27,10 +27,10 @@ USABLE = {  # name, arguments of ffmpeg: frames, size, rate → frames at 8 fps 
     ),
 }
 SKIPPED = {
-    "one frame.mp4": "it is too short: frames at 8 fps: 1, needed: 5",
+    "one frame.mp4": "it is too short: 1 frames at 8 fps; 5 are needed",
     "audio only.mp4": "it has no video stream",
-    "corrupt.mp4": "it is not a video, or only part of one",
-    "truncated.mp4": "it is not a video, or only part of one",
+    "corrupt.mp4": "it is not a video, or only part of a video file",
+    "truncated.mp4": "it is not a video, or only part of a video file",
     "empty.mp4": "it is empty",
     "no caption.mp4": "does not exist",
 }
@@ -72,19 +72,19 @@ def test_the_command_says_what_each_clip_gives(folder, tmp_path):
     lines = done.stdout.splitlines()
     for name, (*_, facts, count, length) in USABLE.items():
         (line,) = [line for line in lines if line.startswith(f"videos/{name}: ")]
-        windows = "1 window;" if count == length else f"{count - length + 1} windows;"
+        windows = "1 window of" if count == length else f"{count - length + 1} windows of"
         assert (
             f" {facts}, " in line
-            and f"; {count} at 8 fps, items of {length} from {windows}" in line
+            and f"; {count} frames at 8 fps; {windows} {length} frames;" in line
         )
         assert line.endswith(f"caption of {len(name.split()) + 3} words")
     for name, reason in SKIPPED.items():
         (line,) = [line for line in lines if line.startswith(f"videos/{name} is skipped: ")]
         assert reason in line
     assert "6 of 12 clips can be used: " in done.stdout
-    assert "(4 of 5 frames, 1 of 9 frames, 1 of 17 frames)" in done.stdout
+    assert "(4 with 5 frames, 1 with 9 frames, 1 with 17 frames)" in done.stdout
     sheet = tmp_path / "outputs" / "my clips-clips.png"
-    assert lines[-1] == "outputs/my clips-clips.png shows the first 6, a row each"
+    assert lines[-1] == "outputs/my clips-clips.png shows the first 6 clips, one row per clip"
     assert Image.open(sheet).size == (6 * 96, 6 * 64)
     assert sorted(folder.rglob("*")) == before
 
