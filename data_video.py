@@ -107,7 +107,7 @@ class SFTDataset(Dataset):
 
         Args:
             index: from 0 to len(self) - 1.
-            position: the relative position of the window in the clip, in [0, 1); 0 is the first.
+            position: the relative position of the window in the clip, in [0, 1); 0 is the start.
 
         Raises:
             ClipError: the clip cannot be decoded.

@@ -61,7 +61,7 @@ class ClipDataset(Protocol):
     captions: list[str]
 
     def frame_settings(self) -> Mapping[str, Any]:
-        """Return all settings that determine which frames a clip gives; has ``random_window``."""
+        """Return all settings that determine a clip's frames, including ``random_window``."""
 
     def read_clip(self, index: int, *, position: float = 0.0) -> Tensor:
         """Return a window of clip `index`, (t, 3, h, w) in [-1, 1]; `position` 0 is the first."""
@@ -436,8 +436,8 @@ def _read_window(sample: _Sample) -> Tensor | ClipError:
 def _encode_clips(samples: list[_Sample], encoder: _Encoder, *, num_workers: int) -> dict[str, str]:
     """Write the entries of `samples`; return {key: reason} for clips that cannot be decoded.
 
-    The autoencoder is built only after a first clip was decoded. So if only undecodable clips are
-    missing in the cache, it is not loaded at each start.
+    The autoencoder is built only after a clip has been decoded. So it is not loaded at all if no
+    clip that is missing in the cache can be decoded.
     """
     failed: dict[str, str] = {}
     workers = min(num_workers, len(samples))

@@ -72,11 +72,11 @@ def hash_weights(weights: WeightFile) -> str:
     If `weights` was read before, the digest is computed from the file whose tensors are mapped,
     even if the path now leads to a different file.
 
-    Of a large file, the digest covers the size, the first and the last MiB, and 4 KiB of every
+    For a large file, the digest covers the size, the first and the last MiB, and 4 KiB of every
     8 MiB. This includes the names, types and shapes (the header of safetensors), the checksums of
     all tensors (in the last MiB of a file of torch.save) and a part of every large tensor. So
-    different weights, and weights that were trained further, have a different digest. Only if a few
-    numbers of a safetensors file are edited may the digest stay the same.
+    different weights, and weights that were trained further, have a different digest. But editing
+    a few numbers in a safetensors file may leave its digest unchanged.
 
     Raises:
         OSError: the file cannot be read.

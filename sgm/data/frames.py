@@ -97,10 +97,10 @@ class ClipFacts:
     """Properties of a clip.
 
     Attributes:
-        frames: number of frames in the file.
+        frames: number of the clip's own frames, before resampling.
         height: height of a frame in pixels.
         width: width of a frame in pixels.
-        rate: frames per second of the file.
+        rate: the clip's own frames per second.
         count: number of frames that the clip gives at the `fps` of the settings.
         length: number of frames of an item.
     """

@@ -2,8 +2,8 @@
 
 All random choices for a sample (window of the clip, noise level, noise, dropped caption, LoRA
 dropout) come from generators that are seeded for this sample. So a resumed run draws the same
-numbers as an uninterrupted run. The numbers do not depend on the process that handles the sample,
-or on its place in the steps of gradient accumulation.
+numbers as an uninterrupted run. The numbers depend neither on the process that handles the sample
+nor on the micro-batch that contains it.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def _read_text(path: Path) -> str:
 def _sample(clip: Path, caption: object, where: str) -> Sample:
     """Return a clip with its stripped caption, or with a ClipError if the caption is invalid.
 
-    `where` says for the message where the caption is.
+    `where` is the place of the caption, for the message.
     """
     if isinstance(caption, str) and caption.strip() and not _SURROGATE.search(caption):
         return clip, caption.strip()

@@ -106,7 +106,7 @@ def test_tables_of_either_form(tmp_path, clip_column, caption_column, kind, line
     ("name", "text", "named"),
     [
         ("metadata.csv", "clip;text\na;b\n", r"column for the clip \(columns: clip;text\); rename"),
-        ("metadata.csv", "file_name,words\na,b\n", "no column for the caption: .*file_name, words"),
+        ("metadata.csv", "file_name,words\na,b\n", "no column for the caption .*file_name, words"),
         ("metadata.jsonl", '{"video": "a.mp4"}\n', r"no column for the caption \(columns: video"),
         ("metadata.jsonl", '{"video": "a", "text": "b"}\n{"video"\n', "jsonl:2: .*one JSON object"),
         ("metadata.jsonl", "[1]\n", "jsonl:1: .*one JSON object"),
