@@ -447,7 +447,7 @@ def test_what_deepspeed_refuses_is_one_sentence(monkeypatch, kind):
 
     monkeypatch.setattr("deepspeed.initialize", refuse)
     config = parse_config(TrainingArgs, "", ["--base", CONFIG])
-    with pytest.raises(UserError, match=f"deepspeed refuses its settings: {kind.__name__}: .*lr"):
+    with pytest.raises(UserError, match=f"DeepSpeed rejects its settings: {kind.__name__}: .*lr"):
         start_deepspeed(torch.nn.Linear(1, 1), config.deepspeed, config.args)
 
 

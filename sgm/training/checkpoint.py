@@ -144,12 +144,14 @@ class Checkpointer:
         try:
             state = _State.model_validate(read_checkpoint(path))
         except ValidationError:
-            raise UserError(f"{path} is not a training state; resume from another checkpoint") from None
+            raise UserError(
+                f"{path} is not a training state; resume from another checkpoint"
+            ) from None
         processes = distributed.get_world_size()
         if (state.optimizer is None) != self.divided:
             raise UserError(
-                f"{folder} was saved with another zero_optimization.stage or another precision; use "
-                "the deepspeed section of training_config.yaml in the run's folder"
+                f"{folder} was saved with another zero_optimization.stage or precision; use the "
+                "deepspeed section of training_config.yaml in the run's folder"
             )
         if self.divided and state.processes != processes:
             raise UserError(
@@ -188,7 +190,7 @@ class Checkpointer:
                 if not is_main():
                     continue
                 source = averages.get(name, weight).detach()
-                # Training cannot continue from such weights, and saving may delete a good checkpoint.
+                # Such weights cannot be trained further, and saving may delete a good checkpoint.
                 if not source.isfinite().all():
                     raise UserError(
                         f"the weight {name} has values that are not finite, so no checkpoint is "
