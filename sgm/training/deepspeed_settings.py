@@ -114,7 +114,8 @@ class _Autocast(Options):
     def _check_dtype(self) -> _Autocast:
         # Without a dtype PyTorch uses float16 on a GPU, which does not work here. With ZeRO,
         # DeepSpeed 0.19.8 clips float16 gradients before it divides them by the loss scale. Without
-        # ZeRO, the first overflows, which only lower the loss scale, would count as non-finite gradients.
+        # ZeRO, the first overflows would count as non-finite gradients, although they only lower
+        # the loss scale.
         if self.enabled and self.dtype not in _BFLOAT16:
             raise ValueError(
                 f"dtype: {self.dtype!r} must be bfloat16; for float16 use the section fp16"

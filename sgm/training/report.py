@@ -196,7 +196,7 @@ class Report:
 
 
 def _peak_gib(device: torch.device) -> float:
-    """Return the peak memory of this process in GiB: on `device` if it is a GPU, else on the host."""
+    """Return this process's peak memory in GiB: on `device` if it is a GPU, else on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux

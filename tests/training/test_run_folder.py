@@ -192,7 +192,7 @@ def test_a_model_that_is_not_as_before_is_named(tmp_path, caplog):
     keys = "scale_factor, network_config"
     assert f"have changed since the run's last start: {keys}; see" in message
     config.deepspeed = {"bf16": {"enabled": True}}
-    with pytest.raises(UserError, match="was trained in float32; set the precision"):
+    with pytest.raises(UserError, match="was trained in float32; use the section"):
         run_folder.compare_with_last_start(config, tmp_path)
     for damaged in ("model: [", "model: {}\ndeepspeed: 3"):  # cannot be compared
         (tmp_path / "training_config.yaml").write_text(damaged)
