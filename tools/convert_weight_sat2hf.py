@@ -75,11 +75,11 @@ def build_parser() -> CommandParser:
     add_precision(parser)
     for name in _SIZES:
         add(name, type=int, help="expected value; an error if the weights differ")
-    add("scaling_factor", type=_positive, help="of the latents; default: as in the configuration")
+    add("scaling_factor", type=_positive, help="factor for the latents (default: as in --base)")
     add(
         "snr_shift_scale",
         type=_positive,
-        help="of the noise levels; default: as in the configuration",
+        help="shift of the noise levels (default: as in --base)",
     )
     return parser
 

@@ -2,8 +2,8 @@
 
     python tools/export_sat_lora_weight.py --sat_pt_path ckpts/RUN --lora_save_directory DIR
 
-This writes ``DIR/pytorch_lora_weights.safetensors``. The file's metadata contains rank and alpha, so
-diffusers 0.35 or later applies the LoRA at the right strength.
+This writes ``DIR/pytorch_lora_weights.safetensors``. The file's metadata contains rank and alpha,
+which diffusers 0.35 or later reads to apply the LoRA at its trained strength.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def export_lora(path: str, folder: Path, *, alpha: float | None) -> Path:
 
 @contextmanager
 def _new_file(folder: Path, name: str) -> Iterator[Path]:
-    """Yield a temporary path; at the end it is renamed to `name` in `folder`, created if missing."""
+    """Yield a temporary path; rename it to `name` in `folder` (created if missing) at the end."""
     if os.path.lexists(folder):
         with replacing(make_output_folder(folder) / name) as partial:
             yield partial

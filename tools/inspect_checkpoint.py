@@ -3,8 +3,8 @@
     python tools/inspect_checkpoint.py PATH
 
 Only tensor names, shapes and a few small vectors are read, and no code from the file is run. The
-exit code is 1 if PATH is not weights, or if the weights do not load. 'Which weights do you have?' in
-README.md explains how to use each kind of weights.
+exit code is 1 if PATH is not weights, or if the weights do not load. 'Which weights do you have?'
+in README.md explains how to use each kind of weights.
 """
 
 from __future__ import annotations

@@ -155,8 +155,8 @@ class Checkpointer:
             )
         if self.divided and state.processes != processes:
             raise UserError(
-                f"{folder} was saved by {state.processes} processes, and ZeRO splits the optimizer "
-                f"state among all processes, of which there are {processes} now; resume with "
+                f"{folder} was saved by {state.processes} processes and cannot be resumed by "
+                f"{processes}, because ZeRO splits the optimizer state among processes; resume with "
                 f"NPROC={state.processes}, or start a new run with load: {folder}"
             )
         optimizer: Any = state.optimizer
@@ -172,8 +172,8 @@ class Checkpointer:
             self.report.load_state_dict(state.watched["report"])
         except (KeyError, ValueError, RuntimeError, AssertionError, TypeError) as error:
             raise UserError(
-                f"{folder} cannot be resumed ({reason_of(error)}); train the same weights with the "
-                "same deepspeed section as training_config.yaml in the run's folder"
+                f"{folder} cannot be resumed ({reason_of(error)}); the trained weights and the "
+                "deepspeed section must match training_config.yaml in the run's folder"
             ) from error
         if self.average is not None:
             self._restore_average(self.average, folder.with_name(f"{folder.name}{run_folder.EMA}"))

@@ -54,7 +54,7 @@ def start_deepspeed(
         objective: the module to train.
         settings: the `deepspeed` section. Without a ``scheduler`` in it, the learning rate follows
             SAT's schedule.
-        args: sets SAT's schedule.
+        args: the fields that `build_schedule` uses.
 
     Raises:
         UserError: DeepSpeed rejects `settings`.
@@ -153,7 +153,7 @@ def take_step(wrapped: DeepSpeedEngine) -> None:
 
 
 def seeks_scale(wrapped: DeepSpeedEngine) -> bool:
-    """Return whether float16's loss scale can still be lowered, so an overflow is no error yet."""
+    """Return True if float16's loss scale can still be lowered; then an overflow is expected."""
     if not wrapped.fp16_enabled():
         return False
     smallest = getattr(wrapped.optimizer.loss_scaler, "min_scale", None)  # None: a fixed scale

@@ -106,7 +106,7 @@ def vae_config(
 
 
 def scheduler_config(class_name: str, *, snr_shift_scale: float) -> dict[str, Any]:
-    """Return ``scheduler/scheduler_config.json``; noise levels as in `ZeroSNRDDPMDiscretization`."""
+    """Return ``scheduler/scheduler_config.json`` for `ZeroSNRDDPMDiscretization`'s noise levels."""
     return {
         "_class_name": class_name,
         "_diffusers_version": DIFFUSERS_VERSION,
