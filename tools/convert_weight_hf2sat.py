@@ -26,9 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandParser(
         description="Convert a diffusers folder of CogVideoX-2B to SAT's layout."
     )
-    add_option(
-        parser, "input_path", required=True, type=Path, metavar="DIR", help="the diffusers folder"
-    )
+    add_option(parser, "input_path", required=True, type=Path, metavar="DIR", help="input folder")
     add_option(parser, "output_path", required=True, metavar="DIR", help="the new folder")
     note = "create symbolic links to the T5 files instead of copies"
     add_option(parser, "link_text_encoder", action="store_true", help=note)

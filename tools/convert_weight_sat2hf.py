@@ -67,20 +67,12 @@ def build_parser() -> CommandParser:
     parser.add_argument("--base", nargs="+", metavar="YAML", help=note)
     loras = {"nargs": "+", "default": [], "type": lora_from_text, "metavar": "PATH[:SCALE]"}
     parser.add_argument("--lora", **loras, help="LoRAs to merge; SCALE 1: strength as trained")
-    add(
-        "link_text_encoder",
-        action="store_true",
-        help="create links to the T5 files instead of copies",
-    )
+    add("link_text_encoder", action="store_true", help="link the T5 files instead of copying them")
     add_precision(parser)
     for name in _SIZES:
         add(name, type=int, help="expected value; an error if the weights differ")
-    add("scaling_factor", type=_positive, help="factor for the latents (default: as in --base)")
-    add(
-        "snr_shift_scale",
-        type=_positive,
-        help="shift of the noise levels (default: as in --base)",
-    )
+    add("scaling_factor", type=_positive, help="factor for latents (default: configuration)")
+    add("snr_shift_scale", type=_positive, help="noise level shift (default: configuration)")
     return parser
 
 
@@ -112,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         converter.write(folder, link_text_encoder=options.link_text_encoder)
     print(f"wrote {output}; in diffusers: {_loading_call(output, present)}")
     if converter.text_length != _USUAL_TEXT_LENGTH:
-        print(f"pass max_sequence_length={converter.text_length} to each call of the pipeline")
+        print(f"pass max_sequence_length={converter.text_length} to each call")
     return 0
 
 

@@ -147,12 +147,8 @@ def paths_of(config: Config) -> dict[str, Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write all parts and return the exit code. Existing files are not overwritten."""
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--base", nargs="+", required=True, help="configuration files, merged in order"
-    )
-    parser.add_argument(
-        "--t5-layers", type=int, default=XXL_LAYERS, help="number of T5 layers (default: as T5 XXL)"
-    )
+    parser.add_argument("--base", nargs="+", required=True, help="configurations, merged in order")
+    parser.add_argument("--t5-layers", type=int, default=XXL_LAYERS, help="default: as T5 XXL")
     options = parser.parse_args(argv)
     if options.t5_layers < 1:
         raise UserError("--t5-layers must be at least 1")

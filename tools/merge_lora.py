@@ -49,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     path, base, own = read_transformer(args.load, option="--load")
     if own:
-        logger.warning(
-            "%s contains LoRA matrices; they are merged only if --lora names the file too", path
-        )
+        logger.warning("%s contains LoRA matrices; they are merged only if --lora names it", path)
     dtype = args.dtype and getattr(torch, args.dtype)
     merged = merged_tensors(base, args.lora, where=path, dtype=dtype)
     with new_folder(args.output_path) as folder:

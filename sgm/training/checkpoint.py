@@ -144,9 +144,7 @@ class Checkpointer:
         try:
             state = _State.model_validate(read_checkpoint(path))
         except ValidationError:
-            raise UserError(
-                f"{path} is not a training state; resume from another checkpoint"
-            ) from None
+            raise UserError(f"{path} is not a training state; resume another checkpoint") from None
         processes = distributed.get_world_size()
         if (state.optimizer is None) != self.divided:
             raise UserError(
@@ -156,8 +154,8 @@ class Checkpointer:
         if self.divided and state.processes != processes:
             raise UserError(
                 f"{folder} was saved by {state.processes} processes and cannot be resumed by "
-                f"{processes}, because ZeRO splits the optimizer state among processes; resume with "
-                f"NPROC={state.processes}, or start a new run with load: {folder}"
+                f"{processes}, because ZeRO splits the optimizer state among processes; resume "
+                f"with NPROC={state.processes}, or start a new run with load: {folder}"
             )
         optimizer: Any = state.optimizer
         if self.divided:

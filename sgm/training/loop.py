@@ -83,9 +83,7 @@ class Trainer:
             base=engine.base_fingerprint,
         )
         self.progress = self.checkpointer.restore(checkpoint) if checkpoint else TrainingProgress()
-        if (
-            wrapped.torch_autocast_enabled()
-        ):  # DeepSpeed applies autocast only in its engine's forward
+        if wrapped.torch_autocast_enabled():  # DeepSpeed applies it in its engine's forward only
             engine.model.autocast_dtype = wrapped.torch_autocast_dtype()
         self.guard = StepGuard(wrapped.basic_optimizer)
         self.batch_size = wrapped.train_micro_batch_size_per_gpu()

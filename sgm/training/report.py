@@ -95,9 +95,7 @@ class Report:
         due = step // self.log_interval > self._last_line // self.log_interval
         if not (due or step == self.total_steps):
             return
-        mean, smoothed = (
-            self._read_losses()
-        )  # before the time is taken, because it waits for the device
+        mean, smoothed = self._read_losses()  # first, because it waits for the device
         now = time.perf_counter()
         self._seconds += now - self._running_since
         seconds = max(self._seconds / (step - self._last_line), 1e-9)
@@ -162,9 +160,7 @@ class Report:
             try:
                 tracker.log(step, scalars)
             except OSError as error:  # a failed write must not end the training
-                logger.warning(
-                    "%s: %s; metrics are no longer written to it", type(tracker).__name__, error
-                )
+                logger.warning("%s: %s; it is disabled now", type(tracker).__name__, error)
                 self.trackers.remove(tracker)
 
     @contextmanager

@@ -189,9 +189,7 @@ class Validation:
                     progress.step(f"validation video {number}")
                     latents = step.latents
                 if not latents.isfinite().all():
-                    progress.say(
-                        f"validation video {number} is skipped because its latents are not finite"
-                    )
+                    progress.say(f"validation video {number} is skipped: latents are not finite")
                 elif writes:
                     name = Prompt(line=number, text=prompt).folder_name.encode()[:_MAX_NAME_BYTES]
                     made.append((folder / name.decode(errors="ignore").rstrip(" ._"), latents))

@@ -355,9 +355,7 @@ def test_without_options_the_bundled_model_is_converted_and_it_says_why(
 
 def test_the_closing_line_has_the_length_of_a_text(small, capsys):
     assert small.convert() == 0
-    assert capsys.readouterr().out.endswith(
-        "pass max_sequence_length=8 to each call of the pipeline\n"
-    )
+    assert capsys.readouterr().out.endswith("pass max_sequence_length=8 to each call\n")
     position = small.model["network_config"]["params"]["modules"]["pos_embed_config"]["params"]
     position["text_length"] = 226  # diffusers' own
     small.write_config()

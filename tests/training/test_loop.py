@@ -230,9 +230,7 @@ def test_a_scale_of_the_loss_that_cannot_fall_is_one_sentence():
     )  # fmt: skip
     wrapped = SimpleNamespace(step=lambda: scaler.update_scale(True))
     take_step(wrapped)
-    with pytest.raises(
-        UserError, match="float16 gradients overflow at every loss scale .*; lower the learning"
-    ):
+    with pytest.raises(UserError, match="overflow at every loss scale, .*; lower the learning"):
         take_step(wrapped)
     wrapped.step = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):

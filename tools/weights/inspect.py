@@ -187,9 +187,7 @@ def _not_ours(path: Path, reason: str) -> UserError:
 def _describe_transformer(weights: Weights) -> Finding:
     _, base, lora = read_transformer(weights)
     finding = _compared(weights, base, "transformer")
-    identity = (
-        f"{fingerprint(base)} (a hash of biases and norms, which merging a LoRA does not change)"
-    )
+    identity = f"{fingerprint(base)} (hash of biases and norms, unchanged by merging a LoRA)"
     finding.facts.append(("family", identity))
     if lora:
         rank = min(next(iter(lora.values())).shape, default=0)

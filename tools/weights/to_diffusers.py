@@ -148,9 +148,7 @@ class DiffusersConverter:
                 "trained on"
             )
         if matrices:
-            logger.warning(
-                "%s contains LoRA matrices; they are merged only if --lora names the file too", path
-            )
+            logger.warning("%s has LoRA matrices, which are merged only if --lora names it", path)
         sizes = self._check(base, "transformer", self._network, where=path)
         hint = "omit the option, or name the weights with this size"
         check_sizes(sizes, expected, where=path, described_by="the option", hint=hint)
