@@ -144,7 +144,7 @@ def test_a_lora_without_a_state_is_found_before_data_is_read(small, tmp_path, ca
     argv = ["--base", file, "--device", "cpu", "--resume", str(run), "--train-iters", "2"]
     assert run_command(lambda: train_video.main(argv)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"load: {run / '1'} (if that is a LoRA: with the output of tools/merge_lora.py" in error
+    assert f"load: {run / '1'} (if it contains a LoRA, merge it with tools/merge_lora.py" in error
 
 
 def test_a_run_resumed_at_an_earlier_step_replaces_its_later_checkpoints(
