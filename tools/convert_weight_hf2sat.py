@@ -1,10 +1,10 @@
-"""Weights of a local diffusers folder of CogVideoX-2B to SAT's layout.
+"""Convert the weights in a local diffusers folder of CogVideoX-2B to SAT's layout.
 
     python tools/convert_weight_hf2sat.py --input_path DIR --output_path DIR [--link_text_encoder]
 
-The input is a pipeline's folder, or that of a transformer or an autoencoder alone. The output is
+The input is the folder of a pipeline, a transformer or an autoencoder. The output consists of
 ``transformer/latest``, ``transformer/1000/mp_rank_00_model_states.pt``, ``vae/3d-vae.pt`` and
-``t5-v1_1-xxl/``, for the parts that the input has.
+``t5-v1_1-xxl/``. Parts that are not in the input are omitted.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from sgm.files import new_folder, refuse_existing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, convert, print what was written; returns the exit code."""
+    """Parse the options, convert, print what was written, and return the exit code."""
     parser = CommandParser(
         description="Convert a diffusers folder of CogVideoX-2B to SAT's layout."
     )
-    add_option(parser, "input_path", required=True, type=Path, metavar="DIR", help="what is read")
+    add_option(parser, "input_path", required=True, type=Path, metavar="DIR", help="input folder")
     add_option(parser, "output_path", required=True, metavar="DIR", help="the new folder")
-    note = "link T5's files instead of copying them"
+    note = "create symbolic links to the T5 files instead of copies"
     add_option(parser, "link_text_encoder", action="store_true", help=note)
     add_precision(parser)
     options = parser.parse_args(argv)
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     converter = SatConverter(options.input_path.expanduser(), dtype=dtype)
     with new_folder(output) as folder:
         converter.write(folder, link_text_encoder=options.link_text_encoder)
-    print(f"wrote {output}; in a configuration:")
+    print(f"wrote {output}; set in a configuration:")
     if sizes := converter.sizes.get("transformer"):
         layers, heads = sizes["num_layers"], sizes["num_attention_heads"]
         print(f"  args.load: {output / 'transformer'}  # {layers} layers, {heads} heads")

@@ -1,11 +1,12 @@
-"""Weights in SAT's layout to a folder that diffusers' CogVideoXPipeline loads.
+"""Convert weights in SAT's layout to a folder that diffusers' CogVideoXPipeline loads.
 
     python tools/convert_weight_sat2hf.py --transformer_ckpt_path RUN --vae_ckpt_path 3d-vae.pt \
         --text_encoder_path t5-v1_1-xxl --output_path DIR [--bf16] [--lora PATH[:SCALE] …]
 
-What the weights do not show (size of a clip, sampler …) comes from a configuration: `--base`, or
-else the training_config.yaml of a run, or else the 2B model's. Without any path, all paths come
-from it too. A part without a path is not written.
+Settings that cannot be derived from the weights (size of a clip, sampler …) are read from a
+configuration: `--base`, otherwise the training_config.yaml of a run, otherwise the 2B model's.
+Without any path option, the paths are read from the configuration too. A part without a path is not
+written.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tools.weights.sources import OPTIONS, ROOT, choose_sources
 
 # PyTorch and the modules that need it are imported after the command line is checked.
 
-_USUAL_TEXT_LENGTH = 226  # diffusers' own default
+_USUAL_TEXT_LENGTH = 226  # diffusers' default
 _SIZES = ("num_layers", "num_attention_heads")
 
 
@@ -38,45 +39,45 @@ def _positive(text: str) -> float:
 
 
 def _path(text: str) -> str:
-    if not text:  # such as that of a shell variable that is not set
+    if not text:  # such as an unset shell variable
         raise ValueError
     return text
 
 
 _path.__name__ = "path"
-_positive.__name__ = "positive number"  # argparse prints it in its message
+_positive.__name__ = "positive number"  # argparse prints this name in its message
 
 
 def _loading_call(output: Path, present: Collection[str]) -> str:
-    """The call with which diffusers loads the folder; parts that are missing must be named."""
+    """Return the diffusers call that loads the folder; missing parts must be passed as None."""
     missing = [f"{name}=None" for name in (*OPTIONS, "tokenizer") if name not in present]
     return f"CogVideoXPipeline.from_pretrained({', '.join([repr(str(output)), *missing])})"
 
 
 def build_parser() -> CommandParser:
-    """The parser of this command; each option is spelt with _ or -."""
-    parser = CommandParser(description="Convert weights of SAT to diffusers.")
+    """Return the parser of this command; options may be spelled with _ or -."""
+    parser = CommandParser(description="Convert weights from SAT's layout to diffusers.")
     add, add_path = partial(add_option, parser), partial(add_option, parser, type=_path)
-    note = "the transformer: a run, its folder, a file"
+    note = "the transformer: the folder of a run or of a checkpoint, or a file"
     add_path("transformer_ckpt_path", metavar="PATH", help=note)
-    add_path("vae_ckpt_path", metavar="PATH", help="the autoencoder, 3d-vae.pt")
+    add_path("vae_ckpt_path", metavar="PATH", help="the autoencoder, such as 3d-vae.pt")
     add_path("text_encoder_path", metavar="DIR", help="the T5 folder")
     add("output_path", metavar="DIR", help="the new folder")
-    note = "configuration of what the weights do not show"
+    note = "configuration files for settings that the weights do not contain"
     parser.add_argument("--base", nargs="+", metavar="YAML", help=note)
     loras = {"nargs": "+", "default": [], "type": lora_from_text, "metavar": "PATH[:SCALE]"}
-    parser.add_argument("--lora", **loras, help="LoRAs to merge; a scale of 1 is as trained")
-    add("link_text_encoder", action="store_true", help="link T5's files instead of copying them")
+    parser.add_argument("--lora", **loras, help="LoRAs to merge; SCALE 1: strength as trained")
+    add("link_text_encoder", action="store_true", help="link the T5 files instead of copying them")
     add_precision(parser)
     for name in _SIZES:
-        add(name, type=int, help="only compared with the weights")
-    add("scaling_factor", type=_positive, help="of the latents; default: the configuration's")
-    add("snr_shift_scale", type=_positive, help="of the noise; default: the configuration's")
+        add(name, type=int, help="expected value; an error if the weights differ")
+    add("scaling_factor", type=_positive, help="factor for latents (default: configuration)")
+    add("snr_shift_scale", type=_positive, help="noise level shift (default: configuration)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, convert, print what was written; returns the exit code."""
+    """Parse the options, convert, print what was written, and return the exit code."""
     options = build_parser().parse_args(argv)
     set_up_logging()
     paths = {part: getattr(options, option[2:]) for part, option in OPTIONS.items()}
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         converter.write(folder, link_text_encoder=options.link_text_encoder)
     print(f"wrote {output}; in diffusers: {_loading_call(output, present)}")
     if converter.text_length != _USUAL_TEXT_LENGTH:
-        print(f"when calling it: max_sequence_length={converter.text_length}")
+        print(f"pass max_sequence_length={converter.text_length} to each call")
     return 0
 
 

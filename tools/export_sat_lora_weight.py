@@ -1,9 +1,9 @@
-"""A LoRA that was trained here, for diffusers: ``pipe.load_lora_weights(DIR)`` gives its strength.
+"""Export a LoRA that was trained here to diffusers, for ``pipe.load_lora_weights(DIR)``.
 
     python tools/export_sat_lora_weight.py --sat_pt_path ckpts/RUN --lora_save_directory DIR
 
-Writes ``DIR/pytorch_lora_weights.safetensors`` with rank and alpha in its metadata, which diffusers
-reads from release 0.35 on.
+This writes ``DIR/pytorch_lora_weights.safetensors``. The file's metadata contains rank and alpha,
+which diffusers 0.35 or later reads to apply the LoRA at its trained strength.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ logger = logging.getLogger(__name__)
 
 
 def adapter_metadata(record: LoraRecord, alpha: float, names: Sequence[str]) -> dict[str, str]:
-    """The safetensors metadata that diffusers writes for a transformer's LoRA with these settings.
+    """Return the safetensors metadata that diffusers writes for a transformer's LoRA.
 
-    diffusers passes the settings to peft's LoraConfig. Layers are named in full, so that a LoRA of
-    a few blocks changes only these. The base model's fingerprint, if it is known, is added under a
-    key that diffusers does not read.
+    diffusers passes these settings to peft's LoraConfig. Layers are listed by their full names, so
+    a LoRA of a few blocks changes only these blocks. The base model's fingerprint, if it is known,
+    is added under a key that diffusers ignores.
 
     Args:
-        record: has the rank and the base model.
-        alpha: the update is ``alpha / r · B A``.
-        names: of the matrices in diffusers.
+        record: provides the rank and the base model's fingerprint.
+        alpha: lora_alpha; the update of a weight is ``alpha / r · B A``.
+        names: the names of the matrices in diffusers.
     """
     from sgm.checkpoint.lora_formats import BASE_KEY, DIFFUSERS_PREFIX, METADATA_KEY
 
     settings: dict[str, Any] = {
         "r": record.r,
-        # peft's type is int, but it accepts any number.
+        # peft declares an int, but accepts any number.
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "target_modules": sorted({name.rsplit(".lora_", 1)[0] for name in names}),
     }
@@ -55,18 +55,19 @@ def adapter_metadata(record: LoraRecord, alpha: float, names: Sequence[str]) -> 
 
 
 def export_lora(path: str, folder: Path, *, alpha: float | None) -> Path:
-    """Write the LoRA of SAT format in `path` to a file in `folder`, with diffusers' name for it.
+    """Write the LoRA in SAT's format in `path` to `folder`, under diffusers' file name.
 
     Args:
-        path: as in `sgm.checkpoint.lora.read_lora`.
-        folder: is created if it does not exist.
-        alpha: lora_alpha for a file that does not store it; None takes SAT's default, 1.
+        path: a file or folder, as for `sgm.checkpoint.lora.read_lora`.
+        folder: created if it does not exist.
+        alpha: the lora_alpha of a file that does not store it; None means 1, SAT's default.
 
     Returns:
-        The path of the file.
+        The path of the written file.
 
     Raises:
-        UserError: `path` holds no LoRA, or a part of one; the file exists, or cannot be written.
+        UserError: `path` contains no LoRA or an incomplete LoRA, or the output file exists or
+            cannot be written.
     """
     from sgm.checkpoint.find import DIFFUSERS_FILE, find_lora
     from sgm.checkpoint.lora import alpha_of, check_whole_lora, read_lora
@@ -88,7 +89,7 @@ def export_lora(path: str, folder: Path, *, alpha: float | None) -> Path:
 
 @contextmanager
 def _new_file(folder: Path, name: str) -> Iterator[Path]:
-    """A path to write to, which becomes the file `name` in a folder that exists or is created."""
+    """Yield a temporary path; rename it to `name` in `folder` (created if missing) at the end."""
     if os.path.lexists(folder):
         with replacing(make_output_folder(folder) / name) as partial:
             yield partial
@@ -98,13 +99,13 @@ def _new_file(folder: Path, name: str) -> Iterator[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, export, print how to load it; returns the exit code."""
-    parser = CommandParser(description="Export a LoRA of SAT format for diffusers.")
-    note = "a LoRA run's folder, that of one of its checkpoints, or a file"
+    """Parse the options, export, print how to load the LoRA, and return the exit code."""
+    parser = CommandParser(description="Export a LoRA in SAT's format to diffusers.")
+    note = "the folder of a LoRA run or of its checkpoint, or a file"
     add_option(parser, "sat_pt_path", required=True, metavar="PATH", help=note)
-    note = "folder for pytorch_lora_weights.safetensors"
+    note = "the folder to write pytorch_lora_weights.safetensors to"
     add_option(parser, "lora_save_directory", required=True, metavar="DIR", help=note)
-    note = "for an older file, which does not store it (default: 1, as in SAT)"
+    note = "lora_alpha of an older file, which does not store it (default: 1, as in SAT)"
     add_option(parser, "lora_alpha", type=float, metavar="X", help=note)
     args = parser.parse_args(argv)
     set_up_logging()

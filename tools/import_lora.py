@@ -1,9 +1,9 @@
-"""A LoRA of diffusers or peft to SAT's layout.
+"""Convert a LoRA of diffusers or peft to SAT's layout.
 
     python tools/import_lora.py --lora_path LORA --output_path DIR [--load BASE]
 
-Writes ``DIR/latest`` and ``DIR/1/mp_rank_00_model_states.pt`` as a LoRA run does, for ``lora:``
-(which also accepts the LoRA of diffusers itself).
+This writes ``DIR/latest`` and ``DIR/1/mp_rank_00_model_states.pt``, like a LoRA run. Name DIR in
+``lora:`` (which also accepts the original LoRA of diffusers).
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ TAG = "1"
 
 
 def import_lora(path: str, folder: str, *, alpha: float | None, load: str | None) -> str:
-    """Write the LoRA in `path` to the new `folder`, in SAT's layout with its record.
+    """Write the LoRA in `path`, with its record, to the new `folder` in SAT's layout.
 
     Args:
-        path: as in `sgm.checkpoint.lora.read_lora`.
-        folder: must not exist.
-        alpha: lora_alpha for a file that does not store it; None takes the rank.
-        load: the base model, of SAT or diffusers. Its shapes are compared, and its fingerprint is
-            recorded.
+        path: a file or folder, as for `sgm.checkpoint.lora.read_lora`.
+        folder: the output folder, which must not exist.
+        alpha: the lora_alpha of a file that does not store it; None means the rank.
+        load: the base model, in the format of SAT or diffusers. The LoRA's shapes are compared with
+            it, and its fingerprint is stored in the record.
 
     Returns:
-        A text that says what was written, and how to use it.
+        A text that says what was written and how to use it.
 
     Raises:
-        UserError: `path` holds no LoRA that SAT can hold, or one of another model; or `folder`
-            exists or cannot be written.
+        UserError: `path` contains no LoRA, a LoRA that SAT cannot represent, or a LoRA of another
+            model; or `folder` exists or cannot be written.
     """
     from sgm.checkpoint.find import find_lora
     from sgm.checkpoint.lora import check_matrices, check_whole_lora, read_lora
@@ -61,21 +61,21 @@ def import_lora(path: str, folder: str, *, alpha: float | None, load: str | None
     strength = "unknown" if record.lora_alpha is None else f"{record.lora_alpha:g}"
     use = f"--lora {quote(folder)}"
     return (
-        f"wrote {folder}: rank {record.r}, lora_alpha {strength}; for videos: {use}\n"
-        "to train on, merge it and name NEW in load: python tools/merge_lora.py --load "
+        f"wrote {folder}: rank {record.r}, lora_alpha {strength}; to make videos with it: {use}\n"
+        "to train from it, merge it and set load: NEW: python tools/merge_lora.py --load "
         f"{'BASE' if load is None else quote(load)} {use} --output_path NEW"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, import, print what was written; returns the exit code."""
+    """Parse the options, import, print what was written, and return the exit code."""
     parser = CommandParser(description="Import a LoRA of diffusers or peft into SAT's layout.")
-    note = "pytorch_lora_weights.safetensors, the folder it is in, or a folder of peft"
+    note = "pytorch_lora_weights.safetensors, its folder, or a folder that peft saved"
     add_option(parser, "lora_path", required=True, metavar="PATH", help=note)
     add_option(parser, "output_path", required=True, metavar="DIR", help="the new folder")
-    note = "for a file that does not store it (default: the rank, as in diffusers)"
+    note = "lora_alpha of a file that does not store it (default: the rank, as in diffusers)"
     add_option(parser, "lora_alpha", type=float, metavar="X", help=note)
-    note = "the base model: its shapes are compared, and the LoRA is recorded as made for it"
+    note = "the base model; shapes are compared, and its fingerprint is stored with the LoRA"
     parser.add_argument("--load", metavar="BASE", help=note)
     args = parser.parse_args(argv)
     set_up_logging()

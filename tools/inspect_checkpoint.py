@@ -1,10 +1,10 @@
-"""What a file or folder of weights is, and whether it loads.
+"""Print what a file or folder of weights is, and whether it loads.
 
     python tools/inspect_checkpoint.py PATH
 
-Names and shapes are read, not the weights, and no code from the file is run. The exit code is 1 if
-PATH is not weights, or weights that do not load. 'Which weights do you have?' in README.md says
-what to do with them.
+Only tensor names, shapes and a few small vectors are read, and no code from the file is run. The
+exit code is 1 if PATH is not weights, or if the weights do not load. 'Which weights do you have?'
+in README.md explains how to use each kind of weights.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 def printable(text: str) -> str:
-    """`text` without control characters, which names in a hostile file may hold."""
+    """Return `text` with control characters escaped; a hostile file may have them in its names."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def render(finding: Finding) -> str:
-    """The lines to show, names in one column and values in the other."""
+    """Return the lines to print for a finding: a column of names and a column of values."""
     rows = [("path", str(finding.path)), ("what", finding.kind), *finding.facts]
     if finding.problem:
         rows.append(("will load", f"no: {finding.problem}"))
@@ -42,18 +42,18 @@ def render(finding: Finding) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Inspect one path and print what it is; returns the exit code."""
+    """Inspect one path, print what it is, and return the exit code."""
     parser = CommandParser(
         description="Print what a file or folder of weights is, and whether it loads."
     )
-    parser.add_argument("path", metavar="PATH", help="any file or folder")
+    parser.add_argument("path", metavar="PATH", help="the file or folder to inspect")
     path = parser.parse_args(argv).path
-    set_up_logging(logging.ERROR)  # warnings would repeat what is printed
+    set_up_logging(logging.ERROR)  # warnings would only repeat what is printed below
     from tools.weights.inspect import inspect
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's, on a damaged file
+            warnings.simplefilter("ignore")  # PyTorch warns about damaged files
             findings = inspect(path)
     except UserError as error:
         raise UserError(printable(str(error))) from None

@@ -1,12 +1,12 @@
-"""Random weights for a configuration, written where it expects the real ones.
+"""Write random weights to the paths where a configuration expects the real weights.
 
-Speed and memory of a model do not depend on its weights, so random weights show what a model needs
-before anything is downloaded:
+The speed and memory of a model do not depend on the values of its weights. So random weights show
+how much time and memory a model needs before anything is downloaded:
 
     python tools/make_random_weights.py --base configs/cogvideox_2b_infer.yaml --t5-layers 1
     bash inference.sh configs/cogvideox_2b_infer.yaml
 
-The files have the published layout.
+The files are written in the layout of the published weights.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from tools.weights.writing import save_sat_transformer, save_sharded
 
 logger = logging.getLogger(__name__)
 
-_VOCABULARY = 32128  # of T5 v1.1, in all sizes
+_VOCABULARY = 32128  # the vocabulary size of T5 v1.1, in all model sizes
 XXL_LAYERS = 24
 
 
 def random_tensor(name: str, shape: torch.Size, *, dtype: torch.dtype) -> Tensor:
-    """A random tensor in host memory, drawn on a GPU if there is one, which is faster."""
+    """Return a random tensor in host memory; if there is a GPU, draw there because it is faster."""
     tensor = torch.empty(shape, dtype=dtype, device=choose_device())
     fill_random(name, tensor)
     return tensor.cpu()
 
 
 def random_state(module: nn.Module, *, dtype: torch.dtype) -> LazyTensors:
-    """Random tensors with the names and shapes of a module, without the position table.
+    """Return random tensors with the names and shapes of `module`, without the position table.
 
-    Each is drawn when it is asked for; the module may be on the meta device.
+    Each tensor is drawn when it is accessed. The module may be on the meta device.
     """
     metas = {
         name: torch.empty(tensor.shape, dtype=dtype, device="meta")
@@ -65,9 +65,9 @@ def random_state(module: nn.Module, *, dtype: torch.dtype) -> LazyTensors:
 def write_t5(
     folder: Path, *, width: int, num_layers: int, dtype: torch.dtype = torch.float16
 ) -> None:
-    """A T5 v1.1 encoder of XXL's proportions, and a tokenizer of single bytes and a few words.
+    """Write a T5 v1.1 encoder with XXL's proportions, and a tokenizer for bytes and a few words.
 
-    One shard at a time is drawn and written, so XXL's 9.5 GB are never in memory together.
+    Only one shard is in memory at a time, because T5 XXL has 9.5 GB.
     """
     from sentencepiece import SentencePieceTrainer
     from transformers import T5Config, T5EncoderModel
@@ -79,7 +79,7 @@ def write_t5(
     )  # fmt: skip
     with torch.device("meta"):
         encoder = T5EncoderModel(config)
-    del encoder.encoder.embed_tokens  # `shared` under another name
+    del encoder.encoder.embed_tokens  # tied to `shared`
     with new_folder(folder) as partial_folder:
         with (partial_folder / "spiece.model").open("wb") as tokenizer:
             SentencePieceTrainer.train(
@@ -100,14 +100,14 @@ def write_weights(
     t5_layers: int = XXL_LAYERS,
     t5_dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write random weights for all parts of a `model` section. A part appears when it is complete.
+    """Write random weights for all parts of a `model` section; only complete parts are visible.
 
     Args:
         model: the section.
-        load, vae, t5: paths to write to, which must not exist. The transformer is written in
+        load, vae, t5: the paths to write to, which must not exist. The transformer is written in
             float16, the autoencoder in float32.
-        t5_layers: number of layers of T5.
-        t5_dtype: precision of T5.
+        t5_layers: the number of T5 layers.
+        t5_dtype: the dtype of T5.
 
     Raises:
         UserError: a path cannot be written.
@@ -126,29 +126,29 @@ def write_weights(
 
 
 def paths_of(config: Config) -> dict[str, Path]:
-    """The paths at which a configuration expects its weights, as keywords of `write_weights`.
+    """Return the paths where a configuration expects its weights, as keywords of `write_weights`.
 
     Raises:
-        UserError: a path is not set, or there is not exactly one T5.
+        UserError: a path is not set, or the number of T5 embedders is not one.
     """
     check_model_section(config.model)
     load = config.args.load
     if not load:
-        raise UserError("args.load is not set: it must be the path to write the weights to")
+        raise UserError("args.load is not set; set it to the path to write the weights to")
     vae, *texts = weight_paths(config.model)
     paths = [Path(named.path()).expanduser() for named in (vae, *texts)]
     if len(texts) != 1:
         raise UserError(
-            f"model.conditioner_config has {len(texts)} T5 embedders; random weights are for one"
+            f"model.conditioner_config has {len(texts)} T5 embedders; it must have exactly one"
         )
     return {"load": Path(load).expanduser(), "vae": paths[0], "t5": paths[1]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, write all parts; returns the exit code. Nothing that exists is overwritten."""
+    """Write all parts and return the exit code. Existing files are not overwritten."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", nargs="+", required=True, help="configurations, merged in order")
-    parser.add_argument("--t5-layers", type=int, default=XXL_LAYERS, help="default: XXL's number")
+    parser.add_argument("--t5-layers", type=int, default=XXL_LAYERS, help="default: as T5 XXL")
     options = parser.parse_args(argv)
     if options.t5_layers < 1:
         raise UserError("--t5-layers must be at least 1")

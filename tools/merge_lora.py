@@ -1,9 +1,9 @@
-"""A base model with LoRAs merged into it, as full weights in SAT's layout.
+"""Merge LoRAs into a base model and write full weights in SAT's layout.
 
     python tools/merge_lora.py --load BASE --lora PATH[:SCALE] … --output_path DIR [--fp16|--bf16]
 
-Writes ``DIR/latest`` and ``DIR/1000/mp_rank_00_model_states.pt``, for ``load:``. An older LoRA
-run's file, which holds the base model too, may be given as both BASE and PATH.
+This writes ``DIR/latest`` and ``DIR/1000/mp_rank_00_model_states.pt``; name DIR in ``load:``. The
+file of an older LoRA run contains the base model too, so it may be given as both BASE and PATH.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, merge, print what was written; returns the exit code.
+    """Parse the options, merge, print what was written, and return the exit code.
 
     Raises:
-        UserError: a file is not what it must be, a LoRA belongs to another model, or the output
-            exists or cannot be written.
+        UserError: a file is invalid, a LoRA belongs to another model, or the output exists or
+            cannot be written.
     """
     parser = CommandParser(description="Merge LoRAs into a base model.")
-    note = "the base model: a folder or file of SAT, or a folder of diffusers"
+    note = "the base model: a folder or file in SAT's layout, or a diffusers folder"
     parser.add_argument("--load", required=True, metavar="BASE", help=note)
     loras = {"nargs": "+", "required": True, "type": lora_from_text, "metavar": "PATH[:SCALE]"}
-    note = "LoRAs of SAT, diffusers or peft; a scale of 1 is as trained"
+    note = "LoRAs of SAT, diffusers or peft; SCALE 1: strength as trained"
     parser.add_argument("--lora", **loras, help=note)
     add_option(parser, "output_path", required=True, metavar="DIR", help="the new folder")
     add_precision(parser)
@@ -49,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     path, base, own = read_transformer(args.load, option="--load")
     if own:
-        logger.warning("%s also holds LoRA matrices; they are merged if --lora names it too", path)
+        logger.warning("%s contains LoRA matrices; they are merged only if --lora names it", path)
     dtype = args.dtype and getattr(torch, args.dtype)
     merged = merged_tensors(base, args.lora, where=path, dtype=dtype)
     with new_folder(args.output_path) as folder:
         save_sat_transformer(folder, merged)
-    print(f"wrote {args.output_path}; for videos: --load {quote(args.output_path)}")
+    print(f"wrote {args.output_path}; to make videos with it: --load {quote(args.output_path)}")
     return 0
 
 

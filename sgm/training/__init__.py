@@ -1,1 +1,1 @@
-"""What training needs beside the model: checks of its settings."""
+"""Training: the loop, DeepSpeed's engine, checkpoints, reports and validation."""

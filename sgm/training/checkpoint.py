@@ -1,10 +1,15 @@
-"""Checkpoints of a training run: saving, and resuming with the same result to the bit.
+"""Save checkpoints of a training run, and resume from them with bit-identical results.
 
-``{iteration}/mp_rank_00_model_states.pt`` holds the weights, in the layout that `load` and `lora`
-read; ``{iteration}-ema`` holds the same for the moving average, in float32. Beside the weights are
-``training_state.pt`` (counters, schedule, and the optimizer if all processes hold the same one)
-and, if ZeRO divides the optimizer, ``optimizer_rank_NN.pt`` of each process. The state of random
-numbers is not saved: each sample and step has its own seed, see `sgm.data.loader`.
+The folder of a checkpoint, ``{iteration}``, contains:
+
+- ``mp_rank_00_model_states.pt``: the weights, in the layout that `load` and `lora` read.
+- ``training_state.pt``: the counters, the learning rate schedule, and the optimizer state unless
+  ZeRO partitions it.
+- ``optimizer_rank_NN.pt``, one file per process: the optimizer state if ZeRO partitions it.
+
+A second folder, ``{iteration}-ema``, contains a weights file with the moving average, in float32.
+The states of random generators are not saved, because each sample and each step has its own seed
+(see `sgm.data.loader`).
 """
 
 from __future__ import annotations
@@ -48,12 +53,12 @@ STATE_FILE = "training_state.pt"
 _RANK_FILE = "optimizer_rank_{:02d}.pt"
 _CONDITIONER = "conditioner."
 _LOSS_SCALER = "loss_scaler"
-# DeepSpeed adds these objects for its own ways of loading, which are not used here.
+# Objects that only DeepSpeed's own checkpoint loading needs, which is not used here.
 _UNUSED_KEYS = ("param_slice_mappings", "universal_checkpoint_info")
 
 
 class _State(Section):
-    """The contents of ``training_state.pt``; `optimizer` is None if ZeRO divides it."""
+    """The contents of ``training_state.pt``; `optimizer` is None if ZeRO partitions it."""
 
     step: int = Field(ge=0)
     samples: int = Field(ge=0)
@@ -65,7 +70,7 @@ class _State(Section):
 
 @dataclass
 class TrainingProgress:
-    """Progress of a run: optimizer steps done, and samples of the stream that they have used."""
+    """Progress of a run: the optimizer steps done, and the training samples used by them."""
 
     step: int = 0
     samples: int = 0
@@ -73,15 +78,15 @@ class TrainingProgress:
 
 @dataclass(kw_only=True)
 class Checkpointer:
-    """Saves a run and restores it.
+    """Saves and restores the state of a run.
 
     Args:
         wrapped: DeepSpeed's engine.
         run: the run's folder.
-        average: the moving average of the weights, if there is one.
-        report: its sums of losses are saved too.
-        limit: number of checkpoints to keep; 0 keeps all.
-        base: `fingerprint` of the weights that training began with.
+        average: the moving average of the weights, or None.
+        report: the report, whose sums of losses are saved too.
+        limit: the number of checkpoints to keep; 0 keeps all.
+        base: `fingerprint` of the weights that the training started from.
     """
 
     wrapped: DeepSpeedEngine
@@ -94,7 +99,7 @@ class Checkpointer:
     def __post_init__(self) -> None:
         from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
-        # Whether each process holds its own part of the optimizer.
+        # Whether each process holds its own part of the optimizer state.
         self.divided = isinstance(self.wrapped.optimizer, ZeROOptimizer)
 
     def save(self, progress: TrainingProgress) -> None:
@@ -117,7 +122,7 @@ class Checkpointer:
             "samples": progress.samples,
             "processes": distributed.get_world_size(),
             "schedule": self.wrapped.lr_scheduler.state_dict(),
-            "watched": {"report": self.report.state_dict()},  # all processes take part
+            "watched": {"report": self.report.state_dict()},  # a collective call
             "optimizer": None if self.divided else self._optimizer_state(),
         }
         if is_main():
@@ -129,28 +134,28 @@ class Checkpointer:
         distributed.barrier()
 
     def restore(self, folder: Path) -> TrainingProgress:
-        """Restore the state in a checkpoint's folder; the weights must be loaded already.
+        """Restore the state from a checkpoint's folder; the weights must be loaded already.
 
         Raises:
-            UserError: a file is missing or damaged, or belongs to another number of processes or
-                to other settings of DeepSpeed.
+            UserError: a file is missing or damaged, or was saved with another number of processes
+                or other DeepSpeed settings.
         """
         path = folder / STATE_FILE
         try:
             state = _State.model_validate(read_checkpoint(path))
         except ValidationError:
-            raise UserError(f"{path} is not the state of a run; resume from another one") from None
+            raise UserError(f"{path} is not a training state; resume another checkpoint") from None
         processes = distributed.get_world_size()
         if (state.optimizer is None) != self.divided:
             raise UserError(
-                f"{folder} was saved with another stage of zero_optimization or another precision; "
-                "set the deepspeed section as in training_config.yaml beside it"
+                f"{folder} was saved with another zero_optimization.stage or precision; use the "
+                "deepspeed section of training_config.yaml in the run's folder"
             )
         if self.divided and state.processes != processes:
             raise UserError(
-                f"{folder} was saved by {state.processes} processes and ZeRO divided the optimizer "
-                f"among them, but now there are {processes}; resume with NPROC={state.processes}, "
-                f"or start a new run with load: {folder}"
+                f"{folder} was saved by {state.processes} processes and cannot be resumed by "
+                f"{processes}, because ZeRO splits the optimizer state among processes; resume "
+                f"with NPROC={state.processes}, or start a new run with load: {folder}"
             )
         optimizer: Any = state.optimizer
         if self.divided:
@@ -160,13 +165,13 @@ class Checkpointer:
                 self._load_optimizer(optimizer)
             schedule = self.wrapped.lr_scheduler
             schedule.load_state_dict(state.schedule)
-            if "num_iters" in state.schedule:  # SAT's schedule does not set itself to its step
+            if "num_iters" in state.schedule:  # SAT's schedule does not apply the loaded step
                 schedule.step(state.schedule["num_iters"])
             self.report.load_state_dict(state.watched["report"])
         except (KeyError, ValueError, RuntimeError, AssertionError, TypeError) as error:
             raise UserError(
                 f"{folder} cannot be resumed ({reason_of(error)}); the trained weights and the "
-                "deepspeed section must be as in training_config.yaml beside it"
+                "deepspeed section must match training_config.yaml in the run's folder"
             ) from error
         if self.average is not None:
             self._restore_average(self.average, folder.with_name(f"{folder.name}{run_folder.EMA}"))
@@ -174,7 +179,7 @@ class Checkpointer:
         return TrainingProgress(step=state.step, samples=state.samples)
 
     def _write_weights(self, folder: Path, *, averages: Mapping[str, Tensor]) -> None:
-        """Write the weights; those with an average are replaced by it."""
+        """Write the weights; for names in `averages`, write the average instead of the weight."""
         model, module = self.wrapped.module, {}
         is_lora = trains_lora(model)
         weights = trained_weights(model) if is_lora else dict(model.named_parameters())
@@ -183,11 +188,11 @@ class Checkpointer:
                 if not is_main():
                     continue
                 source = averages.get(name, weight).detach()
-                # Training cannot continue from such weights; older checkpoints are worth more.
+                # Such weights cannot be trained further, and saving may delete a good checkpoint.
                 if not source.isfinite().all():
                     raise UserError(
-                        f"the weight {name} is not finite any more, so nothing is saved; "
-                        f"{NONFINITE_ADVICE}"
+                        f"the weight {name} has values that are not finite, so no checkpoint is "
+                        f"saved; {NONFINITE_ADVICE}"
                     )
                 module[name] = source.to("cpu", copy=True)
         if is_main():
@@ -209,8 +214,8 @@ class Checkpointer:
         if not self.divided:
             optimizer.load_state_dict(state)
             return
-        # DeepSpeed takes a mapping of all ranks' states and uses its own rank's. One of its
-        # optimizers prints while it loads.
+        # DeepSpeed expects a mapping from ranks to states and reads only the entry of its own rank.
+        # One of its optimizers prints while loading.
         with contextlib.redirect_stdout(io.StringIO()):
             optimizer.load_state_dict({distributed.get_rank(): state}, load_from_fp32_weights=True)
 
@@ -219,37 +224,37 @@ class Checkpointer:
         path = folder / WEIGHTS_FILE
         if not path.is_file():
             raise UserError(
-                f"{path} does not exist, so the moving average cannot be continued; resume with "
-                "ema_decay 0"
+                f"{path} does not exist, so the moving average cannot be resumed; set ema_decay to "
+                "0 to resume without it"
             )
         module = tensors_of(read_checkpoint(path), path)
         averages = average.averages
         found = {name: tensor for name, tensor in module.items() if name in averages}
-        hint = "resume from another iteration, or with ema_decay 0"
-        check_fit(found, averages, path=path, hint=hint, model="what is trained")
+        hint = "resume from another iteration, or set ema_decay to 0"
+        check_fit(found, averages, path=path, hint=hint, model="the trained weights")
         average.load(found)
 
 
 def trains_lora(module: torch.nn.Module) -> bool:
-    """Whether the trained weights of a module, which are saved, are LoRA matrices only."""
+    """Return whether `module` trains LoRA matrices only, so that only they are saved."""
     return all(is_lora_matrix(name) for name in trained_weights(module))
 
 
 def holds_lora(checkpoint: Weights) -> bool:
-    """Whether a run's checkpoint holds LoRA matrices only.
+    """Return whether a run's checkpoint contains LoRA matrices only.
 
     Raises:
-        UserError: its file of weights cannot be read.
+        UserError: the weights file cannot be read.
     """
     state = checkpoint.file.read().state
     return isinstance(state, Mapping) and "lora" in state
 
 
 def check_conditioner(engine: SATVideoDiffusionEngine, checkpoint: Weights) -> dict[str, Tensor]:
-    """The text encoder's weights in a run's checkpoint; empty if they were not trained.
+    """Return the text encoder's weights in a run's checkpoint; empty if it was not trained.
 
     Raises:
-        UserError: they do not fit this text encoder.
+        UserError: the weights do not fit the text encoder of `engine`.
     """
     module = checkpoint.file.tensors()
     stored = {name: tensor for name, tensor in module.items() if name.startswith(_CONDITIONER)}
@@ -261,23 +266,25 @@ def check_conditioner(engine: SATVideoDiffusionEngine, checkpoint: Weights) -> d
 
 
 def check_state_file(path: Path) -> None:
-    """Check that a file of the state exists in a checkpoint's folder.
+    """Check that `path`, a file of the training state in a checkpoint's folder, exists.
 
     Raises:
-        UserError: it is missing, so only the weights beside it can be used.
+        UserError: the file is missing, so only the weights in the folder can be used.
     """
     if not path.is_file():
         raise UserError(
-            f"{path} does not exist, so the run cannot be resumed; start a new one with load: "
-            f"{path.parent} (if that is a LoRA: with the output of tools/merge_lora.py for it)"
+            f"{path} does not exist, so the run cannot be resumed; start a new run with load: "
+            f"{path.parent} (if it contains a LoRA, merge it with tools/merge_lora.py first and "
+            "load the merged weights)"
         )
 
 
 @contextlib.contextmanager
 def _kept_settings(wrapped: DeepSpeedEngine) -> Iterator[None]:
-    """Keep the optimizer's own settings (weight decay, …) while a state is loaded in the context.
+    """Keep the optimizer's settings (weight decay, …) unchanged by a state loaded in this context.
 
-    The learning rate, and betas in DeepSpeed's OneCycle, follow the schedule and are loaded.
+    The learning rate is taken from the loaded state because the schedule controls it. The same
+    holds for betas if DeepSpeed's OneCycle schedule is used.
     """
     optimizer = wrapped.basic_optimizer
     cycled = {"betas"} if getattr(wrapped.lr_scheduler, "cycle_momentum", False) else set()
@@ -289,9 +296,9 @@ def _kept_settings(wrapped: DeepSpeedEngine) -> Iterator[None]:
 
 
 def _plain(value: object) -> object:
-    """Copy a state as tensors, numbers, texts, lists and dicts only.
+    """Return a copy of a state made of tensors, numbers, strings, lists and dicts only.
 
-    A file of these can be read without running code from it.
+    A file with only these types can be loaded without running code from the file.
     """
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}

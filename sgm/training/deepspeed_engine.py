@@ -1,4 +1,4 @@
-"""DeepSpeed's engine around the training objective: optimizer, learning rate, gradient checks."""
+"""Build and use DeepSpeed's engine: optimizer, learning rate, steps, gradient checks."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SAT_OPTIMIZER = "sat.ops.FusedEmaAdam"
-# Exceptions that DeepSpeed raises for invalid settings, besides its own class.
+# Exceptions that DeepSpeed raises for invalid settings, besides DeepSpeedConfigError.
 REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError)
 
 
 def reason_of(error: Exception) -> str:
-    """One line about an error that DeepSpeed raised for its settings."""
+    """Return one line that describes an error raised by DeepSpeed for its settings."""
     reason = textwrap.shorten(str(error), 300, placeholder=" …") or "no reason given"
     return f"{type(error).__name__}: {reason}"
 
 
-# For messages about a loss, gradient or weight that is not finite.
+# The second half of messages about a loss, gradient or weight that is not finite.
 NONFINITE_ADVICE = (
     "lower the learning rate or use bf16 in the deepspeed section, and continue from the last "
     "checkpoint with --resume"
@@ -48,21 +48,25 @@ NONFINITE_ADVICE = (
 def start_deepspeed(
     objective: nn.Module, settings: Mapping[str, Any], args: TrainingArgs
 ) -> DeepSpeedEngine:
-    """Build DeepSpeed's engine around `objective`, with the `deepspeed` section as its settings.
+    """Build DeepSpeed's engine around `objective`.
 
-    The learning rate follows SAT's schedule unless the section has a ``scheduler`` of its own.
+    Args:
+        objective: the module to train.
+        settings: the `deepspeed` section. Without a ``scheduler`` in it, the learning rate follows
+            SAT's schedule.
+        args: the fields that `build_schedule` uses.
 
     Raises:
-        UserError: DeepSpeed rejects its settings.
+        UserError: DeepSpeed rejects `settings`.
     """
     import deepspeed
 
-    # DeepSpeed needs this variable of launchers, also in a process that was started without one.
+    # Launchers set this variable. DeepSpeed needs it in a process without a launcher, too.
     os.environ.setdefault("LOCAL_RANK", "0")
-    # The checks here treat a section without a value as missing; DeepSpeed would read its keys.
+    # Our checks treat a section set to null as missing; DeepSpeed would fail to read its keys.
     settings = {key: value for key, value in settings.items() if value is not None}
     params = settings["optimizer"].get("params") or {}
-    learning_rate = params.get("lr", 1e-3)  # the default of Adam in PyTorch
+    learning_rate = params.get("lr", 1e-3)  # PyTorch's default for Adam
     groups = parameter_groups(objective)
     build = functools.partial(build_schedule, args=args, learning_rate=learning_rate)
     schedule = None if settings.get("scheduler") else build
@@ -70,13 +74,13 @@ def start_deepspeed(
         groups = [{k: value for k, value in group.items() if k != "lr"} for group in groups]
     optimizer = None
     if settings["optimizer"]["type"] == SAT_OPTIMIZER:
-        # DeepSpeed knows its own and PyTorch's optimizers by name; it is given SAT's as a function.
+        # DeepSpeed finds its own and PyTorch's optimizers by name; SAT's is passed as a function.
         del settings["optimizer"]
         optimizer = functools.partial(sat_optimizer, params=params)
-    # On a CPU DeepSpeed would compile a shared-memory reduction that only its inference uses.
+    # Otherwise DeepSpeed on a CPU compiles a shared-memory reduction that training never uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints the extensions that it compiles
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it compiles
             wrapped, *_ = deepspeed.initialize(
                 model=objective,
                 model_parameters=groups,
@@ -86,7 +90,7 @@ def start_deepspeed(
             )
     except (*REFUSALS, deepspeed.DeepSpeedConfigError) as error:
         raise UserError(
-            f"deepspeed refuses its settings: {reason_of(error)}; change them in the section "
+            f"DeepSpeed rejects its settings: {reason_of(error)}; change them in the section "
             "deepspeed"
         ) from error
     fuse_gradient_checks(wrapped.optimizer)
@@ -94,13 +98,13 @@ def start_deepspeed(
 
 
 def trained_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of a module that are trained, by name."""
+    """Return the weights of `module` that require gradients, by name."""
     return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
 
 
 @contextlib.contextmanager
 def gathered(wrapped: DeepSpeedEngine, weights: list[nn.Parameter]) -> Iterator[None]:
-    """In this context `weights` are whole on each process, also where ZeRO-3 divides them."""
+    """Make `weights` complete on each process within this context, even if ZeRO-3 shards them."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     with GatheredParameters(weights, enabled=wrapped.zero_optimization_stage() == 3):
@@ -109,11 +113,11 @@ def gathered(wrapped: DeepSpeedEngine, weights: list[nn.Parameter]) -> Iterator[
 
 @contextlib.contextmanager
 def outside_forward(wrapped: DeepSpeedEngine) -> Iterator[None]:
-    """In this context parts of the model can be called directly, not through DeepSpeed's engine.
+    """Allow parts of the model to be called directly, not through DeepSpeed's engine.
 
-    ZeRO-3 gathers a module's weights when the module is called. Weights that are read without a
-    call of their module, such as the position table and LoRA matrices, it gathers only during its
-    own forward pass, or while ``_in_forward`` is set, as it is here.
+    ZeRO-3 gathers a module's weights when the module is called. Some weights are read without a
+    call of their module, such as the position table and LoRA matrices. ZeRO-3 gathers these only
+    during the forward pass of its engine, or while ``_in_forward`` is set, which this context does.
     """
     from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
 
@@ -132,10 +136,10 @@ def outside_forward(wrapped: DeepSpeedEngine) -> Iterator[None]:
 
 
 def take_step(wrapped: DeepSpeedEngine) -> None:
-    """Call the engine's step.
+    """Call the step of DeepSpeed's engine.
 
     Raises:
-        UserError: float16's gradients still overflow at the smallest scale of the loss.
+        UserError: the float16 gradients overflow even at the smallest loss scale.
     """
     try:
         wrapped.step()
@@ -143,24 +147,24 @@ def take_step(wrapped: DeepSpeedEngine) -> None:
         if "scale already at minimum" not in str(error):
             raise
         raise UserError(
-            "the gradients of float16 overflow at every scale of the loss, down to the smallest; "
+            "the float16 gradients overflow at every loss scale, even at the smallest; "
             f"{NONFINITE_ADVICE}"
         ) from None
 
 
 def seeks_scale(wrapped: DeepSpeedEngine) -> bool:
-    """Whether float16 can still lower the scale of the loss, so that an overflow is expected."""
+    """Return True if float16's loss scale can still be lowered; then an overflow is expected."""
     if not wrapped.fp16_enabled():
         return False
-    smallest = getattr(wrapped.optimizer.loss_scaler, "min_scale", None)  # a fixed scale has none
+    smallest = getattr(wrapped.optimizer.loss_scaler, "min_scale", None)  # None: a fixed scale
     return smallest is not None and wrapped.optimizer.loss_scale > smallest
 
 
 def gradient_norm(wrapped: DeepSpeedEngine) -> Tensor | None:
-    """Norm of all gradients before clipping; None if DeepSpeed computes it itself.
+    """Return the norm of all gradients before clipping, or None if DeepSpeed computes the norm.
 
-    Call it between the last backward pass of a step and the step. Without ZeRO in float32 DeepSpeed
-    keeps no norm, and after the step the gradients are gone.
+    Call this after the last backward pass of a step and before `take_step`. In float32 without
+    ZeRO, DeepSpeed does not store the norm, and the gradients are gone after the step.
     """
     if hasattr(wrapped.optimizer, "_global_grad_norm") or wrapped.zero_optimization_stage():
         return None
@@ -168,15 +172,15 @@ def gradient_norm(wrapped: DeepSpeedEngine) -> Tensor | None:
     return torch.nn.utils.get_total_norm(gradients)
 
 
-# ZeRO copies the gradients of a group to float32 during the step. This limits the copy to 1 GiB.
+# ZeRO copies the gradients of a group to float32 during the step. This limits a copy to 1 GiB.
 GROUP_ELEMENTS = 2**28
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """SAT's parameter groups of the trained weights: no weight decay for biases and layer norms.
+    """Return SAT's parameter groups for the trained weights of `module`.
 
-    Large groups are divided, which changes no result. ``lr`` of a group is a factor of the
-    learning rate.
+    Biases and layer norms have no weight decay. Large groups are split, which does not change the
+    results. The ``lr`` of a group is a factor that multiplies the learning rate.
     """
     from sat.training.deepspeed_training import get_optimizer_param_groups
 
@@ -190,7 +194,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def _divided(group: Mapping[str, Any], seen: set[nn.Parameter]) -> list[dict[str, Any]]:
-    """Groups of limited size; a weight that two modules share, as in T5, is included once."""
+    """Split a group into groups of limited size; skip weights in `seen` (T5 shares weights)."""
     parts: list[list[nn.Parameter]] = [[]]
     for weight in group["params"]:
         if weight in seen:
@@ -203,10 +207,10 @@ def _divided(group: Mapping[str, Any], seen: set[nn.Parameter]) -> list[dict[str
 
 
 def sat_optimizer(groups: Sequence[object], *, params: Mapping[str, Any]) -> Optimizer:
-    """SAT's fused Adam for groups of weights; its CUDA code is compiled at first use.
+    """Build SAT's fused Adam for parameter groups; its CUDA code is compiled at first use.
 
     Raises:
-        UserError: the code cannot be compiled.
+        UserError: the CUDA code cannot be compiled.
     """
     from sat import ops
 
@@ -215,15 +219,15 @@ def sat_optimizer(groups: Sequence[object], *, params: Mapping[str, Any]) -> Opt
     except (IndexError, OSError, RuntimeError, AssertionError, SubprocessError) as error:
         raise UserError(
             f"deepspeed.optimizer.type: {SAT_OPTIMIZER} cannot be compiled here "
-            f"({type(error).__name__}); it needs a GPU and nvcc; without them use type: AdamW"
+            f"({type(error).__name__}), because it needs a GPU and nvcc; use type: AdamW"
         ) from error
 
 
 class StepGuard:
-    """Skips steps of an optimizer on request: weights and moments stay as they are.
+    """Skips optimizer steps while `void` is set: weights and moments stay unchanged.
 
-    DeepSpeed reduces, clips and clears gradients as usual; only the optimizer that it calls finds
-    no gradients while `void` is set.
+    DeepSpeed reduces, clips and clears the gradients as usual, but a hook removes the gradients
+    before `optimizer` uses them.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -237,7 +241,8 @@ class StepGuard:
                     weight.grad = None
 
 
-# Fraction of the learning rate in the first `auto_warmup_steps`, while Adam's moments settle.
+# Highest fraction of the learning rate in the first `auto_warmup_steps`, while Adam's moments
+# settle.
 AUTO_WARMUP_RATE = 0.05
 _NO_WARMUP = 1e-9  # steps; not 0, since SAT divides by the length of the warm-up
 
@@ -245,17 +250,17 @@ _NO_WARMUP = 1e-9  # steps; not 0, since SAT divides by the length of the warm-u
 def build_schedule(
     optimizer: Optimizer, args: TrainingArgs, *, learning_rate: float
 ) -> AnnealingLR:
-    """SAT's schedule, set to the first step; call its `step()` after each optimizer step.
+    """Return SAT's schedule at the first step; call its `step()` after each optimizer step.
 
-    The rate rises during the fraction `warmup` of the steps. Then it stays constant, falls linearly
-    to 0, or as a cosine to the fraction `lr_decay_ratio`. In the first `auto_warmup_steps` it is 5%
-    at most.
+    The learning rate rises during the first `warmup` (a fraction) of the steps. After that it stays
+    constant, falls linearly to 0, or follows a cosine down to `lr_decay_ratio` times its highest
+    value. During the first `auto_warmup_steps` it is at most 5% of the highest value.
 
     Args:
-        optimizer: its parameter groups must hold factors of the learning rate as ``lr``.
+        optimizer: the ``lr`` of each parameter group must be a factor of the learning rate.
         args: lr_decay_style, lr_decay_iters, lr_decay_ratio, warmup, auto_warmup_steps,
             train_iters.
-        learning_rate: the highest.
+        learning_rate: the highest learning rate.
     """
     from sat.training.learning_rates import AnnealingLR
 
@@ -274,15 +279,15 @@ def build_schedule(
         )
 
 
-_INVALID = -1.0  # ZeRO's value for a norm that is not finite
+_INVALID = -1.0  # what ZeRO returns for a norm that is not finite
 
 
 def fuse_gradient_checks(optimizer: object) -> None:
-    """Make ZeRO 1 and 2 check the gradients of a step with a few kernels instead of ten a tensor.
+    """Make ZeRO-1 and ZeRO-2 check gradients with a few kernels instead of ten per tensor.
 
-    The GPU is idle then and waits for the CPU, which launches these kernels one by one: 0.08 s of a
-    step of 0.8 s, for LoRA's 240 tensors on an H100. Results differ in rounding only. Other
-    optimizers, and ZeRO with an offloaded one, are not changed.
+    ZeRO's own checks leave the GPU idle while the CPU launches these kernels one by one: 0.08 s of
+    a 0.8 s step, for the 240 tensors of a LoRA on an H100. Results differ in rounding only. This
+    does nothing for other optimizers and for ZeRO with an offloaded optimizer.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -294,18 +299,18 @@ def fuse_gradient_checks(optimizer: object) -> None:
 
 
 class _GradientChecks:
-    """Computes one sum of squares for both of ZeRO's questions: are gradients finite, their norm.
+    """Replaces two checks of ZeRO that need the same sum of squares, and computes the sum once.
 
     ZeRO calls `has_overflow` first, then `norm` for each group.
     """
 
     def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
         self.optimizer = optimizer
-        # Sums of the groups for which `norm` was not called yet, by the identity of their lists.
+        # id of a group's list of gradients → its sum, until `norm` is called for the group.
         self._square_sums: dict[int, Tensor] = {}
 
     def has_overflow(self) -> Tensor:
-        """(1,) bool: some gradient of this process is not finite."""
+        """Return (1,) bool: True if any gradient of this process is not finite."""
         device = self.optimizer.device
         groups = self.optimizer.averaged_gradients.values()
         self._square_sums = {id(group): _square_sum(group, device) for group in groups}
@@ -313,11 +318,11 @@ class _GradientChecks:
         return ~total.isfinite().reshape(1)
 
     def norm(self, gradients: Sequence[Tensor], params: object, norm_type: float = 2) -> Tensor:
-        """The norm of a group's gradients over all processes; -1 if it is not finite."""
+        """Return the norm of a group's gradients over all processes; -1 if it is not finite."""
         if norm_type != 2:
-            raise NotImplementedError(f"norm_type={norm_type}: ZeRO takes the norm of order 2 only")
+            raise NotImplementedError(f"norm_type={norm_type} is not implemented; ZeRO uses 2 only")
         total = self._square_sums.pop(id(gradients), None)
-        if total is None:  # some settings of DeepSpeed skip the check for overflow
+        if total is None:  # some DeepSpeed settings skip has_overflow
             total = _square_sum(gradients, self.optimizer.device)
         distributed.all_reduce(total, group=self.optimizer.dp_process_group)
         norm = total.sqrt()
@@ -325,10 +330,10 @@ class _GradientChecks:
 
 
 def _square_sum(gradients: Iterable[Tensor | None], device: str | torch.device) -> Tensor:
-    """Sum of all squares, a float32 scalar; the zeros that pad a group do not change it."""
+    """Return the sum of all squares as a float32 scalar; zero padding does not change it."""
     present = [gradient for gradient in gradients if gradient is not None]
     if not present:
         return torch.zeros((), device=device)
-    # In float32: the squares of scaled float16 gradients exceed the range of float16.
+    # Use float32 because squares of scaled float16 gradients exceed the range of float16.
     norms = torch._foreach_norm(present, 2, dtype=torch.float32)
     return torch.stack(norms).square().sum()

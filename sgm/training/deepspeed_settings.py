@@ -1,7 +1,7 @@
-"""The section `deepspeed` of a configuration, checked before data and weights are read.
+"""Check the section `deepspeed` of a configuration before data and weights are read.
 
-DeepSpeed's engine checks its settings too, but later, and without the nearest valid name. This
-module imports DeepSpeed, so ``DS_ACCELERATOR`` has to be set before.
+DeepSpeed's engine checks its settings too, but later and without naming the nearest valid key. This
+module imports DeepSpeed, so ``DS_ACCELERATOR`` must be set before this module is imported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sgm.training.deepspeed_engine import REFUSALS, SAT_OPTIMIZER, reason_of
 
 logger = logging.getLogger(__name__)
 
-# Keys of the section `deepspeed`. DeepSpeed itself ignores unknown keys silently.
+# The known keys of the section `deepspeed`. DeepSpeed ignores unknown keys silently.
 _KEYS = """
     activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comm_type
     comms_logger communication_data_type compile compression_training csv_monitor
@@ -45,16 +45,16 @@ _KEYS = """
     use_data_before_expert_parallelism use_node_local_storage wall_clock_breakdown wandb
     zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
 """.split()
-_ALIKE = 0.8  # difflib's ratio from which on an unknown key counts as a known one, mistyped
+_ALIKE = 0.8  # an unknown key counts as a typo of a known key from this difflib ratio on
 
-# DeepSpeed's names may be written in capitals too; others are classes of PyTorch.
+# The case of DeepSpeed's names does not matter. PyTorch's names are class names.
 _OPTIMIZERS = [*(name for name in dir(torch.optim) if name[0].isupper()), SAT_OPTIMIZER]
 _OPTIMIZERS += DEEPSPEED_OPTIMIZERS
-# DeepSpeed's optimizers whose params are those of a class of PyTorch, and the params that this
-# class does not have.
+# DeepSpeed's optimizers that take the params of a PyTorch class (name → class), and the extra
+# params that only DeepSpeed's Adam has.
 _TORCH_TWINS = {"adam": "Adam", "adamw": "AdamW", "adagrad": "Adagrad"}
 _DEEPSPEED_ADAM = ("torch_adam", "adam_w_mode", "bias_correction", "fp32_optimizer_states")
-_BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")  # the names that DeepSpeed knows
+_BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")  # names that DeepSpeed accepts
 
 
 class _Optimizer(Section):
@@ -75,7 +75,7 @@ class _Optimizer(Section):
     def _check_params(
         cls, params: dict[str, Any] | None, info: ValidationInfo
     ) -> dict[str, Any] | None:
-        """Build the optimizer, which DeepSpeed does only after the weights are read."""
+        """Build the optimizer as a check; DeepSpeed builds it only after the weights are read."""
         name = info.data.get("type", "")
         is_own = name.lower() in DEEPSPEED_OPTIMIZERS
         kind = getattr(torch.optim, _TORCH_TWINS.get(name.lower(), "") if is_own else name, None)
@@ -112,9 +112,10 @@ class _Autocast(Options):
 
     @model_validator(mode="after")
     def _check_dtype(self) -> _Autocast:
-        # Without a dtype PyTorch uses float16 on a GPU. With ZeRO, DeepSpeed 0.19.8 then clips the
-        # gradients while they are still scaled; without ZeRO, the first overflows, by which the
-        # scale is found, would count as gradients that are not finite.
+        # Without a dtype PyTorch uses float16 on a GPU, which does not work here. With ZeRO,
+        # DeepSpeed 0.19.8 clips float16 gradients before it divides them by the loss scale. Without
+        # ZeRO, the first overflows would count as non-finite gradients, although they only lower
+        # the loss scale.
         if self.enabled and self.dtype not in _BFLOAT16:
             raise ValueError(
                 f"dtype: {self.dtype!r} must be bfloat16; for float16 use the section fp16"
@@ -143,8 +144,8 @@ class _DeepSpeed(Section):
         # DeepSpeed 0.19.8 divides the gradients by the loss scale, but does not multiply the loss.
         if half.enabled and not zero.stage and half.loss_scale != 1:
             raise ValueError(
-                "fp16: without ZeRO DeepSpeed does not scale the loss, so float16 would learn next "
-                "to nothing; set zero_optimization.stage to 1, 2 or 3, or use bf16"
+                "fp16: DeepSpeed does not scale the loss without ZeRO, so the model would hardly "
+                "learn; set zero_optimization.stage to 1, 2 or 3, or use bf16"
             )
         return self
 
@@ -158,19 +159,19 @@ def check_deepspeed(settings: Mapping[str, Any]) -> None:
     """
     if not settings:
         raise UserError(
-            "the configuration has no section deepspeed, which training needs; use one for "
-            "training, such as configs/cogvideox_2b_sft.yaml, or add the section"
+            "training needs a section deepspeed, which is missing in the configuration; add the "
+            "section, or use a training configuration such as configs/cogvideox_2b_sft.yaml"
         )
     for key in map(str, settings.keys() - set(_KEYS)):
         if difflib.get_close_matches(key, _KEYS, n=1, cutoff=_ALIKE):
             check_known([key], _KEYS, where="deepspeed")
-        else:  # it may be of a newer DeepSpeed
+        else:  # a newer DeepSpeed may know the key
             logger.warning("unknown key %r in deepspeed: DeepSpeed ignores unknown keys", key)
     given = {key: value for key, value in settings.items() if value is not None}
-    deepspeed_logger.disabled = True  # it will warn of old names when training starts
+    deepspeed_logger.disabled = True  # its warnings of deprecated keys are repeated at the start
     try:
         checked(_DeepSpeed, given, place=lambda key: f"deepspeed.{key}" if key else "deepspeed")
-        # Batch sizes, and the sections that have no model here.
+        # This checks the batch sizes, and the sections for which there is no class above.
         DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1} | given)
     except (*REFUSALS, DeepSpeedConfigError) as error:
         raise UserError(f"deepspeed: {reason_of(error)}") from None
@@ -179,7 +180,7 @@ def check_deepspeed(settings: Mapping[str, Any]) -> None:
 
 
 def weight_dtype(settings: Mapping[str, Any]) -> torch.dtype:
-    """The dtype of the weights, as DeepSpeed's sections ``bf16`` and ``fp16`` set it."""
+    """Return the dtype of the weights, which DeepSpeed's sections ``bf16`` and ``fp16`` set."""
     present = {key: section for key, section in settings.items() if section is not None}
     if get_bfloat16_config(present).enabled:
         return torch.bfloat16
@@ -187,10 +188,10 @@ def weight_dtype(settings: Mapping[str, Any]) -> torch.dtype:
 
 
 def check_precision(args: TrainingArgs, settings: Mapping[str, Any]) -> None:
-    """Check that `fp16` and `bf16` of `args`, if set, agree with the section `deepspeed`.
+    """Check that `args.fp16` or `args.bf16`, if set, agrees with the section `deepspeed`.
 
     Raises:
-        UserError: they disagree; the section `deepspeed` decides the precision of training.
+        UserError: they disagree; only the section `deepspeed` sets the precision of training.
     """
     if (args.fp16 or args.bf16) and weight_dtype(settings) != getattr(torch, args.precision):
         raise UserError(

@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights, for any optimizer."""
+"""The exponential moving average of the trained weights, for any optimizer."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 class WeightAverage:
-    """Float32 averages of the trained weights, kept by rank 0 on the weights' device.
+    """Averages the trained weights in float32, on rank 0 and on the device of the weights.
 
     After step n, average ← d · average + (1 − d) · weight with d = min(decay, (1 + n)/(10 + n)).
-    The smaller d of the first steps lets the starting weights fade quickly (Tensorflow's
-    ExponentialMovingAverage, ``num_updates``). Other ranks only take part where ZeRO-3 gathers
-    weights; their `averages` are empty.
+    In the first steps d is smaller, so the initial weights fade quickly (as ``num_updates`` in
+    TensorFlow's ExponentialMovingAverage). On other ranks `averages` is empty; they only help to
+    gather weights that ZeRO-3 shards.
 
     Args:
         wrapped: DeepSpeed's engine.
-        decay: in [0, 1), usually 0.999 to 0.9999.
+        decay: the decay per step, in [0, 1), usually 0.999 to 0.9999.
     """
 
     def __init__(self, wrapped: DeepSpeedEngine, decay: float) -> None:
@@ -40,7 +40,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Include the weights after `step`, counted from 1; all processes must call it."""
+        """Update the averages after `step`, counted from 1; all processes must call this."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, weight in self.weights.items():
             with gathered(self.wrapped, [weight]):
@@ -49,6 +49,6 @@ class WeightAverage:
 
     @torch.no_grad()
     def load(self, averages: Mapping[str, Tensor]) -> None:
-        """Continue from stored averages; names and shapes are those of the weights."""
+        """Continue from stored averages, which have the names and shapes of the weights."""
         for name, average in averages.items():
             self.averages[name].copy_(average)

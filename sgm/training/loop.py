@@ -37,15 +37,16 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Runs the steps of a training, with validation and checkpoints between them.
+    """Runs the training steps, and validates and saves checkpoints between them.
 
     Args:
         wrapped: DeepSpeed's engine around the objective.
         engine: the model with all its parts.
-        args: train_iters, intervals, seed, nonfinite_limit, ema_decay, and those of the report.
+        args: `train_iters`, `eval_interval`, `save_interval`, `save_total_limit`, `seed`,
+            `nonfinite_limit`, `ema_decay`, and the fields that `Report` uses.
         run: the run's folder.
-        checkpoint: the folder of the iteration to resume from, if any.
-        validation: runs before the first step and every `eval_interval` steps.
+        checkpoint: the folder of the iteration to resume from; None starts a new training.
+        validation: called before the first step, every `eval_interval` steps and at the end.
 
     Raises:
         UserError: the run cannot be resumed from `checkpoint`, or a file cannot be written.
@@ -82,18 +83,18 @@ class Trainer:
             base=engine.base_fingerprint,
         )
         self.progress = self.checkpointer.restore(checkpoint) if checkpoint else TrainingProgress()
-        if wrapped.torch_autocast_enabled():  # DeepSpeed applies it in its own forward only
+        if wrapped.torch_autocast_enabled():  # DeepSpeed applies it in its engine's forward only
             engine.model.autocast_dtype = wrapped.torch_autocast_dtype()
         self.guard = StepGuard(wrapped.basic_optimizer)
         self.batch_size = wrapped.train_micro_batch_size_per_gpu()
         self.num_nonfinite = 0
 
     def run(self, batches: Iterator[Mapping[str, Any]]) -> None:
-        """Train until `train_iters`; all processes take part.
+        """Train until step `train_iters`. All processes must call this.
 
         Args:
-            batches: an endless stream of batches of the training data, which
-                begins after `progress.samples`.
+            batches: an endless stream of training batches. It must start at the sample
+                `progress.samples`, because earlier samples were already used.
 
         Raises:
             UserError: a checkpoint cannot be written, or the loss is not finite for too many steps.
@@ -114,12 +115,12 @@ class Trainer:
         self.report.close()
 
     def _step(self, batches: Iterator[Mapping[str, Any]]) -> None:
-        """One step of the optimizer: `gradient_accumulation_steps` passes."""
+        """Do one optimizer step: `gradient_accumulation_steps` forward and backward passes."""
         progress, losses, norm = self.progress, [], None
         accumulation = self.wrapped.gradient_accumulation_steps()
-        learning_rate = self.wrapped.get_lr()[0]  # after the step it is the next step's
+        learning_rate = self.wrapped.get_lr()[0]  # read first: take_step changes it
         for part in range(accumulation):
-            # The batch comes before the seed is set: a loader draws a number when it starts.
+            # Get the batch before setting the seed: a loader draws a random number when it starts.
             batch = next(batches)
             sample = progress.samples + distributed.get_rank() * self.batch_size
             torch.manual_seed(derived_seed(self.args.seed, STEP, sample))
@@ -138,7 +139,7 @@ class Trainer:
             self._count_nonfinite(progress.step)
             return
         if has_moved:
-            if norm is None:  # after an overflow of float16 it would be infinite
+            if norm is None:  # not read after a float16 overflow, when it is infinite
                 norm = self.wrapped.get_global_grad_norm()
             self.num_nonfinite = 0
             if self.average is not None:
@@ -173,7 +174,7 @@ class Trainer:
 
 
 def _all_finite(values: list[Tensor]) -> bool:
-    """Whether all values are finite on all processes."""
+    """Return whether all `values` (scalars) are finite on all processes."""
     finite = torch.stack(values).isfinite().all().to(torch.int32)
     if distributed.get_world_size() > 1:
         distributed.all_reduce(finite, distributed.ReduceOp.MIN)
@@ -181,21 +182,22 @@ def _all_finite(values: list[Tensor]) -> bool:
 
 
 class TrainingObjective(nn.Module):
-    """The loss of latents. Its weights are the transformer's, named as in SAT checkpoints.
+    """Computes the training loss of latents; this is the module that DeepSpeed wraps.
 
-    Autoencoder and text encoder are not submodules: DeepSpeed would change their precision, divide
-    them among processes and save them. Only a text encoder with ``is_trainable`` is included.
+    Its weights are the transformer's weights, named as in SAT checkpoints. The autoencoder is not a
+    submodule, because DeepSpeed would change its precision, partition it across processes and save
+    it. For the same reason a text encoder is a submodule only if it has ``is_trainable``.
     """
 
     def __init__(self, engine: SATVideoDiffusionEngine) -> None:
         super().__init__()
         self.model = engine.model
         self.denoiser = engine.denoiser
-        assert engine.loss_fn is not None  # training is not started without one
+        assert engine.loss_fn is not None  # training does not start without a loss_fn
         self.loss_fn: Callable[..., Tensor] = engine.loss_fn
         if engine.conditioner.is_trained:
             self.conditioner = engine.conditioner
 
     def forward(self, latents: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Mean loss of latents (b, t, c, h, w), scaled, with conditioning of b samples."""
+        """Return the mean loss of scaled latents (b, t, c, h, w); `cond` conditions b samples."""
         return self.loss_fn(self.model, self.denoiser, latents, cond).mean()

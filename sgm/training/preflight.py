@@ -1,4 +1,4 @@
-"""Checks of a training configuration before PyTorch is imported: paths and sizes of the data."""
+"""Check paths and sizes of the training data in a configuration, before PyTorch is imported."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ VIDEO_DATASET = "data_video.SFTDataset"
 
 
 def check_data_paths(args: TrainingArgs) -> None:
-    """Check that there is training data, and that each folder of data exists.
+    """Check that `train_data` is set, and that each training or validation data folder exists.
 
     Raises:
         UserError: `train_data` is empty, or a folder does not exist.
     """
     if not args.train_data:
-        raise UserError("args.train_data is empty; it must name at least one folder of data")
+        raise UserError("args.train_data is empty; set it to at least one data folder")
     for key in ("train_data", "valid_data"):
         for name in getattr(args, key):
             if not Path(name).expanduser().exists():
                 raise UserError(
-                    f"args.{key}: {name} does not exist; check the path (clips to try the bundled "
-                    f"model on: python -m tools.tiny.draw_clips --output {name} --count 64)"
+                    f"args.{key}: {name} does not exist; check the path (to create clips for the "
+                    f"bundled model: python -m tools.tiny.draw_clips --output {name} --count 64)"
                 )
 
 
 def check_video_data(data: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """Check that clips will have the size of the network's position table.
+    """Check that clips fit the network's position table.
 
-    Only `data_video.SFTDataset` is checked; other datasets have their own sizes.
+    Only sizes for `data_video.SFTDataset` are checked, because other datasets define their own.
 
     Raises:
         UserError: `video_size` or `max_num_frames` does not fit the network, or the network is
@@ -46,11 +46,11 @@ def check_video_data(data: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     size = network.image_size
     if given != size:
         raise UserError(
-            f"data.params.video_size: {given!r} must be {size} (height, width), that is "
-            f"{SPATIAL_FACTOR} times latent_height and latent_width of this model"
+            f"data.params.video_size: {given!r} must be {size} (height, width), which is "
+            f"{SPATIAL_FACTOR} times this model's latent_height and latent_width"
         )
     if isinstance(length, int) and length > network.num_frames:
         raise UserError(
-            f"data.params.max_num_frames: {length} must be at most {network.num_frames}, the "
-            "num_frames of this model"
+            f"data.params.max_num_frames: {length} must be at most {network.num_frames}, which is "
+            "this model's num_frames"
         )

@@ -1,4 +1,4 @@
-"""The report of a training run: lines of the log, a bar on a terminal, and curves."""
+"""Report the progress of a training run: log lines, a terminal progress bar, and curves."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from sgm.training.trackers import MetricsFile, TensorBoard, WeightsAndBiases
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-# Of the smoothed loss: the weight of the past at each step.
+# Decay factor of the smoothed loss per step.
 SMOOTHING = 0.98
 
 
 class Report:
     """Collects the loss of each optimizer step and logs a line every `log_interval` steps.
 
-    The loss stays on its device between two lines. For a line it is read, as the mean over all
-    processes; so all processes must call `step` alike.
+    Losses are summed on their device, and averaged over all processes only when a line is logged.
+    Averaging is a collective operation, so all processes must call `step` for the same steps.
 
     Args:
-        args: log_interval, train_iters, wandb, wandb_project_name; wandb saves all of them.
+        args: log_interval, train_iters, wandb, wandb_project_name. All of `args` is sent to wandb
+            as the run's settings.
         folder: the run's folder. Metrics go to ``metrics.jsonl`` and ``tensorboard`` in it.
-        start_step: steps that were done when this process began.
-        samples_per_step: samples of all processes in one step.
-        is_main: whether this process logs and writes.
+        start_step: the number of steps done before this process started.
+        samples_per_step: the number of samples in one step, of all processes together.
+        is_main: whether this process logs and writes files.
 
     Raises:
         UserError: a file cannot be written, or wandb cannot start.
@@ -63,7 +64,7 @@ class Report:
             self.trackers.append(MetricsFile(folder / METRICS_FILE, start_step=start_step))
             self.trackers.append(TensorBoard(folder / "tensorboard", start_step=start_step))
         self._progress = Progress(self.total_steps, done=start_step, lines=False)
-        # Sum and number of the losses since the last line; the same with fading weights.
+        # Rows: losses since the last line, exponentially decayed losses. Columns: sum, count.
         self._sums = torch.zeros(2, 2, dtype=torch.float64)
         self._last_step = self._last_line = start_step
         self._seconds, self._running_since = 0.0, time.perf_counter()
@@ -80,26 +81,26 @@ class Report:
         """Report a finished step; log a line if one is due.
 
         Args:
-            step: its number, from 1. Numbers of skipped steps may be left out.
-            loss: scalar, this process's mean; not included in the means if it is not finite.
-            lr: learning rate.
-            grad_norm: norm of the gradient before clipping.
-            loss_scale: scale of the loss in float16.
+            step: the number of the step, from 1. Skipped steps need not be reported.
+            loss: the mean loss of this process, a scalar; ignored if it is not finite.
+            lr: the learning rate.
+            grad_norm: the gradient norm before clipping.
+            loss_scale: the loss scale of float16.
         """
         self._add(loss)
         for _ in range(step - self._last_step):
             self._progress.step("training")
         self._last_step = step
-        # If the step of a line was skipped, the next step logs the line.
+        # If a multiple of log_interval was skipped, the next reported step logs the line.
         due = step // self.log_interval > self._last_line // self.log_interval
         if not (due or step == self.total_steps):
             return
-        mean, smoothed = self._read_losses()  # waits for the device, so it comes before the clock
+        mean, smoothed = self._read_losses()  # first, because it waits for the device
         now = time.perf_counter()
         self._seconds += now - self._running_since
         seconds = max(self._seconds / (step - self._last_line), 1e-9)
         self._seconds, self._running_since, self._last_line = 0.0, now, step
-        # Name of the curve, value, and form in the log.
+        # Name of the curve, value, and format in the log line.
         figures = [
             ("loss", mean, "loss {:.4f}"),
             ("loss_smoothed", smoothed, "(smoothed {:.4f}),"),
@@ -117,7 +118,7 @@ class Report:
         self._log(step, line, {f"train/{name}": value for name, value, _ in present})
 
     def _add(self, loss: Tensor) -> None:
-        """Add a loss to the sums without waiting for its device."""
+        """Add a loss to the sums without waiting for the device."""
         self._sums = self._sums.to(loss.device)
         loss = loss.detach().to(torch.float64)
         finite = loss.isfinite()
@@ -126,22 +127,22 @@ class Report:
         self._sums = torch.stack([self._sums[0] + new, fading])  # (2, 2)
 
     def _read_losses(self) -> list[float]:
-        """Mean loss since the last line and smoothed loss, over all processes."""
+        """Return the mean loss since the last line, and the smoothed loss, over all processes."""
         self._share_sums()
         sums = self._sums.tolist()
         self._sums[0] = 0.0
-        # The fading weights add up to less than 1 at first; dividing by their sum corrects this
-        # (Kingma and Ba, "Adam" (2014), section 3).
+        # At first the decayed weights add up to less than 1, so divide by their sum (as Kingma and
+        # Ba, "Adam" (2014), section 3).
         return [total / number if number else math.nan for total, number in sums]
 
     def _share_sums(self) -> None:
-        """Give each process the same fraction of all sums; all must call it."""
+        """Average the sums over all processes; a collective operation."""
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             distributed.all_reduce(self._sums)
             self._sums /= distributed.get_world_size()
 
     def validation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Report the losses of a validation at `step`, as `Validation.loss` returns them.
+        """Report the validation losses at `step`, as returned by `Validation.loss`.
 
         Nothing is logged if `losses` is empty.
         """
@@ -158,13 +159,13 @@ class Report:
         for tracker in list(self.trackers):
             try:
                 tracker.log(step, scalars)
-            except OSError as error:  # a run is worth more than its curves
-                logger.warning("%s: %s; it is written no further", type(tracker).__name__, error)
+            except OSError as error:  # a failed write must not end the training
+                logger.warning("%s: %s; it is disabled now", type(tracker).__name__, error)
                 self.trackers.remove(tracker)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """A context for other work than training, such as saving; its time is not counted."""
+        """Exclude the time spent in this context, for work such as saving, from the step times."""
         _wait_for(self._sums.device)
         self._seconds += time.perf_counter() - self._running_since
         try:
@@ -175,29 +176,29 @@ class Report:
             self._running_since = time.perf_counter()
 
     def close(self) -> None:
-        """Close the bar and the curves."""
+        """Close the progress bar and the trackers."""
         self._progress.close()
         while self.trackers:
             self.trackers.pop().close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums of losses, the same on each process; all must call it."""
+        """Return the sums of losses, equal on all processes; a collective operation."""
         self._share_sums()
         return {"sums": self._sums.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the sums of `state_dict`."""
+        """Continue from the sums that `state_dict` returned."""
         self._sums = torch.tensor(state["sums"], dtype=torch.float64)
 
 
 def _peak_gib(device: torch.device) -> float:
-    """Peak memory of this process so far in GiB: of the GPU, or of the host without one."""
+    """Return this process's peak memory in GiB: on `device` if it is a GPU, else on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
 def _wait_for(device: torch.device) -> None:
-    """Wait until a GPU has finished its work."""
+    """Wait until `device` has finished its work, if it is a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

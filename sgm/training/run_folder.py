@@ -1,13 +1,14 @@
-"""The folder of a training run: its checkpoints, its configuration, and its lock.
+"""Manage the folder of a training run: its checkpoints, its configuration, and its lock.
 
-``{save}/{experiment_name}-MM-DD-HH-MM/`` holds a folder for each saved iteration, ``latest`` with
-the name of the newest one, ``training_config.yaml``, and the metrics and videos of the run. Further
-runs of the same minute have ``_2``, ``_3`` … after their names.
+``{save}/{experiment_name}-MM-DD-HH-MM/`` contains a folder for each saved iteration, the file
+``latest`` with the name of the newest iteration, ``training_config.yaml``, and the metrics and
+videos of the run. If several runs start in the same minute, ``_2``, ``_3`` … is appended to their
+names.
 
-A checkpoint is written into ``{iteration}.partial`` and renamed when it is complete. Then
-``latest`` changes. A run that is resumed at an earlier iteration points ``latest`` there, renames
-later iterations to ``{iteration}.old``, and deletes these after its next save. At any moment
-``latest`` names a complete checkpoint, so a killed process loses no more than its unsaved steps.
+A checkpoint is written to ``{iteration}.partial``, which is renamed when it is complete. After that
+``latest`` is updated. If a run is resumed at an earlier iteration, ``latest`` is set to this
+iteration, and later iterations are renamed to ``{iteration}.old`` and deleted after the next save.
+``latest`` always names a complete checkpoint, so a killed process loses only its unsaved steps.
 """
 
 from __future__ import annotations
@@ -43,32 +44,32 @@ EMA = "-ema"
 
 
 def start_run(args: TrainingArgs) -> Path:
-    """Make the folder of a new run on rank 0 and return it on all ranks.
+    """Create the folder of a new run on rank 0 and return it on all ranks.
 
     Raises:
-        UserError: the folder cannot be made, or another machine does not see it.
+        UserError: the folder cannot be created, or another machine does not see it.
     """
     save = Path(args.save).expanduser()
     names = [""]
-    if is_main():  # clocks differ between machines
+    if is_main():  # the name contains the time, and clocks differ between machines
         make_output_folder(save)
         names = [_make_folder(save, f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}")]
     distributed.broadcast_object_list(names, src=0, device=torch.device("cpu"))
     folder = save / names[0]
     if not folder.is_dir():
         raise UserError(
-            f"{folder}, which the first process has made, is not there for process "
-            f"{distributed.get_rank()}: save must be a folder that all machines share"
+            f"{folder} was created by the first process but does not exist for process "
+            f"{distributed.get_rank()}; set save to a folder that all machines share"
         )
     return folder
 
 
 def _make_folder(save: Path, name: str) -> str:
-    """Make a folder of this name, or with a number after it, and return its name."""
+    """Create the folder `name` in `save`, with a number appended if needed; return its name."""
     own = name
-    with looking_up(name, "experiment_name"):  # which may be too long
+    with looking_up(name, "experiment_name"):  # the name may be too long
         for number in itertools.count(2):
-            with suppress(FileExistsError):  # of a run that was started in the same minute
+            with suppress(FileExistsError):  # by a run started in the same minute
                 (save / own).mkdir()
                 break
             own = f"{name}_{number}"
@@ -76,29 +77,30 @@ def _make_folder(save: Path, name: str) -> str:
 
 
 def reserve(run: Path) -> IO[str] | None:
-    """Lock a run for this training, and delete partial checkpoints of a killed process.
+    """Lock a run for this process, and delete partial checkpoints that a killed process left.
 
-    All processes must call it; rank 0 does the work. The lock is held while the returned file is
+    All processes must call this; rank 0 does the work. The lock is held while the returned file is
     open, at most until the process ends.
 
     Returns:
-        The file, which is not locked if its file system has no locks; None on other ranks.
+        On rank 0 the lock file, which is unlocked if the file system does not support locks. None
+        on other ranks.
 
     Raises:
-        UserError: another process trains the run, or its folder cannot be written to.
+        UserError: another process is training the run, or the folder is not writable.
     """
     file = None
     if is_main():
         make_output_folder(run)
         file = (run / _LOCK).open("w")
         try:
-            # Not flock: worker processes would keep its lock after this process was killed.
+            # Do not use flock: worker processes would hold the lock after this process was killed.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise UserError(
-                f"{run} is being trained by another process; wait for its end, or start a new run"
+                f"{run} is being trained by another process; wait until it ends, or start a new run"
             ) from None
-        except OSError:  # the file system has no locks
+        except OSError:  # the file system does not support locks
             pass
         for path in run.glob(f"*{PARTIAL}"):
             shutil.rmtree(path, ignore_errors=True)
@@ -107,10 +109,10 @@ def reserve(run: Path) -> IO[str] | None:
 
 
 def find_checkpoint(args: TrainingArgs) -> Path:
-    """The folder of the iteration that `args.resume` names.
+    """Return the folder of the iteration to resume from, which `args.resume` names.
 
     Raises:
-        UserError: there is no checkpoint; the message says where it was expected.
+        UserError: there is no checkpoint; the message names the folder that was searched.
     """
     given = str(args.resume)
     with looking_up(given, "resume"):
@@ -119,21 +121,21 @@ def find_checkpoint(args: TrainingArgs) -> Path:
         name = latest.read_text("utf-8", errors="replace").strip() if latest.is_file() else ""
         if name:
             folder = folder / name
-        elif folder.is_dir():  # `latest` is empty after a power failure, or not yet written
+        elif folder.is_dir():  # after a power failure `latest` may be empty or missing
             folder = [folder, *_checkpoints(folder)][-1]
-        # A damaged `latest` may hold a newline or NUL; such a path is not a folder either.
+        # A damaged `latest` may contain a newline or NUL; `is_dir` is False for such a path, too.
         if folder.name.isdecimal() and folder.is_dir():
             return folder
     raise UserError(
-        f"resume: {folder} is not a checkpoint of a run; name the folder of a run that has saved "
-        "one, or of one of its iterations, or start without --resume"
+        f"resume: {folder} is not a checkpoint of a run; name the folder of a run with saved "
+        "checkpoints, or one checkpoint in it, or start without --resume"
     )
 
 
 def _newest_run(args: TrainingArgs) -> Path:
-    """The run of this experiment that saved last; raises UserError if there is none."""
+    """Return the run of this experiment that saved last; raise UserError if none has saved."""
     save = Path(args.save).expanduser()
-    # The pattern includes the time: the runs of experiment "a-b" do not belong to experiment "a".
+    # The pattern includes the time because the runs of experiment "a-b" are not runs of "a".
     name = re.compile(re.escape(args.experiment_name) + r"(-\d\d){4}(_\d+)?")
     runs = [path.parent for path in save.glob("*/latest") if name.fullmatch(path.parent.name)]
     if not runs:
@@ -145,22 +147,22 @@ def _newest_run(args: TrainingArgs) -> Path:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    """The folders of the saved iterations, in ascending order."""
+    """Return the folders of the saved iterations, in ascending order."""
     saved = [path for path in run.iterdir() if path.name.isdecimal() and path.is_dir()]
     return sorted(saved, key=_iteration)
 
 
 def _iteration(folder: Path) -> int:
-    """The iteration of a checkpoint or of its moving average; -1 for another folder."""
+    """Return the iteration of a checkpoint or moving average folder; -1 for other folders."""
     number = folder.name.removesuffix(EMA)
     return int(number) if number.isdecimal() else -1
 
 
 def new_partial(run: Path, name: str) -> Path:
-    """Make a folder on rank 0 to write the checkpoint `name` into; all processes must call it.
+    """Create the folder for writing the checkpoint `name`; all processes must call this.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: the folder cannot be created.
     """
     folder = run / f"{name}{PARTIAL}"
     if is_main():
@@ -170,16 +172,16 @@ def new_partial(run: Path, name: str) -> Path:
 
 
 def publish(run: Path, iteration: int, *, limit: int) -> None:
-    """Turn the partial checkpoint of `iteration` into the latest one, then delete old ones.
+    """Make the partial checkpoint of `iteration` the latest checkpoint, then delete old ones.
 
-    Rank 0 calls it when all processes have written their files.
+    Only rank 0 calls this, after all processes have written their files.
 
     Args:
         run: the run's folder.
-        iteration: the iteration. Its moving average is published with it.
+        iteration: the iteration. The folder with its moving average, if any, is renamed too.
         limit: the number of checkpoints to keep; 0 keeps all.
     """
-    # The weights come last: with them the checkpoint is complete.
+    # Rename the folder of the weights last, because it marks the checkpoint as complete.
     for name in (f"{iteration}{EMA}", f"{iteration}"):
         if (run / f"{name}{PARTIAL}").is_dir():
             os.replace(run / f"{name}{PARTIAL}", run / name)
@@ -197,9 +199,9 @@ def _point_latest(run: Path, iteration: int) -> None:
 
 
 def _set_aside(folder: Path) -> None:
-    """Rename a folder to its name with `OLD`, if it exists.
+    """Append `OLD` to the name of a folder, if the folder exists.
 
-    Folders are renamed before they are deleted, so a folder with its own name is complete.
+    Folders are renamed before they are deleted, so a folder without the suffix is complete.
     """
     if folder.is_dir():
         old = folder.with_name(f"{folder.name}{OLD}")
@@ -208,33 +210,33 @@ def _set_aside(folder: Path) -> None:
 
 
 def set_aside_later(checkpoint: Path) -> None:
-    """Rename the iterations after `checkpoint`, at which the run is resumed, to ``N.old``.
+    """Rename iterations later than `checkpoint`, where the run is resumed, to ``N.old``.
 
-    The run will save these iterations again. `publish` deletes the old ones after its next save.
+    The resumed run will save these iterations again. The next `publish` deletes the renamed ones.
     """
     run, start = checkpoint.parent, int(checkpoint.name)
     later = [path for path in run.iterdir() if path.is_dir() and _iteration(path) > start]
     if not later:
         return
-    _point_latest(run, start)  # first, so that `latest` always names a folder that exists
+    _point_latest(run, start)  # first, because `latest` must always name an existing folder
     numbers = sorted({_iteration(path) for path in later})
     for path in later:
         _set_aside(path)
     logger.warning(
-        "the run is resumed at step %d; its later checkpoints (%s) are renamed to N%s and deleted "
+        "the run is resumed at step %d; its later checkpoints (%s) are renamed to N%s, and deleted "
         "after the next save",
         *(start, first_of(list(map(str, numbers))), OLD),
     )
 
 
 def compare_with_last_start(config: Config, run: Path) -> None:
-    """Compare a configuration with the one of the run's last start, and warn of differences.
+    """Compare `config` with the configuration of the run's last start; warn about differences.
 
-    Some keys of `model`, such as `scale_factor`, change the model without any error. Nothing is
-    logged if the run's configuration cannot be read.
+    The warning is needed because some keys of `model`, such as `scale_factor`, change the model
+    without any error. Nothing is compared if the run's configuration cannot be read.
 
     Raises:
-        UserError: the precision differs, so the optimizer's state does not fit.
+        UserError: the precision differs, so the optimizer's state cannot be loaded.
     """
     from sgm.training.deepspeed_settings import weight_dtype
 
@@ -247,21 +249,21 @@ def compare_with_last_start(config: Config, run: Path) -> None:
     precision = weight_dtype(before["deepspeed"])
     if precision != weight_dtype(config.deepspeed):
         raise UserError(
-            f"resume: {run} was trained in {str(precision)[6:]}; set the precision in the section "
-            f"deepspeed as in {CONFIG_FILE} there, or start a new run"
+            f"resume: {run} was trained in {str(precision)[6:]}; use the section deepspeed of "
+            f"{CONFIG_FILE} in that folder, or start a new run"
         )
     if changed and is_main():
         logger.warning(
-            "this run was last started with other settings in the section model: %s; compare %s",
+            "these keys of the section model have changed since the run's last start: %s; see %s",
             *(", ".join(changed), run / CONFIG_FILE),
         )
 
 
 def save_config(config: Config, run: Path) -> None:
-    """Write ``training_config.yaml`` with all settings that the run was started with.
+    """Write all settings of the run to ``training_config.yaml``.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     from omegaconf import OmegaConf
 

@@ -1,7 +1,7 @@
-"""Where the metrics of a run are written besides the log: a file, TensorBoard, Weights & Biases.
+"""Write the metrics of a run to a file, to TensorBoard, or to Weights & Biases.
 
-Each class has `log`, which adds a point to each curve by its name ``group/name`` and may raise
-OSError, and `close`, after which nothing is logged.
+Each class has two methods. `log` adds a point to each curve, by the curve's name ``group/name``; it
+may raise OSError. `close` must be the last call.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from sgm.files import make_output_folder, replacing
 
 
 class MetricsFile:
-    """A JSON Lines file: one object for each call of `log`.
+    """Writes a JSON Lines file, with one object for each call of `log`.
 
-    An object holds ``step`` and the values by the names of their curves, such as ``train/loss``. A
-    value that is not finite becomes null.
+    An object contains ``step`` and the value of each curve, such as ``train/loss``. A value that is
+    not finite becomes null.
 
     Args:
         path: the file; lines are appended if it exists.
-        start_step: step at which the run starts or is resumed. Lines of later steps, which the run
-            will do again, are removed, and so is a line that was cut off.
+        start_step: the step at which the run starts or is resumed. Lines of later steps are removed
+            because the run will repeat these steps. An incomplete line is removed too.
 
     Raises:
         UserError: the file cannot be written.
@@ -46,7 +46,7 @@ class MetricsFile:
             partial.write_text("".join(kept), "utf-8")
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Append a line."""
+        """Append a line with all `scalars`."""
         values: dict[str, float | None] = {"step": step}
         for name, value in scalars.items():
             values[_curve_name(name)] = value if math.isfinite(value) else None
@@ -58,7 +58,7 @@ class MetricsFile:
 
 
 def _curve_name(name: str) -> str:
-    return name.replace(" ", "_")  # TensorBoard allows no spaces
+    return name.replace(" ", "_")  # TensorBoard does not allow spaces
 
 
 def _step_of(line: str) -> float:
@@ -69,16 +69,16 @@ def _step_of(line: str) -> float:
 
 
 class TensorBoard:
-    """Event files for ``tensorboard --logdir``.
+    """Writes event files for ``tensorboard --logdir``.
 
-    Events are written by the caller's thread and are on disk when `log` returns. The usual writer
-    of tensorboardX has a thread and a queue; on a full disk the thread dies and the queue blocks
-    the training.
+    Events are written in the caller's thread and are on disk when `log` returns. The usual writer
+    of tensorboardX is not used because it has a thread and a queue: on a full disk the thread dies
+    and the queue blocks the training.
 
     Args:
-        folder: made if it does not exist.
-        start_step: step at which the run starts or is resumed. TensorBoard hides points of later
-            steps, which a killed process left.
+        folder: the folder of the event files; created if it does not exist.
+        start_step: the step at which the run starts or is resumed. TensorBoard then hides points of
+            later steps, which a killed process left.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -86,7 +86,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, *, start_step: int = 0) -> None:
         make_output_folder(folder)
-        # The writer's own file name holds the time to the second only, so the process is added.
+        # The writer's file name contains the time only to the second, so append the process id.
         self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
         if start_step > 0:
             session = SessionLog(status=SessionLog.START)
@@ -109,12 +109,12 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; wandb's environment variables (WANDB_MODE …) apply.
+    """Logs to a Weights & Biases run; wandb's environment variables (WANDB_MODE …) apply.
 
     Args:
-        folder: the run's folder, whose name the run has there too. The identity of the run at
-            Weights & Biases is saved in it, so a resumed run continues there.
-        project: of Weights & Biases.
+        folder: the run's folder. The wandb run gets the folder's name. The id of the wandb run is
+            saved in the folder, so a resumed training continues the same wandb run.
+        project: the Weights & Biases project.
         config: the settings of the run.
 
     Raises:
@@ -126,7 +126,7 @@ class WeightsAndBiases:
             import wandb
         except ImportError:
             raise UserError(
-                "wandb: true, but wandb is not installed; pip install wandb, or use --no-wandb"
+                "wandb: true, but wandb is not installed; run pip install wandb, or use --no-wandb"
             ) from None
         identity = folder / "wandb_id"
         if not identity.is_file():

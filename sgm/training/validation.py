@@ -1,4 +1,4 @@
-"""Validation of a model in training: a loss that can be compared between runs, and videos."""
+"""Validate a model during training: compute a loss that is comparable across runs, make videos."""
 
 from __future__ import annotations
 
@@ -34,38 +34,41 @@ logger = logging.getLogger(__name__)
 NUM_QUARTERS = 4
 _QUARTER = NUM_TIMESTEPS // NUM_QUARTERS
 
-# Kinds of random draws, part of their seeds: a quarter's noise level and noise have its number.
+# Kinds of random draws, which are part of the seeds. Kinds 0 to 3: noise level and noise of a
+# quarter.
 _ENCODING, _ITEM = NUM_QUARTERS, NUM_QUARTERS + 1
 
-# Texts → conditioning of as many samples, as from `GeneralConditioner.encode`.
+# Prompts → conditioning of one sample per prompt, as returned by `GeneralConditioner.encode`.
 Embed = Callable[[Sequence[str]], dict[str, Tensor]]
 
-_FPS = 8  # if the `data` section has no rate
-# Linux allows 255 bytes for a name; suffixes and the mark of a partial file are added.
+_FPS = 8  # if the `data` section has no fps
+# Linux allows 255 bytes for a file name. The rest is for suffixes, also of a partial file.
 _MAX_NAME_BYTES = 200
 
 
 class Validation:
-    """Loss on validation data and videos of prompts. Neither affects the training.
+    """Computes the loss on validation data and makes videos. Neither affects the training.
 
-    The loss is that of training at one noise level in each quarter of the timesteps for each
-    sample. Noise level and noise depend only on `args.seed`, the sample's index and the quarter,
-    and are drawn on the CPU. So losses can be compared between runs, batch sizes, numbers of
-    processes and devices. All processes compute the same loss.
+    The loss is the training loss. For each sample it is computed at one noise level in each quarter
+    of the timesteps. Noise level and noise depend only on `args.seed`, the sample's index and the
+    quarter, and are drawn on the CPU. Therefore losses are comparable across runs, batch sizes,
+    numbers of processes and devices. All processes compute the same loss.
 
-    Videos are ``{folder}/validation/{iteration}/{number}_{prompt}.mp4``, with a contact sheet
-    ``.png``. The sheet of iteration 0, before training, is shown above each later one. The noise is
-    that of sample_video.py for a file with one of these prompts a line.
+    Videos are written to ``{folder}/validation/{iteration}/{number}_{prompt}.mp4``, each with a
+    contact sheet ``.png``. For comparison, each later sheet shows the sheet of iteration 0 (before
+    training) at the top. The noise equals the noise of sample_video.py for an input file with one
+    of `prompts` per line.
 
     Args:
-        dataset: its first `eval_iters` batches of `eval_batch_size` are used; None: no loss.
-        config: args; the `model` section for the videos' size, the largest that the network takes;
-            the `data` section for their frame rate.
+        dataset: the validation data, of which the first `eval_iters` batches of `eval_batch_size`
+            are used. None: no loss is computed.
+        config: its `args`; its `model` section, because videos have the largest size that the
+            network accepts; its `data` section, for the frame rate of the videos.
         folder: the run's folder.
         prompts: the prompts of the videos; may be empty.
-        embed: returns the conditioning of a prompt.
-        lockstep: all processes must run the network together, because each holds a part of its
-            weights (ZeRO-3). Otherwise the prompts are divided among them.
+        embed: returns the conditioning of prompts.
+        lockstep: True if all processes must run the network together, because each holds only a
+            part of the weights (ZeRO-3). If False, the prompts are split among the processes.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class Validation:
         self.lockstep = lockstep
 
     def loss(self, engine: SATVideoDiffusionEngine) -> dict[str, float]:
-        """Mean losses: ``loss`` over all, and ``loss 0-249`` … ``loss 750-999`` by timestep.
+        """Return mean losses: ``loss`` overall, and ``loss 0-249`` … ``loss 750-999`` by timestep.
 
         Raises:
             UserError: the data cannot be read.
@@ -103,7 +106,7 @@ class Validation:
         first = 0
         with evaluating(engine):
             for batch in self._batches(self.dataset):
-                # Encoding draws on the model's device; results differ a little between devices.
+                # Encoding draws random numbers on the model's device, so devices differ a little.
                 torch.manual_seed(self._seed(_ENCODING, first))
                 latents, cond = engine.get_input(batch)
                 for quarter in range(NUM_QUARTERS):
@@ -125,7 +128,7 @@ class Validation:
 
     def _batches(self, dataset: Dataset) -> Iterator[dict[str, Any]]:
         size = self.args.eval_batch_size
-        total = len(dataset)  # type: ignore[arg-type]  # torch's Dataset declares no length
+        total = len(dataset)  # type: ignore[arg-type]  # torch's Dataset does not declare __len__
         count = min(total, self.args.eval_iters * size)
         keys = [(index, self._seed(_ITEM, index)) for index in range(count)]
         loader = DataLoader(
@@ -139,12 +142,12 @@ class Validation:
     def _draw(
         self, engine: SATVideoDiffusionEngine, latents: Tensor, quarter: int, *, first: int
     ) -> tuple[NoiseLevels, Tensor]:
-        """Noise levels (b,) of a quarter and noise (b, t, c, h, w) on the device of `latents`.
+        """Draw noise levels (b,) in a quarter and noise (b, t, c, h, w), on the latents' device.
 
-        `first` is the index of the first sample in the data.
+        `first` is the index of the batch's first sample in the dataset.
         """
         schedule = engine.loss_fn.sigma_sampler.schedule
-        # Timesteps are evenly spaced numbers from 0 to 999.
+        # Timesteps are evenly spaced from 0 to 999.
         num_levels = len(schedule.timesteps)
         low, high = (q * num_levels // NUM_QUARTERS for q in (quarter, quarter + 1))
         places, noise = [], []
@@ -157,7 +160,7 @@ class Validation:
         return levels, torch.cat(noise).to(latents.device)
 
     def make_videos(self, engine: SATVideoDiffusionEngine, iteration: int) -> list[Path]:
-        """Make the videos of all prompts at `iteration`.
+        """Sample and write the videos of all prompts at `iteration`.
 
         Returns:
             The files that this process wrote.
@@ -166,8 +169,8 @@ class Validation:
             UserError: a file cannot be written.
         """
         if self.prompts and engine.sampler is None:
-            logger.info("no validation videos: model.sampler_config is missing")
-            self.prompts = []  # so that this is logged once
+            logger.info("no validation videos are made because model.sampler_config is missing")
+            self.prompts = []  # log this only once
         rank, world_size = data_parallel_rank_and_size()
         own = list(enumerate(self.prompts))
         if not self.lockstep:
@@ -186,20 +189,21 @@ class Validation:
                     progress.step(f"validation video {number}")
                     latents = step.latents
                 if not latents.isfinite().all():
-                    progress.say(f"validation video {number} is left out: it is not finite")
+                    progress.say(f"validation video {number} is skipped: latents are not finite")
                 elif writes:
                     name = Prompt(line=number, text=prompt).folder_name.encode()[:_MAX_NAME_BYTES]
                     made.append((folder / name.decode(errors="ignore").rstrip(" ._"), latents))
-            # The autoencoder may have to be loaded: this happens once, after the sampling.
+            # Decode after all sampling, because the autoencoder may have to be loaded first.
             written = self._write(pipe, made) if made else []
             for path in written:
                 progress.say(str(path))
         return written
 
     def _write(self, pipe: CogVideoX, videos: Sequence[tuple[Path, Tensor]]) -> list[Path]:
-        """Write mp4 and contact sheet of videos, or their latents if they cannot be decoded.
+        """Write the mp4 and contact sheet of each video, or its latents if it cannot be decoded.
 
-        Each video is given as a path without suffix and latents (1, t, c, h, w).
+        Each item of `videos` is a path without suffix and latents (1, t, c, h, w). Latents are also
+        written if `only_log_video_latents` is set. Return the written files.
         """
         written, left = [], list(videos)
         if not self.args.only_log_video_latents:
@@ -215,12 +219,12 @@ class Validation:
                         del left[0]
             except torch.cuda.OutOfMemoryError:
                 logger.warning(
-                    "too little memory to decode validation videos, so their latents are kept "
-                    "instead; only_log_video_latents: true skips decoding"
+                    "not enough GPU memory to decode the validation videos, so their latents are "
+                    "saved instead; set only_log_video_latents: true to skip decoding"
                 )
         for stem, latents in left:
             path = stem.with_name(f"{stem.name}.safetensors")
-            # What decoding the latents needs.
+            # Values that decoding the latents needs.
             metadata = {"scale_factor": repr(pipe.engine.scale_factor), "layout": "b t c h w"}
             with replacing(path) as partial:
                 save_file({"latents": latents.cpu()}, partial, metadata)
@@ -230,9 +234,9 @@ class Validation:
 
 @contextmanager
 def evaluating(engine: torch.nn.Module) -> Iterator[None]:
-    """A context in evaluation mode without gradients.
+    """Put `engine` in evaluation mode and disable gradients within this context.
 
-    At its end each module has its mode and the random generators have their states from before.
+    Afterwards the mode of each module and the states of the random generators are restored.
     """
     modes = [(module, module.training) for module in engine.modules()]
     device = next(engine.parameters()).device

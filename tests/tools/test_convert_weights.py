@@ -349,13 +349,13 @@ def test_without_options_the_bundled_model_is_converted_and_it_says_why(
     monkeypatch.setattr(sources, "FULL", str(full_without_weights(tmp_path)))
     caplog.set_level(logging.INFO)
     assert sat2hf() == 0
-    assert "nowhere/transformer" in caplog.text and "The bundled model instead" in caplog.text
+    assert "nowhere/transformer" in caplog.text and "converting the bundled model" in caplog.text
     assert (tmp_path / "CogVideoX-tiny-diffusers" / "text_encoder" / "config.json").is_file()
 
 
 def test_the_closing_line_has_the_length_of_a_text(small, capsys):
     assert small.convert() == 0
-    assert capsys.readouterr().out.endswith("when calling it: max_sequence_length=8\n")
+    assert capsys.readouterr().out.endswith("pass max_sequence_length=8 to each call\n")
     position = small.model["network_config"]["params"]["modules"]["pos_embed_config"]["params"]
     position["text_length"] = 226  # diffusers' own
     small.write_config()

@@ -107,7 +107,7 @@ def test_one_file_of_a_folder_is_refused(small, lora, tmp_path, capsys):
     assert small.convert(vae_ckpt_path=None) == 0
     folder = small.folder / "out" / "transformer"
     code = hf2sat(folder / "diffusion_pytorch_model.safetensors", tmp_path / "o")
-    refused(capsys, code, "--input_path must name a local one")
+    refused(capsys, code, "--input_path must name a local CogVideoX-2B folder")
     shutil.copy(lora, small.folder / "out")  # beside a model it does not count
     assert hf2sat(small.folder / "out", tmp_path / "o") == 0
 

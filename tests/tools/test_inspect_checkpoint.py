@@ -134,7 +134,7 @@ def test_run_with_training_state(
     assert shown["path"] == str(folder / "1" / "mp_rank_00_model_states.pt")
     code, shown = inspect(state)
     assert code == 1
-    assert "state of a training" in shown["error"]
+    assert "training state" in shown["error"]
 
 
 def test_whole_engine(inspect: Callable[..., Any], base: dict[str, Tensor], tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_whole_engine(inspect: Callable[..., Any], base: dict[str, Tensor], tmp_
     torch.save({"module": tensors}, path)
     code, shown = inspect(path)
     assert code == 0
-    assert shown["beside it"] == "an autoencoder"
+    assert shown["also contains"] == "an autoencoder"
     assert shown["will load"] == f"yes, with {TINY}"
 
 
@@ -157,7 +157,7 @@ def test_shallower_model_needs_its_own_configuration(
     code, shown = inspect(save_sat(tmp_path / "run", few))
     assert code == 0
     assert shown["num_layers"] == "5"
-    assert "no file of configs/ has them" in shown["will load"]
+    assert "no file in configs/ has them" in shown["will load"]
 
 
 def test_missing_and_unknown_weights_are_named(
@@ -315,7 +315,7 @@ def test_lora_of_another_width_fits_no_configuration(
     code, shown = inspect(save_sat(tmp_path / "run", lora_matrices(width=320)))
     assert code == 0
     assert shown["alpha"] == "unknown, so 1 is used"
-    assert "no file of configs/" in shown["will load"]
+    assert "no file in configs/" in shown["will load"]
 
 
 @pytest.mark.parametrize("place", ["pytorch_lora_weights.safetensors", "."])
@@ -436,7 +436,7 @@ def test_names_cannot_command_the_terminal(inspect: Callable[..., Any], tmp_path
 
 def test_folders_of_something_else(inspect: Callable[..., Any], tmp_path: Path) -> None:
     code, shown = inspect(tmp_path)
-    assert code == 1 and "it holds nothing" in shown["error"]
+    assert code == 1 and "it contains nothing" in shown["error"]
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     code, shown = inspect(tmp_path)
     assert code == 1 and "FluxTransformer2DModel" in shown["error"]

@@ -219,7 +219,7 @@ def test_a_lora_of_peft_is_imported_merged_and_trained_on(bring_in, tmp_path):
     )
     base = save_base(network, tmp_path / "base.pt")
     code, said, _, folder = bring_in(tmp_path / "theirs", "--load", base)
-    assert code == 0 and "rank 4, lora_alpha 6; for videos: --lora" in said
+    assert code == 0 and "rank 4, lora_alpha 6; to make videos with it: --lora" in said
     assert (folder / "latest").read_text() == "1" and (folder / "1" / MODEL_FILES[0]).is_file()
     record = {"r": 4, "lora_alpha": 6.0, "layer_range": [0, 1]}
     assert vars(read_lora(folder)[1]) == record | {"base": fingerprint(network.state_dict())}
@@ -236,7 +236,7 @@ def test_what_is_in_the_wanted_format_already_is_written_anew(export, bring_in, 
     run = save_run(build(LORA), tmp_path / "run")
     *_, folder = export(run)
     code, said, _, again = bring_in(run, to="sat")
-    assert code == 0 and "to train on, merge it" in said
+    assert code == 0 and "to train from it, merge it" in said
     assert_same(read_lora(run)[0], read_lora(again)[0])
     code, *_, again = export(folder, to="again")
     assert code == 0

@@ -112,28 +112,28 @@ def test_resuming_with_other_settings_is_one_sentence(small, tmp_path, capsys):
         assert run_command(lambda: train_video.main(list(argv))) == 1
         return capsys.readouterr().err.splitlines()[-1]
 
-    assert "another stage of zero_optimization" in error("--base", small.file("base"), *resume)
+    assert "another zero_optimization.stage" in error("--base", small.file("base"), *resume)
     lora = small.file("lora", {"model": LORA, "deepspeed": {"zero_optimization": {"stage": 1}}})
     assert "holds a whole model, but the configuration trains a LoRA" in error(
         "--base", lora, *resume
     )
     again = ["--base", divided, *resume]
-    assert "so the moving average cannot be continued" in error(*again, *EMA)
+    assert "so the moving average cannot be resumed" in error(*again, *EMA)
     average = run / "1-ema" / "mp_rank_00_model_states.pt"
     average.parent.mkdir()
     for wrong in ({"module": {"any": torch.zeros(2)}}, {"any": torch.zeros(2)}):
         torch.save(wrong, average)  # copied from another run
-        assert "does not fit what is trained" in error(*again, *EMA)
+        assert "does not fit the trained weights" in error(*again, *EMA)
     state = run / "1" / "training_state.pt"
     content = torch.load(state)
     for wrong in ({"step": "x"}, {"samples": -5}, {"processes": None}):
         torch.save(content | wrong, state)
-        assert "is not the state of a run" in error(*again)
+        assert "is not a training state" in error(*again)
     torch.save(content, state)
     state.write_bytes(state.read_bytes()[:1000])
     assert "training_state.pt is not a whole file" in error(*again)
     state.unlink()
-    assert f"start a new one with load: {run / '1'}" in error(*again)
+    assert f"start a new run with load: {run / '1'}" in error(*again)
 
 
 def test_a_lora_without_a_state_is_found_before_data_is_read(small, tmp_path, capsys, monkeypatch):
@@ -144,7 +144,7 @@ def test_a_lora_without_a_state_is_found_before_data_is_read(small, tmp_path, ca
     argv = ["--base", file, "--device", "cpu", "--resume", str(run), "--train-iters", "2"]
     assert run_command(lambda: train_video.main(argv)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"load: {run / '1'} (if that is a LoRA: with the output of tools/merge_lora.py" in error
+    assert f"load: {run / '1'} (if it contains a LoRA, merge it with tools/merge_lora.py" in error
 
 
 def test_a_run_resumed_at_an_earlier_step_replaces_its_later_checkpoints(

@@ -258,12 +258,12 @@ def test_a_full_disk_ends_the_curves_and_not_the_run(build, caplog):
     board._writer.write_event = fail
     run(report, [1.0] * 4)
     assert len([line for line in lines(caplog) if line.startswith("step")]) == 2
-    assert caplog.text.count("No space left on device; it is written no further") == 1
+    assert caplog.text.count("No space left on device; it is disabled now") == 1
     (metrics,) = report.trackers
     metrics.log = fail
     run(report, [1.0] * 4, first=5)
     assert len([line for line in lines(caplog) if line.startswith("step")]) == 4
-    assert caplog.text.count("No space left on device; it is written no further") == 2
+    assert caplog.text.count("No space left on device; it is disabled now") == 2
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(build, tmp_path):
@@ -348,6 +348,6 @@ def test_wandb_that_cannot_start_is_one_sentence(build, monkeypatch, failure, wo
 
 def test_wandb_that_is_not_installed_is_one_sentence(build, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="wandb is not installed; pip install wandb"):
+    with pytest.raises(UserError, match="wandb is not installed; run pip install wandb"):
         build(wandb=True)
     build(wandb=False)  # and is not needed without it

@@ -53,7 +53,7 @@ def test_other_ranks_take_the_folder_that_rank_0_made(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
     monkeypatch.setattr("torch.distributed.broadcast_object_list", receive)
     args = TrainingArgs(save=str(tmp_path))
-    with pytest.raises(UserError, match="is not there for process 1: save must be .* share"):
+    with pytest.raises(UserError, match="does not exist for process 1; set save to .* share"):
         run_folder.start_run(args)  # on another machine with its own disk
     assert names(tmp_path) == []
     (tmp_path / "made by rank 0").mkdir()
@@ -190,9 +190,9 @@ def test_a_model_that_is_not_as_before_is_named(tmp_path, caplog):
     run_folder.compare_with_last_start(config, tmp_path)
     (message,) = caplog.messages
     keys = "scale_factor, network_config"
-    assert f"last started with other settings in the section model: {keys}; compare" in message
+    assert f"have changed since the run's last start: {keys}; see" in message
     config.deepspeed = {"bf16": {"enabled": True}}
-    with pytest.raises(UserError, match="was trained in float32; set the precision"):
+    with pytest.raises(UserError, match="was trained in float32; use the section"):
         run_folder.compare_with_last_start(config, tmp_path)
     for damaged in ("model: [", "model: {}\ndeepspeed: 3"):  # cannot be compared
         (tmp_path / "training_config.yaml").write_text(damaged)

@@ -275,7 +275,7 @@ def test_too_little_memory_for_decoding_leaves_the_latents(build, caplog):
     (path,) = build(prompts=["a"]).make_videos(engine, 0)
     assert (
         path.suffix == ".safetensors"
-        and "too little memory to decode validation videos" in caplog.text
+        and "not enough GPU memory to decode the validation videos" in caplog.text
     )
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
@@ -293,7 +293,7 @@ def test_a_video_that_is_not_finite_is_left_out_and_the_next_one_made(build, cap
     engine.sample_steps = damaged
     paths = build(prompts=["a", "b"]).make_videos(engine, 0)
     assert [path.name for path in paths] == ["1_b.mp4", "1_b.png"]
-    assert "validation video 0 is left out: it is not finite" in caplog.text
+    assert "validation video 0 is skipped: latents are not finite" in caplog.text
 
 
 def test_without_a_sampler_it_is_said_once_that_there_are_no_videos(build, caplog, tmp_path):

@@ -1,7 +1,7 @@
-"""The JSON files of a diffusers folder of CogVideoX-2B.
+"""Build the contents of the JSON files in a diffusers folder of CogVideoX-2B.
 
-They have the keys of the first release with these classes. Keys that later releases added have the
-2B model's value as their default.
+The files have the keys of the first diffusers release with these classes. Later releases added
+keys, whose defaults are the values of the 2B model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sgm.checkpoint.diffusers_folder import PART_CLASSES
 from sgm.errors import UserError
 
 DIFFUSERS_VERSION = "0.30.0"  # the first release with these classes
-# Class of our sampler → class of diffusers' scheduler.
+# Class of the sampler here → class of the scheduler in diffusers.
 SCHEDULERS = {
     "VPSDEDPMPP2MSampler": "CogVideoXDPMScheduler",
     "VideoDDIMSampler": "CogVideoXDDIMScheduler",
@@ -21,20 +21,22 @@ SCHEDULERS = {
 
 
 def geometry_of(network: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes of clips and texts, which weights do not show, by the keys of diffusers' config.json.
+    """Return the sizes of clips and prompts, with the keys of diffusers' config.json.
+
+    These sizes cannot be derived from the weights.
 
     Args:
-        network: the params of a `network_config` that has been built without an error.
+        network: the `params` of a `network_config` from which a network was built without an error.
 
     Raises:
-        UserError: diffusers has no setting for it.
+        UserError: diffusers cannot express the interpolation factors.
     """
     position = network["modules"]["pos_embed_config"]["params"]
     height, width = (position.get(f"{side}_interpolation", 1.0) for side in ("height", "width"))
     if height != width:
         raise UserError(
-            f"height_interpolation={height} and width_interpolation={width} differ; diffusers has "
-            "one factor for both, so this model cannot be converted"
+            f"height_interpolation={height} and width_interpolation={width} differ, but diffusers "
+            "has one factor for both; this model cannot be converted"
         )
     return {
         "sample_height": network["latent_height"],
@@ -47,11 +49,11 @@ def geometry_of(network: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def transformer_config(sizes: Mapping[str, int], geometry: Mapping[str, Any]) -> dict[str, Any]:
-    """``transformer/config.json``.
+    """Return ``transformer/config.json``.
 
     Args:
-        sizes: of the weights, as `tools.weights.sizes.sizes_of` returns them.
-        geometry: as `geometry_of` returns it.
+        sizes: the sizes of the weights, as returned by `tools.weights.sizes.sizes_of`.
+        geometry: the sizes of clips and prompts, as returned by `geometry_of`.
     """
     return {
         "_class_name": PART_CLASSES["transformer"],
@@ -74,12 +76,13 @@ def transformer_config(sizes: Mapping[str, int], geometry: Mapping[str, Any]) ->
 def vae_config(
     sizes: Mapping[str, Any], geometry: Mapping[str, Any], *, scaling_factor: float
 ) -> dict[str, Any]:
-    """``vae/config.json``; `sizes` and `geometry` as in `transformer_config`.
+    """Return ``vae/config.json``.
 
-    Latents are multiplied by `scaling_factor` after encoding.
+    `sizes` and `geometry` have the same sources as in `transformer_config`. Latents are multiplied
+    by `scaling_factor` after encoding.
     """
     num_levels = len(sizes["block_out_channels"])
-    scale = 2 ** (num_levels - 1)  # each level except the last halves height and width
+    scale = 2 ** (num_levels - 1)  # each resolution level except the last halves height and width
     return {
         "_class_name": PART_CLASSES["vae"],
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -103,7 +106,7 @@ def vae_config(
 
 
 def scheduler_config(class_name: str, *, snr_shift_scale: float) -> dict[str, Any]:
-    """``scheduler/scheduler_config.json``, with the noise levels of `ZeroSNRDDPMDiscretization`."""
+    """Return ``scheduler/scheduler_config.json`` for `ZeroSNRDDPMDiscretization`'s noise levels."""
     return {
         "_class_name": class_name,
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -125,25 +128,25 @@ def scheduler_config(class_name: str, *, snr_shift_scale: float) -> dict[str, An
 
 
 def tokenizer_config(text_length: int) -> dict[str, Any]:
-    """``tokenizer/tokenizer_config.json`` beside the tokenizer's own file."""
+    """Return ``tokenizer/tokenizer_config.json`` for prompts of `text_length` tokens."""
     return {
         "tokenizer_class": "T5Tokenizer",
         "model_max_length": text_length,
         "eos_token": "</s>",
         "pad_token": "<pad>",
         "unk_token": "<unk>",
-        # T5's marks of left-out text, <extra_id_0> …; in a prompt they are plain letters.
+        # No sentinel tokens (<extra_id_0> …): a prompt may contain these strings as plain text.
         "extra_ids": 0,
         "additional_special_tokens": [],
     }
 
 
 def model_index(scheduler: str, present: Collection[str]) -> dict[str, Any]:
-    """``model_index.json`` of a pipeline.
+    """Return the ``model_index.json`` of a pipeline.
 
     Args:
-        scheduler: class of diffusers' scheduler.
-        present: names of the other parts that the pipeline has.
+        scheduler: the class of the scheduler in diffusers.
+        present: the names of the pipeline's parts, besides the scheduler.
     """
     classes: dict[str, list[str]] = {
         "text_encoder": ["transformers", "T5EncoderModel"],

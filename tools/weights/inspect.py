@@ -1,7 +1,7 @@
-"""What a file or folder of weights is: its kind, sizes and precision, and whether it loads.
+"""Find out what a file or folder of weights is: kind, sizes, precision, and whether it loads.
 
-Names and shapes are read, and of the values only the small vectors that identify a model. No code
-from a file is run.
+Only tensor names and shapes are read, and the values of the small vectors that identify a model. No
+code from a file is run.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ from tools.weights.sizes import (
 )
 
 _PIPELINE_PARTS = ("transformer", "vae", "text_encoder")
-# Keys of training states: of this code, of DeepSpeed and of PyTorch's optimizers.
+# Keys of training states that this project, DeepSpeed or PyTorch's optimizers save.
 _TRAINING_KEYS = {"optimizer", "optimizer_state_dict", "param_groups", "zero_stage", "schedule"}
 _TRANSFORMER_NAMES = (MODEL_PREFIX, "transformer.layers.", "mixins.", "transformer_blocks.")
 _TEXT_PROJECTION = "mixins.patch_embed.text_proj.weight"
 _T5_NAMES = ("encoder.block.", "encoder.embed_tokens.", "shared.")
-# Sizes that CogVideoX-5B and CogVideoX1.5-5B share.
+# Sizes that CogVideoX-5B and CogVideoX1.5-5B have in common.
 _FIVE_B = {"num_layers": 42, "num_attention_heads": 48, "attention_head_dim": 64}
 
 
@@ -71,10 +71,10 @@ class Finding:
 
     Args:
         path: the file or folder.
-        kind: what it is, as a noun.
-        facts: (name, value) in the order in which they are shown.
-        use: how it loads; empty if it does not load.
-        problem: why it does not load; empty if it does.
+        kind: a noun phrase that says what the file or folder is.
+        facts: (name, value) pairs, in the order in which they are shown.
+        use: which configuration it loads with; empty if it does not load.
+        problem: the reason why it does not load; empty if it loads.
     """
 
     path: Path
@@ -85,10 +85,13 @@ class Finding:
 
 
 def inspect(path: str | Path) -> list[Finding]:
-    """Find out what the file or folder `path` is. A folder of several parts is followed by these.
+    """Return what is known about the file or folder `path`.
+
+    If `path` is a folder with several parts, one finding for each part follows the folder's.
 
     Raises:
-        UserError: it does not exist, is damaged, or is not weights; the message says what it is.
+        UserError: `path` does not exist, is damaged, or does not contain weights; the message says
+            what `path` is.
     """
     place = Path(os.path.expanduser(path))
     try:
@@ -97,13 +100,13 @@ def inspect(path: str | Path) -> list[Finding]:
         if not place.exists():
             raise UserError(f"{path} does not exist; check the path")
         return [_inspect_file(Weights.of_file(place, place, "PATH"))]
-    except OSError as error:  # the name is too long, the folder is another user's …
+    except OSError as error:  # such as a name that is too long, or a folder without permissions
         reason = f"cannot be read ({error.strerror}); check the path and its permissions"
         raise UserError(f"{str(path)[:200]} {reason}") from None
 
 
 def _inspect_folder(folder: Path) -> list[Finding]:
-    if is_pipeline(folder):  # or raises UserError if it is another model's
+    if is_pipeline(folder):  # raises UserError if the pipeline is of another model
         index = read_json(folder / "model_index.json")
         parts = [part for part in _PIPELINE_PARTS if index.get(part) != [None, None]]
         return _inspect_parts("diffusers pipeline", folder, parts)
@@ -115,17 +118,17 @@ def _inspect_folder(folder: Path) -> list[Finding]:
         return [_inspect_part(folder)]
     if (folder / SAT_FILE).is_file():
         return [_describe_vae(find_autoencoder(folder, option="PATH"))]
-    # The published layout: all parts in SAT's format, with T5 or without.
+    # The published layout: all parts in SAT's format, with or without T5.
     names = sorted(entry.name for entry in folder.iterdir())
     parts = [name for name in ("transformer", f"vae/{SAT_FILE}") if (folder / name).exists()]
     if not parts:
-        raise _not_ours(folder, f"it holds {_few(names) or 'nothing'}")
+        raise _not_ours(folder, f"it contains {_few(names) or 'nothing'}")
     parts += [name for name in names if find_tokenizer(folder / name)]
     return _inspect_parts("whole model in SAT's layout", folder, parts)
 
 
 def _inspect_part(folder: Path) -> Finding:
-    """A folder with a ``config.json``, of diffusers or of transformers."""
+    """Inspect a folder that has a ``config.json`` of diffusers or transformers."""
     config = read_json(folder / "config.json")
     name = config.get("_class_name", config.get("model_type"))
     if name == PART_CLASSES["transformer"]:
@@ -134,11 +137,11 @@ def _inspect_part(folder: Path) -> Finding:
         return _describe_vae(find_autoencoder(folder, option="PATH"))
     if name == "t5":
         return _describe_t5(folder)
-    raise _not_ours(folder, f"its config.json is that of {name!r}")
+    raise _not_ours(folder, f"its config.json is for {name!r}")
 
 
 def _inspect_parts(kind: str, folder: Path, names: Iterable[str]) -> list[Finding]:
-    """A folder, and each part of it, readable or not."""
+    """Return findings for a folder and each of its parts, including parts that cannot be read."""
     found = [Finding(folder, kind)]
     for name in names:
         try:
@@ -149,11 +152,11 @@ def _inspect_parts(kind: str, folder: Path, names: Iterable[str]) -> list[Findin
 
 
 def _inspect_file(weights: Weights) -> Finding:
-    """A file; its names say what it holds."""
+    """Inspect a file; the names of its tensors show what it contains."""
     file, path = weights.file, weights.path
     state = file.read().state
     if isinstance(state, Mapping) and "module" not in state and _TRAINING_KEYS & state.keys():
-        raise _not_ours(path, "it is the state of a training, which --resume reads in its folder")
+        raise _not_ours(path, "it is a training state, which is only used with --resume")
     tensors = file.tensors()
 
     def has(*beginnings: str) -> bool:
@@ -166,12 +169,12 @@ def _inspect_file(weights: Weights) -> Finding:
         return _describe_transformer(weights)
     if has(*_T5_NAMES):
         raise UserError(
-            f"{path} holds weights of a T5 text encoder, which load only in a folder with its "
-            "config.json; name that folder"
+            f"{path} contains weights of a T5 text encoder, which load only from a folder with "
+            "config.json; name this folder"
         )
     if has(ENGINE_PREFIX, "encoder.", "decoder."):
         return _describe_vae(weights)
-    raise _not_ours(path, f"its tensors have other names ({_few(list(tensors))})")
+    raise _not_ours(path, f"its tensors have unknown names ({_few(list(tensors))})")
 
 
 def _not_ours(path: Path, reason: str) -> UserError:
@@ -184,14 +187,14 @@ def _not_ours(path: Path, reason: str) -> UserError:
 def _describe_transformer(weights: Weights) -> Finding:
     _, base, lora = read_transformer(weights)
     finding = _compared(weights, base, "transformer")
-    identity = f"{fingerprint(base)} (of biases and norms, which a merged LoRA does not change)"
+    identity = f"{fingerprint(base)} (hash of biases and norms, unchanged by merging a LoRA)"
     finding.facts.append(("family", identity))
     if lora:
         rank = min(next(iter(lora.values())).shape, default=0)
-        also = f"{len(lora)} matrices of rank {rank}, which need a lora_config with that r"
+        also = f"{len(lora)} matrices of rank {rank}, which need a lora_config with this r"
         finding.facts.append(("LoRA", also))
     if holds_autoencoder(weights):
-        finding.facts.append(("beside it", "an autoencoder"))
+        finding.facts.append(("also contains", "an autoencoder"))
     return finding
 
 
@@ -202,10 +205,10 @@ def _describe_vae(weights: Weights) -> Finding:
 def _compared(
     weights: Weights, tensors: Mapping[str, Tensor], part: Literal["transformer", "vae"]
 ) -> Finding:
-    """Compare a transformer or an autoencoder with the shipped models and one of its own sizes."""
+    """Compare a transformer or an autoencoder with a model of its sizes and the shipped models."""
     shapes = on_meta(tensors)
     sizes: dict[str, Any] = {}
-    model = shipped_shapes(FULL, part)  # for weights that do not show their sizes
+    model = shipped_shapes(FULL, part)  # used if the sizes cannot be derived from the weights
     with suppress(UserError):
         sizes = sizes_of(shapes, part, weights.path)
         model = weights_of(sizes, part, where=weights.path)
@@ -213,26 +216,26 @@ def _compared(
     form = "diffusers" if weights.is_folder else "SAT"
     finding = Finding(weights.path, f"{noun} in {form} format")
     finding.facts = [*((key, str(value)) for key, value in sizes.items()), *_amounts(shapes)]
-    # The size of the position table depends on the clips, not on the model.
+    # The position table is ignored because its size depends on the clips, not on the model.
     unfit = differences(without_positions(shapes), without_positions(model))
     for kind, names in unfit.items():
         if names or kind in ("missing", "unknown"):
             finding.facts.append((kind, _few(names) or "nothing"))
     if _FIVE_B.items() <= sizes.items():
-        finding.problem = "it has the sizes of CogVideoX-5B, and only 2B is supported"
+        finding.problem = "it has the sizes of CogVideoX-5B, but only 2B is supported"
     elif any(unfit.values()):
-        finding.problem = "it is not a whole model, as listed above"
+        finding.problem = "its tensors differ from the model's, as listed above"
     else:
         finding.use = _use_with(fitting_config(shapes, part))
     return finding
 
 
 def _use_with(config: str | None) -> str:
-    return f"with {config or 'a configuration of these sizes; no file of configs/ has them'}"
+    return f"with {config or 'a configuration of these sizes; no file in configs/ has them'}"
 
 
 def _amounts(shapes: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """Parameters, bytes and precision."""
+    """Return facts about the number of parameters, the bytes and the precision."""
     parameters = sum(shape.numel() for shape in shapes.values())
     size = sum(shape.nbytes for shape in shapes.values())
     dtypes = Counter(str(shape.dtype).removeprefix("torch.") for shape in shapes.values())
@@ -244,7 +247,7 @@ def _amounts(shapes: Mapping[str, Tensor]) -> list[tuple[str, str]]:
 
 
 def _describe_lora(weights: Weights) -> Finding:
-    """A LoRA of SAT, diffusers or peft."""
+    """Describe a LoRA of SAT, diffusers or peft."""
     matrices, record = read_lora(weights, option="PATH")
     check_whole_lora(matrices, record, weights.path)
     form = "SAT" if is_sat_lora(weights) else "diffusers or peft"
@@ -264,7 +267,7 @@ def _describe_lora(weights: Weights) -> Finding:
 
 
 def _config_of(matrices: Mapping[str, Tensor], record: LoraRecord) -> str | None:
-    """The first configuration of `SHIPPED` whose transformer has the layers of a LoRA."""
+    """Return the first configuration in `SHIPPED` that has the layers of a LoRA, or None."""
     for name in SHIPPED:
         with suppress(UserError):
             model = shipped_shapes(name, "transformer")
@@ -276,7 +279,7 @@ def _config_of(matrices: Mapping[str, Tensor], record: LoraRecord) -> str | None
 def _describe_t5(folder: Path) -> Finding:
     files = find_t5(folder, option="PATH")
     check_t5(files, dtype=torch.float32)
-    T5Tokenizer(files.tokenizer, max_length=1)  # raises UserError if it is another tokenizer
+    T5Tokenizer(files.tokenizer, max_length=1)  # raises UserError if it is not T5's tokenizer
     shapes: dict[str, Tensor] = {}
     for file in files.files:
         shapes |= on_meta(file.tensors())
@@ -290,6 +293,6 @@ def _describe_t5(folder: Path) -> Finding:
 
 
 def _few(names: Sequence[str]) -> str:
-    """The first of `names`, and their number if these are not all."""
+    """Return the first of `names` as text; if some are omitted, append the total number."""
     shown = first_of(names)
     return f"{shown} ({len(names)})" if shown.endswith("…") else shown

@@ -1,4 +1,4 @@
-"""The sizes that weights show, and the weights that a model of these sizes or a shipped one has."""
+"""Derive a model's sizes from its weights, and expected weights from sizes or configurations."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from sgm.util import build_on_meta
 from tools.launch.choose_config import BUNDLED, FULL
 from tools.weights.sources import ROOT, read_config
 
-SHIPPED = (FULL, BUNDLED)  # configurations, by their paths in the repository
+SHIPPED = (FULL, BUNDLED)  # paths of configurations in the repository
 _NODES = {"transformer": "network_config", "vae": "first_stage_config"}
-_MOST_LAYERS = 200  # more than any model of this kind; the names in a damaged file may give more
+_MOST_LAYERS = 200  # more than any such model has; names in a damaged file may imply more
 
 
 def sizes_of(tensors: Mapping[str, Tensor], part: Part, where: str | Path) -> dict[str, Any]:
-    """The sizes of a part's weights, by the keys of diffusers' config.json.
+    """Return the sizes of a part, with the keys of diffusers' config.json, from its weights.
 
     Args:
-        tensors: names as in SAT.
+        tensors: the part's tensors, with SAT's names.
         part: transformer or vae.
         where: the file, for messages.
 
     Raises:
-        UserError: weights that show a size are missing or have another shape.
+        UserError: a weight that a size is read from is missing or has a wrong number of dimensions.
     """
     metas = on_meta(tensors)
 
@@ -82,14 +82,15 @@ def check_sizes(
     described_by: str,
     hint: str,
 ) -> None:
-    """Check the sizes of weights.
+    """Check that the sizes of weights are the expected ones.
 
     Args:
-        sizes: of the weights, as `sizes_of` returns them.
-        expected: the same keys or some of them; None and other keys count for nothing.
-        where: the file, for the message.
-        described_by: what the expected sizes come from, for the message.
-        hint: end of the message: what to do.
+        sizes: the sizes of the weights, as returned by `sizes_of`.
+        expected: the expected sizes. Keys with the value None and unknown keys are ignored, and
+            keys may be missing.
+        where: the file of the weights, for the message.
+        described_by: the source of the expected sizes, for the message.
+        hint: what the user can do; the end of the message.
 
     Raises:
         UserError: a size differs.
@@ -103,12 +104,12 @@ def check_sizes(
 
 @cache
 def shipped_shapes(name: str, part: Part) -> Mapping[str, Tensor]:
-    """Name → meta tensor of the transformer or autoencoder of a configuration of `SHIPPED`."""
+    """Return name → meta tensor of a part of the configuration `name`, one of `SHIPPED`."""
     return build_on_meta(read_config(ROOT / name).model[_NODES[part]]).state_dict()
 
 
 def fitting_config(tensors: Mapping[str, Tensor], part: Part) -> str | None:
-    """The first configuration of `SHIPPED` that loads weights as they are; None if none does."""
+    """Return the first configuration in `SHIPPED` that loads `tensors` unchanged, or None."""
     metas = on_meta(tensors)
     for name in SHIPPED:
         if not any(differences(metas, needed(shipped_shapes(name, part), metas)).values()):
@@ -117,25 +118,25 @@ def fitting_config(tensors: Mapping[str, Tensor], part: Part) -> str | None:
 
 
 def needed(model: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The weights of a model that a file must have: its position table only if the file has one."""
+    """Return the weights of `model`, without the position table if it is not in `found`."""
     return model if POSITION_TABLE in found else without_positions(model)
 
 
 def without_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a part without the position table, which is computed if it is missing."""
+    """Return `tensors` without the position table, which is computed if a file does not have it."""
     return {name: tensor for name, tensor in tensors.items() if name != POSITION_TABLE}
 
 
 def weights_of(sizes: Mapping[str, Any], part: Part, *, where: str | Path) -> dict[str, Tensor]:
-    """Name → meta tensor of a part with these sizes, without the position table.
+    """Return name → meta tensor of a part with these sizes, without the position table.
 
     Args:
-        sizes: as `sizes_of` returns them.
+        sizes: the sizes of the part, as returned by `sizes_of`.
         part: transformer or vae.
-        where: the file that has these sizes, for messages.
+        where: the file with weights of these sizes, for messages.
 
     Raises:
-        UserError: no model can have them.
+        UserError: a model with these sizes is not possible.
     """
     counts = [n for size in sizes.values() for n in (size if isinstance(size, list) else [size])]
     layers = sizes["num_layers" if part == "transformer" else "layers_per_block"]
@@ -151,7 +152,7 @@ def weights_of(sizes: Mapping[str, Any], part: Part, *, where: str | Path) -> di
 
 
 def _node_of(sizes: Mapping[str, Any], part: Part) -> dict[str, Any]:
-    """The 2B model's node of a part with other sizes; the transformer is for the shortest clips."""
+    """Return the 2B model's configuration of a part with new sizes and the smallest clips."""
     node = copy.deepcopy(read_config(ROOT / FULL).model[_NODES[part]])
     params = node["params"]
     if part == "vae":

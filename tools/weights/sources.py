@@ -1,4 +1,4 @@
-"""The weights that tools/convert_weight_sat2hf.py converts, and their configuration."""
+"""Choose the weights that tools/convert_weight_sat2hf.py converts, and their configuration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = {  # part of a pipeline → the option with its path
+OPTIONS = {  # part of a pipeline → the option that sets its path
     "transformer": "--transformer_ckpt_path",
     "vae": "--vae_ckpt_path",
     "text_encoder": "--text_encoder_path",
@@ -26,7 +26,7 @@ OPTIONS = {  # part of a pipeline → the option with its path
 
 
 def read_config(*files: str | Path) -> Config:
-    """The checked configuration that `files` make when they are merged in order.
+    """Read `files`, merge them in order, and return the checked configuration.
 
     Raises:
         UserError: a file is missing or invalid.
@@ -40,10 +40,12 @@ def choose_sources(
     """Choose the configuration of a conversion and the weights to convert.
 
     Args:
-        given: the options, part → path. If there are none, the paths come from the configuration.
-        base: the option ``--base``. If it is None, the configuration is that of the run which the
-            transformer belongs to, or else the 2B model's. If no path is given either and the 2B
-            weights do not exist, it is the bundled model's.
+        given: the paths in the options, part → path. If `given` is empty, the paths in the
+            configuration are used.
+        base: the option ``--base``, or None. For None the configuration is the
+            ``training_config.yaml`` of the transformer's run if there is one, otherwise the 2B
+            model's. If `given` is empty too and the 2B weights do not exist, it is the bundled
+            model's.
 
     Returns:
         The configuration, and part → path.
@@ -61,8 +63,8 @@ def choose_sources(
         raise UserError(f"{' + '.join(base)}: {missing} do not exist; check the paths")
     if missing:
         logger.info(
-            "weights that %s names do not exist: %s (see 'Getting the 2B weights' in README.md). "
-            "The bundled model instead, by %s",
+            "weights named in %s do not exist: %s (see 'Getting the 2B weights' in README.md); "
+            "converting the bundled model of %s instead",
             *(FULL, missing, BUNDLED),
         )
         config = read_config(ROOT / BUNDLED)
@@ -71,7 +73,7 @@ def choose_sources(
 
 
 def _paths_in(config: Config) -> dict[str, str]:
-    """The paths in a configuration. Those of shipped ones are relative to the repository."""
+    """Return part → path in a configuration; missing paths are tried relative to `ROOT`."""
     vae, *texts = (named.value for named in weight_paths(config.model))
     values = (config.args.load, vae, next(filter(None, texts), None))
     found = {part: str(value) for part, value in zip(OPTIONS, values, strict=True) if value}
@@ -86,7 +88,7 @@ def _exists(path: str) -> bool:
 
 
 def _config_of_run(given: Mapping[str, str]) -> Path | None:
-    """The training_config.yaml of the run that the transformer belongs to."""
+    """Return the training_config.yaml of the transformer's run, or None if there is no file."""
     if "transformer" not in given:
         return None
     path = find_transformer(given["transformer"], option=OPTIONS["transformer"]).path

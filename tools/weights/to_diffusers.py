@@ -1,4 +1,4 @@
-"""From the parts of a model in SAT's layout to a diffusers folder: read, check, write."""
+"""Convert the parts of a model in SAT's layout to a diffusers folder."""
 
 from __future__ import annotations
 
@@ -48,13 +48,14 @@ class DiffusersConverter:
     """Reads and checks the parts of a model in SAT's layout, then writes a diffusers folder.
 
     Args:
-        config: what the weights do not show.
-        sources: part → path, as `choose_sources` returns them.
-        loras: merged into the transformer.
-        dtype: of the transformer; None keeps its own. The autoencoder is written in float32.
-        scaling_factor: of the latents; None takes the configuration's.
-        snr_shift_scale: of the noise levels; None takes the configuration's.
-        sizes: what the transformer must have, as in `check_sizes`.
+        config: provides everything that cannot be derived from the weights.
+        sources: part → path, as returned by `choose_sources`.
+        loras: the LoRAs to merge into the transformer.
+        dtype: the dtype of the written transformer; None keeps the dtype of its file. The
+            autoencoder is always written in float32.
+        scaling_factor: the factor that scales latents; None uses the configuration's factor.
+        snr_shift_scale: the shift of the noise levels; None uses the configuration's shift.
+        sizes: sizes that the transformer must have, as `expected` in `check_sizes`.
 
     Raises:
         UserError: a part is missing, damaged, of another model, or does not fit the others.
@@ -83,7 +84,7 @@ class DiffusersConverter:
             self.text_encoder = find_t5(path, option=OPTIONS["text_encoder"])
             check_t5(self.text_encoder, dtype=torch.float32)
             self.text_encoder.release()
-        # Name → config.json and tensors of the parts to write.
+        # Name of each part to write → its config.json and its tensors.
         self._parts: dict[str, tuple[dict[str, Any], Mapping[str, Tensor]]] = {}
         vae: str | Weights | None = sources.get("vae")
         if path := sources.get("transformer"):
@@ -91,27 +92,27 @@ class DiffusersConverter:
             self._add_transformer(found, loras, dtype=dtype, expected=sizes)
             vae = vae or (found if holds_autoencoder(found) else None)
         elif loras:
-            raise UserError("--lora changes a transformer; name one in --transformer_ckpt_path")
+            raise UserError("--lora needs a transformer; name it in --transformer_ckpt_path")
         if vae:
             self._add_vae(vae)
 
     @property
     def text_length(self) -> int:
-        """Tokens of a prompt, which diffusers needs at each call."""
+        """The number of tokens of a prompt, which every call of the diffusers pipeline needs."""
         return self._geometry["max_text_seq_length"]
 
     @property
     def present(self) -> set[str]:
-        """Names of the parts that are written, besides the scheduler."""
+        """The names of the parts to write, besides the scheduler."""
         texts = {"text_encoder", "tokenizer"} if self.text_encoder is not None else set()
         return {*self._parts, *texts}
 
     def _select(self, key: str) -> Any:
-        """The value of a dotted key below ``model``; None if it is missing."""
+        """Return the value of a dotted key in the section `model`; None if it is missing."""
         return OmegaConf.select(OmegaConf.create(self._config.model), key)
 
     def _number(self, key: str) -> float:
-        """The positive number of a dotted key below ``model``; 1 if it is missing or null."""
+        """Return the positive number at a dotted key in the section `model`; 1 if none is set."""
         value = self._select(key)
         if value is None:
             return 1.0
@@ -127,7 +128,7 @@ class DiffusersConverter:
         if name is None:
             raise UserError(
                 f"{self._described_by}: diffusers has no scheduler for the sampler {target!r}; "
-                f"known are {' and '.join(SCHEDULERS)}"
+                f"use {' or '.join(SCHEDULERS)}"
             )
         return name
 
@@ -147,9 +148,9 @@ class DiffusersConverter:
                 "trained on"
             )
         if matrices:
-            logger.warning("%s holds LoRA matrices, merged if --lora names it too", path)
+            logger.warning("%s has LoRA matrices, which are merged only if --lora names it", path)
         sizes = self._check(base, "transformer", self._network, where=path)
-        hint = "leave the option out, or name the weights that it belongs to"
+        hint = "omit the option, or name the weights with this size"
         check_sizes(sizes, expected, where=path, described_by="the option", hint=hint)
         merged = merged_tensors(base, loras, where=path, dtype=dtype)
         tensors = to_diffusers(merged, "transformer", where=path)
@@ -172,9 +173,9 @@ class DiffusersConverter:
         *,
         where: str | Path,
     ) -> dict[str, Any]:
-        """The sizes of weights, after a comparison with the model of the configuration.
+        """Compare weights with the configuration's model, and return the sizes of the weights.
 
-        The error also names a shipped configuration that fits.
+        If they differ, the error also names a shipped configuration that fits the weights, if any.
         """
         metas, wanted, name = on_meta(tensors), model.state_dict(), self._described_by
         hint = "copy the file again, or name its configuration with --base"
@@ -190,9 +191,9 @@ class DiffusersConverter:
         return sizes
 
     def write(self, folder: Path, *, link_text_encoder: bool) -> None:
-        """Write all parts into `folder`, which is within `new_folder`; to be called once."""
+        """Write all parts to `folder`, which `new_folder` has yielded; can be called once only."""
         index = model_index(self._scheduler["_class_name"], self.present)
-        while self._parts:  # the mapped file of a part is closed after the part is written
+        while self._parts:  # drop each written part, which closes its mapped file
             name = next(iter(self._parts))
             config, tensors = self._parts.pop(name)
             logger.info("writing %s", name)
@@ -201,7 +202,7 @@ class DiffusersConverter:
             save_sharded(folder / name, tensors)
             del tensors
             if self._parts:
-                gc.collect()  # torch.load leaves cycles that hold the mapped file
+                gc.collect()  # torch.load leaves reference cycles that keep the file mapped
         (folder / "scheduler").mkdir()
         save_json(folder / "scheduler" / "scheduler_config.json", self._scheduler)
         if self.text_encoder is not None:

@@ -1,4 +1,4 @@
-"""From a diffusers folder to the parts of a model in SAT's layout: read, check, write."""
+"""Convert a diffusers folder to the parts of a model in SAT's layout."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ T5_FOLDER = "t5-v1_1-xxl"  # as in the published layout
 
 
 def _find_parts(source: Path) -> dict[DiffusersPart, Weights]:
-    """Part → its folder, for the parts that the input has.
+    """Return part → weights for the parts in `source`.
 
     Raises:
-        UserError: the input is not a diffusers folder of CogVideoX-2B.
+        UserError: `source` is not a diffusers folder of CogVideoX-2B.
     """
     folders: dict[DiffusersPart, Path] = {}
     if is_pipeline(source):
         folders = {part: source / part for part in PART_CLASSES if os.path.isdir(source / part)}
     elif os.path.isfile(source / "config.json"):
         name = read_json(source / "config.json").get("_class_name")
-        # `find_part` raises UserError if it is neither.
+        # `find_part` raises UserError if the folder is of another class.
         folders = {"vae" if name == PART_CLASSES["vae"] else "transformer": source}
     if not folders:
         parts = " or ".join(PART_CLASSES)
         raise UserError(
-            f"{source} is not a readable diffusers folder; --input_path must name a local one of "
-            f"CogVideoX-2B, with model_index.json and the folder {parts} in it, or with "
-            "config.json; weights in SAT's layout and LoRAs need no conversion (see 'Which weights "
+            f"{source} is not a readable diffusers folder; --input_path must name a local "
+            f"CogVideoX-2B folder that contains model_index.json and the folder {parts}, or "
+            "config.json (weights in SAT's layout and LoRAs need no conversion; see 'Which weights "
             "do you have?' in README.md)"
         )
     return {part: find_part(folder, part) for part, folder in folders.items()}
@@ -68,8 +68,8 @@ class SatConverter:
     """Reads and checks the parts of a diffusers folder, then writes them in SAT's layout.
 
     Args:
-        source: the folder.
-        dtype: of the transformer; None keeps its own.
+        source: the diffusers folder.
+        dtype: the dtype of the written transformer; None keeps the dtype of its file.
 
     Raises:
         UserError: a part is missing, damaged or of another model.
@@ -96,7 +96,7 @@ class SatConverter:
             self.text_encoder.release()
 
     def write(self, folder: Path, *, link_text_encoder: bool) -> None:
-        """Write all parts into `folder`, which is within `new_folder`."""
+        """Write all parts to `folder`, which `new_folder` has yielded."""
         if "transformer" in self._tensors:
             logger.info("writing transformer")
             save_sat_transformer(folder / "transformer", self._tensors["transformer"])

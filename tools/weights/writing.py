@@ -1,4 +1,4 @@
-"""Writing weights: safetensors in shards, SAT's layout, and T5 folders, which are copied."""
+"""Write weights: safetensors in shards, SAT's layout, and copies of T5 folders."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from sgm.progress import Progress
 logger = logging.getLogger(__name__)
 
 
-DIFFUSERS_STEM = "diffusion_pytorch_model"  # of the names of diffusers' weight files
-DEFAULT_TAG = "1000"  # of the published SAT weights
+DIFFUSERS_STEM = "diffusion_pytorch_model"  # how diffusers' weight files begin
+DEFAULT_TAG = "1000"  # the tag of the published SAT weights
 DEFAULT_SHARD_BYTES = 2 * 10**9
 _BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -37,15 +37,16 @@ def save_sharded(
     *,
     stem: str = DIFFUSERS_STEM,
 ) -> None:
-    """Write ``{stem}.safetensors``, or several shards of it and an index, as diffusers does.
+    """Write ``{stem}.safetensors``, or shards and an index, as diffusers does.
 
-    The tensors of one shard are in memory at a time.
+    Only the tensors of one shard are in memory at a time.
 
     Args:
-        folder: exists; to be within `sgm.files.new_folder`, since shards appear one by one.
-        tensors: name → tensor, of any layout in memory.
-        max_shard_bytes: no file holds more than this, unless it holds a single tensor.
-        stem: beginning of the names of the files.
+        folder: an existing folder. It should be one that `sgm.files.new_folder` has yielded,
+            because shards are written one by one.
+        tensors: name → tensor, in any memory layout.
+        max_shard_bytes: the most bytes per file. A larger tensor gets a file of its own.
+        stem: the beginning of the file names.
 
     Raises:
         OSError: a file cannot be written.
@@ -69,9 +70,10 @@ def save_safetensors(
     """Write a safetensors file.
 
     Args:
-        tensors: name → tensor, each contiguous and in memory of its own.
-        path: of the file; to be within `sgm.files.new_folder` or `sgm.files.replacing`.
-        metadata: added to the header.
+        tensors: name → tensor. Each tensor is contiguous and shares no storage with another.
+        path: the file. It should be in a folder that `sgm.files.new_folder` has yielded, or a path
+            that `sgm.files.replacing` has yielded.
+        metadata: more metadata for the header.
 
     Raises:
         OSError: the file cannot be written.
@@ -80,15 +82,15 @@ def save_safetensors(
     mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
-    except SafetensorError as error:  # what it raises on a full disk
+    except SafetensorError as error:  # raised on a full disk
         raise OSError(f"safetensors: {error}") from error
-    path.chmod(mode)  # save_file lets only the owner read the file
+    path.chmod(mode)  # save_file makes the file readable for the owner only
 
 
 def _read(
     tensors: Mapping[str, Tensor], names: Iterable[str], progress: Progress
 ) -> dict[str, Tensor]:
-    """Some of the tensors, to be saved. Values that are not finite give a warning."""
+    """Return the tensors of `names`, ready to save; warn about values that are not finite."""
     found, damaged = {}, []
     for name in names:
         found[name] = tensor = own_storage(tensors[name])
@@ -98,15 +100,15 @@ def _read(
         progress.step("writing")
     if damaged:
         logger.warning(
-            "%d of %d tensors hold values that are not finite (%s first), and are written as they "
-            "are; no video can be made with them",
+            "%d of %d tensors contain values that are not finite (the first is %s); they are "
+            "written unchanged, but no video can be made with them",
             *(len(damaged), len(found), damaged[0]),
         )
     return found
 
 
 def save_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` as diffusers writes its configurations: indented, keys sorted."""
+    """Write `content` in the style of diffusers' configurations: indented, with sorted keys."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -120,10 +122,12 @@ def save_sat_transformer(
     """Write ``{folder}/latest`` and ``{folder}/{tag}/mp_rank_00_model_states.pt``, as published.
 
     Args:
-        folder: is created if it does not exist; to be within `sgm.files.new_folder`.
-        base: tensors of the transformer (or of a LoRA) without ``model.diffusion_model.``.
-        tag: name of the inner folder.
-        lora: the record of a LoRA whose matrices `base` holds, as plain values.
+        folder: created if it does not exist. Use a folder that `sgm.files.new_folder` has yielded,
+            or a folder inside it.
+        base: the tensors of the transformer or a LoRA. The prefix ``model.diffusion_model.`` is
+            added to their names.
+        tag: the name of the inner folder.
+        lora: the record of the LoRA, as plain values, if `base` contains LoRA matrices.
 
     Raises:
         OSError: the file cannot be written.
@@ -139,9 +143,9 @@ def save_sat_transformer(
 
 
 def own_storage(tensor: Tensor) -> Tensor:
-    """`tensor`, contiguous, and copied if it is part of a larger storage.
+    """Return `tensor` as contiguous, and as a copy if it is part of a larger storage.
 
-    torch.save would write the whole storage, and safetensors refuses tensors that share one.
+    torch.save would write the whole storage, and safetensors rejects tensors that share a storage.
     """
     tensor = tensor.detach().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
@@ -151,8 +155,8 @@ def copy_text_encoder(files: T5Files, folder: Path, *, link: bool) -> None:
     """Copy ``config.json`` and the weights of a T5 folder into a new folder.
 
     Args:
-        files: as `find_t5` returns them.
-        folder: is created; to be within `sgm.files.new_folder`.
+        files: the T5 files, as returned by `find_t5`.
+        folder: created. It should be in a folder that `sgm.files.new_folder` has yielded.
         link: create symbolic links instead of copies.
 
     Raises:
@@ -163,7 +167,7 @@ def copy_text_encoder(files: T5Files, folder: Path, *, link: bool) -> None:
     sources = [*files.indices, *(source for source in files.sources if source != files.tokenizer)]
     with Progress(len(sources), unit="file") as progress:
         for source in sources:
-            # Shards keep the names that the index gives them.
+            # Shards keep their names because the index contains these names.
             name = source.name if SHARD in source.name else source.name.replace(VARIANT, "")
             if link:
                 os.symlink(os.path.realpath(source), folder / name)
@@ -173,7 +177,7 @@ def copy_text_encoder(files: T5Files, folder: Path, *, link: bool) -> None:
 
 
 def copy_tokenizer_files(files: T5Files, folder: Path) -> None:
-    """Copy a T5 folder's tokenizer, and what libraries keep beside it, into the folder `folder`.
+    """Copy the tokenizer of a T5 folder, and its companion JSON files, to `folder`.
 
     Raises:
         OSError: a file cannot be written.

@@ -138,4 +138,4 @@ def test_values_that_are_not_finite_are_reported_and_written_as_they_are(tmp_pat
     damaged = TENSORS | {"a": TENSORS["a"] * torch.nan, "b": TENSORS["b"] / 0}
     write(tmp_path / "damaged" if write is save_sat_transformer else tmp_path, damaged)
     (message,) = caplog.messages
-    assert message.startswith("2 of 6 tensors hold values that are not finite (")
+    assert message.startswith("2 of 6 tensors contain values that are not finite (")
