@@ -108,7 +108,7 @@ def _convolve_frames(
         result = F.conv3d(
             frames, weight, bias, stride=(1, stride, stride), padding=(0, padding, padding)
         )
-        return result.contiguous(memory_format=memory_format(result))  # cuDNN's needs no copy
+        return result.contiguous(memory_format=memory_format(result))  # no copy of cuDNN's
     samples = [
         _convolve_by_taps(sample, weight, bias, padding=padding, stride=stride) for sample in frames
     ]

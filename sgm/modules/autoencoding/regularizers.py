@@ -33,7 +33,7 @@ class DiagonalGaussianRegularizer(nn.Module):
         return (mean + torch.exp(0.5 * log_variance) * noise).to(moments.dtype)
 
     def kl(self, moments: Tensor) -> Tensor:
-        """Return the mean over all elements of the latents' KL divergence from N(0, 1), in nats."""
+        """Return the latents' KL divergence from N(0, 1), averaged over all elements, in nats."""
         mean, log_variance = split_moments(moments)
         return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
 

@@ -131,7 +131,7 @@ def _affine_silu_kernel(
     ROWS: tl.constexpr,
     HAS_LATENTS: tl.constexpr,
 ):
-    """Write SiLU(scale · x + shift) to `into`; before SiLU, modulate by the nearest latent if any."""
+    """Write SiLU(y) to `into`, where y = scale · x + shift, modulated by the nearest latent if any."""
     sample = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channels = tl.arange(0, CHANNELS)
@@ -265,7 +265,7 @@ def add_with_bias(into: Tensor, x: Tensor, *, bias: Tensor) -> None:
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """Return `x` (b, c, t, h, w) as rows (b, t · h · w, c) without gaps; a view if channels last."""
+    """Return `x` (b, c, t, h, w) as rows (b, t·h·w, c) without gaps; a view if channels last."""
     rows = x.permute(0, 2, 3, 4, 1).flatten(1, 3)
     return rows if rows.stride()[1:] == (rows.shape[2], 1) else rows.contiguous()
 

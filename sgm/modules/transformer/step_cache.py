@@ -1,4 +1,4 @@
-"""Step cache: sampling steps skip most blocks, which is faster but changes the video.
+"""Step cache: some sampling steps skip most blocks, which is faster but changes the video.
 
 A block's residual is what it adds to the tokens. Residuals differ little between neighbouring
 steps, and the change of the first block's residual indicates the change of all others. Source: Liu
