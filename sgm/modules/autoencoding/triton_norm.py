@@ -131,7 +131,10 @@ def _affine_silu_kernel(
     ROWS: tl.constexpr,
     HAS_LATENTS: tl.constexpr,
 ):
-    """Write SiLU(y) to `into`, where y = scale · x + shift, modulated by the nearest latent if any."""
+    """Write SiLU(scale · x + shift) to `into`.
+
+    Before SiLU, the values are modulated by the nearest latent, if there are latents.
+    """
     sample = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channels = tl.arange(0, CHANNELS)

@@ -183,10 +183,10 @@ class AdaLNMixin(BaseMixin):
         """Compile the block when it is first called; all layers use the same compiled code.
 
         With `tune`, compiling also searches for better kernel settings. This takes half a minute
-        and makes a training step 1% faster; sampling gains nothing from it. There is a
-        separate compilation for each shape of the tokens, for evaluation and for training, and for
-        the first layer if branches of guidance share its video tokens. PyTorch allows 8
-        compilations; further variants run in eager mode.
+        and makes a training step 1% faster; sampling gains nothing from it. There is a separate
+        compilation for each shape of the tokens, for evaluation and for training, and for the first
+        layer if branches of guidance share its video tokens. PyTorch allows 8 compilations; further
+        variants run in eager mode.
         """
         options: dict[str, str | int | bool | Callable[..., object]] = {
             "coordinate_descent_tuning": tune,
