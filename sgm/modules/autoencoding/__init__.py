@@ -1,1 +1,1 @@
-"""Parts of the 3D causal video autoencoder. Tensors are (b, c, t, h, w) throughout."""
+"""Parts of the 3D causal video autoencoder. All feature maps are (b, c, t, h, w)."""

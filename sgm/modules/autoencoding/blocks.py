@@ -1,4 +1,4 @@
-"""Residual blocks of encoder and decoder."""
+"""The residual blocks of the encoder and the decoder."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sgm.modules.autoencoding.causal_conv import CausalConv3d, ConvCache
 from sgm.modules.autoencoding.convolve import empty_frames, frames_per_call
 from sgm.modules.autoencoding.norms import Norm, fused_kernels, needs_grad, norm_silu
 
-# Keys of published configurations that have no effect; double_z is always true.
+# Keys that published configurations set but this code ignores; double_z is always true.
 UNREAD_PARAMS = frozenset({"double_z", "resolution", "attn_resolutions", "gather_norm"})
 
 
 class CausalResnetBlock(nn.Module):
-    """Two causal 3x3x3 convolutions, each after norm and SiLU, and a shortcut around them."""
+    """Two causal 3x3x3 convolutions, each after a norm and SiLU, with a shortcut around both."""
 
     def __init__(
         self,
@@ -40,18 +40,18 @@ class CausalResnetBlock(nn.Module):
     def forward(
         self, x: Tensor, *, latents: Tensor | None = None, cache: ConvCache | None = None
     ) -> Tensor:
-        """(b, c, t, h, w) → (b, c_out, t, h, w).
+        """Return the output of the block, (b, c_out, t, h, w).
 
         Args:
-            x: the feature map.
-            latents: (b, z, t_z, h_z, w_z) for the decoder's norms.
-            cache: cache of the convolutions, if a video is processed in chunks.
+            x: the feature map, (b, c, t, h, w).
+            latents: (b, z, t_z, h_z, w_z), needed by the decoder's norms; None in the encoder.
+            cache: cache of the convolutions if the video is processed in chunks, else None.
         """
         room, channels = self.conv1.room, self.conv1.conv.out_channels
         with_grad = needs_grad(self, x)
         step = x.shape[2] if with_grad else frames_per_call(x, max(x.shape[1], channels))
         fused = None if with_grad else fused_kernels(x)
-        # With the fused kernels, the bias of a convolution is left to the next operation.
+        # With the fused kernels, the next operation adds the bias of a convolution.
         add_bias = fused is None
         offset = None if add_bias else self.conv1.conv.bias
         h = norm_silu(self.norm1, x, latents, room=room)
@@ -61,8 +61,8 @@ class CausalResnetBlock(nn.Module):
             h = self.conv2.slide(self.dropout(h), cache=cache, add_bias=add_bias)
             self._add_shortcut(h, x, fused=fused)
             return h
-        # A long input is computed with little memory: besides `x` one tensor of its size, which all
-        # operations but the shortcut change in place, and `step` frames.
+        # A long input needs little memory: besides `x`, only one tensor of its size, which all
+        # operations except the shortcut change in place, and tensors of `step` frames.
         frames = h
         if channels != x.shape[1]:
             frames = empty_frames(x, channels=channels, size=(room + x.shape[2], *x.shape[3:]))
@@ -76,7 +76,7 @@ class CausalResnetBlock(nn.Module):
         return h
 
     def _add_shortcut(self, h: Tensor, x: Tensor, *, fused: ModuleType | None) -> None:
-        """Add the shortcut of x to h, (b, c_out, t, h, w); with `fused` also the missing bias."""
+        """Add the shortcut of `x` to `h` (b, c_out, t, h, w); with `fused`, also conv2's bias."""
         if fused is None:
             h += self.nin_shortcut(x)
             return
@@ -100,7 +100,7 @@ class MiddleBlocks(nn.Module):
         self.block_2 = make_block(channels, channels)
 
     def forward(self, x: Tensor, **inputs: object) -> Tensor:
-        """(b, c, t, h, w) → the same shape; `inputs` as in `CausalResnetBlock.forward`."""
+        """Return the output, shaped like `x`; for `inputs` see `CausalResnetBlock.forward`."""
         return self.block_2(self.block_1(x, **inputs), **inputs)
 
 

@@ -1,4 +1,4 @@
-"""Causal convolution in time, and its cache of frames between the chunks of a video."""
+"""Convolution that is causal in time, and a cache of input frames between chunks of a video."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from sgm.offload import host_copy
 
 
 class ConvCache:
-    """The last input frames of every causal convolution, for the next chunk of the same video.
+    """Keeps the last input frames of every causal convolution for the next chunk of a video.
 
-    A context manager that clears the cache on exit, so that no frame of one video reaches another.
-    The frames stay on their device and in the autograd graph.
+    As a context manager, it clears the cache on exit, so no frame is used for another video. The
+    frames stay on their device and in the autograd graph.
     """
 
     def __init__(self) -> None:
@@ -29,31 +29,36 @@ class ConvCache:
         return len(self._frames)
 
     def recall(self, conv: nn.Module) -> Tensor | None:
-        """Return the frames of `conv` from the previous chunk, (b, c, k-1, h, w); None at first."""
+        """Return the last input frames (b, c, k-1, h, w) of `conv`; None for the first chunk."""
         return self._frames.get(conv)
 
     def fill(self, conv: CausalConv3d, frames: Tensor) -> None:
-        """Write the end of the previous chunk before this one, and keep the end of this one.
+        """Write the cached frames into the first k-1 of `frames`, and cache the last k-1 of them.
+
+        The first chunk of a video has no cached frames; its own first frame is repeated instead.
 
         Args:
-            conv: the convolution whose input the chunk is.
-            frames: (b, c, k-1 + t, h, w), the chunk after the k-1 frames that are written.
+            conv: the convolution, of kernel size k, that gets `frames` as its input.
+            frames: (b, c, k-1 + t, h, w): k-1 frames to overwrite, and then the chunk.
         """
         fill_room(frames, self.recall(conv), room=conv.room)
-        # A copy, because a view of a few frames would keep the whole chunk in memory.
+        # This is a copy, because a view would keep the whole chunk in memory.
         self._frames[conv] = frames[:, :, -conv.room :].clone()
 
 
 def fill_room(frames: Tensor, head: Tensor | None, *, room: int) -> None:
-    """Write `head`, (b, c, room, h, w), before `frames`; without it repeat their first frame."""
+    """Write `head` (b, c, room, h, w) into the first `room` of `frames`.
+
+    If it is None, write copies of the frame that follows them.
+    """
     frames[:, :, :room] = frames[:, :, room : room + 1] if head is None else head
 
 
 class CausalConv3d(nn.Module):
-    """Cubic 3D convolution, stride 1. Output frame i depends only on input frames up to i.
+    """A cubic 3D convolution with stride 1; output frame i depends only on input frames up to i.
 
-    Time is padded on the left: with the frames of the cache, or at the start of a video with its
-    first frame. Space is padded with zeros. The size does not change.
+    Time is padded on the left with the frames of the cache, or at the start of a video with copies
+    of the first frame. Space is padded with zeros. The output has the same size as the input.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int) -> None:
@@ -62,11 +67,11 @@ class CausalConv3d(nn.Module):
 
     @property
     def room(self) -> int:
-        """Number of frames before a chunk on which its first output frame depends: k - 1."""
+        """The number of frames to pad before a chunk: k - 1 for kernel size k."""
         return self.conv.kernel_size[0] - 1
 
     def forward(self, x: Tensor, *, cache: ConvCache | None = None) -> Tensor:
-        """(b, c, t, h, w) → (b, c_out, t, h, w); reads and updates `cache` if there is one."""
+        """Convolve `x`, (b, c, t, h, w) → (b, c_out, t, h, w), and update `cache` if given."""
         return self.slide(with_room(x, self.room) if self.room else x, cache=cache)
 
     def slide(
@@ -77,13 +82,13 @@ class CausalConv3d(nn.Module):
         into: Tensor | None = None,
         add_bias: bool = True,
     ) -> Tensor:
-        """As `forward`, for frames with `room` before them, which avoids a copy.
+        """Convolve like `forward`, but without a copy: `frames` already has space for the padding.
 
         Args:
-            frames: (b, c, k-1 + t, h, w); the first k-1 are overwritten.
-            cache: read and updated if there is one.
-            into: (b, c_out, t, h, w) for the result; it may be the last t of `frames`.
-            add_bias: False leaves the bias to the caller.
+            frames: (b, c, k-1 + t, h, w); the first k-1 frames are overwritten by the padding.
+            cache: read and updated if given.
+            into: (b, c_out, t, h, w), receives the result; it may be the last t of `frames`.
+            add_bias: if False, the caller adds the bias.
 
         Returns:
             (b, c_out, t, h, w): `into`, or a new tensor.
@@ -98,12 +103,12 @@ class CausalConv3d(nn.Module):
 
 
 class HostConvCache(ConvCache):
-    """A `ConvCache` whose frames are in host memory while they are not used.
+    """A `ConvCache` that stores the frames in host memory.
 
-    The frames of all convolutions are more than a third of the GPU memory that decoding needs.
+    On the GPU, they would take more than a third of the memory that decoding needs.
 
     Args:
-        device: device of the chunks.
+        device: the device of the chunks.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -111,15 +116,15 @@ class HostConvCache(ConvCache):
         self._device = device
 
     def recall(self, conv: nn.Module) -> Tensor | None:
-        """As in `ConvCache`; the frames are copied to the device."""
+        """Return the same as `ConvCache.recall`, copied to the device."""
         frames = super().recall(conv)
         return None if frames is None else frames.to(self._device, non_blocking=True)
 
     def fill(self, conv: CausalConv3d, frames: Tensor) -> None:
-        """As in `ConvCache`.
+        """Do the same as `ConvCache.fill`, but cache the frames in host memory.
 
-        Each convolution has one buffer on the host. Only the GPU reads and writes it, in the order
-        of its stream, so that the host need not wait for the copies.
+        Each convolution has one buffer on the host. Only the GPU's copies read and write this
+        buffer, in the order of the stream, so the host does not wait for them.
         """
         home = self._frames.get(conv)
         super().fill(conv, frames)

@@ -1,4 +1,4 @@
-"""Convolutions over a video within the limits of PyTorch's backends, and their memory layout."""
+"""Convolution of long videos within the limits of PyTorch's backends, and its memory format."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """Return the layout in which convolutions are fastest on the device and in the dtype of `x`.
+    """Return the memory format in which convolutions of `x` are fastest, by its device and dtype.
 
-    With channels last, the pixels of a frame are rows of channels. Tensor cores and oneDNN read
-    them directly, and frames follow each other without gaps. cuDNN has no such kernels for float32.
+    In channels-last format, all channels of a pixel are contiguous. Tensor cores and oneDNN read
+    this format directly, and each frame is one block of memory. cuDNN has no such kernels for
+    float32.
     """
     if x.is_cuda and x.dtype not in (torch.float16, torch.bfloat16):
         return torch.contiguous_format
@@ -19,7 +20,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def empty_frames(x: Tensor, *, channels: int, size: tuple[int, int, int]) -> Tensor:
-    """Return an uninitialised (b, channels, t, h, w) of `size` (t, h, w), otherwise as `x`."""
+    """Return an uninitialised tensor (b, channels, *size); batch size, device and dtype as `x`."""
     return torch.empty(
         (x.shape[0], channels, *size),
         dtype=x.dtype,
@@ -29,7 +30,7 @@ def empty_frames(x: Tensor, *, channels: int, size: tuple[int, int, int]) -> Ten
 
 
 def with_room(x: Tensor, room: int) -> Tensor:
-    """Return a copy of `x`, (b, c, t, h, w), after `room` frames with arbitrary values."""
+    """Return a copy of `x` (b, c, t, h, w), preceded by `room` frames with arbitrary values."""
     if x.requires_grad:
         return F.pad(x, (0, 0, 0, 0, room, 0))  # (b, c, room + t, h, w)
     frames = empty_frames(x, channels=x.shape[1], size=(room + x.shape[2], *x.shape[3:]))
@@ -37,17 +38,20 @@ def with_room(x: Tensor, room: int) -> Tensor:
     return frames
 
 
-# Longer inputs are convolved part by part along time. cuDNN counts the elements of a tensor in 32
-# bits, which 49 frames of 480 x 720 with 128 channels exceed. The parts are smaller than this limit
-# allows, to bound the memory that is needed besides tensors of that size.
+# Inputs with more elements are convolved in parts along time, because cuDNN counts elements in 32
+# bits; 49 frames of 480 x 720 with 128 channels have too many. The parts are smaller than this
+# limit requires, to bound the memory that is needed besides the input and the result.
 MAX_ELEMENTS_PER_CALL = 2**30
 ELEMENTS_PER_PART = 3 * 2**25  # two frames of 480 x 720 with 128 channels
 
-CPU_ELEMENTS = 2**19  # elements that fit into the cache of a CPU
+CPU_ELEMENTS = 2**19  # this many elements fit into a CPU's cache
 
 
 def frames_per_call(x: Tensor, channels: int) -> int:
-    """Return how many frames of `x`, (b, c, t, h, w), to convolve at once with `channels`."""
+    """Return how many frames of `x` (b, c, t, h, w) to convolve per call.
+
+    `channels` is the larger number of channels of the convolution's input and output.
+    """
     elements_per_frame = x[:, 0, 0].numel() * channels
     if elements_per_frame * x.shape[2] <= MAX_ELEMENTS_PER_CALL:
         return x.shape[2]
@@ -63,15 +67,15 @@ def convolve(
     stride: int = 1,
     into: Tensor | None = None,
 ) -> Tensor:
-    """3D convolution that pads space with zeros and does not pad time.
+    """Return a 3D convolution of `frames` that pads space with zeros and does not pad time.
 
     Args:
         frames: (b, c, t + k-1, h, w), t at least 1.
         weight: (c_out, c, k, p, q).
         bias: (c_out,).
-        padding: zeros on each of the four spatial sides.
+        padding: number of zeros on each of the four spatial sides.
         stride: stride in space; the stride in time is 1.
-        into: (b, c_out, t, h_out, w_out) for the result; it may be the last t of `frames`.
+        into: (b, c_out, t, h_out, w_out), receives the result; it may be the last t of `frames`.
 
     Returns:
         (b, c_out, t, h_out, w_out): `into`, or a new tensor.
@@ -79,8 +83,8 @@ def convolve(
     overlap = weight.shape[2] - 1
     num_frames = frames.shape[2] - overlap
     step = frames_per_call(frames, max(weight.shape[:2]))
-    # From the last frames to the first, because a result may overwrite the last of its own input
-    # frames, but no input of an earlier result.
+    # The parts go from last to first, because `into` may be the end of `frames`. A part's result
+    # then overwrites its own last input frames, which no earlier part needs.
     for stop in range(num_frames, 0, -step):
         start = max(0, stop - step)
         part = _convolve_frames(
@@ -91,7 +95,7 @@ def convolve(
                 return part
             into = empty_frames(part, channels=part.shape[1], size=(num_frames, *part.shape[3:]))
         into[:, :, start:stop] = part
-        del part  # free it before the next one is computed
+        del part  # free its memory before the next part is computed
     assert into is not None, frames.shape
     return into
 
@@ -99,12 +103,12 @@ def convolve(
 def _convolve_frames(
     frames: Tensor, weight: Tensor, bias: Tensor | None, *, padding: int, stride: int
 ) -> Tensor:
-    """(b, c, t + k - 1, h, w) → (b, c_out, t, h_out, w_out)."""
+    """Convolve all frames in one call, (b, c, t + k - 1, h, w) → (b, c_out, t, h_out, w_out)."""
     if frames.device.type != "cpu" or frames.dtype != torch.float32:
         result = F.conv3d(
             frames, weight, bias, stride=(1, stride, stride), padding=(0, padding, padding)
         )
-        return result.contiguous(memory_format=memory_format(result))  # no copy after cuDNN
+        return result.contiguous(memory_format=memory_format(result))  # no copy of cuDNN's
     samples = [
         _convolve_by_taps(sample, weight, bias, padding=padding, stride=stride) for sample in frames
     ]
@@ -116,11 +120,11 @@ def _convolve_frames(
 def _convolve_by_taps(
     sample: Tensor, weight: Tensor, bias: Tensor | None, *, padding: int, stride: int
 ) -> Tensor:
-    """(c, t + k - 1, h, w) → (c_out, t, h_out, w_out), as a sum of k 2D convolutions.
+    """Convolve one sample, (c, t + k - 1, h, w) → (c_out, t, h_out, w_out), by k 2D convolutions.
 
-    On a CPU, in float32, this is up to ten times faster than conv3d, which does not use oneDNN with
-    padding. Its shorter sums also have a smaller rounding error. The input of a few frames at a
-    time fits into the cache of the CPU.
+    On a CPU in float32, the sum of these is up to ten times faster than conv3d, which does not use
+    oneDNN with padding. The shorter sums also have a smaller rounding error. A few frames are
+    computed at a time, so that the input fits into the cache of the CPU.
     """
     taps = weight.shape[2]
     rows = sample.transpose(0, 1)  # (t + k - 1, c, h, w)
@@ -129,7 +133,7 @@ def _convolve_by_taps(
     pieces = []
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
-        # Contiguous planes: with channels last, oneDNN's sums have a larger rounding error.
+        # Contiguous, because oneDNN has a larger rounding error in channels-last format.
         planes = rows[start : stop + taps - 1].contiguous()
         piece = F.conv2d(planes[: stop - start], weight[:, :, 0], bias, stride, padding)
         for tap in range(1, taps):

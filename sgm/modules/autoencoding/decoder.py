@@ -19,21 +19,21 @@ from sgm.modules.autoencoding.resize import NUM_TIME_LEVELS, Upsample
 
 
 class ContextParallelDecoder3D(nn.Module):
-    """The causal 3D decoder of CogVideoX (Yang et al. 2024, section 2.1), the encoder's mirror.
+    """The causal 3D decoder of CogVideoX (Yang et al. 2024, section 2.1); it mirrors the encoder.
 
     Args:
         z_channels: channels of the latents.
         out_ch: channels of the video.
         ch: channels of resolution level 0, which runs last.
-        ch_mult: factor of `ch` at each resolution level, as in the encoder.
-        num_res_blocks: residual blocks per resolution level of the encoder; the decoder has one
-            more per level.
+        ch_mult: factor of `ch` at each resolution level, the same as in the encoder.
+        num_res_blocks: number of residual blocks per resolution level of the encoder; the decoder
+            has one more per level.
         dropout: dropout rate inside the residual blocks, in training.
 
-    Configurations use this name of the class; the work is not split over processes.
+    The class keeps this name because configurations use it; no work is split between processes.
     """
 
-    IGNORED_PARAMS = UNREAD_PARAMS | {"in_channels"}  # a param of the encoder
+    IGNORED_PARAMS = UNREAD_PARAMS | {"in_channels"}  # a parameter of the encoder only
 
     def __init__(
         self,
@@ -69,15 +69,16 @@ class ContextParallelDecoder3D(nn.Module):
         self.conv_out = CausalConv3d(widths[0], out_ch, kernel_size=3)
 
     def forward(self, z: Tensor, *, cache: ConvCache | None = None) -> Tensor:
-        """Decode one chunk of latents; the norms use the statistics of this chunk.
+        """Decode one chunk of latents; the norms use only the statistics of this chunk.
 
         Args:
-            z: (b, z, t, h, w). An odd t means that the video begins here: its first latent frame
-                is the first frame alone.
-            cache: frames from the previous chunk, updated here; None for a whole video in one pass.
+            z: (b, z, t, h, w). If t is odd, the chunk is the start of the video, and its first
+                latent frame is decoded to a single frame.
+            cache: frames from the previous chunk, updated here; None if `z` is the whole video.
 
         Returns:
-            (b, c, 4t, 8h, 8w), or 4t - 3 frames if t is odd; about [-1, 1], not clamped.
+            Frames (b, c, 4t, 8h, 8w), or 4t - 3 frames if t is odd. Values are about in [-1, 1] and
+            are not clamped.
         """
         h = self.conv_in(z, cache=cache)
         h = self.mid(h, latents=z, cache=cache)

@@ -1,4 +1,4 @@
-"""The encoder: video → moments of its latents."""
+"""The encoder: video → mean and log-variance of its latents."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ from sgm.modules.autoencoding.resize import NUM_TIME_LEVELS, Downsample
 
 
 class ContextParallelEncoder3D(nn.Module):
-    """The causal 3D encoder of CogVideoX (Yang et al. 2024, section 2.1), 8x in space, 4x in time.
+    """The causal 3D encoder of CogVideoX (Yang et al. 2024, section 2.1).
+
+    It divides height and width by 8 and time by 4, with the published configuration.
 
     Args:
         ch: channels of the first resolution level.
-        ch_mult: factor of `ch` at each resolution level; each but the last one halves the size.
-        num_res_blocks: residual blocks per resolution level.
+        ch_mult: factor of `ch` at each resolution level. Each level except the last halves height
+            and width.
+        num_res_blocks: number of residual blocks per resolution level.
         z_channels: channels of the latents; the output has twice as many.
         in_channels: channels of the video.
         dropout: dropout rate inside the residual blocks, in training.
 
-    Configurations use this name of the class; the work is not split over processes.
+    The class keeps this name because configurations use it; no work is split between processes.
     """
 
-    IGNORED_PARAMS = UNREAD_PARAMS | {"out_ch"}  # a param of the decoder
+    IGNORED_PARAMS = UNREAD_PARAMS | {"out_ch"}  # a parameter of the decoder only
 
     def __init__(
         self,
@@ -75,7 +78,7 @@ class ContextParallelEncoder3D(nn.Module):
             x: (b, c, 4k+1, 8h, 8w) in [-1, 1].
 
         Returns:
-            Moments (b, 2z, k+1, h, w): mean, then log-variance, of the latents.
+            Moments of the latents (b, 2z, k+1, h, w): z channels of mean, then z of log-variance.
         """
         h = self.conv_in(x)
         for level in self.down:

@@ -1,8 +1,9 @@
-"""Norms of the autoencoder, and norm, modulation and SiLU fused into two passes over memory.
+"""Norms of the autoencoder, and a fusion of norm, modulation and SiLU into two passes over memory.
 
-The first pass computes statistics, merged from parts (Chan, Golub and LeVeque 1979); the second one
-writes the result. So no tensor of the size of a feature map is needed besides input and output.
-Norm and modulation together are a·x + b, where a and b have the size of the latents.
+The first pass computes statistics of parts of a feature map and merges them (Chan, Golub and
+LeVeque 1979). The second pass writes the result. Besides input and output, no tensor as large as a
+feature map is needed: norm and modulation together are a·x + b, where a and b are only as large as
+the latents.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ EPSILON = 1e-6
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Return a GroupNorm (Wu and He 2018) with statistics over all frames of its input.
+    """Return a GroupNorm (Wu and He 2018); its statistics cover all frames of the input.
 
     Raises:
         ValueError: `channels` is not a multiple of the number of groups.
@@ -33,9 +34,9 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class LatentModulatedNorm(nn.Module):
-    """GroupNorm with scale and shift that are linear in the latents at the same place.
+    """A GroupNorm whose scale and shift are linear functions of the latent at the same position.
 
-    It is the norm of the decoder: the spatially conditional normalisation of MoVQ (Zheng et al.
+    The decoder uses this norm. It is the spatially conditional normalisation of MoVQ (Zheng et al.
     2022, section 3.2), applied to video.
     """
 
@@ -46,19 +47,19 @@ class LatentModulatedNorm(nn.Module):
         self.conv_b = CausalConv3d(latent_channels, channels, kernel_size=1)
 
     def forward(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Return GroupNorm(x) · conv_y(z) + conv_b(z), with z stretched to the size of `x`.
+        """Return GroupNorm(x) · conv_y(z) + conv_b(z), with latents z resized to the size of `x`.
 
         Args:
-            x: (b, c, t, h, w); its sizes are multiples of those of `latents` (see `stretch_time`).
-            latents: (b, z, t_z, h_z, w_z).
+            x: (b, c, t, h, w); h and w are multiples of h_z and w_z (for t see `stretch_time`).
+            latents: z, (b, z, t_z, h_z, w_z).
 
         Returns:
             (b, c, t, h, w), newly allocated.
         """
         num_frames = x.shape[2]
         rows, columns = x.shape[3] // latents.shape[3], x.shape[4] // latents.shape[4]
-        # Convolutions of one pixel commute with repeating pixels. They run at the size of the
-        # latents, and broadcasting repeats their result: x may be 64 times as large.
+        # A 1x1x1 convolution gives the same result before and after pixels are repeated. It runs
+        # before, at the size of the latents, and broadcasting repeats its result up to 64 times.
         scale, shift = (
             rearrange(stretch_time(conv(latents), num_frames), "b c t h w -> b c t h 1 w 1")
             for conv in (self.conv_y, self.conv_b)
@@ -72,7 +73,8 @@ class LatentModulatedNorm(nn.Module):
 
 Norm = nn.GroupNorm | LatentModulatedNorm
 
-# Elements of a feature map that are processed at once without Triton; a CPU's cache holds them.
+# Without Triton, this many elements of a feature map are processed at a time. CPU_PART elements fit
+# into a CPU's cache.
 CPU_PART, GPU_PART = 2**18, 2**26
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 
@@ -86,19 +88,19 @@ def norm_silu(
     into: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
-    """Return SiLU(norm(x + offset)); with latents (in the decoder), norm takes them too.
+    """Return SiLU(norm(x + offset)), or with latents SiLU(norm(x + offset, latents)).
 
     Args:
-        norm: the norm; with latents a `LatentModulatedNorm`.
+        norm: a GroupNorm, or with latents (in the decoder) a `LatentModulatedNorm`.
         x: (b, c, t, h, w).
-        latents: (b, z, t_z, h_z, w_z), as `LatentModulatedNorm` takes them.
-        room: frames with arbitrary values to leave before the result.
-        into: (b, c, t, h, w) for the result; may be `x`. Only without gradients.
-        offset: (c,), the bias that the previous convolution has left out, which costs no time
-            here. Only with `fused_kernels`.
+        latents: (b, z, t_z, h_z, w_z), see `LatentModulatedNorm`; None in the encoder.
+        room: number of frames with arbitrary values to put before the result.
+        into: (b, c, t, h, w), receives the result; it may be `x`. Only without gradients.
+        offset: (c,), the bias of the previous convolution, if that has not added it; adding it here
+            takes no extra time. Only with `fused_kernels`.
 
     Returns:
-        `into`, or a new tensor (b, c, room + t, h, w). Half types are computed in float32.
+        `into`, or a new tensor (b, c, room + t, h, w). Half precision is computed in float32.
     """
     if needs_grad(norm, x):
         normed = norm(x) if latents is None else norm(x, latents)
@@ -122,7 +124,7 @@ def norm_silu(
     scale, shift = (factor[:, :, None, None, None] for factor in (scale, shift))
     if modulation is not None:
         latent_scale, latent_shift = modulation
-        # In float64 until here, since each rounding of a factor would be one of the result.
+        # The factors are float64 until here, because their rounding errors end up in the result.
         scale, shift = scale * latent_scale, shift * latent_scale + latent_shift
     dtype = _working_dtype(x)
     _affine_silu(x, scale=scale.to(dtype), shift=shift.to(dtype), into=into)
@@ -130,17 +132,17 @@ def norm_silu(
 
 
 def needs_grad(module: nn.Module, x: Tensor) -> bool:
-    """Whether `module(x)` must be differentiable, so that `x` must be kept unchanged."""
+    """Return whether `module(x)` must be differentiable, so `x` must not be changed in place."""
     if not torch.is_grad_enabled():
         return False
     return x.requires_grad or any(weight.requires_grad for weight in module.parameters())
 
 
 def fused_kernels(x: Tensor) -> ModuleType | None:
-    """Return the module of Triton kernels if they support `x`, else None.
+    """Return the module of Triton kernels if these support `x`, else None.
 
-    With these kernels, convolutions leave their bias to the next operation, because cuDNN would
-    add it in a separate pass.
+    With these kernels, the operation after a convolution adds the bias of the convolution, because
+    cuDNN would add it in a separate pass.
     """
     if not x.is_cuda or x.dtype not in _HALF_TYPES or not can_compile_kernels():
         return None
@@ -150,23 +152,27 @@ def fused_kernels(x: Tensor) -> ModuleType | None:
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:
-    """Return float32, or float64 for `x` of this type."""
+    """Return the dtype for computing on `x`: float64 if `x` is float64, else float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _parts(x: Tensor) -> list[slice]:
-    """Split the frames of `x`, (b, c, t, h, w), into parts with a bounded size per sample."""
+    """Split the frames of `x` (b, c, t, h, w) into parts of bounded size per sample, as slices."""
     limit = GPU_PART if x.is_cuda else CPU_PART
     step = max(1, limit // x[0, :, 0].numel())
     return [slice(start, start + step) for start in range(0, x.shape[2], step)]
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return counts (p,), means and sums of squared deviations (p, b, c) per channel in p parts."""
+    """Return the moments of each channel in p parts of the frames of `x` (b, c, t, h, w).
+
+    Returns:
+        The number of elements (p,), means (p, b, c), and sums of squared deviations (p, b, c).
+    """
     counts, means, squares = [], [], []
     for part in _parts(x):
         counts.append(x[0, 0, part].numel())
-        # One sample at a time, so that sums have the same order in any batch.
+        # One sample at a time, so the order of summation does not depend on the batch size.
         for sample in x[:, :, part].split(1):
             values = sample.to(_working_dtype(x))
             mean = values.mean(dim=(2, 3, 4), keepdim=True)
@@ -181,13 +187,16 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _merge(
     counts: Tensor, means: Tensor, squares: Tensor, *, num_groups: int
 ) -> tuple[Tensor, Tensor]:
-    """Merge the moments of parts to mean and variance of each channel's group, (b, c), float64.
+    """Merge the moments of p parts; return mean and variance of each group of channels.
 
     Args:
-        counts: (p,), elements of a channel in each part.
+        counts: (p,), number of elements per channel in each part.
         means: (p, b, c).
-        squares: (p, b, c), sums of squared deviations from these means.
+        squares: (p, b, c), sums of squared deviations from `means`.
         num_groups: number of groups of channels.
+
+    Returns:
+        Mean and variance, (b, c) each, float64; they are equal for all channels of a group.
     """
     counts = counts.double()[:, None, None, None]  # (p, 1, 1, 1)
     means, squares = (
@@ -203,11 +212,14 @@ def _merge(
 
 
 def _affine_silu(x: Tensor, *, scale: Tensor, shift: Tensor, into: Tensor) -> None:
-    """Write SiLU(scale · x + shift), scale and shift (b, c, t_z, h_z, w_z) stretched, to `into`."""
+    """Write SiLU(scale · x + shift) to `into`.
+
+    Scale and shift, (b, c, t_z, h_z, w_z) each, are repeated to the size of `x` (b, c, t, h, w).
+    """
     if scale.shape[2] > 1:
         scale, shift = (stretch_time(factor, x.shape[2]) for factor in (scale, shift))
     rows, columns = x.shape[3] // scale.shape[3], x.shape[4] // scale.shape[4]
-    # (b, c, t, h_z, 1, w_z, 1): broadcasting repeats them for all pixels of a latent.
+    # (b, c, t, h_z, 1, w_z, 1): broadcasting repeats the values for all pixels of a latent.
     scale, shift = (factor[:, :, :, :, None, :, None] for factor in (scale, shift))
     for part in _parts(x):
         at = part if scale.shape[2] > 1 else slice(None)
@@ -221,4 +233,4 @@ def _affine_silu(x: Tensor, *, scale: Tensor, shift: Tensor, into: Tensor) -> No
         else:
             modulated = places.to(scale).mul_(scale[:, :, at]).add_(shift[:, :, at])
             target.copy_(F.silu(modulated, inplace=True))
-            del modulated  # free it before the next one is computed
+            del modulated  # free its memory before the next part is computed

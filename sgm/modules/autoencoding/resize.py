@@ -1,4 +1,4 @@
-"""Halving and doubling of space and time between resolution levels of the autoencoder."""
+"""Downsampling and upsampling of space and time between the autoencoder's resolution levels."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch import nn
 
 from sgm.modules.autoencoding.convolve import convolve, empty_frames, frames_per_call
 
-# Time is halved at the first two resolution levels, so it is compressed by 4 in total.
+# Time is halved after each of the first two resolution levels, so it is compressed by 4 in total.
 NUM_TIME_LEVELS = 2
 
 
 def stretch_time(x: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """Repeat frames until there are `num_frames`: nearest neighbour in time.
+    """Repeat each frame of `x` to get `num_frames` frames (nearest neighbour in time).
 
-    An odd number (4k+1 or 2k+1 frames) means that `x` contains the first frame of the video. This
-    frame is not repeated, only the others are.
+    If `num_frames` is odd (4k+1 or 2k+1), `x` starts with the first frame of the video. This frame
+    is not repeated; all other frames are.
 
     Args:
-        x: (b, c, t, h, w). t divides `num_frames`; if that is odd, t-1 divides `num_frames` - 1.
-        num_frames: frames of the result.
+        x: (b, c, t, h, w). If `num_frames` is even, it is a multiple of t; if it is odd,
+            `num_frames` - 1 is a multiple of t - 1.
+        num_frames: number of frames of the result.
 
     Returns:
         (b, c, num_frames, h, w)
@@ -37,7 +38,7 @@ def stretch_time(x: torch.Tensor, num_frames: int) -> torch.Tensor:
 
 
 class Downsample(nn.Module):
-    """Halve space by a strided convolution; optionally halve time by averaging pairs of frames."""
+    """Halves space by a strided convolution, and optionally time by averaging pairs of frames."""
 
     def __init__(self, channels: int, *, compress_time: bool) -> None:
         super().__init__()
@@ -45,8 +46,9 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(b, c, t, h, w) → (b, c, ⌈t/2⌉ or t, ⌊h/2⌋, ⌊w/2⌋)."""
-        # Parts have an even number of frames. With an odd total, the first frame is not averaged.
+        """Downsample `x`, (b, c, t, h, w) → (b, c, ⌈t/2⌉ or t, ⌊h/2⌋, ⌊w/2⌋)."""
+        # Each part has an even number of frames, but if the total is odd, the first part has one
+        # frame more: the first frame of the video, which is not averaged.
         step = frames_per_call(x, x.shape[1]) // 2 * 2 or 2
         num_frames = x.shape[2]
         bounds = [0, *range(step + num_frames % 2, num_frames, step), num_frames]
@@ -61,7 +63,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double space, and optionally time, by repeating; then smooth space by a convolution."""
+    """Doubles space, and optionally time, by repeating; a convolution then smooths space."""
 
     def __init__(self, channels: int, *, expand_time: bool) -> None:
         super().__init__()
@@ -69,18 +71,18 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(b, c, t, h, w) → (b, c, 2t or t, 2h, 2w); 2t - 1 frames where t is odd."""
+        """Upsample `x`, (b, c, t, h, w) → (b, c, 2t or t, 2h, 2w); an odd t becomes 2t - 1."""
         x = _double_pixels(x)  # (b, c, t, 2h, 2w)
         x = convolve(x, self.conv.weight.unsqueeze(2), bias=self.conv.bias, padding=1)
-        # The convolution treats frames independently, so they are repeated after it: the result is
-        # the same for half of the work.
+        # The convolution treats frames independently. Repeating frames after it gives the same
+        # result for half of the work.
         return _double_frames(x) if self.expand_time else x
 
 
 def _double_pixels(x: torch.Tensor) -> torch.Tensor:
-    """(b, c, t, h, w) → (b, c, t, 2h, 2w), nearest neighbour, without a change of memory layout.
+    """Repeat pixels, (b, c, t, h, w) → (b, c, t, 2h, 2w), nearest neighbour.
 
-    F.interpolate would change the layout for 3D inputs.
+    This keeps the memory format, which F.interpolate would change for 3D inputs.
     """
     num_frames, height, width = x.shape[2:]
     result = empty_frames(x, channels=x.shape[1], size=(num_frames, 2 * height, 2 * width))
@@ -90,7 +92,7 @@ def _double_pixels(x: torch.Tensor) -> torch.Tensor:
 
 
 def _double_frames(x: torch.Tensor) -> torch.Tensor:
-    """Return the result of `stretch_time` for 2t frames, or 2t - 1 if t is odd, in `x`'s layout."""
+    """Repeat frames like `stretch_time`, to 2t frames, or 2t - 1 if t is odd; keep the format."""
     num_frames = x.shape[2]
     first_alone = num_frames % 2
     result = empty_frames(x, channels=x.shape[1], size=(2 * num_frames - first_alone, *x.shape[3:]))
@@ -101,9 +103,9 @@ def _double_frames(x: torch.Tensor) -> torch.Tensor:
 
 
 def _average_pairs(x: torch.Tensor) -> torch.Tensor:
-    """Return the mean of each pair of frames; if their number is odd, the first is unchanged."""
+    """Average each pair of frames; if the number of frames is odd, keep the first unchanged."""
     first_alone = x.shape[2] % 2
     even, odd = x[:, :, first_alone::2], x[:, :, first_alone + 1 :: 2]  # (b, c, ⌊t/2⌋, h, w)
-    # Halved before the sum, because the range of float16 is small. mean() is five times slower.
+    # Halving before adding avoids an overflow in float16. mean() would be five times slower.
     means = torch.add(0.5 * even, odd, alpha=0.5)
     return torch.cat([x[:, :, :first_alone], means], dim=2)  # (b, c, ⌈t/2⌉, h, w)

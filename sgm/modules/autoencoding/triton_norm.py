@@ -1,4 +1,4 @@
-"""The passes of `norms.norm_silu` as Triton kernels, for half types with channels last."""
+"""Triton kernels for the two passes of `norms.norm_silu`, in half precision and channels last."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-TILE_ELEMENTS = 4096  # elements of a feature map that a program holds in registers
-MAX_PROGRAMS = 1024  # programs for the statistics of a sample: a few waves on the largest GPU
+TILE_ELEMENTS = 4096  # number of elements of a feature map that a program holds in registers
+MAX_PROGRAMS = 1024  # for the statistics of a sample: the largest GPU runs these in a few waves
 
 
 @triton.jit
 def _tile_places(rows, last_row, channels, NUM_CHANNELS: tl.constexpr):
-    """Return the places of the elements of a tile, (rows, channels), and a mask of valid ones."""
+    """Return the offsets of a tile's elements (rows, channels), and a mask of valid elements."""
     mask = (rows < last_row)[:, None] & (channels < NUM_CHANNELS)[None, :]
     return rows.to(tl.int64)[:, None] * NUM_CHANNELS + channels[None, :], mask
 
@@ -32,9 +32,9 @@ def _moments_kernel(
     CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Compute mean and sum of squared deviations of each channel over a program's rows.
+    """Compute mean and sum of squared deviations of each channel over this program's rows.
 
-    Differences from the first row are summed, which avoids cancellation.
+    The first row is subtracted from all rows before they are summed, which avoids cancellation.
     """
     program, sample = tl.program_id(0), tl.program_id(1)
     channels = tl.arange(0, CHANNELS)
@@ -80,7 +80,7 @@ def _factors_kernel(
     PARTS: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
 ):
-    """Compute scale and shift that normalise the channels of one group, from the parts' moments."""
+    """Compute scale and shift that normalise one group of channels, from the moments of parts."""
     group, sample = tl.program_id(0), tl.program_id(1)
     parts = tl.arange(0, PARTS)
     within = tl.arange(0, GROUP_SIZE)
@@ -95,7 +95,7 @@ def _factors_kernel(
     if HAS_OFFSET:
         offset = tl.load(offset_ptr + channels, mask=is_channel, other=0.0).to(tl.float32)
         means += offset[None, :]
-    total = 1.0 * num_rows * GROUP  # Triton turns an argument of 1 into a plain number
+    total = 1.0 * num_rows * GROUP  # `.to()` would fail for 1, which Triton passes as an int
     mean = tl.sum(tl.sum(tl.where(mask, means * (counts / total)[:, None], 0.0), axis=0), axis=0)
     deviations = tl.where(mask, means - mean, 0.0)
     squares += counts[:, None] * deviations * deviations
@@ -131,7 +131,10 @@ def _affine_silu_kernel(
     ROWS: tl.constexpr,
     HAS_LATENTS: tl.constexpr,
 ):
-    """into = SiLU(scale · x + shift), before SiLU modulated by the nearest latent, if any."""
+    """Write SiLU(scale · x + shift) to `into`.
+
+    Before SiLU, the values are modulated by the nearest latent, if there are latents.
+    """
     sample = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channels = tl.arange(0, CHANNELS)
@@ -170,7 +173,7 @@ def _add_kernel(
     CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """into += x + bias."""
+    """Add x + bias to `into`, in place."""
     sample = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channels = tl.arange(0, CHANNELS)
@@ -185,10 +188,10 @@ def _add_kernel(
 
 
 def norm_factors(x: Tensor, layer: nn.GroupNorm, *, offset: Tensor | None) -> Tensor:
-    """Return `layer` of ``x + offset`` as a factor and a summand of x, (2, b, c), float32.
+    """Return factors a and b, (2, b, c) float32, for which layer(x + offset) is a·x + b.
 
     Args:
-        x: (b, c, t, h, w), half type.
+        x: (b, c, t, h, w), half precision.
         layer: the norm.
         offset: (c,), or None for no offset.
     """
@@ -218,12 +221,13 @@ def norm_factors(x: Tensor, layer: nn.GroupNorm, *, offset: Tensor | None) -> Te
 def affine_silu(
     x: Tensor, factors: Tensor, *, modulation: tuple[Tensor, Tensor] | None, into: Tensor
 ) -> None:
-    """Write SiLU of `x`, normalised and then modulated, to `into`; computed in float32.
+    """Normalise `x`, modulate it, apply SiLU and write the result to `into`, all in float32.
 
     Args:
-        x: (b, c, t, h, w), half type.
-        factors: see `norm_factors`.
-        modulation: scale and shift, (b, c, t_z, h_z, w_z) each; stretched to the size of `x`.
+        x: (b, c, t, h, w), half precision.
+        factors: the result of `norm_factors`.
+        modulation: scale and shift, (b, c, t_z, h_z, w_z) each, which are repeated to the size of
+            `x`; None for no modulation.
         into: (b, c, t, h, w) with channels last; it may be `x`.
     """
     num_frames, height, width = x.shape[2:]
@@ -233,8 +237,8 @@ def affine_silu(
     if modulation is not None:
         latent_size = modulation[0].shape[2:]
         scale, shift = (factor.permute(0, 2, 3, 4, 1).contiguous() for factor in modulation)
-        # As `stretch_time`: with an odd number of frames the first is not repeated. A single latent
-        # frame is for all frames.
+        # As in `stretch_time`, the first frame is not repeated if the number of frames is odd. If
+        # there is only one latent frame, it is used for all frames.
         first_alone = num_frames % 2 if latent_size[0] > 1 else 0
         repeats = (num_frames - first_alone) // (latent_size[0] - first_alone)
     sizes = _tile(x.shape[1])
@@ -249,7 +253,10 @@ def affine_silu(
 
 
 def add_with_bias(into: Tensor, x: Tensor, *, bias: Tensor) -> None:
-    """Compute ``into += x + bias``, rounded once; (b, c, t, h, w) with channels last, bias (c,)."""
+    """Add ``x + bias`` to `into` in place, with one rounding.
+
+    `into` is (b, c, t, h, w) with channels last, `x` has the same shape, and `bias` is (c,).
+    """
     sizes = _tile(x.shape[1])
     rows, into_rows = _as_rows(x), _rows_of_result(into)
     grid = (triton.cdiv(rows.shape[1], sizes["ROWS"]), x.shape[0])
@@ -261,7 +268,7 @@ def add_with_bias(into: Tensor, x: Tensor, *, bias: Tensor) -> None:
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """(b, c, t, h, w) → (b, t · h · w, c), rows without gaps; with channels last a view."""
+    """Return `x` (b, c, t, h, w) as rows (b, t·h·w, c) without gaps; a view if channels last."""
     rows = x.permute(0, 2, 3, 4, 1).flatten(1, 3)
     return rows if rows.stride()[1:] == (rows.shape[2], 1) else rows.contiguous()
 

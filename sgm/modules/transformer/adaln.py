@@ -1,4 +1,4 @@
-"""A transformer block with adaptive norms, with separate modulation of text and video tokens."""
+"""The transformer block: adaptive norms that modulate text and video tokens separately."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from sgm.modules.transformer.attention import (
 )
 from sgm.modules.transformer.linear import activated, project
 
-# What is stored of a block for the backward pass. "block": only its input. "attention": also the
-# output of the attention, which takes as much memory again. It is the most expensive part to
-# recompute: its work grows with the square of the number of tokens.
+# What a block stores for the backward pass. "block": only its input. "attention": its input and the
+# output of its attention, which takes twice the memory. The attention is the most expensive part to
+# recompute, because its work grows with the square of the number of tokens.
 CheckpointingPolicy = Literal["block", "attention"]
 
 
@@ -35,9 +35,10 @@ def run_checkpointed(
 ) -> Tensor:
     """Return ``block(*inputs)``; the backward pass recomputes what the policy does not store.
 
-    Dropout draws the same mask again. SAT's own checkpointing is not used: it is re-entrant (it
-    needs an input with gradient), and if DeepSpeed is imported first it is DeepSpeed's, which
-    recomputes outside autocast and moves the tensors of a CPU model to the GPU.
+    Dropout draws the same mask again. SAT's own checkpointing is not used, because it is re-entrant
+    (it needs an input that requires a gradient). Also, if DeepSpeed is imported first, SAT uses
+    DeepSpeed's checkpointing, which recomputes outside autocast and moves the tensors of a CPU
+    model to the GPU.
     """
     if policy == "attention":
         contexts = partial(create_selective_checkpoint_contexts, ATTENTION_OPERATORS)
@@ -49,16 +50,16 @@ QK_NORM_EPSILON = 1e-6
 
 
 class Modulation(NamedTuple):
-    """Shift, scale and gate of one sub-layer, for text or for video tokens; each (b, 1, d)."""
+    """Shift, scale and gate of one sub-layer for text or video tokens; (b, 1, d) or (b, n, d)."""
 
     shift: Tensor
     scale: Tensor
     gate: Tensor
 
     def modulate(self, normed: Tensor) -> Tensor:
-        """Return the input of the sub-layer for the normed tokens (m, n, d) of the first m samples.
+        """Return the sub-layer's input for the normed tokens (m, n, d) of the first m samples.
 
-        m may be less than b, where the video tokens of further samples are the same.
+        m is less than b if the video tokens of the other samples are equal to these tokens.
         """
         num_samples = len(normed)
         return modulate(normed, self.shift[:num_samples], scale=self.scale[:num_samples])
@@ -72,8 +73,9 @@ class Modulation(NamedTuple):
 class JointModulation:
     """The modulation of one sub-layer; the first `text_length` tokens are text, the rest video.
 
-    In eager mode it is fastest to modulate text and video separately. Compiled, each token selects
-    its own values, so that the operations are fused with the norms into one kernel.
+    In eager mode it is fastest to modulate text and video tokens separately. In compiled code, each
+    token selects its own shift, scale and gate, so the compiler can fuse modulation and norm into
+    one kernel.
     """
 
     text: Modulation
@@ -111,7 +113,7 @@ def modulate(normed: Tensor, shift: Tensor, *, scale: Tensor) -> Tensor:
 
 
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    """Return a Linear with zeros for weight and bias."""
+    """Return a Linear whose weight and bias are zero."""
     linear = nn.Linear(in_features, out_features)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -121,29 +123,29 @@ def zero_linear(in_features: int, out_features: int) -> nn.Linear:
 class AdaLNMixin(BaseMixin):
     """Expert adaptive LayerNorm around SAT's attention and MLP (CogVideoX, section 2.2).
 
-    Text and video tokens share the weights of a block, norms included. They differ only in shift,
-    scale and gate, which one Linear per layer computes from the time embedding. These Linears start
-    at zero, so that a new block is the identity (adaLN-Zero; Peebles and Xie, "Scalable Diffusion
-    Models with Transformers", section 3.2).
+    Text and video tokens share all weights of a block, also those of the norms. Only shift, scale
+    and gate differ; one Linear per layer computes them from the time embedding. These Linears start
+    at zero, so a new block is the identity (adaLN-Zero; Peebles and Xie, "Scalable Diffusion Models
+    with Transformers", section 3.2).
 
-    A block calls the Linears of SAT's layer, or the LoRA layers that replace them, but none of
-    SAT's hooks within a layer, so that it compiles as a whole.
+    A block calls the Linears of SAT's layer, or the LoRA layers that replace them. It calls none of
+    the hooks that SAT has within a layer, because these would split the compiled graph.
 
     Args:
-        num_layers: blocks of the transformer.
+        num_layers: number of blocks.
         hidden_size: width d of a token.
         head_size: width of an attention head.
         time_embed_dim: width of the time embedding.
         qk_ln: normalise the queries and keys of each head.
-        elementwise_affine: these norms have weight and bias.
-        checkpoint_activations: store only the input of each block for the backward pass, and
-            recompute the rest there.
+        elementwise_affine: whether the norms of queries and keys have weight and bias.
+        checkpoint_activations: store only the input of each block; the backward pass recomputes
+            everything else.
 
     Attributes:
-        checkpointing_policy: what is stored of a block for the backward pass; None for everything.
-        attention: the kernel of the attention; "auto" selects the fastest available one.
-        allow_hopper: whether "auto" may select this project's Hopper kernel. False after its
-            fallback ratio was too high.
+        checkpointing_policy: what a block stores for the backward pass; None stores everything.
+        attention: the attention kernel; "auto" selects the fastest available one.
+        allow_hopper: whether "auto" may select this project's Hopper kernel. Becomes False when the
+            kernel's fallback ratio is too high.
     """
 
     def __init__(
@@ -178,19 +180,19 @@ class AdaLNMixin(BaseMixin):
         self.key_layernorm_list = nn.ModuleList(head_norm() for _ in range(num_layers))
 
     def compile_blocks(self, *, tune: bool) -> None:
-        """Compile the block, once for all layers, in its first call.
+        """Compile the block when it is first called; all layers use the same compiled code.
 
-        With `tune`, this call also searches for better settings of the kernels, which takes half a
-        minute and makes a training step 1% faster; sampling gains nothing from it. There is one
-        compilation per shape of the tokens, one for evaluation and one for training, and one for
-        the first layer where branches of guidance share its video tokens. After 8 compilations,
-        PyTorch's limit, further variants run in eager mode.
+        With `tune`, compiling also searches for better kernel settings. This takes half a minute
+        and makes a training step 1% faster; sampling gains nothing from it. There is a separate
+        compilation for each shape of the tokens, for evaluation and for training, and for the first
+        layer if branches of guidance share its video tokens. PyTorch allows 8 compilations; further
+        variants run in eager mode.
         """
         options: dict[str, str | int | bool | Callable[..., object]] = {
             "coordinate_descent_tuning": tune,
-            # By default PyTorch stores in float32 a value that is used twice and reads more than 4
-            # tensors. For the backward pass of a norm it is cheaper to recompute it from the tokens
-            # in half precision; no norm here reads 12 tensors.
+            # By default, PyTorch stores a value in float32 if it is used twice and computed from
+            # more than 4 tensors. In the backward pass of a norm, it is cheaper to recompute the
+            # value from the tokens in half precision. No norm here reads 12 tensors.
             "realize_reads_threshold": 12,
         }
         self._run_block = torch.compile(run_block, dynamic=False, options=options)
@@ -209,24 +211,24 @@ class AdaLNMixin(BaseMixin):
     ) -> Tensor:
         """Run block `layer_id` on tokens (b, n, d) with time embedding (b, time_embed_dim).
 
-        The tokens belong to `num_branches` branches of guidance of the same clips; the first block
-        computes once what these share. With a `shard`, the tokens are this process's. `mask` comes
-        from SAT and is ignored: the attention is full.
+        The batch holds `num_branches` branches of guidance for the same clips; the first block
+        computes only once what all branches share. With a `shard`, `hidden_states` holds only the
+        tokens of this process. `mask` comes from SAT and is ignored, because the attention is full.
         """
-        # SAT gives the layer as a CPU tensor; int() of it waits for no GPU.
+        # SAT passes the layer as a CPU tensor, so int() does not wait for the GPU.
         layer = int(layer_id)
         tokens = hidden_states
         kernel = self.attention
         if kernel == "auto":
             kernel = list_kernels(tokens, head_size=self.head_size, own=self.allow_hopper)[0]
-        # Before the first block the video tokens do not depend on the text, so all branches share
-        # them. Not in training, which has one branch: the log-sum-exp that joins the parts of the
-        # attention has no gradient.
+        # Before the first block, the video tokens do not depend on the text, so they are equal in
+        # all branches. This is not used with gradients: the log-sum-exp, by which the two parts of
+        # the attention are joined, has no gradient, and training has only one branch anyway.
         has_gradient = torch.is_grad_enabled()
         is_video_shared = layer == 0 and kernel != "sdpa" and shard is None and not has_gradient
         if self._run_block is not run_block and has_gradient:
-            # With LoRA the input of the first layer has no gradient. An unused gradient costs less
-            # than the compilation of a second graph.
+            # With LoRA, the input of the first layer requires no gradient. Computing an unused
+            # gradient costs less than compiling a second graph for this layer.
             tokens = tokens if tokens.requires_grad else tokens.detach().requires_grad_()
         block = Block(
             self.transformer.layers[layer],
@@ -249,13 +251,13 @@ class Block(NamedTuple):
     Attributes:
         layer: SAT's norms, attention and MLP.
         modulation: computes shift, scale and gate from the time embedding.
-        query_norm: norm of the queries of a head.
-        key_norm: norm of the keys of a head.
+        query_norm: the norm of a head's queries.
+        key_norm: the norm of a head's keys.
         text_length: number of text tokens, which precede the video tokens.
         head_size: width of an attention head.
-        kernel: kernel of the attention.
-        num_branches: branches of guidance whose attention among video tokens is computed once. With
-            more than one, the video tokens of all branches must be equal.
+        kernel: the attention kernel.
+        num_branches: number of branches of guidance that share the attention among video tokens.
+            If it is more than 1, the video tokens of all branches must be equal.
         shard: this process's part of the sequence; None if it has all tokens.
     """
 
@@ -296,7 +298,7 @@ class Block(NamedTuple):
         return for_mlp.add_gated(tokens, layer.mlp.dense_4h_to_h(hidden))
 
     def query_key_value(self, attention_input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value of tokens (b, n, d), (b, n, heads, head_size) each."""
+        """Return query, key and value, each (b, n, heads, head_size), for tokens (b, n, d)."""
         query, key, value = (
             part.unflatten(-1, (-1, self.head_size))
             for part in project(self.layer.attention.query_key_value, attention_input, num_parts=3)
@@ -309,7 +311,7 @@ def run_block(
 ) -> Tensor:
     """Return the result of `Block.run`; the backward pass recomputes what `policy` does not store.
 
-    A function that gets all it needs as arguments: compiled, it is the same graph for every layer.
+    Everything that depends on the layer is an argument, so all layers share one compiled graph.
     """
     if policy is None:
         return block.run(tokens, time_embedding)
@@ -317,7 +319,7 @@ def run_block(
 
 
 def modulations(values: Tensor, *, text_length: int) -> tuple[JointModulation, JointModulation]:
-    """Return the modulations of a block's attention and of its MLP, from values (b, 12 d)."""
+    """Split `values` (b, 12 d) into the modulation of the attention and that of the MLP."""
     video, text = rearrange(
         values, "b (kind sublayer part d) -> kind sublayer part b 1 d", kind=2, sublayer=2, part=3
     )  # each (2, 3, b, 1, d)

@@ -1,4 +1,4 @@
-"""Full attention between tokens, by PyTorch or by a kernel that is faster on the GPU."""
+"""Full attention between tokens, by PyTorch or by a faster GPU kernel."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ from sgm.toolchain import can_compile_kernels
 logger = logging.getLogger(__name__)
 
 
-# Kernels of the attention: "hopper" is this project's own (hopper_attention.py), "flash" is
+# Attention kernels: "hopper" is this project's own (hopper_attention.py), "flash" is
 # FlashAttention-4, "sdpa" is PyTorch.
 Kernel = Literal["hopper", "flash", "sdpa"]
 _FASTEST_FIRST: tuple[Kernel, ...] = ("hopper", "flash", "sdpa")
 _NEEDS: dict[Kernel, str] = {
     "hopper": "Triton with a C compiler and Python's headers, a Hopper GPU, fp16 or bf16, and "
-    "heads of 64",
+    "attention heads of width 64",
     "flash": "FlashAttention-4, a Hopper or Blackwell GPU, and fp16 or bf16",
 }
 
 _HOPPER, _BLACKWELL = (9, 0), (10, 0)  # compute capabilities
-_HOPPER_HEAD_SIZE = 64  # HEAD_SIZE of hopper_attention, whose import needs Triton
+_HOPPER_HEAD_SIZE = 64  # a copy of hopper_attention.HEAD_SIZE, which cannot be read without Triton
 
 
 def list_kernels(tokens: Tensor, *, head_size: int, own: bool = True) -> list[Kernel]:
-    """Return the kernels that run for tokens of this device and type, fastest first.
+    """Return the kernels that support the device and dtype of `tokens`, fastest first.
 
-    While gradients are enabled, they are those with a backward pass. Without `own`, this project's
-    Hopper kernel is left out.
+    While gradients are enabled, only kernels with a backward pass are returned. If `own` is False,
+    this project's Hopper kernel is left out.
     """
     allowed = [kernel for kernel in _FASTEST_FIRST if own or kernel != "hopper"]
     return [kernel for kernel in allowed if _runs(kernel, tokens, head_size)]
 
 
 def _runs(kernel: Kernel, tokens: Tensor, head_size: int) -> bool:
-    """Whether this kernel runs for tokens of this device and type."""
+    """Return whether `kernel` supports the device and dtype of `tokens`."""
     if kernel == "sdpa":
         return True
     if not tokens.is_cuda or tokens.dtype not in (torch.float16, torch.bfloat16):
         return False
     if kernel == "flash":
         return _flash_runs_on(tokens.device)
-    # Under autocast, norms return float32, so queries and keys have another type than the tokens.
+    # Under autocast, norms return float32, so queries and keys differ in dtype from the tokens.
     is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda")
     fits = head_size == _HOPPER_HEAD_SIZE
     return is_plain and fits and _hopper_runs_on(tokens.device, tokens.dtype)
@@ -67,38 +67,39 @@ def check_attention(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Check that the selected kernel runs, before anything is loaded; "auto" always does.
+    """Check that the selected kernel can run; called before anything is loaded.
 
     Args:
-        choice: "auto", or the name of a kernel.
-        model: the `model` section.
+        choice: "auto", which can always run, or the name of a kernel.
+        model: the `model` section of the configuration.
         device: device of the network.
-        dtype: type of the network's weights.
+        dtype: dtype of the network's weights.
 
     Raises:
-        UserError: the kernel does not run; the message says what it needs. Or as in `head_size`.
+        UserError: the kernel cannot run (the message says what it needs), or see `head_size`.
     """
     width = head_size(model)
     if choice == "auto" or _runs(choice, torch.empty(0, dtype=dtype, device=device), width):
         return
     raise UserError(
         f"attention: {choice} does not run here: it needs {_NEEDS[choice]}; leave attention out "
-        "for the fastest kernel that does"
+        "to use the fastest available kernel"
     )
 
 
-# Per GPU: how many parts of the queries the Hopper kernel computed, and how many by its fallback.
+# Per GPU: how many parts of the queries the Hopper kernel has computed, and how many of these parts
+# its fallback has computed.
 _tallies: dict[torch.device, Tensor] = {}
 
 
 def restart_tally() -> None:
-    """Set the counts of `fallback_ratio` to zero."""
+    """Reset the counts that `fallback_ratio` reads."""
     for tally in _tallies.values():
         tally.zero_()
 
 
 def fallback_ratio() -> float:
-    """Return the fraction of the Hopper kernel's work that its fallback did; waits for the GPU."""
+    """Return which fraction of the Hopper kernel's work its fallback did; waits for the GPU."""
     counts = [tally.tolist() for tally in _tallies.values()]
     computed, by_fallback = map(sum, zip(*counts, strict=True)) if counts else (0, 0)
     return by_fallback / max(computed, 1)
@@ -112,10 +113,10 @@ def _flash_runs_on(device: torch.device) -> bool:
 
 @functools.lru_cache
 def _hopper_runs_on(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the Hopper kernel works. It is tried once, because its language still changes."""
+    """Return whether a trial run of the Hopper kernel works; Triton's API for it still changes."""
     if torch.cuda.get_device_capability(device) != _HOPPER or not can_compile_kernels():
         return False
-    generator = torch.Generator().manual_seed(0)  # leaves the global one alone
+    generator = torch.Generator().manual_seed(0)  # does not change the global generator
     query, key, value = torch.randn(3, 1, 300, 2, _HOPPER_HEAD_SIZE, generator=generator)
     query[..., 1, :] *= 1000  # so that the fallback computes most of the second head
     inputs = [tensor.to(device, dtype) for tensor in (query, key, value)]
@@ -123,14 +124,14 @@ def _hopper_runs_on(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         found, _ = hopper_attention(*inputs)
         expected = attend(*inputs, kernel="sdpa")
-        # Each has an error of up to one unit in the last place of values up to 4.
+        # Each result may be off by one unit in the last place; values are up to 4.
         if not torch.allclose(found, expected, rtol=0, atol=8 * torch.finfo(dtype).eps):
             problem = "its results differ from PyTorch's"
-    except torch.OutOfMemoryError:  # says nothing about the kernel itself
+    except torch.OutOfMemoryError:  # the kernel itself may work
         raise
-    except Exception as error:  # of any kind, from Triton's compiler to the driver
+    except Exception as error:  # Triton's compiler and the GPU driver can raise anything
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
-    restart_tally()  # the trial does not count
+    restart_tally()  # remove the counts of this trial
     if problem:
         logger.warning("attention is slower, because the Hopper kernel does not work: %s", problem)
     else:
@@ -139,10 +140,10 @@ def _hopper_runs_on(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def flash_is_installed() -> bool:
-    """Whether FlashAttention-4 can be imported; older releases do not have this subpackage."""
+    """Return whether FlashAttention-4 is installed; older releases have no `flash_attn.cute`."""
     try:
         return importlib.util.find_spec("flash_attn.cute") is not None
-    except ModuleNotFoundError:  # there is no flash_attn at all
+    except ModuleNotFoundError:  # flash_attn itself is not installed
         return False
 
 
@@ -151,7 +152,7 @@ def attend(
 ) -> Tensor:
     """Return the attention without mask or dropout; all tensors are (b, n, heads, head_size).
 
-    With a `shard`, n counts this process's tokens, which attend to the tokens of all processes.
+    With a `shard`, the n tokens are those of this process; they attend to all processes' tokens.
     """
     if shard is not None:
         own_heads = [shard.to_heads(tensor) for tensor in (query, key, value)]
@@ -166,15 +167,15 @@ def attend(
 def attend_branches(
     text: Sequence[Tensor], video: Sequence[Tensor], *, kernel: Literal["hopper", "flash"]
 ) -> Tensor:
-    """Return the attention of k branches of guidance with one text each and the same video tokens.
+    """Return the attention of k branches of guidance, which have the same video tokens.
 
-    The attention among video tokens is computed once and joined with the attention to each text.
-    There is no gradient. PyTorch's kernel cannot do this, because it does not return the
-    log-sum-exp.
+    Each branch has its own text. The attention among video tokens is computed once, and is then
+    joined with the attention to each text. The result has no gradient. PyTorch's kernel cannot be
+    used, because it does not return the log-sum-exp.
 
     Args:
-        text: query, key and value (k * b, n_text, heads, head_size), branch after branch.
-        video: query, key and value (b, n_video, heads, head_size).
+        text: query, key and value, (k * b, n_text, heads, head_size) each, branch after branch.
+        video: query, key and value, (b, n_video, heads, head_size) each.
         kernel: the kernel to use.
 
     Returns:
@@ -188,7 +189,7 @@ def attend_branches(
         (to_text.unflatten(0, (k, -1)), to_text_sum.unflatten(0, (k, -1))),
         attention(video_query, *video_key_value),
     )  # (k, b, n_video, heads, head_size)
-    # All texts of a clip attend to its video as one sequence, so that no branch copies the video.
+    # The texts of all branches form one sequence of queries, so the video tokens are not copied.
     queries = rearrange(text_query, "(k b) n heads d -> b (k n) heads d", k=k)
     to_video, to_video_sum = attention(queries, *video_key_value)
     of_text = _join(
@@ -202,9 +203,10 @@ def attend_branches(
 
 
 def _join(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-    """Join the attention to two sets of keys, (…, n, heads, head_size), to that to their union.
+    """Return the attention to two sets of keys together, given the attention to each set.
 
-    Each comes with the log-sum-exp of its scores (…, heads, n), the logarithm of its weight.
+    `first` and `second` are the result (…, n, heads, head_size) and the log-sum-exp of the scores
+    (…, heads, n), which is the logarithm of the result's weight in the joined result.
     Source: Dao et al., "FlashAttention", section 3.1.
     """
     (result, log_sum_exp), (other, other_log_sum_exp) = first, second
@@ -214,7 +216,7 @@ def _join(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor
 
 @torch.library.custom_op("cogvideox::hopper_attention", mutates_args=())
 def hopper_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """This project's Hopper kernel as an operator; as `flash_attention`, but without a gradient."""
+    """Call this project's Hopper kernel; like `flash_attention`, but without a gradient."""
     from sgm.modules.transformer.hopper_attention import attend_on_hopper
 
     if query.device not in _tallies:
@@ -224,11 +226,14 @@ def hopper_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
 
 @torch.library.custom_op("cogvideox::flash_attention", mutates_args=())
 def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """FlashAttention-4: the result (b, n, heads, head_size), log-sum-exp (b, heads, n) float32.
+    """Call FlashAttention-4, with inputs (b, n, heads, head_size).
 
-    It is a custom operator, so that `torch.compile` does not trace into it and activation
+    This is a custom operator because then `torch.compile` does not trace into it, and activation
     checkpointing can store its result. Source: Shah et al., "FlashAttention-3" (Hopper), and its
     successor for Blackwell.
+
+    Returns:
+        The result (b, n, heads, head_size), and the log-sum-exp (b, heads, n) in float32.
     """
     from flash_attn.cute.interface import _flash_attn_fwd
 
@@ -248,7 +253,7 @@ def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 def flash_attention_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, log_sum_exp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value, given the gradient of the result."""
+    """Return the gradients of `query`, `key` and `value`; `gradient` is that of the result."""
     from flash_attn.cute.interface import _flash_attn_bwd
 
     of_query, of_key, of_value = _flash_attn_bwd(
@@ -276,7 +281,8 @@ flash_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 _OPERATORS = {"hopper": hopper_attention, "flash": flash_attention}
 
-# The operators whose results activation checkpointing can store. PyTorch selects one of its own.
+# Activation checkpointing can store the results of these operators. The last four belong to
+# PyTorch's attention, which calls one of them.
 ATTENTION_OPERATORS = [
     torch.ops.cogvideox.flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,

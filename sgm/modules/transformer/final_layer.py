@@ -1,4 +1,4 @@
-"""The last layer: from video tokens to a latent clip."""
+"""The last layer, which converts video tokens to a latent clip."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FINAL_NORM_EPSILON = 1e-6
 
 
 class FinalLayerMixin(BaseMixin):
-    """Adaptive LayerNorm, a Linear from tokens to patches, and their assembly to frames.
+    """Adaptive LayerNorm, and a Linear that converts each token to a patch of a frame.
 
     The Linears start at zero, so a new model predicts zeros (Peebles and Xie, "Scalable Diffusion
     Models with Transformers", section 3.2).
@@ -23,7 +23,7 @@ class FinalLayerMixin(BaseMixin):
         out_channels: channels of the result.
         patch_size: height and width p of a patch, in latent pixels.
         time_embed_dim: width of the time embedding.
-        elementwise_affine: the norm has weight and bias.
+        elementwise_affine: whether the norm has weight and bias.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class FinalLayerMixin(BaseMixin):
         shard: SequenceShard | None = None,
         **_: object,
     ) -> Tensor:
-        """Tokens (b, text_length + t * h * w, d) of `grid` = (t, h, w) -> (b, t, c, h * p, w * p).
+        """Convert tokens (b, text_length + t * h * w, d) to a clip (b, t, c, h * p, w * p).
 
-        The channel is the slowest index within a patch. With a `shard`, the tokens are this
-        process's, and every process gets the whole result.
+        `grid` is (t, h, w). The channel is the slowest index within a patch. With a `shard`,
+        `tokens` are only those of this process, and every process gets the whole result.
         """
         if shard is not None:
             tokens = shard.gather(tokens)

@@ -1,20 +1,21 @@
 """Attention for Hopper GPUs, faster than FlashAttention because it skips most of the row maximum.
 
 A softmax subtracts the maximum of a row of scores only to keep the exponentials in the range of the
-number type, so any value near the maximum works too. Here it is the maximum over two blocks of
-keys: the last one and, in self-attention, the one that contains the keys of the queries' own
-tokens. So no maximum is computed over the other blocks, and sums are never rescaled. If the value
-is too low and a number overflows, the result is not finite. A second kernel, the fallback, then
-computes these queries again with the true maximum, ROWS queries at a time.
+dtype, so any value near the maximum works too. This kernel subtracts the maximum over only two
+blocks of keys: the last block and, in self-attention, the block at the positions of the queries.
+It computes no maximum over the other blocks and never rescales sums. If the subtracted value is too
+low, numbers overflow and the result is not finite. A second kernel, the fallback, then computes
+these results again with the true maximum, ROWS queries at a time.
 
 The structure is that of FlashAttention-3 (Shah et al., 2024, section 3): one warp loads blocks of
-keys and values, and three groups of warps take turns with the tensor cores. In each group, the
-scores of a block are computed while the values of the previous block are summed.
+keys and values, and three groups of warps take turns in using the tensor cores. Each group computes
+the scores of a block while it adds up the values of the previous block.
 
-The kernel is written in Gluon, the part of Triton that controls each warp. Warps wait for each
-other by barriers, which count arrivals or received bytes and go through phases 0, 1, 0 and so on:
+The kernel is written in Gluon, the language in Triton that controls single warps. Warps synchronize
+by barriers, which count arrivals or received bytes and go through phases 0, 1, 0 and so on:
 `wait(barrier, phase)` waits until that phase is complete. A new barrier is in phase 0, and its
-phase 1 counts as complete. Rows are the tokens of all samples, columns the channels of all heads.
+phase 1 counts as complete. Rows are the tokens of all samples; columns are the channels of all
+heads.
 """
 
 from __future__ import annotations
@@ -38,39 +39,40 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 HEAD_SIZE = gl.constexpr(64)
-ROWS = gl.constexpr(64)  # queries of a group of four warps: the size of their instruction
-GROUPS = gl.constexpr(3)  # `_fast_kernel` and its split of the registers are made for 3
-KEYS = gl.constexpr(128)  # in a block
-# Blocks of keys in shared memory, and as many of values; first the two beside the queries.
+ROWS = gl.constexpr(64)  # queries per group of four warps, fixed by the tensor core instruction
+GROUPS = gl.constexpr(3)  # `_fast_kernel` and its register counts only work for 3 groups
+KEYS = gl.constexpr(128)  # keys per block
+# Shared memory holds this many blocks of keys and as many blocks of values. The first blocks of
+# keys in it are the two at the positions of the queries.
 STAGES = gl.constexpr(2)
-REGISTERS = gl.constexpr(160)  # per thread of the second and third group; the first has the rest
+REGISTERS = gl.constexpr(160)  # per thread of the second and third group; the first gets the rest
 LOADING_REGISTERS = gl.constexpr(24)
-# A score equal to the maximum of the two blocks gets the weight 2 ** -ROOM. The largest float16,
-# 65504, then leaves room for scores that are higher by up to (16 + ROOM) ln 2 = 14.5. If no score
-# is higher, the smallest normal float16, 2 ** -14, is 2 ** -9 of the largest weight, and the
-# rounding error of smaller weights is at most 2 ** -20 of it.
+# A score equal to the maximum over the two blocks gets the weight 2 ** -ROOM. Because the largest
+# float16 is 65504, scores may then exceed that maximum by up to (16 + ROOM) ln 2 = 14.5. If no
+# score exceeds it, the smallest normal float16, 2 ** -14, is 2 ** -9 of the largest weight, and
+# smaller weights have a rounding error of at most 2 ** -20 of the largest weight.
 ROOM = gl.constexpr(5)
 LN_2 = gl.constexpr(math.log(2))
-_SCALE = HEAD_SIZE.value**-0.5 / math.log(2)  # turns query times key into an exponent of 2
-CAREFUL_PROGRAMS = 512  # slightly more than a GPU runs at once
-CAREFUL_PARTS = gl.constexpr(64)  # largest number of parts per program
+_SCALE = HEAD_SIZE.value**-0.5 / math.log(2)  # converts query times key to an exponent of 2
+CAREFUL_PROGRAMS = 512  # programs of the fallback: slightly more than a GPU runs at once
+CAREFUL_PARTS = gl.constexpr(64)  # largest number of parts that a fallback program checks
 
-# Layouts over threads of the scores, of the result, and of the weights as its factor.
+# How threads hold the scores, the result, and the weights that are multiplied by the values.
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS.value, 16]))
 _RESULT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_SIZE.value, 16]))
 _RESULT_ROWS = gl.constexpr(gl.SliceLayout(1, _RESULT.value))
 _WEIGHTS = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=_RESULT.value, k_width=2))
 _SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
-# The function has a new name in Triton after 3.7.
+# Triton renamed this function after version 3.7.
 _load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit
 def _load_blocks(tiles, shared, barriers, place):
-    """Load the queries and the keys beside them, then keys and values by block, from the end.
+    """Load queries, the two blocks of keys at their positions, then all blocks from last to first.
 
-    A block is loaded as soon as all groups have finished with the block that it replaces.
+    A block of keys or values is loaded when all groups have finished using the block it replaces.
     """
     query_tiles, key_tiles, value_tiles = tiles
     queries, keys, values = shared
@@ -81,7 +83,7 @@ def _load_blocks(tiles, shared, barriers, place):
         row = query_row + group * ROWS
         _load_tile(query_tiles, [row, column], query_ready, queries.index(group))
     for near in gl.static_range(STAGES):
-        # Not the last block, in which the keys may end: it is loaded below.
+        # The last block may be incomplete, so it is not loaded here but only below.
         beside = gl.minimum(tile * GROUPS * ROWS // KEYS + near, gl.maximum(num_blocks - 2, 0))
         row = key_row + beside * KEYS
         mbarrier.expect(key_ready.index(near), KEYS * HEAD_SIZE * 2)
@@ -99,7 +101,7 @@ def _load_blocks(tiles, shared, barriers, place):
 
 @gluon.jit
 def _sums(exponentials):
-    """Return sums over the keys of a block, (ROWS, 8): each over the values of one thread."""
+    """Return sums over the keys of a block, (ROWS, 8); each sum uses the values of one thread."""
     return gl.sum(gl.reshape(exponentials, (ROWS, KEYS // 8, 8)), axis=1)
 
 
@@ -121,7 +123,8 @@ def _attend_group(outputs, shared, barriers, place, sizes, scale, group: gl.cons
     num_queries, num_keys, width = sizes
     query = queries.index(group)
 
-    # The maximum over the block beside the queries, in phase 0 of the keys, and over the last.
+    # Compute the maximum over the block at the queries' positions (phase 0 of the key barriers) and
+    # over the last block.
     mbarrier.wait(query_ready, 0)
     for near in gl.static_range(STAGES):
         mbarrier.wait(key_ready.index(near), 0)
@@ -143,7 +146,7 @@ def _attend_group(outputs, shared, barriers, place, sizes, scale, group: gl.cons
     result = gl.zeros((ROWS, HEAD_SIZE), gl.float32, _RESULT)
     nothing = gl.zeros((ROWS, KEYS), gl.float32, _SCORES)
     for i in range(1, num_blocks):
-        # The scores of this block, while the values of the previous block are summed.
+        # Compute the scores of this block while the values of the previous block are added up.
         stage, last = i % STAGES, (i - 1) % STAGES
         mbarrier.wait(key_ready.index(stage), (i // STAGES + 1) & 1)
         mbarrier.wait(turns.index(group), (i - 1) & 1)
@@ -156,7 +159,7 @@ def _attend_group(outputs, shared, barriers, place, sizes, scale, group: gl.cons
         mbarrier.arrive(key_free.index(stage))
         exponentials = gl.exp2(scores * scale - shift[:, None])
         sums += _sums(exponentials)
-        # Waits for both, or else the compiler would put all exponentials after the products.
+        # The exponentials are listed too; otherwise the compiler computes them after the product.
         result, exponentials = warpgroup_mma_wait(0, [result, exponentials])
         mbarrier.arrive(value_free.index(last))
         weights = gl.convert_layout(exponentials.to(keys.dtype), _WEIGHTS)
@@ -196,18 +199,18 @@ def _fast_kernel(
     num_heads,
     scale,
 ):
-    """Compute GROUPS * ROWS queries of a head per program; grid (tiles of queries, b * heads).
+    """Compute GROUPS * ROWS queries of one head per program; grid (tiles of queries, b * heads).
 
     Args:
-        query_tiles: descriptor of (b * num_queries, heads * HEAD_SIZE), in tiles of ROWS.
-        key_tiles: descriptor of (b * num_keys, heads * HEAD_SIZE), in tiles of KEYS.
-        value_tiles: as `key_tiles`.
-        result_ptr: result, in the shape of the queries.
-        sum_ptr: log-sum-exp (b, heads, num_queries), float32.
-        broken_ptr: counts of results that are not finite (b, heads, parts), int32.
+        query_tiles: descriptor of the queries (b * num_queries, heads * HEAD_SIZE), ROWS per tile.
+        key_tiles: descriptor of the keys (b * num_keys, heads * HEAD_SIZE), KEYS per tile.
+        value_tiles: descriptor of the values, with the same shape and tiles as `key_tiles`.
+        result_ptr: output, the result in the shape of the queries.
+        sum_ptr: output, the log-sum-exp (b, heads, num_queries), float32.
+        broken_ptr: output, the number of results that are not finite (b, heads, parts), int32.
         num_queries: queries per sample; likewise `num_keys`.
         num_heads: heads per sample.
-        scale: turns a product of query and key into an exponent of 2.
+        scale: converts a product of query and key to an exponent of 2.
     """
     tile, head = gl.program_id(0), gl.program_id(1)
     batch = head // num_heads
@@ -274,9 +277,9 @@ def _careful_kernel(
     value_stride,
     scale,
 ):
-    """The fallback: compute the broken parts, ROWS queries each, with the true row maximum.
+    """Compute broken parts (ROWS queries each) again with the true row maximum, as the fallback.
 
-    There are `total_parts`, `num_parts` per head. Each program checks an equal number of them.
+    There are `total_parts` parts, `num_parts` per head. Each program checks about equally many.
     """
     every = tl.num_programs(0)
     if tl.program_id(0) == 0:
@@ -300,7 +303,7 @@ def _careful_kernel(
 
 @triton.jit
 def _attend_carefully(inputs, strides, outputs, sizes, head, first_row, scale):
-    """Compute ROWS queries of a head by an online softmax (FlashAttention, algorithm 1)."""
+    """Compute ROWS queries of one head by an online softmax (FlashAttention, algorithm 1)."""
     query_ptr, key_ptr, value_ptr = inputs
     query_stride, key_stride, value_stride = strides
     result_ptr, sum_ptr = outputs
@@ -343,12 +346,12 @@ def attend_on_hopper(
     """Return the attention without mask, dropout or gradient, on a Hopper GPU.
 
     Args:
-        query: (b, n, heads, 64), float16 or bfloat16, at an address that is a multiple of 16
-            bytes. Rows that do not have equal strides are copied.
-        key: (b, m, heads, 64), of the same type.
-        value: as `key`.
-        tally: int64 (2,). The number of parts of the queries is added to the first entry, the
-            number of parts that the fallback computes to the second one.
+        query: (b, n, heads, 64), float16 or bfloat16, aligned to 16 bytes. It is copied if the
+            tokens of all samples do not have one common stride.
+        key: (b, m, heads, 64), same dtype and alignment.
+        value: same shape and dtype as `key`.
+        tally: (2,) int64, updated in place. The number of parts of the queries is added to the
+            first entry, and the number of parts that the fallback computes to the second.
 
     Returns:
         The result (b, n, heads, 64), and the log-sum-exp (b, heads, n) of the scores in float32.
@@ -358,7 +361,7 @@ def attend_on_hopper(
     assert key.shape == value.shape == (b, key.shape[1], heads, head_size), (key.shape, value.shape)
     types = {tensor.dtype for tensor in (query, key, value)}
     assert types in ({torch.float16}, {torch.bfloat16}), types
-    # TMA, which loads the tiles, needs rows with equal strides.
+    # The tiles are loaded by the GPU's TMA unit, which needs one stride between all rows.
     rows = [tensor.flatten(2).flatten(0, 1) for tensor in (query, key, value)]
     tiles = [
         TensorDescriptor.from_tensor(tensor, [size.value, head_size], _SHARED)
@@ -370,7 +373,7 @@ def attend_on_hopper(
     broken = query.new_empty(b, heads, num_tiles * GROUPS.value, dtype=torch.int32)
     sizes = (n, key.shape[1], heads)
     with torch.cuda.device(query.device):
-        # With fp fusion, a weight is one fused multiply-add and one power of 2.
+        # With fp fusion, a weight needs only one fused multiply-add and one power of 2.
         _fast_kernel[(num_tiles, b * heads)](
             *tiles, result, log_sum_exp, broken, *sizes, _SCALE, num_warps=4, enable_fp_fusion=True
         )
@@ -385,9 +388,9 @@ def run_fallback(
 
     Args:
         tensors: queries (b * n, heads * 64), keys and values (b * num_keys, heads * 64), result
-            (b, n, heads, 64) and log-sum-exp (b, heads, n).
-        broken: (b, heads, parts) int32, not 0 for a part whose ROWS results are computed again.
-        tally: as in `attend_on_hopper`.
+            (b, n, heads, 64) and log-sum-exp (b, heads, n). The last two are updated.
+        broken: (b, heads, parts) int32; nonzero marks a part (of ROWS results) to compute again.
+        tally: see `attend_on_hopper`.
         num_keys: keys per sample.
     """
     *rows, result, _ = tensors

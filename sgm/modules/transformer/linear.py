@@ -1,14 +1,14 @@
 """Linear layers of the blocks: projections in parts, the MLP's GELU, and float8 products.
 
-The layers are SAT's Linears, or LoRA layers that replace them, in a form that is fast when
-compiled.
+The functions here compute SAT's Linears, and the LoRA layers that replace them, in a way that is
+fast in compiled code.
 
-Float8 is lossy. It is used for the products of the MLPs only, on GPUs that support it. Both factors
-of a product are rounded to e4m3 (Micikevicius et al., "FP8 Formats for Deep Learning", 2022), which
-has 4 significant bits. Each weight row (an output channel) and each token has its own scale, so
-that its largest value becomes the largest one of the format. The MLP does two thirds of the
-multiplications of a block with weights. The projections of the attention are not rounded: on the
-bundled model that changes the result far more.
+Float8 is lossy. It is used only for the matrix products of the MLPs, on GPUs that support it. Both
+factors of a product are rounded to e4m3 (Micikevicius et al., "FP8 Formats for Deep Learning",
+2022), which has 4 significant bits. Each weight row (output channel) and each token has its own
+scale, which maps its largest absolute value to the largest value of e4m3. The MLP does two thirds
+of a block's multiplications with weights. The projections of the attention are not rounded, because
+this would change the result of the bundled model far more.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ logger = logging.getLogger(__name__)
 def project(linear: nn.Module, x: Tensor, *, num_parts: int) -> list[Tensor]:
     """Return ``linear(x)`` in `num_parts` equal parts along its last axis.
 
-    The parts are computed one by one, because dividing the whole result, and joining the gradients
-    of its parts, would copy it.
+    The parts are computed one by one. Splitting the whole result, and concatenating the gradients
+    of the parts, would copy a large tensor.
 
     Args:
-        linear: SAT's Linear, with a bias, or a LoRA layer on one.
+        linear: SAT's Linear, which has a bias, or a LoRA layer that wraps such a Linear.
         x: (b, n, d).
         num_parts: number of parts.
     """
     base = getattr(linear, "original", linear)
     is_lora = base is not linear
-    # ZeRO-3 gathers the weights only while their module is called. Autocast casts the inputs of
-    # PyTorch's operators, but not of `lora_linear`.
+    # Call the module in two cases. ZeRO-3 gathers the weights only during a call of their module.
+    # Autocast casts the inputs of PyTorch's operators, but not those of `lora_linear`.
     is_divided = hasattr(base.weight, "ds_id")
     if is_divided or (is_lora and torch.is_autocast_enabled(x.device.type)):
         return list(linear(x).chunk(num_parts, dim=-1))
@@ -60,22 +60,22 @@ def project(linear: nn.Module, x: Tensor, *, num_parts: int) -> list[Tensor]:
 def lora_linear(
     x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor, down: Tensor, ups: list[Tensor]
 ) -> list[Tensor]:
-    """A Linear with LoRA (Hu et al., "LoRA", section 4.1): ``W x + bias + B A x``, in parts.
+    """Return ``W x + bias + B A x``, a Linear with LoRA, in parts (Hu et al., "LoRA", section 4.1).
 
-    PyTorch's operators would write each product to memory and read all of them again for their sum.
-    Here each product is added to the previous one when it is written. There is no second
+    PyTorch's operators would write both products to memory, and read them again to add them. Here
+    the second matrix product adds its result to the first one directly. There is no second
     derivative.
 
     Args:
         x: (…, d).
-        dropped: `x` after dropout, as the input of A; None means `x` itself.
+        dropped: `x` after dropout, the input of A; None if there is no dropout.
         weight, bias: (parts * e, d) and (parts * e,).
-        down: the A of all parts, multiplied by their scale, (parts * r, d).
-        ups: the B of each part, (e, r).
+        down: the concatenated A of all parts, times the scale of LoRA, (parts * r, d).
+        ups: B for each part, (e, r).
 
     Returns:
-        Each part (…, e). The last entry is ``A x`` for the backward pass, (rows of x, parts * r);
-        it has no gradient.
+        The parts, (…, e) each, followed by ``A x``, (rows of x, parts * r). The backward pass needs
+        this last entry, which has no gradient itself.
     """
     rows = x.flatten(0, -2)
     low = (rows if dropped is None else dropped.flatten(0, -2)) @ down.t()
@@ -130,7 +130,7 @@ lora_linear.register_autograd(_lora_backward, setup_context=_save_for_lora)
 
 @torch.library.custom_op("cogvideox::sum_of_products", mutates_args=())
 def sum_of_products(lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
-    """Return ``lefts[0] rights[0] + lefts[1] rights[1] + …`` of matrices, as `lora_linear` sums."""
+    """Return ``lefts[0] @ rights[0] + lefts[1] @ rights[1] + …``, summed as in `lora_linear`."""
     total = lefts[0] @ rights[0]
     for left, right in zip(lefts[1:], rights[1:], strict=True):
         total.addmm_(left, right)
@@ -148,13 +148,13 @@ _HALF = (torch.float16, torch.bfloat16)
 def activated(linear: nn.Module, x: Tensor, *, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """Return ``activation(linear(x))`` for a GELU (tanh approximation), (b, n, d) → (b, n, 4d).
 
-    On a GPU, the GELU is applied to the float32 sums of the product before they are rounded, which
-    saves a pass over the largest tensor of a block. If the weights are trained, the backward pass
-    needs the product itself, so this would cost more than it saves.
+    On a GPU, the matrix product applies the GELU to its float32 sums before it rounds them. This
+    saves a pass over the largest tensor of a block. If the weights are trained, this would cost
+    more than it saves, because the backward pass needs the values before the GELU.
     """
     weight = linear.weight
     is_constant = not (torch.is_grad_enabled() and weight.requires_grad)
-    # ZeRO-3 gathers the weights only while their module is called.
+    # ZeRO-3 gathers the weights only during a call of their module.
     is_whole = isinstance(linear.bias, Tensor) and not hasattr(weight, "ds_id")
     if is_constant and is_whole and weight.is_cuda and weight.dtype in _HALF:
         return linear_gelu(x, weight, linear.bias)
@@ -163,11 +163,11 @@ def activated(linear: nn.Module, x: Tensor, *, activation: Callable[[Tensor], Te
 
 @torch.library.custom_op("cogvideox::linear_gelu", mutates_args=())
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU (tanh approximation) of ``x weight^T + bias``, x (…, d), weight (e, d) → (…, e).
+    """Return GELU (tanh approximation) of ``x weight^T + bias``: x (…, d), weight (e, d) → (…, e).
 
-    It has a gradient with respect to x only. PyTorch's own operator has none.
+    Only `x` gets a gradient; the PyTorch operator used here has no gradient at all.
     """
-    if not x.is_cuda:  # there PyTorch's operator computes the exact GELU
+    if not x.is_cuda:  # on a CPU, `_addmm_activation` computes the exact GELU
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
     product = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
     return product.unflatten(0, x.shape[:-1])
@@ -193,20 +193,20 @@ linear_gelu.register_autograd(_gelu_backward, setup_context=_save_for_gelu)
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max  # 448
-_SMALLEST_PEAK = 1e-12  # of a row, so that the scale of a row of zeros is not zero
+_SMALLEST_PEAK = 1e-12  # lower limit of a row's largest value: avoids a scale of zero
 _CAPABILITY = (8, 9)  # Ada is the first generation with float8 products
 
 
 class Fp8Linear(nn.Module):
     """A Linear (k → n channels) that multiplies float8 factors; for inference.
 
-    The product and the bias are bfloat16 for every type of the run, because PyTorch offers no other
-    type with scales per row on all GPUs. A GPU sums with fewer bits than float32 ("fast
-    accumulation"). On a CPU the same factors are multiplied in float32.
+    The product and the bias are always bfloat16, whatever the dtype of the run: with scales per
+    row, PyTorch supports no other dtype on all GPUs. A GPU sums with fewer bits than float32 ("fast
+    accumulation"). A CPU multiplies the same factors in float32.
 
     Args:
         linear: the Linear whose weight (n, k) and bias (n,) are converted. On a GPU, n and k must
-            be multiples of 16; the position table requires that of `hidden_size`.
+            be multiples of 16; they are, because the position table checks `hidden_size`.
     """
 
     def __init__(self, linear: nn.Module) -> None:
@@ -218,7 +218,7 @@ class Fp8Linear(nn.Module):
         self.bias = nn.Parameter(bias, requires_grad=False)  # (n,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the result (…, n) for x (…, k), in the type of `x`."""
+        """Return the result (…, n) for `x` (…, k), in the dtype of `x`."""
         tokens, token_scale = to_float8(x.flatten(0, -2))  # (m, k), (m, 1)
         if tokens.is_cuda:
             product = torch._scaled_mm(
@@ -237,28 +237,30 @@ class Fp8Linear(nn.Module):
 
 
 def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return float8 factors (m, k) and float32 scales (m, 1) whose product is rows (m, k)."""
+    """Return float8 factors (m, k) and float32 scales (m, 1); their product is `rows`, rounded."""
     rows = rows.float()
     scale = rows.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST_PEAK) / LARGEST
     return (rows / scale).to(FLOAT8), scale
 
 
 def fp8_runs_on(device: torch.device) -> bool:
-    """Whether `device` supports float8 products; a CPU emulates them."""
+    """Return whether float8 products run on `device`; a CPU emulates them."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _CAPABILITY
 
 
 def check_fp8(device: torch.device) -> None:
-    """Check that `device` supports float8 products; log that a CPU emulates them.
+    """Check that float8 products run on `device`. If it is a CPU, log that it emulates them.
 
     Raises:
-        UserError: the GPU does not support them.
+        UserError: the GPU does not support float8 products.
     """
     if device.type == "cpu":
         logger.info("fp8: a CPU emulates float8 products, which is slow")
     if not fp8_runs_on(device):
         name = torch.cuda.get_device_name(device)
-        raise UserError(f"fp8: {name} has no float8 products (Ada or newer has); leave fp8 out")
+        raise UserError(
+            f"fp8: {name} does not support float8 (Ada and newer GPUs do); leave fp8 out"
+        )
 
 
 def quantize_linears(network: BaseModel) -> None:

@@ -1,4 +1,4 @@
-"""Embedding of text and latent clip as one sequence of tokens."""
+"""Embedding of the text and the latent clip as one sequence of tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sgm.distributed import SequenceShard
 
 
 class ImagePatchEmbeddingMixin(BaseMixin):
-    """Embeds text tokens and the square patches of each frame, all in the model's width.
+    """Embeds text tokens and the square patches of each frame, all to width `hidden_size`.
 
     Args:
         in_channels: latent channels c.
@@ -36,17 +36,19 @@ class ImagePatchEmbeddingMixin(BaseMixin):
         shard: SequenceShard | None = None,
         **_: object,
     ) -> Tensor:
-        """Clip (b, t, c, h, w) and text (k * b, n_text, d_text) -> tokens (k * b, n_text + n, d).
+        """Embed clip `x` (b, t, c, h, w) and text `context` (k * b, n_text, d_text) as tokens.
 
-        Video tokens follow the text in t, h, w order, the same for all k = `num_branches`. With a
-        `shard`, only this process's tokens are returned.
+        Returns:
+            Tokens (k * b, n_text + n, d). The n video tokens follow the text in t, h, w order; they
+            are equal in all k = `num_branches` branches of guidance. With a `shard`, only this
+            process's tokens are returned.
         """
         frames = rearrange(x, "b t c h w -> (b t) c h w")
-        # With channels last, the output is already one row per token.
+        # In channels-last format, each token is one contiguous row of the output.
         frames = frames.contiguous(memory_format=torch.channels_last)
         patches = self.proj(frames)  # ((b t), d, h/p, w/p)
         video = rearrange(patches, "(b t) d h w -> b (t h w) d", b=x.shape[0])  # (b, n, d)
-        # With one branch, this is a view.
+        # This copies nothing if there is only one branch.
         video = video.expand(num_branches, *video.shape).flatten(0, 1)
         tokens = torch.cat([self.text_proj(context), video], dim=1)
         return tokens if shard is None else shard.take(tokens)

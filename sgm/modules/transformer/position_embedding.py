@@ -1,4 +1,4 @@
-"""Position embedding: a fixed 3D sine-cosine table, added to the tokens once."""
+"""Position embedding: a fixed 3D sine-cosine table, added to the tokens before the first block."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from sgm.errors import UserError
 class Basic3DPositionEmbeddingMixin(BaseMixin):
     """Adds an embedding of frame, column and row to each video token; text tokens get zeros.
 
-    The table is made for the grid of patches given here. Frames are the slowest index of the
-    tokens, so a shorter clip, or an image, uses the beginning of the table.
+    The table covers the grid of patches given here. Frames are the slowest index of the tokens, so
+    a shorter clip, or an image, uses the beginning of the table.
 
     Args:
-        num_latent_frames: frames of the longest clip.
+        num_latent_frames: latent frames of the longest clip.
         grid_size: rows and columns of patches in a frame.
         hidden_size: width d of a token, a multiple of 16.
-        text_length: text tokens before the video tokens.
-        height_interpolation: rows are divided by this before they are encoded, so that a model
-            trained on fewer rows gets positions in its training range.
-        width_interpolation: the same for columns.
+        text_length: number of text tokens, which precede the video tokens.
+        height_interpolation: row numbers are divided by this factor before they are encoded. A
+            factor above 1 keeps them in the range in which a model with fewer rows was trained.
+        width_interpolation: the same for column numbers.
 
     Raises:
-        UserError: `hidden_size` is not divisible by 16, or a factor is not positive.
+        UserError: `hidden_size` is not a multiple of 16, or a factor is not positive.
     """
 
     def __init__(
@@ -41,7 +41,8 @@ class Basic3DPositionEmbeddingMixin(BaseMixin):
         width_interpolation: float = 1.0,
     ) -> None:
         super().__init__()
-        # Time takes d/4, columns and rows 3d/8 each; half of each width are sines, half cosines.
+        # Time takes d/4 channels; columns and rows take 3d/8 each. Half of each are sines, the rest
+        # cosines.
         if hidden_size % 16:
             raise UserError(
                 f"hidden_size={hidden_size}: the 3D position table needs a multiple of 16"
@@ -64,16 +65,16 @@ class Basic3DPositionEmbeddingMixin(BaseMixin):
     ) -> Tensor:
         """Compute the table (1, text_length + t * h * w, d), tokens in t, h, w order.
 
-        Values are in [-1, 1]. The first quarter of d encodes time, then columns and rows follow
-        with 3/8 each. A checkpoint without ``pos_embed.pos_embedding``, such as the published
-        ones, is completed with this table.
+        Values are in [-1, 1]. The first quarter of the d channels encodes time, the next 3/8 the
+        column and the last 3/8 the row. When a checkpoint lacks ``pos_embed.pos_embedding``, as the
+        published ones do, this table is used.
         """
         height, width = self.grid_size
         time_width, space_width = self.hidden_size // 4, self.hidden_size * 3 // 8
         frames = torch.arange(self.num_latent_frames, dtype=torch.float64, device=device)
         rows = torch.arange(height, dtype=torch.float64, device=device) / self.height_interpolation
         columns = torch.arange(width, dtype=torch.float64, device=device) / self.width_interpolation
-        # Cast before they are repeated over the grid: the whole table in float64 would be large.
+        # Cast before repeating over the grid, because the whole table would be large in float64.
         of_frame = sine_cosine(frames, time_width).to(dtype)  # (t, d/4)
         of_row = sine_cosine(rows, space_width).to(dtype)  # (h, 3d/8)
         of_column = sine_cosine(columns, space_width).to(dtype)  # (w, 3d/8)
@@ -97,9 +98,9 @@ class Basic3DPositionEmbeddingMixin(BaseMixin):
         shard: SequenceShard | None = None,
         **_: object,
     ) -> Tensor:
-        """Return the positions (1, text_length + t * h * w, d) of a clip of (t, h, w) patches.
+        """Return the embedding (1, text_length + t * h * w, d) for a clip with t * h * w patches.
 
-        With a `shard`, only those of this process's tokens.
+        With a `shard`, only the rows for this process's tokens are returned.
         """
         num_frames, height, width = grid
         positions = self.pos_embedding[:, : self.text_length + num_frames * height * width]
@@ -109,8 +110,8 @@ class Basic3DPositionEmbeddingMixin(BaseMixin):
 def sine_cosine(positions: Tensor, width: int) -> Tensor:
     """Return [sin | cos] of ``position / 10000^(2i / width)``, (n,) -> (n, width), in float64.
 
-    Source: Vaswani et al., "Attention Is All You Need", section 3.5; here the sines of all
-    frequencies precede the cosines.
+    Source: Vaswani et al., "Attention Is All You Need", section 3.5. Unlike in the paper, all sines
+    precede all cosines.
     """
     exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
     angles = positions.double()[:, None] / 10000**exponents  # (n, width/2)

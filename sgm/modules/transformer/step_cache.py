@@ -1,9 +1,10 @@
-"""Step cache: steps reuse the output of most blocks, which is faster but changes the video.
+"""Step cache: some sampling steps skip most blocks, which is faster but changes the video.
 
-The residuals that the blocks add to the tokens differ little between neighbouring steps, and the
-residual of the first block shows how much. Source: Liu et al., "Timestep Embedding Tells: It's Time
-to Cache for Video Diffusion Model" (2024), section 3. There the change is estimated from the
-modulated input of the first block; here from its residual, which needs no fit to a model.
+A block's residual is what it adds to the tokens. Residuals differ little between neighbouring
+steps, and the change of the first block's residual indicates the change of all others. Source: Liu
+et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model" (2024), section 3.
+The paper estimates the change from the modulated input of the first block, with coefficients fitted
+to each model. The residual used here needs no fit.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from torch import Tensor
 
 @contextmanager
 def cached_steps(network: BaseModel, threshold: float) -> Iterator[None]:
-    """Let `network` reuse the output of its blocks from earlier steps, for one video.
+    """Let `network` reuse the residuals of its blocks from earlier steps of one video.
 
     Args:
-        network: the transformer; all of its tokens are in this process.
-        threshold: largest relative change of the first block's residual, since the last full step,
-            at which the other blocks are skipped; 0 turns the cache off.
+        network: the transformer; all tokens must be in this process.
+        threshold: the other blocks are skipped if the first block's residual has changed by less
+            than this fraction since the last full step; 0 turns the cache off.
     """
     if threshold == 0:
         yield
@@ -32,15 +33,15 @@ def cached_steps(network: BaseModel, threshold: float) -> Iterator[None]:
         yield
     finally:
         network.del_mixin("step_cache")
-        network.transformer.hooks.clear()  # they refer to the mixin and its tensors
+        network.transformer.hooks.clear()  # the hooks refer to the mixin and its tensors
 
 
 class StepCacheMixin(BaseMixin):
-    """Runs either all blocks of a transformer or only the first one, by a hook of SAT.
+    """Runs in each step either all blocks of a transformer or only the first, by a hook of SAT.
 
     Args:
         threshold: see `cached_steps`.
-        num_layers: blocks of the transformer.
+        num_layers: number of blocks.
     """
 
     def __init__(self, threshold: float, num_layers: int) -> None:
@@ -48,8 +49,8 @@ class StepCacheMixin(BaseMixin):
         self.threshold = threshold
         self.last_layer = num_layers - 1
         self._reusing = False
-        # From the last full step, (b, n, d) each: the residual of the first block, its output, and
-        # the residual of all other blocks.
+        # Values of the last full step, (b, n, d) each: the residual of the first block, the output
+        # of the first block, and the sum of the residuals of all other blocks.
         self._first: Tensor | None = None
         self._after_first: Tensor | None = None
         self._rest: Tensor | None = None
@@ -64,7 +65,7 @@ class StepCacheMixin(BaseMixin):
         layer_id: Tensor | int,
         **arguments: object,
     ) -> Tensor:
-        """Run block `layer_id` by `old_impl` on tokens (b, n, d), or reuse the last full step."""
+        """Run block `layer_id` by `old_impl` on tokens (b, n, d), or reuse the cached residuals."""
         layer = int(layer_id)
         if layer > 0 and self._reusing:
             return hidden_states + self._rest if layer == self.last_layer else hidden_states
@@ -79,7 +80,10 @@ class StepCacheMixin(BaseMixin):
         return tokens
 
     def _is_close(self, added: Tensor) -> bool:
-        """Whether `added` is close to that of the last full step; waits for the device."""
+        """Return whether `added` is close to the first block's last cached residual.
+
+        This waits for the device.
+        """
         if self._first is None:
             return False
         change = (added - self._first).abs().mean() / self._first.abs().mean()

@@ -95,7 +95,7 @@ def test_own_kernel_is_not_for_training(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     ("kernel", "needed"),
-    [("hopper", "a C compiler .* heads of 64"), ("flash", "FlashAttention-4")],
+    [("hopper", "a C compiler .* heads of width 64"), ("flash", "FlashAttention-4")],
 )
 def test_a_kernel_that_does_not_run_is_refused_with_what_it_needs(kernel: str, needed: str) -> None:
     half = {"device": torch.device("cpu"), "dtype": torch.float16}

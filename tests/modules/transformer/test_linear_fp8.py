@@ -117,7 +117,7 @@ def test_gpus_without_float8_are_refused(
     if works:
         check_fp8(torch.device("cuda"))
     else:
-        with pytest.raises(UserError, match="the GPU has no float8 products"):
+        with pytest.raises(UserError, match="the GPU does not support float8"):
             check_fp8(torch.device("cuda"))
 
 
