@@ -50,7 +50,10 @@ def test_other_sizes_are_refused_with_the_allowed_ones(change, words):
         ),
         ({"network_config": {"parms": {}}}, r"params is missing \(is 'parms' mistyped"),
         ({"network_config": "abc"}, "network_config.params is missing or contains no keys"),
-        ({"network_config": {"params": [1]}}, "network_config.params is missing or contains no keys"),
+        (
+            {"network_config": {"params": [1]}},
+            "network_config.params is missing or contains no keys",
+        ),
     ],
 )
 def test_an_incomplete_model_section_is_named(model, words):
