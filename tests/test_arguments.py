@@ -163,7 +163,7 @@ def test_a_missing_file_is_named():
         (["--input-type", "csv"], "invalid choice"),
         (["--seed", "3", "b.yaml"], "configurations come before all flags"),
         (["--seed", "3", "stray"], "unknown argument 'stray'"),
-        (["--fp8", "true"], "unknown argument 'true'; a switch takes no value, and --no-"),
+        (["--fp8", "true"], "unknown argument 'true'; a switch takes no value, use --no-"),
         (["--tile_decode=False"], "argument --tile-decode/--no-tile-decode: ignored explicit"),
     ],
 )
