@@ -88,14 +88,16 @@ def test_automatic_looks_at_what_is_free_and_logs_one_line(
     caplog.clear()
     assert chosen("auto", small_model, "cuda:0") == mode
     (message,) = caplog.messages
-    assert message.startswith(f"memory: {mode}, since all weights on the GPU need about")
+    assert message.startswith(f"memory: {mode}, because all weights on the GPU need about")
 
 
 def test_a_mode_that_is_asked_for_is_taken_on_a_gpu(small_model, caplog):
     caplog.set_level(logging.INFO)
     assert [chosen(mode, small_model, "cuda:0") for mode in ("high", "low")] == ["high", "low"]
-    set_by_option = "as set by the option memory"
-    assert caplog.messages == [f"memory: high, {set_by_option}", f"memory: low, {set_by_option}"]
+    assert caplog.messages == [
+        "memory: high, as set by the option memory",
+        "memory: low, as set by the option memory",
+    ]
 
 
 def test_on_a_cpu_it_is_always_high_and_says_so_if_low_was_asked_for(small_model, caplog):

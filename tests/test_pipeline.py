@@ -258,7 +258,7 @@ def test_loras_are_set_from_any_folder_and_after_an_interruption(
         ({"index": -1}, "index: -1 must be a whole number from 0"),
         ({"index": (1, 2, 3)}, "index: .* must be a whole number from 0"),
         ({"prompt": None}, "prompt: None must be a text"),
-        ({"path": "video.gif"}, "path: 'video.gif' must be the name of an mp4"),
+        ({"path": "video.gif"}, "path: 'video.gif' must be the path of an mp4"),
         ({"path": "/dev/null/video.mp4"}, "path: '/dev/null/video.mp4' cannot be written"),
     ],
 )

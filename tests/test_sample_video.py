@@ -224,7 +224,7 @@ def write(path, content):
 
 MISTAKES = {
     "missing prompt file": (lambda p: ["--input-file", str(p / "no.txt")], "No such file"),
-    "empty prompt file": (lambda p: ["--input-file", write(p / "e", b"\n")], "holds no prompt"),
+    "empty prompt file": (lambda p: ["--input-file", write(p / "e", b"\n")], "contains no prompt"),
     "not UTF-8": (lambda p: ["--input-file", write(p / "b", b"caf\xe9")], "not UTF-8"),
     "unwritable folder": (lambda p: ["--output-dir", "/proc/out"], "cannot be written to"),
     "folder is a file": (lambda p: ["--output-dir", write(p / "f", b"x")], "cannot be written to"),
