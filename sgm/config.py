@@ -34,7 +34,7 @@ class LoraChoice:
 
     Args:
         path: the folder of a run or checkpoint, or a file (see `sgm.checkpoint.lora.read_updates`).
-            While a command runs, this is what `find_lora` found at the path.
+            `find_lora` replaces the path by the `Weights` that it finds there.
         scale: the strength. 1 applies the LoRA as trained, 0 has no effect, and a negative value
             has the opposite effect.
     """
@@ -123,7 +123,8 @@ class CommonArgs(Options):
     """Options of both commands."""
 
     mode: Literal["inference", "finetune", "pretrain"] = option(
-        "inference", "purpose; 'finetune' starts from `load`, 'pretrain' from random weights"
+        "inference",
+        "what the file is for; 'finetune' starts from `load`, 'pretrain' from random weights",
     )
     load: str | None = option(None, "transformer weights: a SAT or diffusers folder, or a file")
     seed: int = option(42, "seed of all random numbers")
@@ -160,7 +161,7 @@ class SamplingArgs(CommonArgs):
     )
     step_cache: float = option(
         0.0,
-        "reuse steps that change less than this, with small losses; 0: off, try 0.1",
+        "lossy: reuse steps that change less than this; 0: off, try 0.1",
         ge=0,
     )
     tile_decode: bool = option(False, "decode in tiles: less memory, slightly different videos")

@@ -65,7 +65,7 @@ def checked(model: type[Model], values: Mapping[str, Any], *, place: Callable[[s
 
 
 def explain(error: ValidationError, model: type[BaseModel], *, place: Callable[[str], str]) -> str:
-    """Describe the first error that pydantic found in one sentence; see `checked` for arguments."""
+    """Return one sentence about the first error that pydantic found; arguments as in `checked`."""
     first = error.errors(include_url=False)[0]
     keys = [key for key in first["loc"] if isinstance(key, str)]
     owner, field = _find_field(model, keys)

@@ -42,7 +42,10 @@ def can_compile_kernels() -> bool:
 
 
 def _has_headers() -> bool:
-    """Return whether compilers can find Python's headers, which Debian does not install."""
+    """Return whether compilers can find Python's headers.
+
+    Debian's default scheme is not where its headers are, so "posix_prefix" is searched too.
+    """
     if os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH"):
         return True
     schemes = {sysconfig.get_default_scheme(), "posix_prefix"}

@@ -31,7 +31,7 @@ def to_uint8(video: Tensor) -> np.ndarray:
 
 
 def mp4_path(path: str | Path) -> Path:
-    """Check the path of an mp4 to write, and return it as an absolute path. Creates nothing.
+    """Check the path of an mp4 to write, and return it as an absolute path; create nothing.
 
     Raises:
         UserError: the path does not end in .mp4, or its folder cannot be written to.
