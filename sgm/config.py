@@ -34,7 +34,7 @@ class LoraChoice:
 
     Args:
         path: the folder of a run or checkpoint, or a file (see `sgm.checkpoint.lora.read_updates`).
-            `find_lora` replaces the path by the `Weights` that it finds there.
+            `find_weights` replaces the path by the `Weights` that it finds there.
         scale: the strength. 1 applies the LoRA as trained, 0 has no effect, and a negative value
             has the opposite effect.
     """
