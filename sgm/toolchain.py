@@ -36,7 +36,7 @@ def can_compile_kernels() -> bool:
         missing = "Python's headers are missing (install python3-dev)"
     if missing:
         logger.warning(
-            "this project's GPU kernels cannot be used (%s), so this run is slower", missing
+            "this project's GPU kernels cannot be used, so this run is slower: %s", missing
         )
     return missing is None
 

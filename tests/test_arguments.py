@@ -61,7 +61,7 @@ def test_a_precision_flag_replaces_the_files_precision(parse):
 
 
 def test_both_precisions_are_refused(parse):
-    with pytest.raises(UserError, match="keep one"):
+    with pytest.raises(UserError, match="keep only one"):
         parse("args: {fp16: true, bf16: true}")
 
 
