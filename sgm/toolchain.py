@@ -69,5 +69,5 @@ def check_compile(device_type: str) -> None:
     if not works:
         raise UserError(
             "compile: a compiler and Python's headers are needed; install g++ and python3-dev, or "
-            "turn compile off"
+            "leave compile out"
         )

@@ -59,7 +59,7 @@ def test_compiling_is_refused_where_there_is_no_compiler(complete, monkeypatch, 
     toolchain.check_compile(device_type)
     toolchain.can_compile_kernels.cache_clear()
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match="compile: a compiler .* turn compile off"):
+    with pytest.raises(UserError, match="compile: a compiler .* leave compile out"):
         toolchain.check_compile(device_type)
 
 
