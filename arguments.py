@@ -1,6 +1,6 @@
-"""Command lines: every option of `sgm.config` is a flag of its command.
+"""Parse command lines: every option of a command in `sgm.config` is also a flag.
 
-``--base a.yaml b.yaml`` are merged in this order; a flag wins over the files.
+The files of ``--base a.yaml b.yaml`` are merged in this order, and flags override the files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from sgm.options import value_type
 
 
 def build_parser(args_class: type[CommonArgs], description: str) -> CommandParser:
-    """The parser of a command whose `args` are `args_class`; both - and _ spell a flag."""
+    """Return a command's parser, with a flag for every option of `args_class`.
+
+    Flags may be written with hyphens or underscores.
+    """
     parser = CommandParser(description=description)
     parser.add_argument(
         "--base", nargs="+", required=True, metavar="YAML", help="configurations, merged in order"
@@ -25,22 +28,24 @@ def build_parser(args_class: type[CommonArgs], description: str) -> CommandParse
         action="append",
         default=[],
         metavar="PREFIX",
-        help="let the configuration name classes under this dotted prefix (trusted files only)",
+        help="allow classes under this dotted prefix in configurations; for trusted files only",
     )
     for name, field in args_class.model_fields.items():
         kind, choices, is_list = value_type(field.annotation)
-        # argparse would take a bare % for a placeholder.
+        # argparse would read a single % as a placeholder.
         help_text = (field.description or "").replace("%", "%%")
         settings: dict[str, Any] = {"default": None, "help": help_text}
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
-            kind = kind if kind in (int, float) else str  # the options parse what is more than text
+            kind = (
+                kind if kind in (int, float) else str
+            )  # other types are parsed from strings later
             settings |= {"type": kind, "choices": choices or None}
             settings |= {"nargs": "+"} if is_list else {}
         parser.add_argument(_flag(name), **settings)
     for name, reason in IGNORED_ARGS.items():
-        settings = {"action": argparse.BooleanOptionalAction, "help": f"unused: {reason}"}
+        settings = {"action": argparse.BooleanOptionalAction, "help": f"no effect: {reason}"}
         parser.add_argument(_flag(name), **settings)
     return parser
 
@@ -52,12 +57,12 @@ def _flag(name: str) -> str:
 def parse_config(
     args_class: type[CommonArgs], description: str, argv: Sequence[str] | None = None
 ) -> Config:
-    """Parse a command line and the files it names.
+    """Parse a command line, and load the configuration files that it names.
 
-    Exits with code 2 for a wrong command line, as argparse does.
+    If the command line is invalid, exit with code 2, as argparse does.
 
     Raises:
-        UserError: see `sgm.config.load_config`.
+        UserError: the configuration is invalid; see `sgm.config.load_config`.
     """
     flags = vars(build_parser(args_class, description).parse_args(argv))
     files, allow_target = flags.pop("base"), flags.pop("allow_target")

@@ -1,4 +1,4 @@
-"""What all commands share: options, logging, and errors as one sentence with an exit code."""
+"""Code shared by all commands: the option parser, logging, and the reporting of errors."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from sgm.errors import UserError, nearest_name
 
 _ROOT = Path(__file__).parents[1]
 
-# Output of libraries that is held back. A user who wants it sets the variable to another value.
+# Variables that suppress output of libraries, unless the user sets them to another value.
 _QUIET = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # the progress bar of transformers for T5's weights
-    "TRANSFORMERS_VERBOSITY": "error",  # its table of T5's decoder weights, which are not needed
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # progress bar of transformers while it loads T5
+    "TRANSFORMERS_VERBOSITY": "error",  # table of T5's decoder weights, which are not needed
 }
 
-# Loggers whose messages are about the prompts and clips of one rank. Other loggers of sgm write the
+# Loggers whose messages concern the prompts and clips of one rank. The other loggers of sgm log the
 # same warnings on every rank.
 LOGGERS_OF_ONE_RANK = {
     "sgm.data.cache",
@@ -38,34 +38,33 @@ LOGGERS_OF_ONE_RANK = {
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a record is not DeepSpeed's report of a missing GPU, which our log repeats."""
+    """Return False for DeepSpeed's message about a missing GPU, which our own log already has."""
     return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
 def _is_for_users(record: logging.LogRecord) -> bool:
-    """Whether a record is a warning or comes from code that is not an installed library."""
+    """Return True for warnings and errors, and for all records of code outside site-packages."""
     is_installed = {"site-packages", "dist-packages"} & set(Path(record.pathname).parts)
     return record.levelno >= logging.WARNING or not is_installed
 
 
 def _is_of_this_rank(record: logging.LogRecord) -> bool:
-    """Whether rank 0 does not log the same record."""
+    """Return False for warnings of sgm that all ranks share, because rank 0 logs them too."""
     is_shared = record.name.startswith("sgm.") and record.name not in LOGGERS_OF_ONE_RANK
     return record.levelno >= logging.ERROR or not is_shared
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
-    """Log plain lines to stderr from `level` on.
+    """Log messages of at least `level` to stderr, as plain lines.
 
-    Libraries log only warnings and errors. Ranks above 0 log only errors and the warnings that
-    rank 0 does not log.
+    For libraries, only warnings and errors are logged. Ranks above 0 log only errors, and warnings
+    that rank 0 does not log.
 
-    Call this before SAT, DeepSpeed or transformers are imported, to hold back what they report
-    when they are imported.
+    Call this before importing SAT, DeepSpeed or transformers, because they log during import.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    # DeepSpeed sets the level of its logger when it is imported; a filter stays.
+    # Use a filter, because DeepSpeed's import overwrites the level of its logger.
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_is_for_users)
@@ -75,13 +74,13 @@ def set_up_logging(level: int = logging.INFO) -> None:
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
 
 
-_TRUTH = ("true", "false", "yes", "no", "on", "off", "0", "1")  # values of switches elsewhere
+_TRUTH = ("true", "false", "yes", "no", "on", "off", "0", "1")  # values that users give switches
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argparse parser that reports a mistake in one sentence.
+    """An argparse parser that reports an invalid command line in one sentence.
 
-    Flags cannot be abbreviated. Their words may be joined by - or _.
+    Flags cannot be abbreviated, and may be written with hyphens or underscores.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -90,7 +89,7 @@ class CommandParser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         """Parse like argparse, but report an unknown flag before a missing one.
 
-        Exits with code 2 after one line on stderr if the command line is invalid.
+        If the command line is invalid, print one line to stderr and exit with code 2.
         """
         words = [self._with_hyphens(word) for word in (sys.argv[1:] if args is None else args)]
         for word in itertools.takewhile(lambda word: word != "--", words):
@@ -110,27 +109,28 @@ class CommandParser(argparse.ArgumentParser):
         if name.endswith((".yaml", ".yml")) and "--base" in self._option_string_actions:
             hint = "; configurations come before all flags"
         if word.lower() in _TRUTH:
-            hint = "; a switch takes no value, and --no-NAME says the opposite"
+            hint = "; a switch takes no value, use --no-NAME to turn it off"
         self.error(f"unknown argument {word!r}{hint}")
 
     def _with_hyphens(self, word: str) -> str:
-        """``--batch_size=2`` as ``--batch-size=2``; a word that is not a flag is not changed."""
+        """Change ``--batch_size=2`` to ``--batch-size=2``; return other words unchanged."""
         name, equals, value = word.partition("=")
         hyphened = name.replace("_", "-")
         is_flag = name.startswith("--") and hyphened in self._option_string_actions
         return hyphened + equals + value if is_flag else word
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2 after one line, without argparse's list of all flags."""
+        """Print one line without argparse's list of all flags, and exit with code 2."""
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Disable the garbage collector while libraries are imported and models are built.
+    """Disable the garbage collector in a ``with`` block that imports libraries or builds models.
 
-    Nearly all objects made then live until the end. Searching them for garbage would take a fifth
-    of the start-up, so they are also frozen: the collector never looks at them later.
+    Nearly all objects of this phase live until the process ends, and searching them for garbage
+    would take a fifth of the start-up time. At the end of the block they are frozen, so that the
+    collector never visits them later.
     """
     gc.disable()
     try:
@@ -141,12 +141,12 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def add_option(parser: argparse.ArgumentParser, name: str, **settings: Any) -> None:
-    """Add the option ``--{name}``, spelled with _ or -. `settings` go to `add_argument`."""
+    """Add the option ``--{name}``, written with _ or -. `settings` are passed to `add_argument`."""
     parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **settings)
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
-    """Add ``--fp16`` and ``--bf16``. The parsed `dtype` is the name of a torch.dtype or None."""
+    """Add ``--fp16`` and ``--bf16``; the parsed `dtype` is the name of a torch.dtype, or None."""
     group = parser.add_mutually_exclusive_group()
     for flag, name in (("--fp16", "float16"), ("--bf16", "bfloat16")):
         group.add_argument(
@@ -154,23 +154,24 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
             dest="dtype",
             action="store_const",
             const=name,
-            help=f"write the transformer in {name}; default: as it is",
+            help=f"write the transformer in {name}; default: keep its type",
         )
 
 
 def _missing_package(package: str, module: str) -> str:
-    """The error for a missing `module`: its `package` is missing, or is another version."""
-    advice = "install what requirements.txt names: pip install -r requirements.txt"
+    """Return the message for a missing `module`: its `package` is missing or the wrong version."""
+    advice = "install the requirements with pip install -r requirements.txt"
     if importlib.util.find_spec(package) is not None:
-        return f"{package} in {sys.executable} has no {module}, so it is another version; {advice}"
-    return f"{sys.executable} has no package {package!r}; start the Python that has it, or {advice}"
+        return f"{package} in {sys.executable} is a version without {module}; {advice}"
+    return f"{sys.executable} has no package {package!r}; use a Python that has it, or {advice}"
 
 
 def run_command(main: Callable[[], int]) -> int:
     """Run a command's `main` and return its exit code.
 
-    A `UserError`, a lack of memory or a missing package is printed as one sentence, and the exit
-    code is 1. Packages that are imported before `main` is called are not covered. Ctrl-C gives 130.
+    For a `UserError`, for lack of memory and for a missing package, print one sentence and return
+    1; this does not cover packages that are imported before `main` is called. For Ctrl-C, return
+    130.
     """
     try:
         return main()
@@ -190,18 +191,18 @@ def run_command(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         code, message = 130, "stopped"
     if Rank.from_environment().index > 0:
-        if code == 130:  # rank 0 prints it
+        if code == 130:  # rank 0 prints the message
             return code
-        time.sleep(1)  # rank 0 usually fails for the same reason, and then torchrun ends this rank
-    sys.stderr.write(f"{message}\n")  # one write, so that lines of several processes do not mix
+        time.sleep(1)  # rank 0 usually fails for the same reason; torchrun then ends this rank
+    sys.stderr.write(f"{message}\n")  # a single write, so that lines of processes do not mix
     return code
 
 
 def run_and_exit(main: Callable[[], int]) -> NoReturn:
-    """Run a command's `main` with `run_command` as the whole of a process, and exit with its code.
+    """Run a command's `main` with `run_command`, and exit the process with its exit code.
 
-    The garbage collector is switched off for the end of the process, where Python would spend a
-    second searching the loaded libraries for garbage.
+    The garbage collector is disabled before the exit, because Python would spend a second searching
+    the loaded libraries for garbage.
     """
     code = run_command(main)
     gc.disable()
@@ -211,6 +212,6 @@ def run_and_exit(main: Callable[[], int]) -> NoReturn:
             stream.flush()
         except (AttributeError, ValueError):  # the caller has closed it
             pass
-        except BrokenPipeError:  # the reader has left; Python's own flush would report that
+        except BrokenPipeError:  # the reader is gone; Python's own flush would print an error
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)

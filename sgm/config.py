@@ -1,9 +1,9 @@
-"""The options of both commands and the YAML files they come from: one checked configuration.
+"""The options of sample_video.py and train_video.py, and how they are read from YAML and flags.
 
-``--base a.yaml b.yaml`` are merged in this order; a flag wins over the files. `SamplingArgs` and
-`TrainingArgs` have a field for every key of the section `args`; the flags, the checks and
-docs/configuration.md are derived from them. Nothing heavy is imported here, so that a mistake is
-reported at once.
+The files of ``--base a.yaml b.yaml`` are merged in this order; flags override the files.
+`SamplingArgs` and `TrainingArgs` have a field for every key of the section `args`. The flags, the
+checks and docs/configuration.md are derived from these fields. This module imports nothing heavy,
+so mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ class LoraChoice:
     """A LoRA to merge.
 
     Args:
-        path: a run's folder, a checkpoint's or a file; see `sgm.checkpoint.lora.read_updates`. In a
-            run, what `find_lora` found there.
-        scale: strength; 1 is as trained, 0 nothing, below 0 the opposite.
+        path: the folder of a run or checkpoint, or a file (see `sgm.checkpoint.lora.read_updates`).
+            `find_weights` replaces the path by the `Weights` that it finds there.
+        scale: the strength. 1 applies the LoRA as trained, 0 has no effect, and a negative value
+            has the opposite effect.
     """
 
     path: str | Weights
@@ -43,7 +44,7 @@ class LoraChoice:
 
 
 def lora_from_text(text: str) -> LoraChoice:
-    """Parse ``PATH`` or ``PATH:SCALE``; if a path of the whole text exists, it is the path.
+    """Parse ``PATH`` or ``PATH:SCALE``; if `text` as a whole is an existing path, it has no scale.
 
     Raises:
         UserError: the scale is not a finite number.
@@ -57,14 +58,14 @@ def lora_from_text(text: str) -> LoraChoice:
         if os.path.exists(os.path.expanduser(path)):
             raise UserError(
                 f"{text}: {colon + number!r} is not a number; write the strength after the colon, "
-                "as in PATH:0.8"
+                "for example PATH:0.8"
             ) from None
-        return LoraChoice(text)  # the colon belongs to the path
+        return LoraChoice(text)  # the colon is part of the path
     return _lora_from_item({"path": path, "scale": scale})
 
 
 def _lora_from_item(item: object) -> LoraChoice:
-    """A LoRA from an item of the list ``lora:``, a path or ``{path, scale}``."""
+    """Convert an item of the list ``lora:``, either a path or ``{path, scale}``."""
     if isinstance(item, LoraChoice):
         return item
     if isinstance(item, str) and item:
@@ -76,10 +77,10 @@ def _lora_from_item(item: object) -> LoraChoice:
     check_known(item, ("path", "scale"), where=str(dict(item)))
     path, scale = item.get("path"), item.get("scale", 1.0)
     if not isinstance(path, str) or not path:
-        raise UserError(f"{dict(item)} has no path; add the LoRA's folder or file")
+        raise UserError(f"{dict(item)} has no path; add the path of the LoRA's folder or file")
     if not is_finite_number(scale):
         raise UserError(
-            f"scale {scale!r} of {path} must be a finite number; 1 is the LoRA as trained"
+            f"scale {scale!r} of {path} must be a finite number; 1 applies the LoRA as trained"
         )
     return LoraChoice(path, float(scale))
 
@@ -87,7 +88,7 @@ def _lora_from_item(item: object) -> LoraChoice:
 def _validate_lora(item: object) -> LoraChoice:
     try:
         return _lora_from_item(item)
-    except UserError as error:  # pydantic adds the place of the item to a ValueError
+    except UserError as error:  # for a ValueError, pydantic reports which item it is
         raise ValueError(str(error)) from None
 
 
@@ -95,7 +96,7 @@ def _as_list(value: object) -> object:
     return value if isinstance(value, list) else [value]
 
 
-# A single value where a list is wanted is a list of one.
+# A single value is accepted where a list is expected.
 Texts = Annotated[list[str], BeforeValidator(_as_list)]
 Numbers = Annotated[list[int], BeforeValidator(_as_list)]
 Loras = Annotated[
@@ -103,18 +104,18 @@ Loras = Annotated[
     BeforeValidator(_as_list),
 ]
 
-_REFERENCE = re.compile(r"\$\{[^${}:]*\}")  # to another value, such as ${args.seed}
+_REFERENCE = re.compile(r"\$\{[^${}:]*\}")  # a reference to another value, such as ${args.seed}
 
-# What the loader raises: ValueError for text that is not UTF-8 or for an invalid number,
-# RecursionError for a list within itself.
+# Errors that the YAML loader raises: ValueError if the text is not UTF-8 or a number is invalid,
+# RecursionError if a list contains itself.
 _YAML_ERRORS = (YAMLError, ValueError, RecursionError)
 
 SECTIONS = ("args", "model", "data", "deepspeed")
 
-# Keys of `args` that published files carry and nothing here needs, with the reason.
+# Keys of `args` that occur in published files but have no effect here, with the reason.
 IGNORED_ARGS = {
-    "force_inference": "weights with real gaps are always an error, expected absences never are",
-    "force_train": "as force_inference",
+    "force_inference": "missing weights are always an error, unless known to be optional",
+    "force_train": "see force_inference",
 }
 
 
@@ -122,24 +123,25 @@ class CommonArgs(Options):
     """Options of both commands."""
 
     mode: Literal["inference", "finetune", "pretrain"] = option(
-        "inference", "what the file is for; 'finetune' starts from `load`, 'pretrain' from nothing"
+        "inference",
+        "what the file is for; 'finetune' starts from `load`, 'pretrain' from random weights",
     )
-    load: str | None = option(None, "transformer weights: a folder of SAT or diffusers, or a file")
+    load: str | None = option(None, "transformer weights: a SAT or diffusers folder, or a file")
     seed: int = option(42, "seed of all random numbers")
     fp16: bool = option(False, "run in float16")
     bf16: bool = option(False, "run in bfloat16")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one")
-    model_parallel_size: int = option(1, "for old files; one model is not split", ge=1, le=1)
+    model_parallel_size: int = option(1, "for old files; models are not split", ge=1, le=1)
 
     @model_validator(mode="after")
     def _check_precision(self) -> CommonArgs:
         if self.fp16 and self.bf16:
-            raise ValueError("fp16 and bf16 are both set; keep one of them")
+            raise ValueError("fp16 and bf16 are both set; keep only one of them")
         return self
 
     @property
     def precision(self) -> str:
-        """The name that PyTorch has for the precision of the run."""
+        """PyTorch's name for the precision of the run, such as ``bfloat16``."""
         return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
 
 
@@ -147,94 +149,110 @@ class SamplingArgs(CommonArgs):
     """Options of sample_video.py."""
 
     batch_size: int = option(1, "videos for each prompt", ge=1)
-    input_type: Literal["txt", "cli"] = option("txt", "prompts of input_file, or typed in (cli)")
-    input_file: str = option("configs/test.txt", "prompts, UTF-8, one on a line")
+    input_type: Literal["txt", "cli"] = option("txt", "txt: read input_file; cli: type prompts")
+    input_file: str = option("configs/test.txt", "file of prompts: UTF-8, one per line")
     negative_prompt: str = option("", "what the videos should not show; empty: unconditional")
-    latent_channels: int = option(16, "channels of the latents; the model decides it")
+    latent_channels: int = option(16, "channels of the latents; must match the model")
     sampling_num_frames: int = option(13, "latent frames: n gives 4·(n - 1) + 1 video frames")
     sampling_image_size: Numbers = option([480, 720], "height and width of the video in pixels")
     sampling_fps: int = option(8, "frames per second of the mp4", ge=1)
-    parallel: Literal["prompts", "video"] = option("prompts", "what several processes divide")
+    parallel: Literal["prompts", "video"] = option(
+        "prompts", "how to use several processes: divide the prompts, or each video"
+    )
     step_cache: float = option(
         0.0,
-        "lossy: reuse steps that change by less; 0: off, try 0.1",
+        "lossy: reuse steps that change less than this; 0: off, try 0.1",
         ge=0,
     )
     tile_decode: bool = option(False, "decode in tiles: less memory, slightly different videos")
     memory: Literal["auto", "high", "low"] = option(
-        "auto", "high: all weights on the GPU; low: each part while it works; auto: high if it fits"
+        "auto",
+        "high: all weights on the GPU; low: each part only while in use; auto: high if it fits",
     )
     compile: bool | None = option(None, "compile the blocks; default: on a GPU, from 100 steps on")
     attention: Literal["auto", "hopper", "flash", "sdpa"] = option(
         "auto",
-        "the kernel: this project's (Hopper), FlashAttention-4 or PyTorch; auto: the fastest",
+        "kernel: this project's (hopper), FlashAttention-4 (flash) or PyTorch's (sdpa); "
+        "auto: the fastest",
     )
-    fp8: bool = option(False, "MLPs in float8: faster on newer GPUs, slightly different videos")
+    fp8: bool = option(
+        False, "compute MLPs in float8: faster on newer GPUs, slightly different videos"
+    )
     output_dir: str = option("outputs", "folder for the videos")
     lora: Loras = option([], "LoRAs to merge: folders or files; PATH:0.8 for a strength of 0.8")
 
     @model_validator(mode="after")
     def _check_step_cache(self) -> SamplingArgs:
         if self.step_cache and self.parallel == "video":
-            raise ValueError("step_cache does not go with parallel: video; leave one of them out")
+            raise ValueError("step_cache does not work with parallel: video; remove one of them")
         return self
 
 
 class TrainingArgs(CommonArgs):
     """Options of train_video.py."""
 
-    # What torch.manual_seed accepts, less the room for the ranks and epochs that are added to it.
+    # Narrower than torch.manual_seed accepts, because ranks and epochs are added to the seed.
     seed: int = option(42, "seed of all random numbers", ge=-(2**63), le=2**63 - 1)
-    experiment_name: str = option("finetune", "the run's folder is this and the time of its start")
-    resume: str | None = option(None, "continue a run: latest, or a run's or checkpoint's folder")
+    experiment_name: str = option("finetune", "start of the run folder's name; the time follows")
+    resume: str | None = option(None, "run to continue: 'latest', or a run or checkpoint folder")
     train_data: Texts = option([], "folders (or files) of training data")
     valid_data: Texts = option([], "folders (or files) of validation data")
-    split: str = option("1,0,0", "accepted from old files; train_data and valid_data decide")
-    cache_dir: str | None = option(None, "keep latents and text embeddings in this folder")
+    split: str = option("1,0,0", "for old files; no effect, use train_data and valid_data")
+    cache_dir: str | None = option(None, "cache latents and text embeddings in this folder")
     num_workers: int = option(8, "worker processes that load data", ge=0)
-    text_device: Literal["auto", "cpu"] = option("auto", "the text encoder's; auto: the network's")
-    train_iters: int = option(1000, "optimizer steps", ge=1)
-    lr_decay_style: Literal["constant", "linear", "cosine"] = option("linear", "after the warm-up")
-    lr_decay_iters: int | None = option(None, "steps of the decay; default: train_iters", ge=1)
-    lr_decay_ratio: float = option(0.1, "the cosine ends at this fraction of lr", gt=0, le=1)
-    warmup: float = option(0.01, "fraction of the decay with a rising learning rate", ge=0, le=1)
-    auto_warmup_steps: int = option(100, "first steps, with at most 5% of the learning rate", ge=0)
-    ema_decay: float = option(0.0, "average the weights; 0: no, usual: 0.9999", ge=0, le=0.999999)
+    text_device: Literal["auto", "cpu"] = option(
+        "auto", "device of the text encoder; auto: same as the transformer"
+    )
+    train_iters: int = option(1000, "number of optimizer steps", ge=1)
+    lr_decay_style: Literal["constant", "linear", "cosine"] = option(
+        "linear", "learning rate schedule after the warm-up"
+    )
+    lr_decay_iters: int | None = option(
+        None, "number of steps of the schedule; default: train_iters", ge=1
+    )
+    lr_decay_ratio: float = option(0.1, "cosine: final fraction of the learning rate", gt=0, le=1)
+    warmup: float = option(0.01, "warm-up steps as a fraction of lr_decay_iters", ge=0, le=1)
+    auto_warmup_steps: int = option(
+        100, "number of first steps with at most 5% of the learning rate", ge=0
+    )
+    ema_decay: float = option(
+        0.0, "decay of the moving average of the weights; 0: off, usual: 0.9999", ge=0, le=0.999999
+    )
     nonfinite_limit: int = option(10, "stop after this many non-finite losses in a row", ge=1)
     checkpoint_activations: bool = option(False, "recompute activations to save memory")
     checkpoint_keep: Literal["block", "attention"] = option(
-        "block", "activations kept of each block: its input, or the attention's output too (faster)"
+        "block", "activations stored per block: its input, or the attention output too (faster)"
     )
     compile: bool | None = option(None, "compile the blocks; default: on a GPU, from 300 steps on")
     attention: Literal["auto", "flash", "sdpa"] = option(
-        "auto", "the kernel: FlashAttention-4 or PyTorch; auto: the fastest that runs here"
+        "auto", "kernel: FlashAttention-4 (flash) or PyTorch's (sdpa); auto: the fastest available"
     )
-    eval_iters: int = option(1, "batches of a validation", ge=1)
+    eval_iters: int = option(1, "number of batches per validation", ge=1)
     eval_interval: int = option(100, "steps between validations", ge=1)
-    eval_batch_size: int = option(1, "samples of a validation batch", ge=1)
+    eval_batch_size: int = option(1, "samples per validation batch", ge=1)
     valid_prompts: Texts = option([], "prompts of validation videos; default: from valid_data")
-    valid_videos: int = option(1, "videos from captions of valid_data in each validation", ge=0)
-    only_log_video_latents: bool = option(False, "keep validation videos as latents, undecoded")
-    save: str = option("ckpts", "folder for the runs' folders", min_length=1)
+    valid_videos: int = option(1, "videos per validation from captions of valid_data", ge=0)
+    only_log_video_latents: bool = option(False, "save validation videos as latents, undecoded")
+    save: str = option("ckpts", "folder that contains the run folders", min_length=1)
     save_interval: int = option(100, "steps between checkpoints", ge=1)
     save_total_limit: int = option(0, "keep this many of the newest checkpoints; 0: all", ge=0)
-    log_interval: int = option(20, "steps between lines of the log", ge=1)
+    log_interval: int = option(20, "steps between log lines", ge=1)
     wandb: bool = option(False, "log to Weights & Biases too")
     wandb_project_name: str = option("cogvideox", "project at Weights & Biases")
-    no_load_rng: bool = option(True, "accepted from old files; a run starts from `seed`")
-    local_rank: int = option(0, "set by launchers; the environment's LOCAL_RANK decides")
+    no_load_rng: bool = option(True, "for old files; no effect, every run starts from `seed`")
+    local_rank: int = option(0, "set by launchers; no effect, the variable LOCAL_RANK counts")
 
     @field_validator("experiment_name")
     @classmethod
     def _check_experiment_name(cls, name: str) -> str:
         if "/" in name or not name:
-            raise ValueError(f"{name!r} must be the name of a folder in `save`, without a slash")
+            raise ValueError(f"{name!r} must be a folder name: not empty and without a slash")
         return name
 
 
 @dataclass
 class Config:
-    """A checked configuration: the arguments, and the other sections as plain dicts."""
+    """A checked configuration: the options of `args`, and the other sections as plain dicts."""
 
     args: Any
     model: dict[str, Any]
@@ -244,14 +262,15 @@ class Config:
     allow_target: list[str]
 
     def place(self, section: str) -> str:
-        """The place of a section in the files, for messages."""
+        """Return where a section is, for messages: the names of the files and of the section."""
         return f"configuration {' + '.join(self.files)}: {section}"
 
 
 def _calls_resolver(text: str) -> bool:
-    """Whether a value holds a call such as ``${oc.env:HOME}``; ``${args.seed}`` is not a call.
+    """Return whether a value contains a call such as ``${oc.env:HOME}``.
 
-    References within references are removed from the inside out; a call, with its colon, remains.
+    References such as ``${args.seed}`` are not calls. They are removed first, the innermost
+    before the outer ones; any ``${`` that remains belongs to a call.
     """
     removed = 1
     while removed:
@@ -266,31 +285,31 @@ def _check_no_resolvers(value: object, name: str) -> None:
             _check_no_resolvers(item, name)
     elif isinstance(value, str) and _calls_resolver(value):
         raise UserError(
-            f"configuration {name}: {value!r} is not allowed, no code in YAML: environment "
-            "variables are not read and functions are not called; write the value itself"
+            f"configuration {name}: {value!r} is not allowed, because YAML files may not read "
+            "environment variables or call functions; write the value itself"
         )
 
 
 def _check_containers(before: object, value: object, name: str, key: str = "") -> None:
-    """Raise UserError if a file has a list where earlier files have keys, or the reverse."""
+    """Raise UserError if a file has a list where an earlier file has a section, or the reverse."""
     if isinstance(before, dict) and isinstance(value, dict):
         for own in before.keys() & value.keys():
             _check_containers(before[own], value[own], name, f"{key}.{own}" if key else str(own))
     elif {type(before), type(value)} == {dict, list}:
         found, wanted = ("a list", "keys") if isinstance(value, list) else ("keys", "a list")
         at = f" at {key}" if key else ""
-        raise UserError(f"configuration {name}: {found}{at}, where {wanted} should be")
+        raise UserError(f"configuration {name}: found {found}{at}, but expected {wanted}")
 
 
 def read_yaml(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Read and merge YAML files.
 
     Returns:
-        The four sections as plain dicts, and the last file that has each section and each key in
-        it (``args``, ``args.seed`` …).
+        The four sections as plain dicts; and, for each section and each of its keys (``args``,
+        ``args.seed`` …), the last file that contains it.
 
     Raises:
-        UserError: a file is missing, not UTF-8, not YAML, calls a resolver or has an unknown
+        UserError: a file is missing, is not UTF-8 or YAML, calls a resolver, or has an unknown
             section.
     """
     merged: Any = OmegaConf.create({})
@@ -320,23 +339,26 @@ def read_yaml(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
         raise UserError(f"configuration {place}: {str(error).splitlines()[0]}") from None
     for name in SECTIONS:
         if not isinstance(sections.get(name) or {}, dict):
-            raise UserError(f"configuration {sources[name]}: {name} must hold keys, not a value")
+            raise UserError(f"configuration {sources[name]}: {name} must contain keys, not a value")
     return {name: sections.get(name) or {} for name in SECTIONS}, sources
 
 
 def check_given(
     args_class: type[CommonArgs], given: Mapping[str, Any], *, where: str
 ) -> dict[str, Any]:
-    """Check values that Python code gives for keys of `args`, like those of a YAML file.
+    """Check options that Python code passes, by the same rules as options of a YAML file.
 
     Args:
         args_class: the options of one of the two commands.
-        given: option → value. None is left out, so that the files decide; paths may be
+        given: option → value. Values of None are dropped, so the YAML value applies; paths may be
             `os.PathLike`.
-        where: what was called, for messages.
+        where: the function that was called, for messages.
+
+    Returns:
+        The options that were passed, without None and without `IGNORED_ARGS`.
 
     Raises:
-        UserError: a key is unknown, or a value has another type or range.
+        UserError: a key is unknown, or a value has the wrong type or range.
     """
     plain = {key: _as_in_yaml(value) for key, value in given.items() if key not in IGNORED_ARGS}
     plain = {key: value for key, value in plain.items() if value is not None}
@@ -345,7 +367,7 @@ def check_given(
 
 
 def _as_in_yaml(value: object) -> object:
-    """A value of Python code as YAML would give it: paths as texts, tuples as lists."""
+    """Convert a Python value to the types that YAML gives: paths to strings, tuples to lists."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return [_as_in_yaml(item) for item in value] if isinstance(value, list | tuple) else value
@@ -362,22 +384,22 @@ def load_config(
 
     Args:
         args_class: the options of the command; keys of the other command are ignored.
-        files: paths, merged in this order.
-        given: option → value that wins over the files: flags, for example.
-        allow_target: further dotted prefixes under which the files may name classes.
+        files: paths of the files, merged in this order.
+        given: option → value; these values, such as flags, override the files.
+        allow_target: more dotted prefixes under which the files may name classes.
 
     Raises:
-        UserError: a file cannot be used (see `read_yaml`), a key is unknown, or a value has another
-            type or range.
+        UserError: a file cannot be used (see `read_yaml`), a key is unknown, or a value has the
+            wrong type or range.
     """
     sections, sources = read_yaml(files)
 
     def place(key: str) -> str:
         if not key:
-            return ""  # a mistake of several options, which the sentence names
+            return ""  # several options do not fit together; the message names them
         if key in given:
             return f"--{key.replace('_', '-')}"
-        # A reference to another section may stand in the place of args.
+        # If `args` is a reference to another section, its keys have no entry in `sources`.
         return f"configuration {sources.get(f'args.{key}', sources['args'])}: args.{key}"
 
     known = {**SamplingArgs.model_fields, **TrainingArgs.model_fields, **IGNORED_ARGS}
@@ -385,7 +407,7 @@ def load_config(
         check_known([key], known, where=f"args of {sources.get(f'args.{key}', sources['args'])}")
     own = {key: value for key, value in sections["args"].items() if key in args_class.model_fields}
     values = {key: value for key, value in own.items() if value is not None}  # blank: the default
-    if given.get("fp16") or given.get("bf16"):  # replaces the file's precision
+    if given.get("fp16") or given.get("bf16"):  # this flag replaces the precision of the files
         values |= {"fp16": False, "bf16": False}
     values |= {key: value for key, value in given.items() if key in args_class.model_fields}
     return Config(

@@ -1,33 +1,33 @@
-"""The one exception that commands turn into a sentence for the user."""
+"""The exception for mistakes of the user, and hints at mistyped names for its messages."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 
-# difflib's ratio from which on a name counts as another one, mistyped. Distinct keys that look
-# alike, such as latent_height and latent_width, reach 0.78.
+# A name counts as a typo of another if difflib's similarity ratio reaches this value. Distinct keys
+# that look alike, such as latent_height and latent_width, reach only 0.78.
 _MISTYPED = 0.85
 
 
 class UserError(Exception):
-    """A mistake outside the code: a wrong path, key, value or file.
+    """An error caused by the user's input: a wrong path, key, value or file.
 
-    The message is one sentence that says what is wrong, where, and what to do. Commands print it
-    as ``error: …`` and exit with code 1, without a stack trace.
+    The message is one sentence that says what is wrong, where, and what to do. Commands print the
+    message as ``error: …`` and exit with code 1, without a stack trace.
     """
 
 
 def first_of(names: Sequence[str], most: int = 3) -> str:
-    """Join the first of `names` with commas; an ellipsis stands for the rest."""
+    """Join the first `most` of `names` with commas, followed by an ellipsis if there are more."""
     return ", ".join([*names[:most], *["…"][: len(names) > most]])
 
 
 def mistyped_as(name: str, present: object) -> str:
-    """Return a clause for a missing key that may be mistyped in the mapping `present`.
+    """Return a hint for messages about a missing key: a key of `present` that may be a typo of it.
 
-    The clause follows the name of the key in a message; it is empty if no key is similar, or if
-    `present` is not a mapping.
+    In a message the hint follows the missing key, `name`. The hint is empty if no key is similar,
+    or if `present` is not a mapping.
     """
     keys = [str(key) for key in present] if isinstance(present, Mapping) else []
     close = difflib.get_close_matches(name, keys, n=1, cutoff=_MISTYPED)
@@ -35,15 +35,15 @@ def mistyped_as(name: str, present: object) -> str:
 
 
 def check_known(keys: Iterable[object], known: Iterable[str], *, where: str) -> None:
-    """Check the keys of a mapping.
+    """Check that a mapping has only known keys.
 
     Args:
-        keys: the keys, of any type: those of a YAML file may be numbers.
-        known: the valid ones.
-        where: what holds the keys, for the message.
+        keys: the keys of the mapping, of any type, because YAML keys may be numbers.
+        known: the valid keys.
+        where: what contains the keys, for the message.
 
     Raises:
-        UserError: a key is unknown; names the nearest valid one.
+        UserError: a key is unknown; the message suggests the nearest valid key.
     """
     names = list(known)
     for key in keys:
@@ -52,10 +52,10 @@ def check_known(keys: Iterable[object], known: Iterable[str], *, where: str) -> 
 
 
 def nearest_name(name: object, valid: Iterable[str]) -> str:
-    """Return a clause that helps with a mistyped `name`: the closest of `valid`, or all of them.
+    """Return a hint for an unknown `name`: the most similar valid name, or all valid names.
 
-    The clause ends a message, for example ``did you mean 'load'?``. `name` may have any type, since
-    the keys of a YAML file may be numbers.
+    The hint ends a message, for example ``did you mean 'load'?``. `name` may have any type, because
+    YAML keys may be numbers.
     """
     names = sorted(valid)
     close = difflib.get_close_matches(str(name), names, n=1)

@@ -1,4 +1,4 @@
-"""Offloading: weights stay in host memory and are on the GPU only while they are used."""
+"""Offloading: weights are kept in host memory and copied to the GPU only while they are used."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ R = TypeVar("R")
 
 
 class OffloadedWeights:
-    """Weights of a module that are on a device only inside a ``with`` block of this object.
+    """Moves the weights of a module to a device for the duration of a ``with`` block.
 
-    Parameters and buffers stay the same objects and only their data changes: compiled code stays
-    valid, and tensors that two modules share stay shared. Nothing is copied back, because weights
-    do not change in inference.
+    Only the data of parameters and buffers changes; the objects stay the same. So compiled code
+    stays valid, and tensors that two modules share stay shared. Nothing is copied back, because
+    weights do not change during inference.
 
-    All copies are made on the current stream, where the weights are also used. So no work begins
-    too early, and no memory is reused before the work with it has ended.
+    Copies are made on the current stream, which also runs the work that uses the weights. So this
+    work never starts before a copy has ended, and memory is not reused while it is still in use.
 
     Args:
-        module: its weights are where they stay outside the block; `move_to_host` makes copies from
-            there fast.
-        device: device of the weights inside the block.
-        dtype_of: returns for the name of a weight its type on `device`; None keeps all types.
+        module: the module. Outside the block its weights stay where they are now; after
+            `move_to_host` they can be copied fast.
+        device: the device of the weights inside the block.
+        dtype_of: returns the type on `device` for the name of a weight; None keeps all types.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class OffloadedWeights:
         ]
 
     def __enter__(self) -> None:
-        """Copy the weights to the device, without waiting for the end of the copies.
+        """Copy the weights to the device, without waiting until the copies have ended.
 
         Raises:
-            RuntimeError: they are on the device already; leaving this block would take them from
-                the outer one.
+            RuntimeError: a block of this object is active already. At the end of the inner block
+                the outer block would lose the weights.
         """
         if self._is_loaded:
             raise RuntimeError("these weights are on their device already")
@@ -60,17 +60,17 @@ class OffloadedWeights:
             raise
 
     def __exit__(self, *failure: object) -> None:
-        """Drop the copies."""
+        """Drop the copies on the device."""
         self._is_loaded = False
         for weight, home, _ in self._homes:
             weight.data = home
 
 
 def _copied(home: Tensor, device: torch.device, *, dtype: torch.dtype) -> Tensor:
-    """Copy a host tensor; to a GPU from page-locked memory, so that the host need not wait.
+    """Copy a host tensor to `device`, for a GPU from page-locked memory without waiting.
 
-    PyTorch's allocator does not reuse the memory of a page-locked tensor before a copy from it has
-    ended, even if the tensor is deleted.
+    The page-locked tensor may be deleted before the copy has ended, because PyTorch's allocator
+    does not reuse its memory until then.
     """
     if device.type != "cuda":
         return home.to(device, dtype, copy=True)
@@ -81,12 +81,12 @@ def _copied(home: Tensor, device: torch.device, *, dtype: torch.dtype) -> Tensor
 
 @torch.no_grad()
 def host_copy(tensor: Tensor) -> Tensor:
-    """Return a copy on the host, in page-locked memory if the tensor is on a GPU."""
+    """Return a copy of `tensor` on the host, in page-locked memory if `tensor` is on a GPU."""
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
 def move_to_host(module: nn.Module) -> None:
-    """Move all weights of a module to the host, to page-locked memory if they are on a GPU."""
+    """Move all weights of a module to the host; those on a GPU go to page-locked memory."""
     for weight in chain(module.parameters(), module.buffers()):
         weight.data = host_copy(weight)
 
@@ -94,15 +94,16 @@ def move_to_host(module: nn.Module) -> None:
 def stream_weights(
     modules: Iterable[nn.Module], device: str | torch.device, *, dtype_of: DtypeOf | None = None
 ) -> None:
-    """Offload each module: from now on its weights are on `device` only during its own calls.
+    """Offload each module: from now on its weights are on `device` only while it is called.
 
-    For modules that are called one after the other. While the GPU computes one of them, the host
-    prepares and copies the weights of the next one; the GPU never holds the weights of two.
+    Use this for modules that are called one after another. While the GPU computes one module, the
+    host prepares and copies the weights of the next module. The GPU never holds the weights of two
+    modules.
 
     Args:
-        modules: none of them is part of another.
-        device: as in `OffloadedWeights`.
-        dtype_of: as in `OffloadedWeights`.
+        modules: the modules; none may be part of another.
+        device: the device for the calls; see `OffloadedWeights`.
+        dtype_of: returns the type on `device` for the name of a weight; see `OffloadedWeights`.
     """
     for module in modules:
         weights = OffloadedWeights(module, device, dtype_of=dtype_of)

@@ -1,4 +1,4 @@
-"""Options as pydantic models, and the errors that say what a value must be."""
+"""Base classes for options (pydantic models), and messages that say what a value must be."""
 
 from __future__ import annotations
 
@@ -18,44 +18,45 @@ _KINDS: dict[object, str] = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
-    str: "a text",
+    str: "a string",
 }
 _LIMITS = {"ge": "of at least", "gt": "above", "le": "up to", "lt": "below", "min_length": ""}
 
 
 class Options(BaseModel):
-    """Options with exact types: text is not taken for a number, and unknown keys are errors."""
+    """Options with strict types: strings are not converted, and unknown keys are errors."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 def option(default: object, description: str, **limits: Any) -> Any:  # noqa: ANN401 (as Field)
-    """A field of options.
+    """Return a field for an `Options` class.
 
     Args:
-        default: its value if it is not set.
-        description: its meaning, for ``--help`` and the documentation.
-        limits: of its value, as pydantic names them: `ge`, `gt`, `le`, `lt`, `min_length`.
+        default: the value if the option is not set.
+        description: the meaning of the option, for ``--help`` and the documentation.
+        limits: limits of the value, under pydantic's names: `ge`, `gt`, `le`, `lt`, `min_length`.
     """
     return Field(default, description=description, **limits)
 
 
 class Section(BaseModel):
-    """As `Options`, for a section in which other code knows more keys."""
+    """Like `Options`, but allows extra keys, for sections that other code reads too."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
 def checked(model: type[Model], values: Mapping[str, Any], *, place: Callable[[str], str]) -> Model:
-    """The options in `values`.
+    """Validate `values` and return them as an object of the class `model`.
 
     Args:
-        model: the model of the options.
-        values: option → value. Keys may be of any type, as those of YAML may be.
-        place: where an option was set, for messages: a function of its dotted name.
+        model: the class that declares the options.
+        values: option → value. Keys may be of any type, because YAML keys may be.
+        place: a function that takes an option's dotted name and returns where the option was set,
+            for messages.
 
     Raises:
-        UserError: a key is unknown, a value is missing or has another type or range.
+        UserError: a key is unknown, a value is missing, or a value has the wrong type or range.
     """
     try:
         return model.model_validate({str(key): value for key, value in values.items()})
@@ -64,7 +65,7 @@ def checked(model: type[Model], values: Mapping[str, Any], *, place: Callable[[s
 
 
 def explain(error: ValidationError, model: type[BaseModel], *, place: Callable[[str], str]) -> str:
-    """The first mistake that pydantic found, as one sentence; arguments as for `checked`."""
+    """Return one sentence about the first error that pydantic found; arguments as in `checked`."""
     first = error.errors(include_url=False)[0]
     keys = [key for key in first["loc"] if isinstance(key, str)]
     owner, field = _find_field(model, keys)
@@ -76,7 +77,7 @@ def explain(error: ValidationError, model: type[BaseModel], *, place: Callable[[
     if kind == "missing":
         hint = mistyped_as(keys[-1], value)
         return f"{where} is missing{hint}" + (f"; it must be {describe(field)}" if field else "")
-    if kind in ("value_error", "assertion_error"):  # the sentence of a validator
+    if kind in ("value_error", "assertion_error"):  # raised by our own validator
         reason = str(first["ctx"]["error"])
         return f"{where}: {reason}" if where else reason
     if field is None or not issubclass(owner, Options | Section):
@@ -88,14 +89,17 @@ def explain(error: ValidationError, model: type[BaseModel], *, place: Callable[[
 
 
 def _names(model: type[BaseModel]) -> list[str]:
-    """The names under which a user sets the fields of a model."""
+    """Return the names under which users set the fields of `model`: the alias, if there is one."""
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _find_field(
     model: type[BaseModel], keys: Iterable[str]
 ) -> tuple[type[BaseModel], FieldInfo | None]:
-    """The field that `keys` lead to through models within models, and the model that has it."""
+    """Follow `keys` through nested models; return the model that has the last key, and its field.
+
+    The field is None if the model has no such key.
+    """
     field: FieldInfo | None = None
     for key in keys:
         if field is not None:
@@ -107,7 +111,10 @@ def _find_field(
 
 
 def value_type(annotation: object) -> tuple[object, tuple[str, ...], bool]:
-    """Type of the elements, allowed values and whether it is a list, of a field's annotation."""
+    """Split a field's annotation into its type, its allowed values and whether it is a list.
+
+    For a list, the type is that of its elements. An optional type counts as the type itself.
+    """
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return str, inner, False
@@ -119,7 +126,7 @@ def value_type(annotation: object) -> tuple[object, tuple[str, ...], bool]:
 
 
 def describe(field: FieldInfo) -> str:
-    """What the value of a field must be, such as ``a whole number of at least 1``."""
+    """Return what the value of a field must be, such as ``a whole number of at least 1``."""
     kind, choices, is_list = value_type(field.annotation)
     if choices:
         return " or ".join(map(repr, choices))

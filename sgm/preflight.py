@@ -1,4 +1,4 @@
-"""Checks of a configuration before PyTorch is imported: sizes of the model, paths of weights."""
+"""Check a configuration before PyTorch is imported: sizes of the model and paths of weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sgm.util import TARGET_ALIASES, check_number
 Params = TypeVar("Params", bound=Section)
 
 
-SPATIAL_FACTOR = 8  # pixels of a latent, in height and width
+SPATIAL_FACTOR = 8  # video pixels per latent pixel, in height and in width
 TEMPORAL_FACTOR = 4  # default of time_compressed_rate
 T5_EMBEDDER = "sgm.modules.encoders.modules.FrozenT5Embedder"
 AUTOENCODER = "sgm.models.autoencoder.VideoAutoencoderInferenceWrapper"
@@ -34,14 +34,14 @@ _T5_LENGTH = 226  # default of FrozenT5Embedder's max_length
 
 
 def _at(section: object, *keys: str) -> Any:  # noqa: ANN401 (a value of a file)
-    """The value at a path of keys through nested sections; None if a part of it is missing."""
+    """Return the value at the path `keys` through nested sections; None if a key is missing."""
     for key in keys:
         section = section.get(key) if isinstance(section, Mapping) else None
     return section
 
 
 class VideoSizes(Section):
-    """The params of ``network_config`` that decide which videos a model makes."""
+    """The params of ``network_config`` that determine the sizes of a model's videos."""
 
     num_frames: int = Field(ge=1)
     latent_height: int = Field(ge=1)
@@ -56,15 +56,15 @@ class VideoSizes(Section):
 
     @property
     def image_size(self) -> list[int]:
-        """Height and width of a frame in pixels, which the position table fixes."""
+        """Height and width of a frame in pixels, fixed by the size of the position table."""
         return [self.latent_height * SPATIAL_FACTOR, self.latent_width * SPATIAL_FACTOR]
 
     @property
     def lengths(self) -> dict[int, int]:
-        """Number of latent frames → number of video frames, in ascending order.
+        """All possible numbers of latent frames → number of video frames, in ascending order.
 
-        Latent frames are odd in number: the decoder takes three (or a single one), then two at a
-        time. The most are those of the position table.
+        The number of latent frames is odd, because the decoder takes three frames first (or only
+        one), and then two at a time. The position table limits the number.
         """
         factor = self.time_compressed_rate
         most = (self.num_frames - 1) // factor + 1
@@ -72,21 +72,21 @@ class VideoSizes(Section):
 
 
 class _Widths(Section):
-    """The params of ``network_config`` that decide the width of an attention head."""
+    """The params of ``network_config`` that determine the width of an attention head."""
 
     hidden_size: int = Field(ge=1)
     num_attention_heads: int = Field(ge=1)
 
 
 class _SatArgs(Options):
-    """Settings of SAT's transformer. The model is built in one form; other values are errors."""
+    """Settings of SAT's transformer. Only one form of the model exists; other values are errors."""
 
     checkpoint_activations: bool = False
     skip_init: bool = False
     layernorm_order: Literal["pre"] = "pre"
     is_decoder: Literal[False] = False
     model_parallel_size: int = Field(1, ge=1, le=1)
-    # Sizes of SAT's embeddings of words and 1D positions, which this model does not have.
+    # Sizes of SAT's word and 1D position embeddings. This model does not have these embeddings.
     vocab_size: Any = None
     max_sequence_length: Any = None
 
@@ -101,28 +101,28 @@ class _LoraSettings(Section):
 
 
 def _network_params(model: Mapping[str, Any], kind: type[Params]) -> Params:
-    """The network's params of a `model` section that are fields of `kind`, checked."""
+    """Check the network's params in a `model` section, and return them as an object of `kind`."""
     if not model:
         raise UserError(
-            "the configuration has no section 'model'; name a file that has it before this one"
+            "the configuration has no section 'model'; put a file with this section before this one"
         )
     node = model.get("network_config")
     params = _at(node, "params")
     if not params or not isinstance(params, Mapping):
         hint = mistyped_as("network_config", model) or mistyped_as("params", node)
         raise UserError(
-            f"model.network_config.params is missing{hint} or holds no keys; name a configuration "
-            "that has it, before this one if this one changes a few keys only"
+            f"model.network_config.params is missing{hint} or contains no keys; add it, or put a "
+            "configuration that contains it before this one"
         )
     return checked(kind, params, place=lambda key: f"model.network_config.params.{key}")
 
 
 def check_model_section(model: Mapping[str, Any]) -> VideoSizes:
-    """Return the sizes of the videos that the network of a `model` section makes.
+    """Check a `model` section, and return the sizes of the videos that its network makes.
 
     Raises:
         UserError: the section or the node is missing, a size is missing or not a positive whole
-            number, or the length of texts is not the network's.
+            number, or a T5 embedder's `max_length` differs from the network's `text_length`.
     """
     sizes = _network_params(model, VideoSizes)
     wanted = _at(sizes.model_extra, "modules", "pos_embed_config", "params", "text_length")
@@ -132,13 +132,14 @@ def check_model_section(model: Mapping[str, Any]) -> VideoSizes:
         if wanted not in (None, given):
             raise UserError(
                 f"model.conditioner_config.params.emb_models[{index}].params.max_length: {given!r} "
-                f"must be {wanted!r}, text_length in network_config.params.modules.pos_embed_config"
+                f"must be {wanted!r}, the text_length in network_config.params.modules."
+                "pos_embed_config"
             )
     return sizes
 
 
 def head_size(model: Mapping[str, Any]) -> int:
-    """Width of an attention head of the network in a `model` section.
+    """Return the width of an attention head of the network in a `model` section.
 
     Raises:
         UserError: a size is missing or not a positive whole number.
@@ -148,48 +149,50 @@ def head_size(model: Mapping[str, Any]) -> int:
 
 
 def num_latent_frames(num_frames: int, model: Mapping[str, Any]) -> int:
-    """Latent frames of a video of `num_frames` frames.
+    """Return the number of latent frames of a video with `num_frames` frames.
 
     Raises:
-        UserError: the model does not make videos of this length; the message lists the lengths.
+        UserError: the model does not make videos of this length; the message lists the possible
+            lengths.
     """
     lengths = {frames: n for n, frames in check_model_section(model).lengths.items()}
     if type(num_frames) is not int or num_frames not in lengths:
         raise UserError(
-            f"num_frames={num_frames!r} counts frames of the video; this model allows: "
-            f"{', '.join(map(str, lengths))}"
+            f"num_frames={num_frames!r} is not possible with this model; allowed numbers of video "
+            f"frames: {', '.join(map(str, lengths))}"
         )
     return lengths[num_frames]
 
 
 def latent_shape(args: SamplingArgs, model: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """Shape (t, c, h, w) of a sample's latents.
+    """Return the shape (t, c, h, w) of a sample's latents.
 
     Raises:
-        UserError: the model does not make videos of this size; the message says which it makes.
+        UserError: the model does not make videos of this size; the message states the possible
+            sizes.
     """
     sizes = check_model_section(model)
     if args.sampling_num_frames not in sizes.lengths:
         frames = ", ".join(f"{n} ({frames})" for n, frames in sizes.lengths.items())
         raise UserError(
-            f"sampling_num_frames={args.sampling_num_frames} counts latent frames; this model "
-            f"allows (video frames in brackets): {frames}"
+            f"sampling_num_frames={args.sampling_num_frames} is not a possible number of latent "
+            f"frames; this model allows (video frames in brackets): {frames}"
         )
     if args.sampling_image_size != sizes.image_size:
         raise UserError(
-            f"sampling_image_size={args.sampling_image_size}: this model makes videos of "
-            f"{sizes.image_size} (height, width) only, the size of its position table"
+            f"sampling_image_size={args.sampling_image_size}: this model makes only videos of "
+            f"{sizes.image_size} (height, width), because its position table has that size"
         )
     if args.latent_channels != sizes.in_channels:
         raise UserError(
             f"latent_channels={args.latent_channels}, but the model has in_channels="
-            f"{sizes.in_channels}; set latent_channels to that"
+            f"{sizes.in_channels}; set latent_channels to that number"
         )
     return (args.sampling_num_frames, *sizes.frame_shape)
 
 
 def _t5_nodes(model: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Number and node of each T5 embedder of a `model` section."""
+    """Yield the index in `emb_models` and the node of each T5 embedder of a `model` section."""
     nodes = _at(model, "conditioner_config", "params", "emb_models")
     is_list = isinstance(nodes, Sequence) and not isinstance(nodes, str)
     for index, node in enumerate(nodes if is_list else ()):
@@ -199,12 +202,12 @@ def _t5_nodes(model: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]
 
 @dataclass(frozen=True)
 class WeightPath:
-    """A key of the `model` section that names weights.
+    """A key of the `model` section whose value is the path of weights.
 
     Attributes:
-        where: place of the params within the section, such as ``first_stage_config.params``.
-        key: name of the key.
-        params: the params that have the key, of any type until they are checked.
+        where: where the params are within the section, such as ``first_stage_config.params``.
+        key: the name of the key.
+        params: the params that contain the key. They are not checked yet, and may have any type.
     """
 
     where: str
@@ -213,24 +216,25 @@ class WeightPath:
 
     @property
     def value(self) -> object:
-        """Value of the key, of any type; None if it is missing."""
+        """The value of the key, of any type; None if the key is missing."""
         return _at(self.params, self.key)
 
     def path(self) -> str:
-        """The path; raises UserError if the key is not set."""
+        """Return the path, or raise UserError if the key is not set."""
         if self.value and isinstance(self.value, str):
             return self.value
         what = mistyped_as(self.key, self.params) or f" (it is {self.value!r})"
         raise UserError(
-            f"model.{self.where}.{self.key} is not set{what}: it must be the path of the weights; "
-            "without them this part of the model would be random"
+            f"model.{self.where}.{self.key} is not set{what}; set it to the path of the weights, "
+            "because this part of the model would be random without them"
         )
 
 
 def weight_paths(model: Mapping[str, Any]) -> Iterator[WeightPath]:
-    """List the keys that name weights in a `model` section.
+    """Yield the keys that name weights in a `model` section.
 
-    The first is the autoencoder's, not set if the section has none; then those of each T5 embedder.
+    The autoencoder's key comes first (without a value if the section does not set it). The key of
+    each T5 embedder follows.
     """
     params = _at(model, _FIRST_STAGE, "params")
     yield WeightPath(f"{_FIRST_STAGE}.params", "ckpt_path", params)
@@ -241,7 +245,7 @@ def weight_paths(model: Mapping[str, Any]) -> Iterator[WeightPath]:
 
 @dataclass(frozen=True)
 class RunWeights:
-    """The weights of a run, found but not read; None for a part that the run does not need."""
+    """The weight files of a run, found but not yet read; None for a part that is not needed."""
 
     transformer: Weights | None
     loras: Sequence[LoraChoice]
@@ -249,11 +253,11 @@ class RunWeights:
     text_encoders: Sequence[T5Files]
 
     def within(self, model: Mapping[str, Any]) -> dict[str, Any]:
-        """Copy a `model` section with these objects in the place of their paths."""
+        """Return a copy of a `model` section in which these objects replace the paths."""
         changed = copy.deepcopy(dict(model))
         vae, *t5 = weight_paths(changed)
         target = _at(changed, _FIRST_STAGE, "target")
-        # Other classes take paths only.
+        # Other autoencoder classes accept only paths.
         if self.autoencoder is not None and TARGET_ALIASES.get(target, target) == AUTOENCODER:
             vae.params[vae.key] = self.autoencoder
         for named, files in zip(t5, self.text_encoders, strict=True):
@@ -270,22 +274,23 @@ def find_weights(
 ) -> RunWeights:
     """Find `load`, `lora`, the autoencoder's `ckpt_path` and every T5 embedder's `model_dir`.
 
-    A part without a file would start from random weights, and its output would be noise. Only
-    names and JSON files are read, so a mistake in a path is reported before PyTorch is imported.
+    All paths are required, because a part without weights would be random and its output noise.
+    Only file names and JSON files are read, so that a wrong path is reported before PyTorch is
+    imported.
 
     Args:
         model: the `model` section; with ``latent_input: true`` no autoencoder is needed.
         load: `args.load`.
-        lora: `args.lora`, merged into these weights.
-        random_transformer: `load` is not needed, the transformer is trained from nothing.
+        lora: `args.lora`, which is merged into the transformer's weights.
+        random_transformer: the transformer starts from random weights, so `load` is not needed.
 
     Raises:
-        UserError: a path is not set, or nothing of the expected kind is there.
+        UserError: a path is not set, or does not lead to weights of the expected kind.
     """
     if not load and not random_transformer:
         raise UserError(
-            "args.load is not set: it must name the folder of the transformer's weights; only "
-            "training with mode: pretrain starts without"
+            "args.load is not set; set it to the folder of the transformer's weights (only mode: "
+            "pretrain does not need it)"
         )
     transformer = None if random_transformer or not load else find_transformer(load)
     loras = [replace(choice, path=find_lora(choice.path)) for choice in lora]
@@ -303,25 +308,27 @@ def find_weights(
 
 
 def check_sampling(config: Config) -> RunWeights:
-    """Check the sizes of the videos of a configuration, and find its weights.
+    """Check the video sizes of a configuration for sampling, and find its weights.
 
     Raises:
-        UserError: the model does not make videos of this size, or as in `find_weights`.
+        UserError: the model does not make videos of this size, or `find_weights` raises it.
     """
     latent_shape(config.args, config.model)
-    model = config.model | {"latent_input": False}  # it is for training; sampling always decodes
+    # latent_input is for training; sampling always needs the decoder.
+    model = config.model | {"latent_input": False}
     return find_weights(model, config.args.load, lora=config.args.lora)
 
 
 def check_divides(name: str, divisor: int, **divided: int) -> None:
-    """Check that one size is a multiple of another.
+    """Check that a size is a multiple of `divisor`.
 
     Args:
-        name, divisor: the divisor and its name.
-        divided: the name and value of the other size.
+        name: the name of the divisor, for the message.
+        divisor: the divisor.
+        divided: the size, as one keyword argument under its name.
 
     Raises:
-        UserError: it is not a multiple, or one of them is below 1.
+        UserError: the size is not a multiple of the divisor, or one of the two is below 1.
     """
     ((divided_name, size),) = divided.items()
     if divisor < 1 or size < 1 or size % divisor:
@@ -332,13 +339,18 @@ def check_transformer_args(transformer_args: Mapping[str, Any]) -> None:
     """Check the settings of SAT's transformer.
 
     Raises:
-        UserError: one is unknown, or has a value that is not supported.
+        UserError: a setting is unknown, or has a value that is not supported.
     """
     checked(_SatArgs, transformer_args, place=lambda key: f"transformer_args.{key}".rstrip("."))
 
 
 def check_modules(modules: Mapping[str, Any], *, parts: Iterable[str], num_layers: int) -> None:
-    """Check that each of the `parts` of the model has a node, and check LoRA's settings.
+    """Check that each part of the model has a node in `modules`, and check the LoRA settings.
+
+    Args:
+        modules: the section ``network_config.params.modules``.
+        parts: names of the required parts; the node of a part is ``{name}_config``.
+        num_layers: number of the network's layers, which limits LoRA's ``layer_range``.
 
     Raises:
         UserError: a node is missing or unknown, or a setting is out of range.
@@ -355,5 +367,6 @@ def check_modules(modules: Mapping[str, Any], *, parts: Iterable[str], num_layer
         outside = [i for i in lora.layer_range or [] if not 0 <= i < num_layers]
         if outside:
             raise UserError(
-                f"lora_config: layer_range names layer {outside[0]} of {num_layers} layers"
+                f"lora_config: layer_range contains layer {outside[0]}, but the model has "
+                f"{num_layers} layers, numbered from 0"
             )

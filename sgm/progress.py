@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with the time left on a terminal, lines in a log elsewhere."""
+"""Progress of long work: a bar with the remaining time on a terminal, otherwise log lines."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts and shows steps of work. As a context manager it closes the bar after a failure too.
+    """Counts steps of work and shows them. As a context manager, it always closes the bar.
 
     Args:
-        total: number of all steps; None if the end is not known.
-        unit: the name of a step.
-        done: number of steps that an earlier run has done.
-        lines: whether to log lines if there is no terminal; false for work that logs its own.
+        total: number of all steps; None if it is not known.
+        unit: the name of a step, such as "frame".
+        done: number of steps that an earlier run has already done.
+        lines: whether to log lines if there is no terminal; set it to False for work that logs its
+            own lines.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Progress:
     def say(self, message: str, *, level: int = logging.INFO) -> None:
         """Print a line above the bar, or log it at `level` if there is no bar.
 
-        Every rank logs errors.
+        Errors are logged on every rank.
         """
         if self._bar is not None:
             self._bar.write(message, file=sys.stderr)
@@ -64,7 +65,7 @@ class Progress:
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Hide the bar while other work shows its own lines or bar."""
+        """Hide the bar inside a ``with`` block, where other work shows its own lines or bar."""
         if self._bar is None:
             yield
             return
@@ -78,7 +79,7 @@ class Progress:
         """Count one more step, and show the progress.
 
         Args:
-            description: the name of the work.
+            description: the name of the work, which is shown before the numbers.
         """
         self._done += 1
         if self._bar is not None:
@@ -97,9 +98,9 @@ class Progress:
         logger.info("%s: %s %d%s", description, self._unit, self._done, left)
 
     def _time_left(self, now: float) -> str:
-        """The estimated time left, as text, from the time of the steps after the first one.
+        """Return the estimated remaining time as text, measured on all steps but the first.
 
-        The first step may take longer, since it compiles code or reads files for all steps.
+        The first step may take longer, because it compiles code or reads files for all steps.
         """
         measured = self._done - self._done_before - 1
         if not measured:

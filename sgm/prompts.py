@@ -1,4 +1,4 @@
-"""Prompts from a file or from standard input, and the name of the folder for each one's videos."""
+"""Read prompts from a file or standard input, and name the output folder of each prompt."""
 
 from __future__ import annotations
 
@@ -12,56 +12,58 @@ from pathlib import Path
 from sgm.errors import UserError
 
 MAX_NAME_CHARACTERS = 120
-# Linux allows 255 bytes for a name. The line's number and an underscore come before the prompt.
+# Linux allows 255 bytes for a file name. The line number and an underscore precede the prompt.
 _MAX_NAME_BYTES = 240
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and the number of its line from 0, which is part of the seed."""
+    """A prompt and its line number, which starts at 0 and is part of the seed."""
 
     line: int
     text: str
 
     @property
     def folder_name(self) -> str:
-        """``{line}_{prompt}``, a name that is valid on every file system."""
+        """The folder name ``{line}_{prompt}``, shortened and valid on every file system."""
         safe = re.sub(r"[^\w\-.,' ]+", "_", self.text).strip(" ._")[:MAX_NAME_CHARACTERS]
         safe = safe.encode()[:_MAX_NAME_BYTES].decode(errors="ignore").rstrip(" ._")
         return f"{self.line}_{safe or 'prompt'}"
 
 
 def read_prompt_file(path: str | Path) -> list[Prompt]:
-    """The prompts of a UTF-8 text file, one per line. Blank lines are skipped but counted.
+    """Read the prompts of a UTF-8 text file with one prompt per line.
+
+    Blank lines are skipped, but they count as lines in the numbers of the prompts.
 
     Raises:
-        UserError: the file is missing, is not UTF-8, or holds no prompt.
+        UserError: the file is missing, is not UTF-8, or contains no prompt.
     """
-    text, problem = "", "it holds no prompt"
+    text, problem = "", "it contains no prompt"
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        problem = f"it is not UTF-8 at byte {error.start}"
+        problem = f"byte {error.start} is not valid UTF-8"
     except OSError as error:
         problem = str(error.strerror)
     prompts = [Prompt(i, line.strip()) for i, line in enumerate(text.split("\n")) if line.strip()]
     if not prompts:
         raise UserError(
             f"input_file {path} cannot be used ({problem}); give a UTF-8 text file with one prompt "
-            "on a line"
+            "per line"
         )
     return prompts
 
 
 def read_typed_prompts() -> Iterator[Prompt]:
-    """The prompts of standard input, one per line, numbered from 0, until its end.
+    """Yield the prompts of standard input, one per line, numbered from 0, until the input ends.
 
-    On a terminal it asks for each prompt.
+    On a terminal, the user is asked for each prompt.
 
     Raises:
         UserError: the input ends without a prompt.
     """
-    if hasattr(sys.stdin, "reconfigure"):  # bytes that are not UTF-8 must not end the session
+    if hasattr(sys.stdin, "reconfigure"):  # invalid UTF-8 must not end the session
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     found = False
     for line in itertools.count():
@@ -74,4 +76,4 @@ def read_typed_prompts() -> Iterator[Prompt]:
             found = True
             yield Prompt(line, text.strip())
     if not found:
-        raise UserError("no prompt was typed; type one on each line, or use input_type: txt")
+        raise UserError("no prompt was typed; type one prompt per line, or use input_type: txt")

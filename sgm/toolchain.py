@@ -1,4 +1,4 @@
-"""Whether kernels for a GPU can be compiled on this machine, by Triton and by torch.compile."""
+"""Check whether Triton and torch.compile can compile code on this machine."""
 
 from __future__ import annotations
 
@@ -15,31 +15,37 @@ from sgm.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-# Triton looks for the C compilers unless CC is set, torch.compile on a CPU for the others unless
-# CXX is set.
+# Triton searches for a C compiler unless CC is set. On a CPU, torch.compile searches for a C++
+# compiler unless CXX is set.
 _C_COMPILERS, _CPP_COMPILERS = ("clang", "gcc"), ("clang++", "g++")
 
 
 @functools.lru_cache
 def can_compile_kernels() -> bool:
-    """Whether Triton is installed, with the C compiler and the Python headers that it needs.
+    """Return whether Triton, a C compiler and Python's headers are installed.
 
-    If not, one warning says what is missing. Everything works without kernels, but slower.
+    If something is missing, it is logged in one warning. Everything works without compiled kernels,
+    but slower.
     """
     missing = None
     if find_spec("triton") is None:
         missing = "triton is not installed"
     elif not (os.environ.get("CC") or any(map(shutil.which, _C_COMPILERS))):
-        missing = "there is no C compiler (install gcc)"
+        missing = "a C compiler is missing (install gcc)"
     elif not _has_headers():
         missing = "Python's headers are missing (install python3-dev)"
     if missing:
-        logger.warning("no kernels of our own on the GPU, so it is slower: %s", missing)
+        logger.warning(
+            "this project's GPU kernels cannot be used, so this run is slower: %s", missing
+        )
     return missing is None
 
 
 def _has_headers() -> bool:
-    """Whether Python's headers are where compilers look, which on Debian is not the default."""
+    """Return whether compilers can find Python's headers.
+
+    Debian's default scheme is not where its headers are, so "posix_prefix" is searched too.
+    """
     if os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH"):
         return True
     schemes = {sysconfig.get_default_scheme(), "posix_prefix"}
@@ -48,7 +54,10 @@ def _has_headers() -> bool:
 
 
 def check_compile(device_type: str) -> None:
-    """Check that torch.compile can work for "cuda" or "cpu".
+    """Check that torch.compile has the compilers that it needs.
+
+    Args:
+        device_type: "cuda" or "cpu".
 
     Raises:
         UserError: a compiler or Python's headers are missing.

@@ -1,4 +1,4 @@
-"""Build objects from nodes ``{target: dotted.path, params: {…}}``, and check their params."""
+"""Build objects from YAML nodes ``{target: dotted.path, params: {…}}``, and check their params."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sgm.errors import UserError, check_known, nearest_name
 if TYPE_CHECKING:
     from torch import nn
 
-# Modules that published YAML files name, and the classes of this code base that they stand for.
+# Module path in published YAML files → classes of this code base that replace those of the module.
 _OLD_MODULES = {
     "dit_video_concat": (
         "sgm.models.transformer.DiffusionTransformer",
@@ -32,14 +32,14 @@ _OLD_MODULES = {
         "sgm.modules.autoencoding.decoder.ContextParallelDecoder3D",
     ),
 }
-# Class paths of these files → where the classes are.
+# Class path in published YAML files → class path in this code base.
 TARGET_ALIASES = {
     f"{module}.{path.rpartition('.')[2]}": path
     for module, paths in _OLD_MODULES.items()
     for path in paths
 }
 
-# Parameters of constructors that the code gives, not a file; no message names them.
+# Constructor parameters that code sets, not YAML files. Messages do not suggest them.
 SET_BY_CODE = frozenset(
     "cached_input data_dir device dtype load lora stream_text streamed text_device tile_decode "
     "with_embedders".split()
@@ -47,28 +47,28 @@ SET_BY_CODE = frozenset(
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a real number other than infinity and NaN.
+    """Return whether `value` is a real number and finite.
 
-    A bool is not, although Python counts it as an int.
+    A bool does not count as a number, although it is an int in Python.
     """
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-# Annotation, as text → check of a value, and what the value must be.
+# Annotation, as a string → function that checks a value, and what the value must be.
 _PLAIN_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bool": (lambda value: value in (0, 1), "true or false"),
     "int": (lambda value: is_finite_number(value) and value % 1 == 0, "a whole number"),
     "float": (is_finite_number, "a finite number"),
-    "str": (lambda value: isinstance(value, str), "a text"),
+    "str": (lambda value: isinstance(value, str), "a string"),
 }
 
-# The classes that a YAML file may name are called, so they must come from these packages.
+# Classes named in YAML files are called, so only classes from these packages are allowed.
 # `allow_targets` (the flag --allow-target) extends the list.
 _allowed_prefixes = ["sgm", "sat", "data_video", "torch.nn", "torch.optim"]
 
 
 def allow_targets(prefixes: list[str]) -> None:
-    """Allow configurations of this process to name classes under further dotted prefixes."""
+    """Allow more dotted prefixes for the classes that configurations name, in this process."""
     _allowed_prefixes.extend(prefixes)
 
 
@@ -77,17 +77,17 @@ def _is_allowed(path: str) -> bool:
 
 
 def get_class(target: str) -> type:
-    """Return the class that `target` names; old names are translated.
+    """Return the class with the dotted path `target`, which may be an old name.
 
     Raises:
         UserError: the target is not allowed, does not exist or is not a class.
     """
     if not isinstance(target, str) or "." not in target:
-        raise UserError(f"target {target!r} is not the dotted path of a class, module.Class")
+        raise UserError(f"target {target!r} is not a dotted class path such as module.Class")
     path = TARGET_ALIASES.get(target, target)
     if not _is_allowed(path):
         raise UserError(
-            f"target {target!r} is outside {', '.join(_allowed_prefixes)}, so it is not built; "
+            f"target {target!r} is outside {', '.join(_allowed_prefixes)} and therefore not built; "
             f"if you trust this configuration, add --allow-target {path.split('.')[0]}"
         )
     module_name, _, class_name = path.rpartition(".")
@@ -101,7 +101,7 @@ def get_class(target: str) -> type:
             f"check the spelling of the target in the configuration"
         ) from None
     found = getattr(module, class_name, None)
-    # Functions, and classes that the module only imports (subprocess.Popen …), are not targets.
+    # Reject functions, and classes that the module only imports (such as subprocess.Popen).
     if not (inspect.isclass(found) and _is_allowed(found.__module__)):
         classes = [
             name
@@ -116,12 +116,12 @@ def get_class(target: str) -> type:
 
 
 def check_params(cls: type, params: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """Return the `params` that the constructor of `cls` takes.
+    """Check `params` against the constructor of `cls`, and return those that it accepts.
 
-    Names in ``cls.IGNORED_PARAMS`` are dropped: older files have them, and they have no effect.
+    Names in ``cls.IGNORED_PARAMS``, which occur in older files, are dropped and have no effect.
 
     Raises:
-        UserError: a name is unknown, a required one is missing, or a value has another type.
+        UserError: a name is unknown, a required name is missing, or a value has the wrong type.
     """
     ignored: frozenset[str] = getattr(cls, "IGNORED_PARAMS", frozenset())
     used = {name: value for name, value in params.items() if name not in ignored}
@@ -132,7 +132,7 @@ def check_params(cls: type, params: Mapping[str, Any], *, where: str) -> dict[st
     allowed = [*known.keys() - SET_BY_CODE, *ignored]
     check_known([name for name in used if name not in known], allowed, where=where)
     for name, value in used.items():
-        # Other annotations are left to the constructor.
+        # The constructor itself checks values with other annotations.
         has_type, expected = _PLAIN_TYPES.get(known[name].annotation, (None, ""))
         if has_type is not None and not has_type(value):
             raise UserError(f"{where}: {name}: {value!r} must be {expected}")
@@ -147,10 +147,10 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: object) -> Any: 
 
     Args:
         config: the node. Nested nodes are passed to the constructor, which builds them.
-        extra: further constructor arguments from the caller; they win over `params`.
+        extra: more constructor arguments from the caller; they override `params`.
 
     Raises:
-        UserError: as in `get_class` and `check_params`; the node has another form; or the
+        UserError: the node is malformed, `get_class` or `check_params` raises it, or the
             constructor cannot use a value.
     """
     if not isinstance(config, Mapping) or "target" not in config:
@@ -159,7 +159,7 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: object) -> Any: 
     check_known(config, ("target", "params"), where=f"the node of {target}")
     cls = get_class(target)
     if not isinstance(params, Mapping):
-        raise UserError(f"{target}: params must hold keys, not {params!r}")
+        raise UserError(f"{target}: params must contain keys, not {params!r}")
     used = check_params(cls, {**params, **extra}, where=f"params of {target}")
     try:
         return cls(**used)
@@ -173,29 +173,29 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: object) -> Any: 
 def instantiate_part(
     config: Mapping[str, Any], where: str, *, needs: Sequence[str], **extra: object
 ) -> Any:  # noqa: ANN401 (as above)
-    """As `instantiate_from_config`, for a part of the model that must have certain attributes.
+    """Build a part of the model with `instantiate_from_config`, and check its attributes.
 
     Args:
         config: the node.
         where: the key of the node, for messages.
-        needs: names that the object must have.
-        extra: further constructor arguments.
+        needs: names of the attributes that the object must have.
+        extra: more constructor arguments.
 
     Raises:
-        UserError: as in `instantiate_from_config`; or the class is another kind of part.
+        UserError: `instantiate_from_config` raises it, or the object lacks an attribute.
     """
     part = instantiate_from_config(config, **extra)
     lacking = [name for name in needs if not hasattr(part, name)]
     if lacking:
         raise UserError(
-            f"model.{where}: {config['target']} has no {', '.join(lacking)}, so it cannot be that "
-            "part; check the target"
+            f"model.{where}: {config['target']} has no {', '.join(lacking)}, so it cannot be used "
+            "here; check the target"
         )
     return part
 
 
 def build_on_meta(node: Mapping[str, Any]) -> nn.Module:
-    """Build the transformer or autoencoder of a node on the device "meta", without values.
+    """Build the transformer or autoencoder of `node` on the device "meta", without weight values.
 
     Raises:
         UserError: the node cannot be built.
@@ -204,8 +204,8 @@ def build_on_meta(node: Mapping[str, Any]) -> nn.Module:
 
     if not isinstance(node, Mapping) or not isinstance(node.get("params"), Mapping):
         raise UserError(
-            "the configuration lacks network_config or first_stage_config with params, which say "
-            "what the weights cannot; name a whole configuration with --base"
+            "network_config or first_stage_config, or its params, is missing in the configuration; "
+            "give --base a complete configuration"
         )
     params = {key: value for key, value in node["params"].items() if key != "ckpt_path"}
     with torch.device("meta"):
@@ -224,10 +224,13 @@ def check_number(
 
     Args:
         name: the user's name of the value, for the message, e.g. ``DynamicCFG: exp``.
-        whole: require a whole number; ``5.0`` counts as one.
+        value: the value to check.
+        low, high: the allowed range; infinite by default.
+        whole: require a whole number; ``5.0`` counts as a whole number.
 
     Raises:
-        UserError: `value` is not a number (a bool is not one), not finite or out of range.
+        UserError: `value` is not a number (a bool does not count as one), not finite or out of
+            range.
     """
     kind = "a whole number" if whole else "a number"
     if is_finite_number(value) and low <= value <= high and (not whole or value % 1 == 0):

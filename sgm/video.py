@@ -1,4 +1,4 @@
-"""Writing results: mp4, contact sheet and record, each whole or not at all."""
+"""Write results atomically: the mp4, the contact sheet and the JSON record of a video."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _SHEET_FRAMES = 6
 
 
 def to_uint8(video: Tensor) -> np.ndarray:
-    """Video (t, 3, h, w) in [-1, 1] → uint8 (t, h, w, 3) in 0…255; other values are clipped."""
+    """Convert a video (t, 3, h, w) from [-1, 1] to uint8 (t, h, w, 3); clip values outside."""
     pixels = (video.clamp(-1, 1) + 1) * 127.5
     return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def mp4_path(path: str | Path) -> Path:
-    """The absolute path of an mp4 that will be written; nothing is created yet.
+    """Check the path of an mp4 to write, and return it as an absolute path; create nothing.
 
     Raises:
-        UserError: it is not the name of an mp4, or its folder cannot be written to.
+        UserError: the path does not end in .mp4, or its folder cannot be written to.
     """
     text = os.fspath(path)
-    problem = "must be the name of an mp4, such as video.mp4"
+    problem = "must be the path of an mp4, such as video.mp4"
     if text.lower().endswith(".mp4") and "\0" not in text:
         place = Path(os.path.abspath(os.path.expanduser(text)))
         above = next(folder for folder in place.parents if os.path.lexists(folder))
@@ -48,11 +48,11 @@ def mp4_path(path: str | Path) -> Path:
 
 
 def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: float) -> None:
-    """Write chunks of frames (t, h, w, 3), uint8, as H.264 (yuv420p), chunk by chunk.
+    """Write uint8 frames as H.264 (yuv420p), one chunk at a time.
 
     Args:
-        chunks: the frames in order, all of one size.
-        path: the mp4.
+        chunks: the frames in order, in arrays (t, h, w, 3). All frames have the same size.
+        path: the mp4 to write.
         fps: frames per second.
 
     Raises:
@@ -63,7 +63,7 @@ def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: float) -> None:
 
     num_frames = 0
     with replacing(path) as partial:
-        get_writer: Any = imageio.v2.get_writer  # its types are not those of its documentation
+        get_writer: Any = imageio.v2.get_writer  # its annotations differ from its documentation
         with get_writer(
             partial,
             format="FFMPEG",
@@ -78,7 +78,8 @@ def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: float) -> None:
                 for frame in chunk:
                     writer.append_data(frame)
                     num_frames += 1
-        # imageio does not report a failure of ffmpeg at the end, as on a full disk. So count.
+        # Count the frames, because imageio does not report if ffmpeg fails at the end, for example
+        # on a full disk.
         try:
             written, _ = count_frames_and_secs(str(partial))
         except RuntimeError:
@@ -88,12 +89,13 @@ def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: float) -> None:
 
 
 def write_contact_sheet(frames: np.ndarray, path: Path, *, above: Path | None = None) -> None:
-    """Write evenly spaced frames of (t, h, w, 3), uint8, side by side as a PNG.
+    """Write a few evenly spaced frames of a video side by side as a PNG.
 
     Args:
-        frames: the frames.
-        path: the PNG.
-        above: another sheet, which is put above this one if it exists and has the same width.
+        frames: the frames of the video (t, h, w, 3), uint8.
+        path: the PNG to write.
+        above: path of another sheet. It is placed above the new sheet if it exists and has the same
+            width.
 
     Raises:
         UserError: the file cannot be written.
@@ -108,21 +110,23 @@ def write_contact_sheet(frames: np.ndarray, path: Path, *, above: Path | None = 
 
 
 def _read_sheet(path: Path) -> np.ndarray | None:
-    """A sheet's pixels (h, w, 3), uint8; None if the file is missing or damaged."""
+    """Return the pixels (h, w, 3) of a sheet, uint8; None if the file is missing or damaged."""
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: Pillow's for a damaged PNG
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow: SyntaxError for a damaged PNG
         logger.debug("%s: %s", path, error)
         return None
 
 
 def collect_frames(chunks: Iterable[np.ndarray], path: Path | None, *, fps: float) -> np.ndarray:
-    """All frames (t, h, w, 3) of chunks, which are also written to an mp4, chunk by chunk.
+    """Return all frames of `chunks` in one array (t, h, w, 3), and write them to an mp4.
+
+    The mp4 is written chunk by chunk, as the chunks arrive.
 
     Args:
-        chunks: frames (t, h, w, 3), uint8.
-        path: the mp4; None writes nothing.
+        chunks: the frames in order, in arrays (t, h, w, 3), uint8.
+        path: the mp4 to write; None writes nothing.
         fps: frames per second.
 
     Raises:
@@ -137,7 +141,7 @@ def collect_frames(chunks: Iterable[np.ndarray], path: Path | None, *, fps: floa
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
-    """Write a record as indented JSON, UTF-8.
+    """Write `record` as indented JSON in UTF-8.
 
     Raises:
         UserError: the file cannot be written.

@@ -61,7 +61,7 @@ def test_a_precision_flag_replaces_the_files_precision(parse):
 
 
 def test_both_precisions_are_refused(parse):
-    with pytest.raises(UserError, match="keep one"):
+    with pytest.raises(UserError, match="keep only one"):
         parse("args: {fp16: true, bf16: true}")
 
 
@@ -91,21 +91,24 @@ def test_a_single_value_is_a_list_of_one(parse):
         ("args: {input_type: csv}", "'csv' must be 'txt' or 'cli'"),
         ("args: {sampling_image_size: [a, b]}", "sampling_image_size: 'a'"),
         ("args: {a: [}", "not valid YAML"),
-        ("- args", "a list, where keys should be"),
-        ("args: 3", "args must hold keys"),
+        ("- args", "found a list, but expected keys"),
+        ("args: 3", "args must contain keys"),
         ("args: {load: '${nothing}'}", "nothing"),
         ("args: {model_parallel_size: 2}", "must be 1"),
         ("args: {batch_size: 0}", "batch_size: 0 must be a whole number of at least 1"),
         ("args: {sampling_fps: 0}", "at least 1"),
         ("args: {step_cache: -0.1}", "step_cache: -0.1 must be a number of at least 0"),
         ("args: {step_cache: .nan}", "step_cache: nan must be a finite number"),
-        ("args: {step_cache: 0.1, parallel: video}", "step_cache does not go with parallel: video"),
+        (
+            "args: {step_cache: 0.1, parallel: video}",
+            "step_cache does not work with parallel: video",
+        ),
         ("args: {seed: !!int abc}", "not valid YAML"),
         ("args: &a [*a]", "not valid YAML"),
-        ("args: {load: '${oc.env:HOME}'}", "no code in YAML: environment variables are not read"),
-        ("args: {load: '~/${ oc.env :HOME,x}'}", "no code in YAML"),
-        ("model: {a: [{b: '${args.${oc.env:HOME}}'}]}", "no code in YAML"),
-        ("model: {n: oc.env, a: '${${model.n}:HOME}'}", "no code in YAML"),
+        ("args: {load: '${oc.env:HOME}'}", "because YAML files may not read environment variables"),
+        ("args: {load: '~/${ oc.env :HOME,x}'}", "YAML files may not read environment"),
+        ("model: {a: [{b: '${args.${oc.env:HOME}}'}]}", "YAML files may not read environment"),
+        ("model: {n: oc.env, a: '${${model.n}:HOME}'}", "YAML files may not read environment"),
     ],
 )
 def test_mistakes_in_yaml_are_named_with_the_nearest_valid_name(parse, text, words):
@@ -117,9 +120,9 @@ def test_mistakes_in_yaml_are_named_with_the_nearest_valid_name(parse, text, wor
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("args: [1]", "second.yaml: a list at args, where keys should be"),
-        ("model: {a: {b: [1]}}", "second.yaml: a list at model.a.b, where keys should be"),
-        ("args: {lora: {x: 1}}", "second.yaml: keys at args.lora, where a list should be"),
+        ("args: [1]", "second.yaml: found a list at args, but expected keys"),
+        ("model: {a: {b: [1]}}", "second.yaml: found a list at model.a.b, but expected keys"),
+        ("args: {lora: {x: 1}}", "second.yaml: found keys at args.lora, but expected a list"),
     ],
 )
 def test_a_list_that_meets_keys_of_another_file_is_named(tmp_path, text, words):
@@ -160,7 +163,7 @@ def test_a_missing_file_is_named():
         (["--input-type", "csv"], "invalid choice"),
         (["--seed", "3", "b.yaml"], "configurations come before all flags"),
         (["--seed", "3", "stray"], "unknown argument 'stray'"),
-        (["--fp8", "true"], "unknown argument 'true'; a switch takes no value, and --no-"),
+        (["--fp8", "true"], "unknown argument 'true'; a switch takes no value, use --no-"),
         (["--tile_decode=False"], "argument --tile-decode/--no-tile-decode: ignored explicit"),
     ],
 )
@@ -180,7 +183,7 @@ def test_a_wrong_flag_exits_with_2_and_names_the_nearest(parse, capsys, flags, w
         ("args: {batch_size: three}", "b.yaml", "'three' must be a whole number"),
         ("args: {batch_size: 3, sed: 7}", "b.yaml", "unknown key 'sed'"),
         ("args: {batch_size: 3, load: '${nothing}'}", "b.yaml", "nothing"),
-        ("args: {batch_size: 3}\nmodel: 5", "b.yaml", "model must hold keys"),
+        ("args: {batch_size: 3}\nmodel: 5", "b.yaml", "model must contain keys"),
     ],
 )
 def test_of_several_files_the_one_that_holds_the_mistake_is_named(tmp_path, second, culprit, words):

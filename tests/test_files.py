@@ -105,5 +105,5 @@ def test_a_full_disk_is_called_full(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_a_name_is_refused():
-    with pytest.raises(UserError, match="has an empty name"):
+    with pytest.raises(UserError, match="its name is empty"):
         make_output_folder("")

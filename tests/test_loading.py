@@ -21,8 +21,8 @@ ARGS = SamplingArgs(latent_channels=4, sampling_num_frames=3, sampling_image_siz
     [
         (21, "high", "all weights on the GPU need about 20.0 of its 21.0 free GiB"),
         (20, "high", "20.0 free"),
-        (19, "low", "need about 20.0 GiB and 19.0 are free; .* needs about 5.0$"),
-        (4, "low", "needs about 5.0, still more than is free"),
+        (19, "low", "need about 20.0 GiB, but only 19.0 GiB are free; .* needs about 5.0 GiB$"),
+        (4, "low", "needs about 5.0 GiB, which is also more than is free"),
     ],
 )
 def test_the_first_mode_that_fits_is_taken_and_says_why(free, mode, words):
@@ -88,17 +88,20 @@ def test_automatic_looks_at_what_is_free_and_logs_one_line(
     caplog.clear()
     assert chosen("auto", small_model, "cuda:0") == mode
     (message,) = caplog.messages
-    assert message.startswith(f"memory: {mode}, since all weights on the GPU need about")
+    assert message.startswith(f"memory: {mode}, because all weights on the GPU need about")
 
 
 def test_a_mode_that_is_asked_for_is_taken_on_a_gpu(small_model, caplog):
     caplog.set_level(logging.INFO)
     assert [chosen(mode, small_model, "cuda:0") for mode in ("high", "low")] == ["high", "low"]
-    assert caplog.messages == ["memory: high, as asked for", "memory: low, as asked for"]
+    assert caplog.messages == [
+        "memory: high, as set by the option memory",
+        "memory: low, as set by the option memory",
+    ]
 
 
 def test_on_a_cpu_it_is_always_high_and_says_so_if_low_was_asked_for(small_model, caplog):
     caplog.set_level(logging.INFO)
     assert {chosen(mode, small_model, "cpu") for mode in ("auto", "high", "low")} == {"high"}
     (message,) = caplog.messages
-    assert message.startswith("memory: high, since a CPU")
+    assert message.startswith("memory: high, because a CPU")

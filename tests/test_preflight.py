@@ -49,8 +49,11 @@ def test_other_sizes_are_refused_with_the_allowed_ones(change, words):
             r"params is missing \(is 'network_confg' mistyped\?\) or",
         ),
         ({"network_config": {"parms": {}}}, r"params is missing \(is 'parms' mistyped"),
-        ({"network_config": "abc"}, "network_config.params is missing or holds no keys"),
-        ({"network_config": {"params": [1]}}, "network_config.params is missing or holds no keys"),
+        ({"network_config": "abc"}, "network_config.params is missing or contains no keys"),
+        (
+            {"network_config": {"params": [1]}},
+            "network_config.params is missing or contains no keys",
+        ),
     ],
 )
 def test_an_incomplete_model_section_is_named(model, words):
@@ -95,7 +98,7 @@ def test_a_length_of_texts_that_the_network_was_not_made_for_is_named():
     default = inspect.signature(FrozenT5Embedder).parameters["max_length"].default
     with pytest.raises(UserError, match=f"max_length: {default} must be 32"):
         latent_shape(SamplingArgs(), with_texts(None, 32))
-    with pytest.raises(UserError, match=r"\[0\].params.max_length: 128 must be 226, text_"):
+    with pytest.raises(UserError, match=r"\[0\].params.max_length: 128 must be 226, the text_"):
         latent_shape(SamplingArgs(), with_texts(128, 226))
 
 

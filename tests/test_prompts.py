@@ -28,7 +28,11 @@ def test_typing_nothing_is_an_error(monkeypatch, text):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "holds no prompt"), (b" \n\n", "holds no prompt"), (b"a caf\xe9", "not UTF-8")],
+    [
+        (b"", "contains no prompt"),
+        (b" \n\n", "contains no prompt"),
+        (b"a caf\xe9", "not valid UTF-8"),
+    ],
 )
 def test_files_without_prompts_are_refused(tmp_path, content, words):
     path = tmp_path / "prompts.txt"

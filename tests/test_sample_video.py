@@ -139,7 +139,7 @@ def test_slow_settings_and_another_number_of_steps_give_warnings(
     assert sample(base, tmp_path, "--parallel", "video", "--tile-decode", prompts=PROMPTS[:1]) == 0
     printed = capfd.readouterr().err
     assert "a step of this model takes many minutes" in printed
-    assert "guider_config has num_steps 30, the sampler 2: guidance then follows" in printed
+    assert "num_steps is 30 in guider_config but 2 in the sampler, so the guidance" in printed
 
 
 def test_a_prompt_that_is_too_long_gives_a_warning_that_quotes_the_rest(base, tmp_path, capfd):
@@ -205,7 +205,7 @@ def test_prompts_can_be_typed(base, tmp_path):
     assert sorted(os.listdir(tmp_path / "out")) == ["0_a red circle", "2_a cyan triangle"]
     # Nothing but our own lines: libraries do not report what they miss or load.
     warning, ready, *videos = run.stderr.splitlines()
-    assert warning.startswith("guider_config has num_steps 30")
+    assert warning.startswith("num_steps is 30 in guider_config")
     assert ready.startswith("model ready on ") and len(videos) == 2
     assert all(line.startswith(str(tmp_path / "out")) for line in videos)
     assert run.stdout == ""
@@ -224,7 +224,7 @@ def write(path, content):
 
 MISTAKES = {
     "missing prompt file": (lambda p: ["--input-file", str(p / "no.txt")], "No such file"),
-    "empty prompt file": (lambda p: ["--input-file", write(p / "e", b"\n")], "holds no prompt"),
+    "empty prompt file": (lambda p: ["--input-file", write(p / "e", b"\n")], "contains no prompt"),
     "not UTF-8": (lambda p: ["--input-file", write(p / "b", b"caf\xe9")], "not UTF-8"),
     "unwritable folder": (lambda p: ["--output-dir", "/proc/out"], "cannot be written to"),
     "folder is a file": (lambda p: ["--output-dir", write(p / "f", b"x")], "cannot be written to"),
@@ -258,7 +258,7 @@ def test_a_mistyped_flag_exits_with_2(base):
 
 
 YAML_MISTAKES = {
-    "model: {lora: run}": "lora stands under model in the configuration; put it under args",
+    "model: {lora: run}": "lora is under model in the configuration; move it to args",
     "model: {scale_facto: 1.0}": "did you mean 'scale_factor'",
     "model: {sampler_config: {params: {num_step: 5}}}": "did you mean 'num_steps'",
     "model: {network_config: {params: {num_layer: 5}}}": "did you mean 'num_layers'",

@@ -209,7 +209,7 @@ def test_a_wrong_value_is_named_before_a_folder_is_made_or_data_read(
 @pytest.mark.parametrize(
     ("folder", "said"),
     [
-        ("", "save: '' must be a text that is not empty"),
+        ("", "save: '' must be a string that is not empty"),
         ("a\0b", "cannot be written to .*null byte"),
     ],
 )

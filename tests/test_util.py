@@ -88,7 +88,7 @@ def test_a_module_that_is_not_there_is_named(target):
 
 @pytest.mark.parametrize("target", ["sgm", None, 5, ["sgm.util"]])
 def test_what_is_no_dotted_path_is_refused(target):
-    with pytest.raises(UserError, match="not the dotted path of a class"):
+    with pytest.raises(UserError, match="is not a dotted class path"):
         get_class(target)
 
 
@@ -132,7 +132,7 @@ class Typed:
         ({"count": True}, "a whole number"),
         ({"count": 2.5}, "a whole number"),
         ({"share": "0.1"}, "share: '0.1' must be a finite number"),
-        ({"name": 3}, "name: 3 must be a text"),
+        ({"name": 3}, "name: 3 must be a string"),
         ({"count": None}, "count: None must be"),
     ],
 )
@@ -178,7 +178,7 @@ def test_an_allowed_prefix_lets_its_classes_be_built(tmp_path, monkeypatch, allo
 MISTAKES = {
     "no mapping": (None, "key 'target' was expected"),
     "no target": ({"params": {}}, "key 'target' was expected"),
-    "params is a value": ({"target": "torch.nn.Identity", "params": 5}, "params must hold keys"),
+    "params is a value": ({"target": "torch.nn.Identity", "params": 5}, "params must contain keys"),
     "mistyped": ({"target": "torch.nn.Identity", "parms": {}}, "unknown key 'parms' .*'params'"),
 }
 

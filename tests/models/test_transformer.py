@@ -419,7 +419,10 @@ def test_lora_only_in_layer_range(small_config: Config, caplog: pytest.LogCaptur
             {"lora": {"r": 4, "lora_dropout": 2}},
             "lora_config: lora_dropout: 2 must be a number from 0 to 1",
         ),
-        ({"lora": {"r": 4, "layer_range": [0, 2]}}, "layer_range names layer 2 of 2 layers"),
+        (
+            {"lora": {"r": 4, "layer_range": [0, 2]}},
+            "layer_range contains layer 2, but the model has 2 layers",
+        ),
     ],
 )
 def test_sizes_and_keys_that_do_not_fit(

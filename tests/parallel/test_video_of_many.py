@@ -54,7 +54,9 @@ def test_two_processes_make_the_videos_of_one_and_the_first_writes_them(
     assert run_ranks(make, 2, command, log=tmp_path / "log") == [0, 0]
     assert sum(len(files) for _, _, files in os.walk(together)) == 2 * 3
     assert "000000.mp4" not in (tmp_path / "log1").read_text()  # not written a second time
-    assert "guider_config has num_steps 30, the sampler 3" in (tmp_path / "log0").read_text()
+    assert (
+        "num_steps is 30 in guider_config but 3 in the sampler" in (tmp_path / "log0").read_text()
+    )
     for found, expected in zip(sheets(together), sheets(alone), strict=True):
         # One sample in a pass instead of two changes sums in the last digits: rounding to 8 bits.
         assert np.abs(found - expected).max() <= 1

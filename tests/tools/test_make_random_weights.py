@@ -102,7 +102,7 @@ def test_mistakes_of_the_user(overlay: dict, tmp_path: Path) -> None:
         main(["--base", str(tmp_path / "overlay.yaml")])
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "vae.pt").touch()
-    with pytest.raises(UserError, match="vae.pt exists already and is left alone"):
+    with pytest.raises(UserError, match="vae.pt exists already; remove it"):
         run(overlay, tmp_path)
 
 

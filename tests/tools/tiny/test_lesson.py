@@ -88,5 +88,5 @@ def test_the_subject_is_new_to_the_bundled_model():
 
 
 def test_an_existing_folder_is_left_alone(folder):
-    with pytest.raises(UserError, match="exists already and is left alone"):
+    with pytest.raises(UserError, match="exists already; remove it"):
         draw_dataset(folder)
