@@ -100,7 +100,7 @@ def leave_a_video(rank: int, argv: list[str]) -> int:
     steps = pipe.stream(PROMPTS[0])
     next(steps)
     steps.close()
-    with pytest.raises(LostProcessError, match="this process left a video"):
+    with pytest.raises(LostProcessError, match="this process stopped in a video"):
         pipe(PROMPTS[1])
     return 0
 
