@@ -122,7 +122,7 @@ class CogVideoX:
         self._rgb: Tensor | None = None
         self._busy = threading.Lock()
         self.group: distributed.ProcessGroup | None = None
-        self._is_lost = False  # whether this process stopped in a video that a group makes
+        self._is_lost = False  # whether this process abandoned a video of its group
         self._running: weakref.ref[Iterator[Step | Video]] | None = None
         self._is_compiled = False
 
@@ -322,14 +322,14 @@ class CogVideoX:
 
         Raises:
             UserError: the pipeline is closed.
-            LostProcessError: this process stopped in a video that other processes make with it.
+            LostProcessError: this process abandoned a video that a group was making.
         """
         if self.engine is None:
             raise UserError("this pipeline is closed; load it again with CogVideoX.from_config")
         if self._is_lost:
             raise LostProcessError(
-                "this process stopped in a video that it makes together with other processes, so "
-                "it can make no further videos; start all processes again"
+                "this process abandoned a video that it was making together with other processes, "
+                "so it can make no further videos; start all processes again"
             )
         return self.engine
 
