@@ -209,8 +209,8 @@ class DiffusionTransformer(BaseModel):
         if ratio > MAX_FALLBACK_RATIO:
             adaln.allow_hopper = False
             logger.info(
-                "attention uses FlashAttention-4 or PyTorch from now on, because the fallback of the "
-                "Hopper kernel did %.0f%% of the work in the first step",
+                "attention uses FlashAttention-4 or PyTorch from now on, because the fallback of "
+                "the Hopper kernel did %.0f%% of the work in the first step",
                 100 * ratio,
             )
 
@@ -249,7 +249,7 @@ class DiffusionTransformer(BaseModel):
             return
         if any(parameter.is_meta for parameter in self.transformer.parameters()):
             raise RuntimeError(
-                'add_lora: the transformer\'s weights are on "meta"; load them first'
+                "add_lora: the transformer's weights have no values; load them first"
             )
         with quiet_sat():
             self.mixins["lora"].reinit(self)
