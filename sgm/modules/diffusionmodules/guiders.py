@@ -109,8 +109,9 @@ class DynamicCFG(VanillaCFG):
     """Guidance with a scale that follows a raised cosine between 1 and 1 + scale.
 
     The formula is copied from the sampler of the released weights. It uses the timestep (0..999)
-    where one would expect the step index. As a result, the scale is not monotone over a run but
-    jumps between its bounds, and it depends on the number of steps of both the run and the guider.
+    where one would expect the step index. This has two effects: the scale is not monotone over a
+    run but jumps between its bounds, and it depends on the number of steps of both the run and the
+    guider.
 
     Args:
         scale: the height of the cosine; 0 means no guidance.
