@@ -1,7 +1,7 @@
-"""Text to video with CogVideoX on SwissArmyTransformer: ``from sgm import CogVideoX``.
+"""Text-to-video generation with CogVideoX on SwissArmyTransformer: ``from sgm import CogVideoX``.
 
-Only a part of SAT is imported, see sgm/sat_runtime.py. PyTorch is imported at the first use of
-`CogVideoX`.
+Only a part of SAT is imported (see sgm/sat_runtime.py). PyTorch is imported when `CogVideoX` is
+first used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ leave_out_unused_parts()
 
 
 def __getattr__(name: str) -> type[CogVideoX] | type[Step] | type[Video]:
-    """Import `CogVideoX`, `Step` or `Video` at first use, since that takes seconds (PEP 562)."""
+    """Import `CogVideoX`, `Step` or `Video` when it is first used, because this takes seconds.
+
+    Python calls this function for names that the module does not have (PEP 562).
+    """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from sgm import pipeline

@@ -16,17 +16,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# A process with slow clips may take much longer than the others, which wait for it.
+# A process with slow clips may take much longer than the other processes, which wait for it.
 _PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Rank:
-    """The rank of this process among those that torchrun started; 0 of 1 without torchrun.
+    """The rank of this process among the processes that torchrun started.
+
+    Without torchrun, the rank is 0 and the world size is 1.
 
     Attributes:
         index: rank among all processes.
-        world_size: number of all processes.
+        world_size: number of processes on all hosts.
         local_index: rank among the processes of this host.
     """
 
@@ -42,16 +44,16 @@ class Rank:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, the process that writes files and logs."""
+    """Return whether this process has rank 0, the rank that writes files and logs."""
     from torch import distributed
 
     return distributed.get_rank() == 0
 
 
 def data_parallel_rank_and_size() -> tuple[int, int]:
-    """Return rank and number of the processes that get different data; (0, 1) in one process.
+    """Return this process's data-parallel rank and the number of ranks; (0, 1) in one process.
 
-    These are all processes of the run, since each holds the whole model.
+    Every process of the run is a data-parallel rank, because each process holds the whole model.
     """
     from torch import distributed
 
@@ -63,9 +65,9 @@ def data_parallel_rank_and_size() -> tuple[int, int]:
 class Ranks:
     """All processes of the run, or only this one if PyTorch's processes are not initialised.
 
-    A context manager. Every process must enter and leave it, and call `gather` equally often.
-    torchrun ends every process once one exits with an error, so a process with an error calls
-    `gather` first, to wait for the others.
+    This is a context manager. Every process must enter and leave it, and all must call `gather`
+    equally often. torchrun ends all processes when one process exits with an error. A process with
+    an error therefore calls `gather` before it exits, to wait for the other processes.
     """
 
     def __init__(self) -> None:
@@ -91,7 +93,7 @@ class Ranks:
         return list(items[self.rank :: self.world_size])
 
     def gather(self, value: T) -> list[T]:
-        """Return the `value` of every process, in the order of ranks; waits for all of them."""
+        """Return the `value` of every process, in rank order. This waits for all processes."""
         if self._group is None:
             return [value]
         from torch import distributed
@@ -108,21 +110,21 @@ def exchange(
     sent_sizes: Sequence[int],
     received_sizes: Sequence[int],
 ) -> Tensor:
-    """Send one part of `sent` to each process of `group`, and receive one from each.
+    """Send one part of `sent` to each process of `group`, and receive one part from each process.
 
     Args:
-        sent: (sum of `sent_sizes`,), the parts for all processes, in their order.
+        sent: (sum of `sent_sizes`,), the parts for all processes, concatenated in rank order.
         group: the processes.
         sent_sizes: size of the part for each process.
         received_sizes: size of the part from each process.
 
     Returns:
-        The parts from all processes, in their order: (sum of `received_sizes`,).
+        The received parts, concatenated in rank order: (sum of `received_sizes`,).
     """
     from torch import distributed
 
     received = sent.new_empty(sum(received_sizes))
-    # `torch.compile` supports this call, so a block that contains it is one graph.
+    # `torch.compile` supports this call, so a block with this call still compiles to one graph.
     distributed.all_to_all_single(
         received, sent, list(received_sizes), list(sent_sizes), group=group
     )
@@ -131,19 +133,19 @@ def exchange(
 
 @dataclass(frozen=True)
 class SequenceShard:
-    """This process's shard of a sequence: consecutive tokens, and some heads of the attention.
+    """This process's shard of a sequence: consecutive tokens, and some of the attention heads.
 
-    All layers but the attention treat tokens independently. The attention treats heads
-    independently, so before it the processes exchange their tokens of all heads for all tokens of
-    their heads, and afterwards back. If tokens or heads cannot be divided evenly, the first
-    processes have one more; nothing is padded. Source: Jacobs et al., "DeepSpeed Ulysses" (2023),
-    section 3.1.
+    All layers except the attention process tokens independently; the attention processes heads
+    independently. Before the attention, an all-to-all exchange turns a shard of tokens with all
+    heads into all tokens with a shard of the heads; after the attention, the exchange is reversed.
+    If tokens or heads cannot be divided evenly, the first processes get one more; nothing is
+    padded. Source: Jacobs et al., "DeepSpeed Ulysses" (2023), section 3.1.
 
     Attributes:
-        group: the processes that hold the sequence.
+        group: the processes that share the sequence.
         rank: rank of this process in the group.
-        token_counts: tokens of each process, in order.
-        head_counts: heads of each process, in order.
+        token_counts: number of tokens of each process, in rank order.
+        head_counts: number of heads of each process, in rank order.
     """
 
     group: distributed.ProcessGroup
@@ -164,16 +166,16 @@ class SequenceShard:
         )
 
     def take(self, tokens: Tensor) -> Tensor:
-        """Return this process's part (b, n_own, d) of tokens (b, n, d) that every process has."""
+        """Return this process's shard (b, n_own, d) of `tokens` (b, n, d)."""
         return tokens.split(self.token_counts, dim=1)[self.rank]
 
     def own_text_length(self, text_length: int) -> int:
-        """Return how many of this process's tokens are among the first `text_length`, the text."""
+        """Return how many text tokens this process has; text is the first `text_length` tokens."""
         before = sum(self.token_counts[: self.rank])
         return min(max(text_length - before, 0), self.token_counts[self.rank])
 
     def gather(self, tokens: Tensor) -> Tensor:
-        """Return all tokens (b, n, d), on every process, from each one's own (b, n_own, d)."""
+        """Gather the shards `tokens` (b, n_own, d) of all processes; all get (b, n, d)."""
         batch, _, width = tokens.shape
         sent = tokens.transpose(0, 1).repeat(len(self.token_counts), 1, 1)  # one copy per process
         received = exchange(
@@ -185,11 +187,18 @@ class SequenceShard:
         return received.view(-1, batch, width).transpose(0, 1)  # (b, n, d)
 
     def to_heads(self, tokens: Tensor) -> Tensor:
-        """Own tokens of all heads (b, n_own, heads, size) -> all of own heads (b, n, own, size)."""
+        """Exchange a shard of tokens for a shard of heads, before the attention.
+
+        Args:
+            tokens: own tokens with all heads, (b, n_own, heads, size).
+
+        Returns:
+            All tokens with own heads, (b, n, own heads, size).
+        """
         import torch
 
         batch, _, _, size = tokens.shape
-        # Tokens come first, so that the received parts, in rank order, are the whole sequence.
+        # With tokens as the first axis, the concatenated received parts are the whole sequence.
         parts = tokens.transpose(0, 1).split(self.head_counts, dim=2)
         num_heads = self.head_counts[self.rank]
         received = exchange(
@@ -201,7 +210,7 @@ class SequenceShard:
         return received.view(-1, batch, num_heads, size).transpose(0, 1)  # (b, n, own heads, size)
 
     def to_tokens(self, heads: Tensor) -> Tensor:
-        """The inverse of `to_heads`: (b, n, own heads, size) -> (b, n_own, heads, size)."""
+        """Undo `to_heads`: (b, n, own heads, size) -> (b, n_own, heads, size)."""
         import torch
 
         batch, _, num_heads, size = heads.shape
@@ -221,6 +230,6 @@ class SequenceShard:
 
 
 def _even_counts(total: int, num_parts: int) -> tuple[int, ...]:
-    """Divide `total` into `num_parts` counts; the first ones are one larger if needed."""
+    """Divide `total` into `num_parts` counts; the first counts are larger by one if needed."""
     quotient, remainder = divmod(total, num_parts)
     return tuple(quotient + (index < remainder) for index in range(num_parts))

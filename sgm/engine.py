@@ -45,14 +45,14 @@ Config = Mapping[str, Any]
 
 
 class NetworkWrapper(nn.Module):
-    """Calls the transformer in its own precision; inputs and outputs are float32.
+    """Calls the transformer in the dtype of its weights; inputs and outputs are float32.
 
-    The attribute `diffusion_model` gives the weights the prefix ``model.diffusion_model.`` that
-    they have in SAT checkpoints.
+    The attribute must be named `diffusion_model`, because the names of the weights in SAT
+    checkpoints begin with ``model.diffusion_model.``.
 
     Attributes:
-        autocast_dtype: dtype of matrix products under `torch.autocast`; None uses that of the
-            weights.
+        autocast_dtype: dtype of matrix products under `torch.autocast`; None uses the dtype of the
+            weights, without autocast.
     """
 
     diffusion_model: DiffusionTransformer
@@ -63,7 +63,13 @@ class NetworkWrapper(nn.Module):
         self.autocast_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor, timesteps: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """x (b, t, c, h, w), timesteps (b,) in 0…999, cond of k b samples → (k b, t, c, h, w)."""
+        """Return the network's prediction (k * b, t, c, h, w).
+
+        Args:
+            x: noisy latents (b, t, c, h, w).
+            timesteps: (b,), 0..999.
+            cond: conditioning of k * b samples, for k branches of guidance.
+        """
         dtype = self.diffusion_model.dtype
         is_autocast = self.autocast_dtype is not None
         with torch.autocast(x.device.type, self.autocast_dtype) if is_autocast else nullcontext():
@@ -74,38 +80,41 @@ class NetworkWrapper(nn.Module):
 
 
 class SATVideoDiffusionEngine(nn.Module):
-    """The parts of a text-to-video model, and of its training loss.
+    """A text-to-video model: transformer, autoencoder, text encoder, sampler and training loss.
 
     Args:
         network_config, denoiser_config, conditioner_config, first_stage_config, sampler_config,
-            loss_fn_config: nodes of the parts of the model, each a `target` with its `params`.
+            loss_fn_config: configuration nodes of these parts, each a `target` with its `params`.
         scale_factor: latents are multiplied by it after encoding and divided by it before decoding.
-        not_trainable_prefixes: weights whose names begin with one of these are not trained;
-            ``all`` trains the LoRA matrices only.
+        not_trainable_prefixes: weights whose names begin with one of these prefixes are not
+            trained; ``all`` trains only the LoRA matrices.
         lora_config: node of the LoRA mixin; older files have it in the network's `modules`.
         input_key: the entry of a batch that holds the video (or its latents).
         latent_input: batches hold unscaled latents, so the autoencoder is not built.
         cached_input: batches come from a cache (see sgm/data/cache.py), so neither the autoencoder
             nor the text encoder is kept.
-        load: weights of the transformer, of SAT or diffusers; None starts from random ones.
-        lora: LoRAs to merge into these weights; `lora_config` then has no effect.
-        dtype, device: of all parts. On the device "meta" all parts are built without values, even
-            those that are not kept, and compared with the headers of their files; `load_weights`
-            then loads the values.
-        tile_decode: decode in tiles, see sgm/models/tiled_decoding.py.
+        load: the transformer's weights, in the format of SAT or diffusers; None starts from random
+            weights.
+        lora: LoRAs to merge into the transformer's weights; `lora_config` then has no effect.
+        dtype, device: dtype and device of all parts. On the device "meta" all parts are built
+            without values (also parts that are not kept), and compared with the headers of their
+            weight files. `load_weights` loads the values later.
+        tile_decode: decode in tiles (see sgm/models/tiled_decoding.py).
 
     Attributes:
-        decoding_group: processes that decode each video together; the first of them gets it. None:
-            this process decodes alone.
+        decoding_group: processes that decode each video together; only the first process gets the
+            video. None if this process decodes alone.
 
     Raises:
         UserError: a parameter or a file is invalid.
     """
 
-    # Keys of older files without effect: there is no autocast to disable, and the trainer logs.
+    # Keys of older files that have no effect: the autoencoder runs without autocast, and the
+    # trainer does the logging.
     IGNORED_PARAMS = frozenset({"disable_first_stage_autocast", "log_keys"})
 
-    # A `VideoAutoencoderInferenceWrapper` or like one; None while no autoencoder is kept.
+    # A `VideoAutoencoderInferenceWrapper` or a class with the same methods; None while no
+    # autoencoder is kept.
     first_stage_model: Any
     sampler: Sampler | None
 
@@ -140,10 +149,10 @@ class SATVideoDiffusionEngine(nn.Module):
         self._network_config = config
         self._dtype = dtype
         self._weights = None if load is None else find_transformer(load)
-        if self._weights is not None:  # for `base_weights`, which may be read from another folder
+        if self._weights is not None:  # absolute, because `base_weights` may run in another folder
             self._weights_place = os.path.abspath(self._weights.path)
             self._weights_state = self._weights.state()
-        self.base_fingerprint = ""  # of the weights before training and LoRAs; empty until then
+        self.base_fingerprint = ""  # of the weights before training and LoRAs; "" until loaded
         with torch.device("meta"):
             network = instantiate_from_config(config)
         self.model = NetworkWrapper(network)
@@ -166,9 +175,9 @@ class SATVideoDiffusionEngine(nn.Module):
         self.first_stage_model = None
         is_meta = torch.device(device).type == "meta"
         if cached_input:
-            if is_meta:  # only to check it; its file stays mapped for the cache
+            if is_meta:  # only checks it; the weight file stays mapped, so the cache can use it
                 build_first_stage(first_stage_config, dtype=dtype, device="meta")
-            # Cached moments need no other part of the autoencoder; this one has no weights.
+            # Cached moments need only this part of the autoencoder, which has no weights.
             params = first_stage_config.get("params") or {}
             self.regularizer = instantiate_from_config(params.get("regularizer_config") or {})
         elif not latent_input:
@@ -197,22 +206,22 @@ class SATVideoDiffusionEngine(nn.Module):
         text_device: str | torch.device | None = None,
         stream_text: bool = False,
     ) -> None:
-        """Load the weights of all parts, which were built on the device "meta".
+        """Load the weights of all parts that were built on the device "meta".
 
-        Parts without a file get random weights. Call this once.
+        Parts without a weight file get random weights. Call this once.
 
         Args:
-            device: of all parts.
-            text_device: of the text encoder; None: `device`.
-            stream_text: keep the weights of the text encoder on its device only while they are
-                used; see `offload` for the other parts.
+            device: device of all parts.
+            text_device: device of the text encoder; None means `device`.
+            stream_text: keep the text encoder's weights on its device only while they are used.
+                For the other parts, see `offload`.
 
         Raises:
             UserError: a file cannot be read.
-            RuntimeError: the weights are loaded already.
+            RuntimeError: the weights have been loaded already.
         """
         if self.base_fingerprint:
-            raise RuntimeError("the weights of this engine are loaded already")
+            raise RuntimeError("the weights of this engine have been loaded already")
         network, dtype = self.model.diffusion_model, self._dtype
         if self._found is None:
             network = instantiate_from_config(self._network_config).to(dtype=dtype, device=device)
@@ -227,7 +236,7 @@ class SATVideoDiffusionEngine(nn.Module):
         if self._updates:
             merge_updates(network, self._updates, base=self.base_fingerprint)
             for update in self._updates:
-                if isinstance(update.path, Weights):  # the caller keeps it
+                if isinstance(update.path, Weights):  # opened by the caller, which keeps it
                     update.path.release()
             self._updates = []
         if self.first_stage_model is not None:
@@ -244,7 +253,7 @@ class SATVideoDiffusionEngine(nn.Module):
 
     @property
     def base_weights(self) -> Mapping[str, Tensor]:
-        """The transformer's weights before any LoRA, mapped again from the file or folder `load`.
+        """The transformer's weights without LoRAs, mapped again from the file or folder `load`.
 
         Raises:
             UserError: the file changed after the weights were loaded.
@@ -252,7 +261,7 @@ class SATVideoDiffusionEngine(nn.Module):
         weights = find_transformer(self._weights_place)
         if weights.state() != self._weights_state:
             raise UserError(
-                f"{self._weights} changed after its weights were loaded; start again with it"
+                f"{self._weights} changed after its weights were loaded; start the program again"
             )
         _, base, _ = read_transformer(weights)
         weights.release()
@@ -261,11 +270,11 @@ class SATVideoDiffusionEngine(nn.Module):
     def replace_loras(self, loras: Sequence[LoraChoice]) -> None:
         """Merge LoRAs into the weights, and remove those that were merged before.
 
-        The result has the bytes of a fresh start with these LoRAs.
+        The result is bit-identical to loading the base model with these LoRAs.
 
         Raises:
-            UserError: a file is not a LoRA of this model, or the base weights can no longer be
-                read; the weights are then unchanged.
+            UserError: a file is not a LoRA for this model, or the base weights can no longer be
+                read. The weights stay unchanged in both cases.
         """
         network, base_weights = self.model.diffusion_model, self.base_weights
         merge_updates(
@@ -277,30 +286,38 @@ class SATVideoDiffusionEngine(nn.Module):
         )
 
     def _check_text_width(self) -> None:
-        """Raise UserError if the text encoder's embeddings and the network differ in width."""
+        """Check that the text encoder's embeddings have the width that the network expects.
+
+        Raises:
+            UserError: the widths differ.
+        """
         given = getattr(self.conditioner, "text_width", None)
         wanted = getattr(self.model.diffusion_model, "text_width", None)
         if None not in (given, wanted) and given != wanted:
             raise UserError(
-                f"conditioner_config: the text encoder gives embeddings of width {given}, but "
-                f"text_hidden_size in patch_embed_config is {wanted}; name the encoder that "
+                f"conditioner_config: the text encoder's embeddings have width {given}, but "
+                f"text_hidden_size in patch_embed_config is {wanted}; use the text encoder that "
                 "belongs to this model"
             )
 
     def check_trained(self) -> None:
-        """Raise UserError if no weight is trained; the engine may be on the device "meta"."""
+        """Check that at least one weight is trained; the engine may be on the device "meta".
+
+        Raises:
+            UserError: no weight is trained.
+        """
         names = names_with_lora(self.model.diffusion_model)
         if not any(map(self._is_trained, names)) and not self.conditioner.is_trained:
             raise UserError("no weight is trained; check not_trainable_prefixes and lora_config")
 
     def _is_trained(self, name: str) -> bool:
-        """Whether the transformer's weight of this name is trained."""
+        """Return whether the transformer's weight `name` is trained."""
         if "all" in self.not_trainable_prefixes:
             return is_lora_matrix(name)
         return not name.startswith(self.not_trainable_prefixes)
 
     def train(self, mode: bool = True) -> SATVideoDiffusionEngine:
-        """Switch to training mode; the autoencoder, which is never trained here, stays in eval."""
+        """Set training mode; the autoencoder, which is not trained, stays in evaluation mode."""
         super().train(mode)
         if self.first_stage_model is not None:
             self.first_stage_model.eval()
@@ -308,15 +325,17 @@ class SATVideoDiffusionEngine(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device on which the network computes; offloaded weights wait on the CPU."""
+        """The device on which the network computes, even while its weights are offloaded."""
         return self._offloaded_from or next(self.model.parameters()).device
 
     @contextmanager
     def loaded_first_stage(self) -> Iterator[None]:
-        """Load the autoencoder for this context, if `cached_input` or `latent_input` left it out.
+        """Load the autoencoder for this context if it is not kept.
+
+        It is not kept with `cached_input` or `latent_input`.
 
         Raises:
-            UserError: its file is invalid.
+            UserError: the autoencoder's weight file is invalid.
         """
         if self.first_stage_model is not None:
             yield
@@ -330,11 +349,11 @@ class SATVideoDiffusionEngine(nn.Module):
             self.first_stage_model = None
 
     def offload(self) -> None:
-        """Keep the weights of network and decoder in the host's memory from now on, for inference.
+        """Offload the weights of network and autoencoder to host memory, for inference.
 
-        The network is on its device during `sample_steps`, the decoder during
-        `decode_first_stage`. The decoder's convolutions keep the frames between chunks on the host
-        too (in one process).
+        From now on, the network's weights are on its device only during `sample_steps`, and the
+        decoder's only during `decode_first_stage`. The frames that the decoder's convolutions
+        cache between chunks are kept on the host too, unless several processes decode together.
         """
         device, first_stage = self.device, self.first_stage_model
         self._offloaded_from = device
@@ -348,21 +367,24 @@ class SATVideoDiffusionEngine(nn.Module):
 
     @torch.no_grad()
     def encode_first_stage(self, video: Tensor) -> Tensor:
-        """Video (b, t, 3, h, w) in [-1, 1] → scaled latents (b, t', c, h/8, w/8), float32."""
+        """Encode videos (b, t, 3, h, w) in [-1, 1] to scaled latents (b, t', c, h/8, w/8), float32.
+
+        The latents are drawn from the encoder's distribution, with torch's global generator.
+        """
         moments = encode_moments(self.first_stage_model, video)
         return draw_latents(self.first_stage_model.regularization, moments) * self.scale_factor
 
     def fit_rgb(self) -> Tensor:
-        """As `sgm.models.autoencoder.fit_rgb`; an offloaded encoder is loaded for it."""
+        """Call `sgm.models.autoencoder.fit_rgb`, with an offloaded encoder on its device."""
         with self._encoder_here:
             return fit_rgb(self.first_stage_model)
 
     @torch.no_grad()
     def decode_first_stage(self, latents: Tensor) -> Generator[Tensor, None, None]:
-        """Scaled latents (b, t', c, h, w) → chunks (b, t, 3, 8h, 8w) of the video, in order.
+        """Decode scaled latents (b, t', c, h, w) and yield the video in chunks (b, t, 3, 8h, 8w).
 
-        Values are about [-1, 1], float32. A chunk is yielded after the next one is launched, so
-        that a GPU computes while frames are written.
+        Values are about [-1, 1], float32. A chunk is yielded only after the next chunk has been
+        launched, so the GPU computes while the caller writes frames.
         """
         z = rearrange(latents / self.scale_factor, "b t c h w -> b c t h w")
         first_stage, group = self.first_stage_model, self.decoding_group
@@ -387,23 +409,23 @@ class SATVideoDiffusionEngine(nn.Module):
         generator: torch.Generator,
         sampler: Sampler | None = None,
     ) -> Generator[SampledStep, None, None]:
-        """Sample scaled latents; each step is computed when it is requested.
+        """Sample scaled latents; each step is computed when the caller requests it.
 
         Args:
-            cond, uncond: conditioning of both branches of guidance, on any device.
-            shape: (b, t, c, h, w) of the latents.
-            generator: source of all noise, on the CPU, so that a seed gives the same noise for
+            cond, uncond: conditional and unconditional conditioning, on any device.
+            shape: shape (b, t, c, h, w) of the latents.
+            generator: source of all noise. It is on the CPU, so a seed gives the same noise for
                 every device.
-            sampler: None: the one of the configuration.
+            sampler: the sampler; None means the sampler of the configuration.
 
         Yields:
-            Each step; the last one's `x` is the result, float32.
+            Each step; `x` of the last step is the result, float32.
         """
         sampler = sampler or self.sampler
         is_on_gpu = self.device.type == "cuda"
 
         def draw() -> Tensor:
-            # The host does not wait for the copy if the memory is page-locked.
+            # With page-locked memory, the host does not wait for the copy.
             noise = torch.randn(*shape, generator=generator, pin_memory=is_on_gpu)
             return noise.to(self.device, non_blocking=True)
 
@@ -422,21 +444,23 @@ class SATVideoDiffusionEngine(nn.Module):
                 yield step
 
     def _here(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Conditioning on the network's device; the text encoder may be on another."""
+        """Copy conditioning to the network's device; the text encoder may use another device."""
         return {key: embedding.to(self.device) for key, embedding in cond.items()}
 
     def get_input(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents and conditioning of a training batch, the inputs of the loss.
+        """Return the latents and the conditioning of a training batch, the inputs of the loss.
+
+        torch's global generators draw the noise in the latents first, and then the samples whose
+        text is dropped. This order is the same for every kind of batch.
 
         Args:
-            batch: `input_key` (b, t, 3, h, w), a video in [-1, 1], or unscaled latents with
-                `latent_input`; from a cache ``moments`` (b, t', 2c, h, w). Also the texts that the
-                conditioner reads; from a cache ``crossattn`` (b, n_text, d_text).
+            batch: entry `input_key` holds a video (b, t, 3, h, w) in [-1, 1], or unscaled latents
+                with `latent_input`; other entries hold the texts that the conditioner reads. A
+                batch from a cache has ``moments`` (b, t', 2c, h, w) instead of the video, and
+                ``crossattn`` (b, n_text, d_text) instead of the texts.
 
         Returns:
             Scaled latents (b, t', c, h, w), float32, and conditioning, on the network's device.
-            torch's global generators draw first the noise in the latents, then the samples whose
-            text is dropped, in the same order for every kind of batch.
         """
         if "moments" in batch:
             moments = batch["moments"].to(self.device, non_blocking=True)
@@ -451,14 +475,14 @@ class SATVideoDiffusionEngine(nn.Module):
 
 
 def _checked_prefixes(value: Sequence[str] | None, names: Collection[str]) -> tuple[str, ...]:
-    """`not_trainable_prefixes` as a tuple; null is empty.
+    """Check `not_trainable_prefixes` and return it as a tuple, which is empty for null.
 
     Args:
-        value: of the configuration.
-        names: of the transformer's weights, those of LoRA layers included.
+        value: the value in the configuration.
+        names: names of the transformer's weights, including LoRA layers.
 
     Raises:
-        UserError: it is not a list of texts, or one of them matches no weight.
+        UserError: `value` is not a list of texts, or a prefix matches no weight.
     """
     prefixes = () if value is None else value
     if not isinstance(prefixes, list | tuple) or not all(
@@ -478,26 +502,26 @@ def _checked_prefixes(value: Sequence[str] | None, names: Collection[str]) -> tu
 
 
 def _network_config(config: Config, lora_config: Config | None, *, with_lora: bool) -> Config:
-    """The transformer's node with `lora_config` in its `modules`, or without it.
+    """Return the transformer's node with `lora_config` added to its `modules`, or removed.
 
     Args:
-        config: the node; it may have a `lora_config` of its own.
-        lora_config: that of the section `model`.
-        with_lora: False: leave both out.
+        config: the transformer's node; its `modules` may contain a `lora_config` already.
+        lora_config: `lora_config` of the section `model`.
+        with_lora: False removes `lora_config`, wherever it is set.
 
     Raises:
-        UserError: both are set and differ.
+        UserError: both `lora_config` are set and differ.
     """
     try:
         params = dict(config["params"])
         modules = dict(params["modules"])
-    except (KeyError, TypeError, ValueError):  # building the transformer raises UserError for it
+    except (KeyError, TypeError, ValueError):  # the transformer's constructor will report it
         return config
     own = modules.get("lora_config") or lora_config
     if lora_config and own != lora_config:
         raise UserError(
-            "lora_config stands under model and under network_config.params.modules with "
-            "different values; keep one"
+            "lora_config is set under model and under network_config.params.modules, with "
+            "different values; keep only one"
         )
     params["modules"] = modules | {"lora_config": own if with_lora else None}
     return {**config, "params": params}

@@ -1,4 +1,4 @@
-"""Text to video: encode the prompt, sample latents, decode them."""
+"""The text-to-video pipeline: encode the prompt, sample latents, decode them."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Video:
     """A finished video.
 
     Attributes:
-        frames: (t, h, w, 3) uint8. If several processes made the video together, only the first of
-            them has frames.
+        frames: (t, h, w, 3) uint8. If several processes made the video together, only the first
+            process has frames.
         fps: frames per second.
-        sampling_seconds, decoding_seconds: times in seconds; decoding includes writing the mp4.
+        sampling_seconds, decoding_seconds: durations; decoding includes writing the mp4.
     """
 
     frames: np.ndarray
@@ -53,7 +53,7 @@ class Video:
     decoding_seconds: float
 
     def save(self, path: str | Path) -> None:
-        """Write an mp4 (H.264).
+        """Write the video to `path`, an mp4 file (H.264).
 
         Raises:
             UserError: the file cannot be written.
@@ -63,13 +63,13 @@ class Video:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A finished step of sampling.
+    """A finished sampling step.
 
     Attributes:
         step_index: 0..num_steps-1.
         num_steps: steps of the run.
-        latents: (1, t, c, h, w) float32, scaled, on the model's device. Those of the last step are
-            the result. Do not change them in place.
+        latents: (1, t, c, h, w) float32, scaled, on the model's device. The latents of the last
+            step are the result. Do not change them in place.
     """
 
     step_index: int
@@ -78,10 +78,10 @@ class Step:
     _preview: Callable[[], np.ndarray] = field(repr=False)
 
     def preview(self) -> np.ndarray:
-        """This step's estimate of the video, one pixel for each latent: (t, h, w, 3) uint8.
+        """Return a preview of the video at this step, one pixel per latent: (t, h, w, 3) uint8.
 
-        The colours come from a linear map of the latents, fitted to the autoencoder at the first
-        call; nothing is decoded. Waits for the device.
+        Nothing is decoded. A linear map, which is fitted to the autoencoder at the first call,
+        turns the latents into colours. The call waits for the device.
 
         Raises:
             UserError: the pipeline is closed.
@@ -92,16 +92,17 @@ class Step:
 class CogVideoX:
     """A loaded model that makes videos from prompts, one at a time.
 
-    Use `from_config` to load one. As a context manager it is closed at the end.
+    Use `from_config` to load a model. An object of this class is also a context manager, which
+    closes it at the end.
 
     Args:
-        engine: in evaluation mode, with a sampler.
-        model: the section `model` of its configuration.
-        args: the options; arguments of a call replace some of them.
-        embed: returns the conditioning of texts; None: the engine's text encoder.
+        engine: the engine, in evaluation mode, with a sampler.
+        model: the section `model` of the engine's configuration.
+        args: the options; the arguments of a call override some of them.
+        embed: function that returns the conditioning of texts; None uses the engine's text encoder.
 
     Attributes:
-        group: the processes that make each video together; None if this process is alone.
+        group: the processes that make each video together; None if this process works alone.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class CogVideoX:
         *,
         embed: Callable[[Sequence[str]], Conditioning] | None = None,
     ) -> None:
-        self.engine: SATVideoDiffusionEngine | None = engine  # None once it is closed
+        self.engine: SATVideoDiffusionEngine | None = engine  # None after `close`
         self.args = args
         self._model = model
         embed = embed or engine.conditioner.encode
@@ -121,7 +122,7 @@ class CogVideoX:
         self._rgb: Tensor | None = None
         self._busy = threading.Lock()
         self.group: distributed.ProcessGroup | None = None
-        self._is_lost = False  # whether this process left a video that others make with it
+        self._is_lost = False  # whether this process abandoned a video of its group
         self._running: weakref.ref[Iterator[Step | Video]] | None = None
         self._is_compiled = False
 
@@ -132,11 +133,11 @@ class CogVideoX:
         """Load the model that YAML files describe.
 
         Args:
-            files: merged in this order, as by ``--base`` of sample_video.py.
-            allow_target: further dotted prefixes under which the files may name classes. Add only
-                those of files that you trust.
-            args: keys of the section `args`; they override the files. Relative paths, also in the
-                files, start at the current folder.
+            files: YAML files, merged in this order, like ``--base`` of sample_video.py.
+            allow_target: further dotted prefixes under which the files may name classes. Add
+                prefixes only for files that you trust.
+            args: keys of the section `args`; they override the files. Relative paths, here and in
+                the files, are relative to the current folder.
 
         Raises:
             UserError: a value, a file or the weights cannot be used.
@@ -151,7 +152,7 @@ class CogVideoX:
     def load(cls, config: Config, weights: RunWeights) -> CogVideoX:
         """Load the model of a configuration with the weights that `check_sampling` found.
 
-        With ``parallel: video`` the processes of torchrun make each video together.
+        With ``parallel: video``, the processes that torchrun started make each video together.
 
         Raises:
             UserError: the configuration or the weights cannot be used.
@@ -175,22 +176,22 @@ class CogVideoX:
             self.close()
 
     def close(self) -> None:
-        """Free the memory of the weights; the pipeline then makes no more videos.
+        """Free the memory of the weights; the pipeline cannot make videos afterwards.
 
-        A stream that waits for its next step ends.
+        A stream that is waiting between two steps ends.
 
         Raises:
             UserError: a call is running in another thread.
         """
         running = self._running and self._running()
         if running is not None:
-            with suppress(ValueError):  # it is computing, in another thread
+            with suppress(ValueError):  # the stream is computing, in another thread
                 running.close()
         with self._alone(needs_open=False):
             if self.engine is None:
                 return
             for weight in chain(self.engine.parameters(), self.engine.buffers()):
-                weight.data = weight.data.new_empty(0)  # others may hold the module
+                weight.data = weight.data.new_empty(0)  # other code may refer to the module
             self.engine = self._rgb = None
             del self._encode, weight
             gc.collect()  # modules with streamed weights are in reference cycles
@@ -198,7 +199,7 @@ class CogVideoX:
                 torch.cuda.empty_cache()
 
     def __call__(self, prompt: str, **options: Any) -> Video:
-        """Make a video; options and errors are those of `stream`."""
+        """Make a video and return it; options and errors are the same as for `stream`."""
         last: Any = None
         for event in self.stream(prompt, **options):
             last = event
@@ -217,32 +218,33 @@ class CogVideoX:
         path: str | Path | None = None,
         decode: bool = True,
     ) -> Iterator[Step | Video]:
-        """Make a video and report each step. Leaving the loop early stops the run.
+        """Make a video and yield each step. The run stops if the caller leaves the loop early.
 
-        Arguments that are None have the configuration's values.
+        An argument that is None takes its value from the configuration.
 
         Args:
-            prompt: what to show.
-            negative_prompt: what not to show; empty: the trained unconditional embedding.
-            seed: any integer. A video depends on the seed, its prompts and `index`.
-            num_steps: steps of sampling, 2..1000; sets the guider's `num_steps` too.
-            guidance_scale: the guider's `scale`. For DynamicCFG this is the height of its curve, so
-                that 0 means no guidance.
-            num_frames: frames of the video, for example 49.
-            index: a line of a prompt file, from 0, or a pair of a line and a sample.
-            path: an mp4, written while decoding goes on. Its folder is created if missing.
-            decode: False: only sample. The latents of the last step are the result, and `path` is
+            prompt: what the video shows.
+            negative_prompt: what the video should not show; an empty text selects the
+                unconditional embedding of the training.
+            seed: any integer. A video depends on the seed, the prompts and `index`.
+            num_steps: number of sampling steps, 2..1000; also sets the guider's `num_steps`.
+            guidance_scale: the guider's `scale`. For DynamicCFG this is the height of its curve,
+                and 0 means no guidance.
+            num_frames: number of frames of the video, for example 49.
+            index: line of the prompt in a prompt file, from 0, or a pair (line, sample).
+            path: mp4 file to write during decoding. Its folder is created if missing.
+            decode: False only samples: the latents of the last step are the result, and `path` is
                 not used.
 
         Yields:
-            A `Step` for each step, and the `Video` last.
+            A `Step` for each step, and finally the `Video` (unless `decode` is False).
 
         Raises:
             UserError: a value cannot be used, another call is running, the pipeline is closed, the
                 result is not finite, or the file cannot be written.
-            LostProcessError: this process failed in work that others need.
+            LostProcessError: this process failed in work that the other processes wait for.
         """
-        with self._alone():  # so that a call while another one runs fails here already
+        with self._alone():  # so that this call itself fails if another call is running
             sampler: Any = self.engine.sampler
             if num_steps is not None or guidance_scale is not None:
                 sampler = sampler.adjusted(num_steps=num_steps, guidance_scale=guidance_scale)
@@ -258,11 +260,12 @@ class CogVideoX:
         line_and_sample = tuple(map(_plain_integer, pair))
         if len(pair) != 2 or not all(type(n) is int and n >= 0 for n in line_and_sample):
             raise UserError(
-                f"index: {index!r} must be a whole number from 0, or a pair of these: the line of "
-                "a prompt file and the number of the sample"
+                f"index: {index!r} must be a whole number from 0, or a pair of whole numbers: the "
+                "line in a prompt file and the number of the sample"
             )
         if path is not None:
-            # In a group only the first process would fail here, and the others would wait for it.
+            # In a group the path is checked later: only the first process would fail here, and
+            # the other processes would wait for it.
             path = mp4_path(path) if self.group is None else Path(path).absolute()
         generator = sample_generator(args.seed, *line_and_sample)
         run = self._run(prompt, args, generator, sampler=sampler, path=path, decode=decode)
@@ -272,30 +275,30 @@ class CogVideoX:
     def set_loras(self, loras: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]) -> None:
         """Merge LoRAs into the weights, and remove those that were merged before.
 
-        The weights are restored from their files first, so the result has the bytes of a fresh
-        start with these LoRAs.
+        The weights are restored from their files first, so the result is bit-identical to loading
+        the base model with these LoRAs.
 
         Args:
-            loras: a path, ``PATH:0.8`` with a strength, ``{"path": …, "scale": …}``, or a list of
-                these; an empty list restores the base model.
+            loras: a LoRA, or a list of LoRAs; an empty list restores the base model. A LoRA is a
+                path, ``PATH:0.8`` with a strength, or ``{"path": …, "scale": …}``.
 
         Raises:
-            UserError: a file is not a LoRA of this model (the weights are then unchanged), a call
-                is running, or the pipeline is closed.
+            UserError: a file is not a LoRA for this model (the weights stay unchanged), a call is
+                running, or the pipeline is closed.
         """
         choices = check_given(SamplingArgs, {"lora": loras or []}, where="set_loras")["lora"]
         with self._alone():
             self.engine.replace_loras(choices)
 
     def compile(self, *, num_steps: int) -> None:
-        """Compile the transformer's blocks if the option `compile` is true, or if it is not set.
+        """Compile the transformer's blocks, unless the option `compile` is false.
 
         Compiled blocks round differently, so call this before the first video. Without this call,
         the first video compiles the blocks if the option is true.
 
         Args:
-            num_steps: number of steps to come; if the option is not set, a GPU compiles from 100
-                on.
+            num_steps: total number of steps that will be sampled. If the option is not set, the
+                blocks are compiled only on a GPU and for at least 100 steps.
 
         Raises:
             UserError: the pipeline is closed.
@@ -306,7 +309,7 @@ class CogVideoX:
         )
 
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Scaled latents (1, t, c, h, w) → chunks (t, h, w, 3) of the video, uint8, in order.
+        """Decode scaled latents (1, t, c, h, w) and yield the video in chunks (t, h, w, 3), uint8.
 
         Raises:
             UserError: another call is running, or the pipeline is closed.
@@ -315,26 +318,32 @@ class CogVideoX:
             yield from self._decode(latents)
 
     def _require_open(self) -> SATVideoDiffusionEngine:
-        """The engine; raises UserError if it is closed or has left a video that others make too."""
+        """Return the engine.
+
+        Raises:
+            UserError: the pipeline is closed.
+            LostProcessError: this process abandoned a video that a group was making.
+        """
         if self.engine is None:
             raise UserError("this pipeline is closed; load it again with CogVideoX.from_config")
         if self._is_lost:
             raise LostProcessError(
-                "this process left a video that other processes make with it, so that no more can "
-                "be made; start all of them again"
+                "this process abandoned a video that it was making together with other processes, "
+                "so it can make no further videos; start all processes again"
             )
         return self.engine
 
     @contextmanager
     def _alone(self, *, needs_open: bool = True) -> Iterator[None]:
-        """Let no other call run within this context.
+        """Prevent other calls within this context.
 
         Raises:
             UserError: another call is running, or the pipeline is closed (if `needs_open`).
         """
         if not self._busy.acquire(blocking=False):
             raise UserError(
-                "this pipeline is at work; wait for its end, or leave the loop over its steps"
+                "this pipeline is making a video; wait until it is finished, or leave the loop "
+                "over its steps"
             )
         try:
             if needs_open:
@@ -353,8 +362,8 @@ class CogVideoX:
         path: Path | None,
         decode: bool,
     ) -> Generator[Step | Video, None, None]:
-        """Make one video; `stream` says what is yielded and raised."""
-        with self._alone():  # the pipeline may be closed since the call
+        """Make one video; `stream` documents the yielded values and the errors."""
+        with self._alone():  # the pipeline may have been closed since the call
             if args.compile and not self._is_compiled:
                 self.compile(num_steps=sampler.num_steps)
             is_together = self.group is not None
@@ -378,16 +387,17 @@ class CogVideoX:
                 is_finite = bool(latents.isfinite().all())  # waits for the device
                 sampled = time.perf_counter()
                 chunks = self._decode(latents)
-                # In a group, decode to the end: no process waits while the first one writes.
+                # In a group, decode everything first: if the first process wrote each chunk at
+                # once, the other processes would wait for it.
                 frames = list(chunks) if is_together else chunks
             writes = not is_together or self.group.rank() == 0
             if writes and not is_finite:
                 raise UserError(
-                    "the result is not finite; the weights may be damaged, or try --bf16 or full "
-                    "precision"
+                    "the result is not finite; try --bf16 or full precision, or check whether the "
+                    "weights are damaged"
                 )
             fps = args.sampling_fps
-            with closing(chunks):  # takes the decoder's weights off the GPU after a failure too
+            with closing(chunks):  # offloads the decoder's weights after a failure too
                 array = collect_frames(frames, path if writes else None, fps=fps)
             yield Video(array, fps, sampled - started, time.perf_counter() - sampled)
 
@@ -408,7 +418,7 @@ class CogVideoX:
                 yield to_uint8(chunk[0])
 
     def _preview(self, latents: Tensor) -> np.ndarray:
-        """Latents (1, t, c, h, w) → (t, h, w, 3) uint8; see `Step.preview`."""
+        """Map latents (1, t, c, h, w) to colours (t, h, w, 3) uint8; see `Step.preview`."""
         self._require_open()
         if self._rgb is None:
             self._rgb = self.engine.fit_rgb()
@@ -418,7 +428,7 @@ class CogVideoX:
 
 
 def _plain_integer(value: T) -> T | int:
-    """An integer of any type, such as NumPy's, as int; any other value as it is."""
+    """Convert an integer of any type, such as NumPy's, to int; return other values unchanged."""
     if isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
     return value

@@ -1,16 +1,17 @@
-"""SwissArmyTransformer (SAT): which parts of it are imported, and its process groups.
+"""Lazy import of SwissArmyTransformer (SAT), and the process groups that it needs.
 
-The packages of SAT import all of its models and its trainer, and with these wandb, datasets,
-pandas, transformers and DeepSpeed. That takes two seconds, and many more from a network drive. So
-three of its packages count as imported before their code has run. The code runs when something
-asks for a name that is not a module of the package. Until then, the registry in which SAT looks
-for models to download is empty; a program that needs it imports sat before sgm.
+SAT's packages import all of its models and its trainer, and through them wandb, datasets, pandas,
+transformers and DeepSpeed. This takes two seconds, and much longer from a network drive. To avoid
+it, three of SAT's packages are put into `sys.modules` without running their code. The code of such
+a package runs when an attribute is requested that is not one of the package's modules. Until then,
+SAT's registry of downloadable models is empty; a program that needs the registry must import sat
+before sgm.
 
-Compiling for a GPU pickles a class of SAT. That may ask for such a name, and then all of SAT is
-imported once.
+Compiling for a GPU pickles a class of SAT. Pickling may request such an attribute, which imports
+all of SAT once.
 
-`sat.mpu` imports DeepSpeed on a machine with a GPU, for activation checkpointing. Here it does
-without, as it does on other machines.
+On a machine with a GPU, `sat.mpu` imports DeepSpeed for activation checkpointing. This module
+prevents that import, because `sat.mpu` also works without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from importlib.util import find_spec, module_from_spec
 from sgm.distributed import Rank
 
 _MODELS = "sat.model.official"  # its modules need the code of sat.model
-_PARALLEL = "sat.mpu"  # imports DeepSpeed if it can
+_PARALLEL = "sat.mpu"  # imports DeepSpeed if possible
 
 
 def leave_out_unused_parts() -> None:
     """Put the packages of SAT into `sys.modules` without running their code.
 
-    Call this before SAT is imported. It has no effect later, or if SAT is not installed.
+    Call this before SAT is imported. It has no effect if SAT is imported already or not installed.
     """
-    os.environ.setdefault("SAT_LOGLEVEL", "WARNING")  # SAT reports that DeepSpeed is missing
+    os.environ.setdefault("SAT_LOGLEVEL", "WARNING")  # else SAT logs that DeepSpeed is missing
     if "sat" in sys.modules or find_spec("sat") is None:
         return
     for name in ("sat", "sat.model", _PARALLEL):
@@ -44,7 +45,7 @@ def leave_out_unused_parts() -> None:
 
 
 def _import_without_code(name: str) -> None:
-    """Import the package `name`, whose code runs when a name is asked for that it does not have."""
+    """Put the package `name` into `sys.modules`; run its code when a missing name is requested."""
     spec = find_spec(name)
     assert spec is not None
     package = module_from_spec(spec)
@@ -67,13 +68,13 @@ def _import_without_code(name: str) -> None:
 
 
 def _run_code(name: str) -> None:
-    """Run the code of a package that was imported without, unless it is running or has run."""
+    """Run the code of the package `name`, unless it is running already or has run."""
     package = sys.modules[name]
     if "__getattr__" not in vars(package):
         return
     without_deepspeed = name == _PARALLEL and "deepspeed" not in sys.modules
     if without_deepspeed:
-        sys.modules["deepspeed"] = None  # type: ignore[assignment]  # an import of it fails
+        sys.modules["deepspeed"] = None  # type: ignore[assignment]  # makes its import fail
     try:
         importlib.reload(package)  # does nothing while the code runs
     finally:
@@ -83,23 +84,23 @@ def _run_code(name: str) -> None:
 
 
 class _CodeBeforeModels:
-    """A finder that runs the code of `sat.model` before one of SAT's models is imported."""
+    """An import finder that runs the code of `sat.model` before any of SAT's models is imported."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
-        """Find nothing; the next finders do."""
+        """Return None, so that the next finder finds the module."""
         if name == _MODELS:
             _run_code("sat.model")
 
 
 def ensure_process_groups() -> None:
-    """Create the process groups that SAT's layers ask for their size, unless they exist.
+    """Create the process groups whose size SAT's layers query, unless they exist already.
 
-    A single process gets a group of one, whose store is in its memory: it takes no port and does
-    not meet another job. Under torchrun (``WORLD_SIZE`` above 1) the ranks meet at the address that
-    torchrun gives them, and every rank holds the whole model. GPU tensors go through NCCL, since
-    gloo copies each to the host, even in a group of one. Unlike SAT's own start-up for single
-    models, this does not change the state of random generators.
+    A single process gets a group of one, whose store is in memory, so it needs no port and cannot
+    collide with another job. Under torchrun (``WORLD_SIZE`` above 1), the ranks connect to the
+    address that torchrun sets, and every rank holds the whole model. GPU tensors use NCCL, because
+    gloo would copy each tensor to the host, even in a group of one. Unlike SAT's own
+    initialisation, this does not change the state of random generators.
     """
     import torch
     from sat import mpu
@@ -118,11 +119,11 @@ def ensure_process_groups() -> None:
 
 
 def leave_process_groups_at_exit() -> None:
-    """Destroy the process groups at exit. NCCL warns of a process that exits without this.
+    """Destroy the process groups at exit, because NCCL logs a warning otherwise.
 
-    `ensure_process_groups` calls this in a single process; a second call does no harm. One of
-    several processes calls it when its work is done, not after a failure: NCCL would wait for
-    operations in which the other processes no longer take part.
+    `ensure_process_groups` calls this in a single process; a second call does no harm. If there
+    are several processes, each calls it when its work is done. A process must not call it after a
+    failure, because NCCL would wait for operations that the other processes no longer run.
     """
     atexit.register(_leave_process_groups)
 
@@ -136,7 +137,7 @@ def _leave_process_groups() -> None:
 
 @contextmanager
 def quiet_sat() -> Iterator[None]:
-    """Hold back SAT's messages below an error.
+    """Suppress SAT's log messages below the level ERROR within this context.
 
     SAT logs a line for every layer that it changes, and warnings about optional packages.
     """

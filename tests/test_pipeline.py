@@ -162,9 +162,9 @@ def test_leaving_the_loop_stops_the_run_and_leaves_nothing_behind(pipe, expected
 def test_a_second_call_while_one_runs_is_refused(pipe, expected):
     steps = pipe.stream(PROMPT)
     next(steps)
-    with pytest.raises(UserError, match="this pipeline is at work; wait for its end"):
+    with pytest.raises(UserError, match="this pipeline is making a video; wait until"):
         pipe(PROMPT)
-    with pytest.raises(UserError, match="this pipeline is at work"):
+    with pytest.raises(UserError, match="this pipeline is making a video"):
         pipe.set_loras([])
     errors = []
 

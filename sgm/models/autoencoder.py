@@ -1,4 +1,4 @@
-"""The 3D causal video autoencoder: encoding, streamed decoding, and its use for diffusion."""
+"""The 3D causal video autoencoder: loading, encoding, streamed decoding and previews."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sgm.modules.autoencoding.causal_conv import ConvCache
 from sgm.modules.autoencoding.norms import needs_grad
 from sgm.util import instantiate_from_config, instantiate_part
 
-# Latent frames per chunk of decoding: of the first chunk, and of each later one. The norms use the
-# statistics of a chunk, so these sizes belong to the released weights and must not change.
+# Latent frames in the first chunk of decoding, and in each later chunk. The norms compute their
+# statistics over a chunk, so the released weights require these sizes.
 FIRST_CHUNK_FRAMES, CHUNK_FRAMES = 3, 2
 
-# For the fit of previews: height and width of its frames in latents, and the ridge as a fraction of
-# the mean square.
+# For the fit of previews: height and width of the fitted frames, in latents, and the ridge
+# coefficient relative to the mean square of the inputs.
 _RGB_LATENTS, _RGB_RIDGE = 4, 1e-3
 
 
@@ -32,22 +32,23 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
     """The video VAE of CogVideoX (Yang et al. 2024, section 2.1).
 
     Videos are (b, c, 4k+1, h, w) in [-1, 1], latents (b, z, k+1, h/8, w/8). Inputs may have any
-    dtype: they are cast to the dtype of the weights, which is also that of the results.
+    dtype: they are cast to the dtype of the weights. The results have the dtype of the weights.
 
     Args:
-        encoder_config: node of the encoder.
-        decoder_config: node of the decoder.
-        regularizer_config: node of the regularizer, which turns moments into latents.
-        ckpt_path: path of the weights, as in `find_autoencoder`; None leaves them random, for
+        encoder_config: configuration node of the encoder.
+        decoder_config: configuration node of the decoder.
+        regularizer_config: configuration node of the regularizer, which turns moments into latents.
+        ckpt_path: path of the weights (see `find_autoencoder`); None keeps random weights, for
             training. If PyTorch's default device is "meta", the constructor only compares names
             and shapes with the model, and `load_weights` reads the values.
-        ignore_keys: prefixes of names in that file that do not belong to this model.
+        ignore_keys: prefixes of names in the weight file; weights with these names are ignored.
 
     Raises:
         UserError: a configuration is invalid, or the file does not fit.
     """
 
-    # cp_size: the work is not split over processes. loss_config: the released one is an Identity.
+    # cp_size is ignored because encoding is not split over processes. loss_config is ignored
+    # because it is an Identity in the released configuration.
     IGNORED_PARAMS = frozenset({"cp_size", "loss_config"})
 
     def __init__(
@@ -77,11 +78,11 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
     def encode(
         self, x: Tensor, unregularized: bool = False, *, noise: Tensor | None = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Return latents of a video, drawn from the distribution that the encoder computes.
+        """Return latents of a video, sampled from the distribution that the encoder predicts.
 
         Args:
             x: (b, c, 4k+1, 8h, 8w) in [-1, 1].
-            unregularized: return ``(moments, {})`` instead, moments (b, 2z, k+1, h, w).
+            unregularized: return ``(moments, {})`` instead, with moments (b, 2z, k+1, h, w).
             noise: (b, z, k+1, h, w), standard normal; None draws it from PyTorch's global
                 generator.
 
@@ -102,7 +103,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         dtype = _dtype_of(self.encoder)
         if needs_grad(self.encoder, x):
             moments = self.encoder(x.to(dtype))
-        else:  # one by one: the memory is bounded, and results are bit-identical in any batch
+        else:  # one at a time: this bounds the memory, and the batch size cannot change the bits
             moments = torch.cat([self.encoder(sample.to(dtype)) for sample in x.split(1)])
         if unregularized:
             return moments, {}
@@ -129,14 +130,15 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
         does not grow with the length of the video.
 
         Args:
-            z: as in `decode`.
-            cache: an empty cache for these frames; None makes a new one.
+            z: latents, as for `decode`.
+            cache: an empty cache for these frames; None makes a new cache.
 
         Yields:
             (b, c, t, 8h, 8w): 9 frames (1, if there is only one latent frame), then 8 at a time.
 
         Raises:
-            ValueError: `z` is not (b, z, t, h, w) with an odd t; raised by the call itself.
+            ValueError: `z` is not (b, z, t, h, w) with an odd t. The call itself raises this error,
+                not the first iteration.
         """
         channels = self.decoder.z_channels
         if z.ndim != 5 or z.shape[1] != channels or z.shape[2] % 2 == 0:
@@ -156,11 +158,13 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
     def load_weights(
         self, device: str | torch.device = "cpu", *, dtype: torch.dtype | None = None
     ) -> None:
-        """Read the weights into the model; for a model on the device "meta", called once.
+        """Load the values of the weights from the file into the model. Call this only once.
+
+        The constructor calls this itself, unless PyTorch's default device is "meta".
 
         Args:
             device: device of the weights.
-            dtype: type of the weights; None means PyTorch's default.
+            dtype: dtype of the weights; None means PyTorch's default.
         """
         default = torch.get_default_dtype()
         state = {
@@ -173,7 +177,7 @@ class VideoAutoencoderInferenceWrapper(nn.Module):
 
 
 def chunks_of(z: Tensor) -> list[Tensor]:
-    """Split latents (b, z, t, h, w), t odd, into the chunks of decoding."""
+    """Split latents (b, z, t, h, w), with an odd t, into the chunks that are decoded."""
     first, rest = z[:, :, :FIRST_CHUNK_FRAMES], z[:, :, FIRST_CHUNK_FRAMES:]
     return [first, *(rest.split(CHUNK_FRAMES, dim=2) if rest.shape[2] else ())]
 
@@ -187,14 +191,15 @@ def build_first_stage(
 ) -> nn.Module:
     """Build the autoencoder of a configuration node, frozen and in evaluation mode.
 
-    On the device "meta" it has no values until `load_first_stage`.
+    On the device "meta" it has no values until `load_first_stage` is called.
 
     Raises:
-        UserError: the node or the file of weights is invalid.
+        UserError: the node or the weight file is invalid.
     """
     needs = ("encode", "decode_streamed", "regularization")
     is_meta = torch.device(device).type == "meta"
-    # No local name for the result: the first call imports modules that keep this frame alive.
+    # The result must not be a local variable: the first call imports modules that keep this frame
+    # alive, and so would keep the autoencoder alive.
     with torch.device("meta") if is_meta else nullcontext():
         return (
             instantiate_part(config, "first_stage_config", needs=needs)
@@ -211,10 +216,13 @@ def load_first_stage(
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> nn.Module:
-    """Return the autoencoder that `build_first_stage` built on the device "meta", with weights.
+    """Load the weights of an autoencoder that `build_first_stage` built on the device "meta".
 
-    An autoencoder without a file, which starts from random weights, or of another class is built
-    again.
+    The autoencoder is built again if it has no weight file, and so starts from random weights, or
+    if it is not a `VideoAutoencoderInferenceWrapper`.
+
+    Returns:
+        The autoencoder to use: `first_stage`, or the one that was built again.
     """
     is_own = isinstance(first_stage, VideoAutoencoderInferenceWrapper)
     if not is_own or first_stage.weights is None:
@@ -225,9 +233,14 @@ def load_first_stage(
 
 @torch.no_grad()
 def encode_moments(first_stage: nn.Module, video: Tensor) -> Tensor:
-    """Video (b, t, 3, h, w) in [-1, 1] → moments (b, t', 2c, h/8, w/8) in the weights' dtype.
+    """Encode a video as moments, (b, t', 2c, h/8, w/8) in the dtype of the weights.
 
-    The moments of a sample are bit-identical in any batch, so they can be cached.
+    The moments of a sample do not depend on the rest of the batch, bit for bit, so they can be
+    cached.
+
+    Args:
+        first_stage: the autoencoder.
+        video: (b, t, 3, h, w) in [-1, 1].
     """
     device = next(first_stage.parameters()).device
     pixels = rearrange(video.to(device), "b t c h w -> b c t h w")
@@ -236,9 +249,9 @@ def encode_moments(first_stage: nn.Module, video: Tensor) -> Tensor:
 
 
 def draw_latents(regularizer: nn.Module, moments: Tensor) -> Tensor:
-    """Moments (b, t', 2c, h, w) → latents (b, t', c, h, w), float32, not yet scaled.
+    """Draw latents (b, t', c, h, w), float32, from moments (b, t', 2c, h, w).
 
-    The noise comes from PyTorch's global generator.
+    The latents are not yet scaled. The noise comes from PyTorch's global generator.
     """
     latents = regularizer(rearrange(moments, "b t c h w -> b c t h w"))
     return rearrange(latents.float(), "b c t h w -> b t c h w")
@@ -246,11 +259,13 @@ def draw_latents(regularizer: nn.Module, moments: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fit_rgb(first_stage: VideoAutoencoderInferenceWrapper) -> Tensor:
-    """Fit a linear map from latents to colours, for previews: (c + 1, 3), float32, on the CPU.
+    """Fit a linear map from latents to colours in [-1, 1], for previews.
 
-    The last row is the constant; colours are in [-1, 1]. The fit is least squares over single
-    frames of one colour each. A small ridge keeps directions out of the map that do not occur in
-    these frames.
+    The map is a least-squares fit to encoded single frames, each filled with one colour. A small
+    ridge term suppresses latent directions that do not occur in these frames.
+
+    Returns:
+        (c + 1, 3), float32, on the CPU; the last row is the constant term.
     """
     values = torch.tensor([-0.8, 0.8])
     colours = torch.cartesian_prod(values, values, values)  # (8, 3)

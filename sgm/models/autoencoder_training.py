@@ -20,7 +20,9 @@ VIDEO_KEY = "mp4"
 
 
 class TrainableVideoAutoencoder(VideoAutoencoderInferenceWrapper, LightningModule):
-    """The autoencoder as a LightningModule, with the arguments of the one for inference.
+    """The autoencoder as a LightningModule.
+
+    The arguments are the same as for `VideoAutoencoderInferenceWrapper`.
 
     Attributes:
         learning_rate: learning rate of Adam.
@@ -33,10 +35,10 @@ class TrainableVideoAutoencoder(VideoAutoencoderInferenceWrapper, LightningModul
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> torch.Tensor:
         """Return reconstruction loss (L1 and squared error) plus weighted KL divergence.
 
-        Decoding is streamed as in sampling, so that the norms get the same chunks as there.
+        Decoding is streamed, so the norms see the same chunks as in sampling.
 
         Args:
-            batch: holds ``mp4``, clips (b, t, c, h, w) in [-1, 1] of 8k+1 frames.
+            batch: its entry ``mp4`` holds clips (b, t, c, h, w) in [-1, 1] with 8k+1 frames.
             batch_idx: not used; Lightning passes it.
 
         Returns:

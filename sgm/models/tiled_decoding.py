@@ -1,4 +1,4 @@
-"""Decoding in spatial tiles, for GPUs with little memory; the video differs slightly."""
+"""Decoding in spatial tiles, for GPUs with little memory; this changes the video slightly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-# In latents. 60x90 latents, that is 480x720 pixels, make six tiles of 34x36.
+# In latents. A frame of 60x90 latents (480x720 pixels) is split into six tiles of 34x36.
 TILE, OVERLAP = 36, 8
 
 
@@ -22,27 +22,28 @@ def decode_tiled(
 ) -> Iterator[Tensor]:
     """Yield the chunks of `decode`, made from overlapping tiles that are blended linearly.
 
-    Each tile is decoded to the end of the video before the next tile begins. So the GPU holds the
-    feature maps and the cached frames of the convolutions of one tile only. Decoding all tiles
-    chunk by chunk would need the cached frames of all tiles: at 480x720, four times the feature
-    maps of one. Only the video itself, float32 in host memory, where tiles are summed, grows with
-    the size. A chunk is yielded when its last tile has been added, so that writing can begin while
-    the last tile is decoded.
+    Each tile is decoded to the end of the video before the next tile begins, so the GPU holds the
+    feature maps and the cached frames of only one tile. Decoding all tiles chunk by chunk would
+    need the cached frames of all tiles: at 480x720, four times the memory of one tile's feature
+    maps. The tiles are summed in host memory, in a float32 video; only this memory grows with the
+    size of the video. A chunk is yielded as soon as its last tile has been added, so the caller can
+    write it while the last tile is still being decoded.
 
-    The result differs from decoding without tiles, because the norms of the decoder use the
-    statistics of a tile instead of the whole frame. Latents that fit into one tile are decoded
-    without tiles, with bit-identical results.
+    The result differs from decoding without tiles, because the decoder's norms use the statistics
+    of a tile instead of the whole frame. Latents that fit into one tile are decoded without tiling,
+    with bit-identical results.
 
     Args:
-        decode: takes the latents of a tile, (b, z, t, h, w), and yields chunks (b, c, t', factor h,
-            factor w) of its video; or nothing, if another process gets the chunks.
+        decode: takes the latents of a tile, (b, z, t, h, w), and yields the tile's video in chunks
+            (b, c, t', factor * h, factor * w). It yields nothing if another process gets the
+            chunks.
         z: (b, z, t, h, w), the latents of the whole frame.
-        factor: pixels per latent, in height and width.
+        factor: pixels per latent, in height and in width.
         tile: largest height and width of a tile, in latents.
         overlap: smallest overlap of neighbouring tiles, in latents; at most half of `tile`.
 
     Yields:
-        Chunks (b, c, t', factor h, factor w), in the dtype and on the device of `decode`'s.
+        Chunks (b, c, t', factor * h, factor * w), with the dtype and device that `decode` yields.
     """
     assert 0 < 2 * overlap <= tile, f"an overlap of {overlap} for tiles of {tile}"
     rows, columns = (_spans(size, tile=tile, overlap=overlap) for size in z.shape[3:])
@@ -67,9 +68,9 @@ def decode_tiled(
 
 
 def _spans(size: int, *, tile: int, overlap: int) -> list[slice]:
-    """Return the tiles along one side: as few as cover it, of equal length and evenly spread.
+    """Return the fewest tiles that cover one side, with equal lengths and evenly spread.
 
-    Equal tiles need the same memory, so the allocator can reuse it for the next tile.
+    Tiles of equal size let the allocator reuse the memory of one tile for the next.
     """
     count = max(1, -(-(size - overlap) // (tile - overlap)))
     length = -(-(size + (count - 1) * overlap) // count)
@@ -78,10 +79,11 @@ def _spans(size: int, *, tile: int, overlap: int) -> list[slice]:
 
 
 def _weights(spans: list[slice]) -> Tensor:
-    """Return the weight of each of n tiles for each pixel along one side, (n, size).
+    """Return the blending weight of each tile for each pixel along one side, (n_tiles, size).
 
-    It is the distance of the pixel from the nearer end of the tile, divided by the sum of the
-    distances for all tiles. So it is linear where two tiles overlap, and 1 in a single tile.
+    A weight is the distance of the pixel from the nearer end of the tile, normalised so that the
+    weights of all tiles sum to 1. It is linear where two tiles overlap, and 1 where only one tile
+    covers the pixel.
     """
     ends = torch.tensor([[span.start, span.stop] for span in spans])  # (n, 2)
     centers = torch.arange(spans[-1].stop) + 0.5

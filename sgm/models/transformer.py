@@ -29,14 +29,14 @@ from sgm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
-LAYER_NORM_EPSILON = 1e-5  # of the norms that SAT holds: two in each block, one after the last
+LAYER_NORM_EPSILON = 1e-5  # of the norms that SAT creates: two per block, and a final one
 
 # If the fallback of this project's Hopper kernel does more than this fraction of the work, the
-# kernel is no longer used: the fallback takes twice as long. At this ratio FlashAttention-4 is
-# faster already, and PyTorch's attention at 0.2.
+# kernel is no longer used, because the fallback takes twice as long. FlashAttention-4 is faster
+# from this ratio on, and PyTorch's attention from 0.2 on.
 MAX_FALLBACK_RATIO = 0.1
 
-# The mixins, by name, and what their constructors take besides the params of their own node.
+# For each mixin: the sizes that its constructor takes in addition to the params of its node.
 _SHARED_SIZES = ("hidden_size", "time_embed_dim", "elementwise_affine")
 _SIZES_OF_PARTS = {
     "pos_embed": ("num_latent_frames", "grid_size", "hidden_size"),
@@ -47,34 +47,34 @@ _SIZES_OF_PARTS = {
 
 
 class DiffusionTransformer(BaseModel):
-    """Predicts v of a noisy latent clip, given the diffusion time and a text embedding.
+    """Predicts v for a noisy latent clip, given the timestep and a text embedding.
 
     The model is built on the default device, so ``with torch.device("meta")`` allocates nothing.
-    LoRA copies the weights that it wraps. On the device "meta" there are none, so the code that
-    loads the weights must call `add_lora` afterwards.
+    A LoRA layer copies the weight that it wraps. This is not possible on the device "meta", so the
+    code that loads the weights must call `add_lora` afterwards.
 
     Args:
-        num_layers: blocks.
+        num_layers: number of blocks.
         hidden_size: width d of a token.
-        num_attention_heads: heads of a block; a divisor of d.
+        num_attention_heads: attention heads per block; must divide d.
         in_channels: channels c of the noisy clip.
         out_channels: channels of the prediction.
         patch_size: height and width of a patch, in latent pixels.
-        latent_height: height of a latent frame; the position table is made for it.
-        latent_width: width of a latent frame, likewise.
+        latent_height: height of a latent frame; determines the position table.
+        latent_width: width of a latent frame; determines the position table.
         num_frames: frames of the longest video, 1 + a multiple of `time_compressed_rate`.
         time_compressed_rate: video frames per latent frame, after the first frame.
         time_embed_dim: width of the time embedding.
         modules: the nodes ``{pos_embed,patch_embed,adaln_layer,final_layer}_config`` and, for
             LoRA, ``lora_config``.
-        transformer_args: settings of SAT's transformer. Two have an effect:
+        transformer_args: settings of SAT's transformer. Only two have an effect:
             `checkpoint_activations` (recompute each block in the backward pass; see
             `set_checkpointing`) and `skip_init` (leave SAT's weights uninitialised).
-        elementwise_affine: the layer norms have weight and bias.
-        dtype: type of all weights.
+        elementwise_affine: whether the layer norms have weight and bias.
+        dtype: dtype of all weights.
 
     Raises:
-        UserError: sizes do not fit together, or a key is unknown.
+        UserError: sizes do not match each other, or a key is unknown.
     """
 
     IGNORED_PARAMS = frozenset({"adm_in_channels"})
@@ -121,7 +121,7 @@ class DiffusionTransformer(BaseModel):
         self.grid_size = (latent_height // patch_size, latent_width // patch_size)
         self.num_latent_frames = _latent_frames(num_frames, time_compressed_rate)
         self.lora_config = modules.get("lora_config")
-        self.merged_layers: frozenset[str] = frozenset()  # layers with LoRAs merged into them
+        self.merged_layers: frozenset[str] = frozenset()  # layers into which LoRAs are merged
         self._sequence_group: distributed.ProcessGroup | None = None
         self.time_embed = nn.Sequential(
             nn.Linear(hidden_size, time_embed_dim),
@@ -147,7 +147,7 @@ class DiffusionTransformer(BaseModel):
             self.add_lora()
 
     def _add_parts(self, modules: Mapping[str, Any], **sizes: object) -> None:
-        """Build each mixin from the params of its node and the `sizes` that it takes."""
+        """Build each mixin from the params of its node and the entries of `sizes` that it needs."""
         for part, names in _SIZES_OF_PARTS.items():
             own_sizes = {name: sizes[name] for name in names}
             self.add_mixin(part, instantiate_from_config(modules[f"{part}_config"], **own_sizes))
@@ -158,37 +158,42 @@ class DiffusionTransformer(BaseModel):
 
     @property
     def text_width(self) -> int:
-        """Width d_text of the text embeddings that the network takes."""
+        """The width d_text of the text embeddings that the network expects."""
         return self.mixins["patch_embed"].text_proj.in_features
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """The dtype of the weights."""
         return next(self.time_embed.parameters()).dtype
 
     @property
     def checkpointing(self) -> CheckpointingPolicy | None:
-        """What training stores of each block for the backward pass; None for everything."""
+        """The activation checkpointing policy; None stores all activations. See the setter."""
         return self.mixins["adaln_layer"].checkpointing_policy
 
     def set_checkpointing(self, policy: CheckpointingPolicy | None) -> None:
-        """Store of each block its input ("block"), also the attention's output, or all (None)."""
+        """Set which activations of each block are stored for the backward pass.
+
+        "block" stores only the input of the block; None stores all activations. The other value of
+        `CheckpointingPolicy` also stores the output of the attention.
+        """
         self.mixins["adaln_layer"].checkpointing_policy = policy
 
     def set_attention(self, kernel: Kernel | Literal["auto"]) -> None:
-        """Set the kernel of the attention; "auto" (the default) selects the fastest one."""
+        """Set the attention kernel; "auto" (the default) selects the fastest kernel."""
         self.mixins["adaln_layer"].attention = kernel
 
     @contextmanager
     def watched_attention(self) -> Iterator[Callable[[], None]]:
-        """Context for one video, which stops using the Hopper kernel if its fallback is too slow.
+        """Allow disabling the Hopper kernel within this context, which covers one video.
 
-        The fallback of this project's kernel does much of the work if scores are spread widely.
+        The kernel is disabled if its slower fallback does too much of the work. This happens if
+        attention scores are widely spread.
 
         Yields:
-            A function that compares the fallback ratio with `MAX_FALLBACK_RATIO`. It must be called
-            after the first step, so that the choice depends on nothing but the video. It waits for
-            the GPU. It has no effect if `set_attention` has set a kernel.
+            A function that disables the kernel if the fallback ratio exceeds `MAX_FALLBACK_RATIO`.
+            Call it after the first step, so that the choice depends only on the video. It waits
+            for the GPU. It has no effect if `set_attention` has set a kernel.
         """
         restart_tally()
         try:
@@ -204,24 +209,27 @@ class DiffusionTransformer(BaseModel):
         if ratio > MAX_FALLBACK_RATIO:
             adaln.allow_hopper = False
             logger.info(
-                "attention continues with FlashAttention-4 or PyTorch: in the first step, the "
-                "fallback of the Hopper kernel did %.0f%% of the work",
+                "attention uses FlashAttention-4 or PyTorch from now on, because the fallback of "
+                "the Hopper kernel did %.0f%% of the work in the first step",
                 100 * ratio,
             )
 
     def split_sequence(self, group: distributed.ProcessGroup) -> None:
         """Split the tokens among the processes of `group`, for inference.
 
-        All processes must call `forward` together with the same inputs; each gets the whole result.
+        All processes must call `forward` with the same inputs; each process gets the whole result.
         """
         self._sequence_group = group
 
     def compile_blocks(self, *, tune: bool = False) -> None:
-        """Compile the blocks in the first step; `tune` is useful in training.
+        """Compile the blocks at the first forward pass.
 
-        On a GPU this step takes some seconds longer, with `tune` up to a minute. `tune` has no
-        effect if norms are trained: PyTorch would tune each of their kernels once per way to
-        split the sum over the tokens, which takes many minutes.
+        On a GPU, the first step then takes some seconds longer, or up to a minute with `tune`.
+
+        Args:
+            tune: benchmark several variants of each kernel, which is useful in training. It has no
+                effect if norms are trained, because PyTorch would tune each of their kernels for
+                every possible split of the sum over tokens, which takes many minutes.
         """
         modules = self.transformer.layers.modules()
         norms = (module for module in modules if isinstance(module, nn.LayerNorm))
@@ -229,9 +237,9 @@ class DiffusionTransformer(BaseModel):
         self.mixins["adaln_layer"].compile_blocks(tune=tune and not trained)
 
     def add_lora(self) -> None:
-        """Wrap the weights with the LoRA layers; the weights become the fixed part.
+        """Wrap the weights in LoRA layers; the wrapped weights are the frozen base.
 
-        Does nothing without a ``lora_config``, or if the layers exist already.
+        This does nothing without a ``lora_config``, or if the LoRA layers exist already.
 
         Raises:
             RuntimeError: the weights are still on the device "meta"; load them first.
@@ -240,26 +248,28 @@ class DiffusionTransformer(BaseModel):
         if not self.lora_config or wrapped:
             return
         if any(parameter.is_meta for parameter in self.transformer.parameters()):
-            raise RuntimeError("add_lora: the transformer's weights are on meta; load them first")
+            raise RuntimeError(
+                "add_lora: the transformer's weights have no values; load them first"
+            )
         with quiet_sat():
             self.mixins["lora"].reinit(self)
 
     def forward(
         self, x: Tensor, timesteps: Tensor, *, context: Tensor, **hook_arguments: object
     ) -> Tensor:
-        """Return the prediction (k * b, t, c_out, h, w) for noisy clips, in the type of `x`.
+        """Return the prediction (k * b, t, c_out, h, w) for noisy clips, in the dtype of `x`.
 
         Args:
-            x: noisy latents (b, t, c, h, w). h and w are those of the position table, t is at most
-                its number of frames. A single frame is an image.
-            timesteps: index of the noise level (b,), 0 to 999, 999 the noisiest.
-            context: text embedding (k * b, n_text, d_text) of the k branches of guidance, branch
-                after branch; k is 1 without guidance.
-            hook_arguments: passed to the hooks of the embeddings, the blocks and the head, for
-                mixins that are added to the model.
+            x: noisy latents (b, t, c, h, w). h and w must match the position table, and t must not
+                exceed its number of frames. A single frame is an image.
+            timesteps: indices of the noise levels, (b,), 0 to 999; 999 is the noisiest.
+            context: text embeddings (k * b, n_text, d_text) of k guidance branches, concatenated
+                branch by branch; k is 1 without guidance.
+            hook_arguments: passed to the hooks of the embeddings, the blocks and the head. They are
+                for further mixins that are added to the model.
 
         Raises:
-            UserError: a shape does not fit the model.
+            UserError: a shape does not match the model.
         """
         self._check_shapes(x, timesteps=timesteps, context=context)
         time_embedding = self.time_embed(
@@ -275,8 +285,8 @@ class DiffusionTransformer(BaseModel):
                 self._sequence_group, num_tokens=num_tokens, num_heads=self.num_heads
             )
         # SAT's transformer calls the hooks of the mixins in this order: patch_embed makes the
-        # tokens (text first), pos_embed gives their positions, adaln_layer runs each block, and
-        # after SAT's last norm final_layer turns the video tokens into frames.
+        # tokens (text first), pos_embed returns their position embeddings, adaln_layer runs each
+        # block, and final_layer, after SAT's final norm, turns the video tokens into frames.
         prediction, *_ = super().forward(
             x.to(self.dtype),
             position_ids=None,
@@ -292,7 +302,11 @@ class DiffusionTransformer(BaseModel):
         return prediction.to(x.dtype)
 
     def _check_shapes(self, x: Tensor, *, timesteps: Tensor, context: Tensor) -> None:
-        """Raise UserError if the shapes do not fit the model or each other."""
+        """Check the shapes of the inputs of `forward`.
+
+        Raises:
+            UserError: the shapes do not match the model or each other.
+        """
         limit, text_length = self.num_latent_frames, self.mixins["pos_embed"].text_length
         fits = (
             x.ndim == 5
@@ -306,19 +320,20 @@ class DiffusionTransformer(BaseModel):
         if not fits:
             raise UserError(
                 f"latents of shape {tuple(x.shape)}, timesteps of shape {tuple(timesteps.shape)} "
-                f"and text embedding of shape {tuple(context.shape)}: this model takes "
-                f"(b, t, {', '.join(map(str, self.frame_shape))}) with t from 1 to {limit}, (b,) "
-                f"and (k * b, {text_length}, {self.text_width}), k the branches of guidance; "
-                "compare the sampling size with latent_height, latent_width and num_frames of the "
-                "model, and the text encoder with its text_length and text_hidden_size"
+                f"and text embedding of shape {tuple(context.shape)} do not match this model, "
+                f"which takes (b, t, {', '.join(map(str, self.frame_shape))}) with t from 1 to "
+                f"{limit}, (b,) and (k * b, {text_length}, {self.text_width}) for k branches of "
+                "guidance; compare the sampling size with the model's latent_height, latent_width "
+                "and num_frames, and the text encoder with its text_length and text_hidden_size"
             )
 
 
 def sinusoidal_embedding(timesteps: Tensor, width: int) -> Tensor:
-    """[cos | sin] of ``timestep * exp(-ln 10000 * i / (width / 2))``, (b,) -> (b, width), float32.
+    """Return the sinusoidal embedding of `timesteps`: (b,) -> (b, width), float32.
 
-    Source: Vaswani et al., "Attention Is All You Need", section 3.5; cosines first, as the
-    released weights expect. Half precision could not tell neighbouring timesteps apart.
+    It is [cos | sin] of ``timestep * exp(-ln 10000 * i / (width / 2))``. Cosines come first, as
+    the released weights expect. float32 is needed because half precision cannot distinguish
+    neighbouring timesteps. Source: Vaswani et al., "Attention Is All You Need", section 3.5.
     """
     half = width // 2
     indices = torch.arange(half, dtype=torch.float32, device=timesteps.device)
@@ -328,11 +343,11 @@ def sinusoidal_embedding(timesteps: Tensor, width: int) -> Tensor:
 
 
 def _build_sat_transformer(*, elementwise_affine: bool, **settings: object) -> BaseTransformer:
-    """Build SAT's layers on the default device, without its embeddings for language models.
+    """Build SAT's layers on the default device, without SAT's word and position embeddings.
 
     Args:
-        elementwise_affine: the layer norms have weight and bias.
-        settings: further arguments of `BaseTransformer`: its sizes and the type of its weights.
+        elementwise_affine: whether the layer norms have weight and bias.
+        settings: further arguments of `BaseTransformer`: its sizes and the dtype of its weights.
     """
     ensure_process_groups()
     transformer = BaseTransformer(
@@ -349,7 +364,14 @@ def _build_sat_transformer(*, elementwise_affine: bool, **settings: object) -> B
 
 
 def _latent_frames(num_frames: int, time_compressed_rate: int) -> int:
-    """Return the latent frames of a video: the first alone, then one per `time_compressed_rate`."""
+    """Return the number of latent frames of a video.
+
+    The first video frame has its own latent frame; after that, each latent frame stands for
+    `time_compressed_rate` video frames.
+
+    Raises:
+        UserError: `num_frames` is not 1 + a multiple of `time_compressed_rate`.
+    """
     if num_frames < 1 or time_compressed_rate < 1 or (num_frames - 1) % time_compressed_rate:
         raise UserError(
             f"num_frames={num_frames}: it must be 1 + a multiple of "

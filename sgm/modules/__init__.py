@@ -1,4 +1,4 @@
-"""Parts of the models, which a configuration combines."""
+"""Building blocks of the models; a configuration combines them."""
 
 from sgm.modules.conditioner import GeneralConditioner
 

@@ -1,4 +1,4 @@
-"""The conditioner: from a batch's texts to the embeddings that condition the network."""
+"""The conditioner turns the texts of a batch into the embeddings that condition the network."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ _EMBEDDER_KEYS = ("target", "params", "is_trainable", "input_key", "ucg_rate")
 
 
 class GeneralConditioner(nn.Module):
-    """Runs the embedders of a configuration and gathers their outputs.
+    """Runs the embedders of a configuration and concatenates their outputs.
 
     Args:
-        emb_models: for each embedder ``{target, params, input_key, is_trainable, ucg_rate}``:
-            `input_key` names the entry of the batch that it reads, `is_trainable` says whether its
-            weights are trained. `ucg_rate` (0 to 1) is the probability that zeros replace a
-            training sample's embedding, which teaches the network its unconditional prediction.
-        with_embedders: if False, batches contain the embeddings of the only embedder, and it is
-            not kept.
-        dtype, device: of the embedders' weights. On the device "meta" embedders are built and
-            checked, even if none is kept; `load_weights` then reads their values.
+        emb_models: one node ``{target, params, input_key, is_trainable, ucg_rate}`` per embedder.
+            `input_key` names the entry of the batch that the embedder reads. `is_trainable` says
+            whether its weights are trained. `ucg_rate` (0 to 1) is the probability that a training
+            sample's embedding is replaced by zeros, which teaches the network its unconditional
+            prediction.
+        with_embedders: False if batches contain embeddings already; the embedder is then not kept.
+            There must be only one embedder in this case.
+        dtype, device: dtype and device of the embedders' weights. On the device "meta" embedders
+            are built and checked even if they are not kept; `load_weights` reads their values.
 
-    An embedder is a module whose constructor takes `dtype` and `device` beside its own `params`,
-    and whose `forward` maps texts to embeddings (b, n_text, d_text). It may also have:
+    An embedder is a module whose constructor takes `dtype` and `device` in addition to its own
+    `params`, and whose `forward` maps texts to embeddings (b, n_text, d_text). It may also have:
 
-    - ``width``: d_text, which is then compared with the network's.
+    - ``width``: d_text, which is compared with the width that the network expects.
     - ``load_weights(device, *, streamed)``: reads the values after a build on the device "meta".
-      With `streamed` the weights of each block are on `device` only while it works.
-    - ``warn_if_cut(text)``: logs a warning if a text is too long.
+      With `streamed`, the weights of each block are on `device` only while the block runs.
+    - ``warn_if_cut(text)``: logs a warning if `text` is too long.
 
     Raises:
         UserError: there is no embedder, or an embedder's node is invalid.
@@ -56,7 +57,7 @@ class GeneralConditioner(nn.Module):
         self._dtype = dtype
         if not emb_models:
             raise UserError(
-                "conditioner_config: emb_models is empty; it must name a text encoder, for example "
+                "conditioner_config: emb_models is empty; add a text encoder, for example "
                 "sgm.modules.encoders.modules.FrozenT5Embedder"
             )
         for node in emb_models:
@@ -75,7 +76,7 @@ class GeneralConditioner(nn.Module):
                 widths.append(getattr(embedder, "width", None))
                 if with_embedders:
                     self.embedders.append(embedder)
-        # d_text of the embeddings; None if an embedder does not give its own.
+        # d_text of the embeddings; None if an embedder does not have the attribute `width`.
         known = [width for width in widths if width is not None]
         self.text_width = sum(known) if known and len(known) == len(widths) else None
 
@@ -92,24 +93,24 @@ class GeneralConditioner(nn.Module):
         An embedder without a method `load_weights` is built again on `device`.
 
         Args:
-            device: of the weights.
-            streamed: the weights of each block are on `device` only while it works. For inference;
-                it has no effect on an embedder without a method `load_weights`.
+            device: device of the weights.
+            streamed: keep the weights of each block on `device` only while the block runs. This is
+                for inference, and has no effect on embedders without a method `load_weights`.
         """
         for index, embedder in enumerate(self.embedders):
             if hasattr(embedder, "load_weights"):
                 embedder.load_weights(device, streamed=streamed)
             else:
                 self.embedders[index] = self._build(self._nodes[index], device)
-        self.train(self.training)  # a module that was built again is in training mode
+        self.train(self.training)  # a rebuilt module is in training mode
 
     @property
     def is_trained(self) -> bool:
-        """Whether an embedder's weights are trained."""
+        """Whether the weights of any embedder are trained."""
         return any(weight.requires_grad for weight in self.parameters())
 
     def train(self, mode: bool = True) -> GeneralConditioner:
-        """Switch to training mode; embedders that are not trained stay in evaluation mode."""
+        """Set training mode; embedders that are not trained stay in evaluation mode."""
         super().train(mode)
         for embedder in self.embedders:
             trained = any(weight.requires_grad for weight in embedder.parameters())
@@ -117,13 +118,17 @@ class GeneralConditioner(nn.Module):
         return self
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Conditioning of a batch, from its texts or its ``crossattn`` (b, n_text, d_text).
+        """Return the conditioning of a batch.
 
-        In training mode each sample's embedding is zeroed with the embedder's `ucg_rate`, drawn
-        from torch's global generator, after everything is embedded.
+        In training mode, each sample's embedding is set to zero with probability `ucg_rate`. The
+        random numbers come from torch's global generator, after all texts have been embedded.
+
+        Args:
+            batch: holds texts, or their embeddings under ``crossattn`` (b, n_text, d_text).
 
         Returns:
-            ``{"crossattn": (b, n_text, d_text)}``; several embedders are joined along d_text.
+            ``{"crossattn": (b, n_text, d_text)}``; the outputs of several embedders are
+            concatenated along d_text.
         """
         if "crossattn" in batch:
             embeddings = [batch["crossattn"]]
@@ -131,7 +136,7 @@ class GeneralConditioner(nn.Module):
             inputs = zip(self.embedders, self.input_keys, strict=True)
             embeddings = [embedder(batch[key]) for embedder, key in inputs]
         else:
-            raise RuntimeError("this conditioner has no embedders: a batch must have 'crossattn'")
+            raise RuntimeError("this conditioner has no embedders, so batches need 'crossattn'")
         for i, ucg_rate in enumerate(self.ucg_rates):
             if self.training and ucg_rate > 0:
                 kept = torch.rand(embeddings[i].shape[0], 1, 1) >= ucg_rate
@@ -140,7 +145,7 @@ class GeneralConditioner(nn.Module):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Conditioning of b texts for inference; logs a warning for a text that is too long.
+        """Return the conditioning of b texts, for inference. Log a warning if a text is too long.
 
         The conditioner must be in evaluation mode: training mode drops embeddings at random.
         """
@@ -152,5 +157,8 @@ class GeneralConditioner(nn.Module):
 
     @staticmethod
     def unconditional(cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The unconditional counterpart of `cond`: zeros, as in training (not T5 of '')."""
+        """Return zeros in the shape of `cond`, the unconditional embedding of the training.
+
+        The embedding of an empty text would be different.
+        """
         return {key: torch.zeros_like(embedding) for key, embedding in cond.items()}

@@ -1,1 +1,1 @@
-"""Several processes make one video: they divide guidance, tokens and decoding."""
+"""Sampling and decoding of one video by several processes."""

@@ -1,4 +1,4 @@
-"""Decoding of one video by several processes, which decode its chunks at the same time."""
+"""Decoding of one video by several processes, which decode different chunks at the same time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from sgm.modules.autoencoding.causal_conv import CausalConv3d, ConvCache, fill_r
 
 
 class RelayCache(ConvCache):
-    """The cache of convolutions if, in each round, every process decodes one chunk.
+    """A cache for the convolutions when, in each round, every process decodes one chunk.
 
-    All processes run the same convolution at the same time. The previous chunk is that of the
-    previous process; for the first process, that of the last process in the previous round.
+    All processes run the same convolution at the same time. A convolution needs the last frames of
+    the previous chunk, and the previous process decodes that chunk. For the first process, the last
+    process has decoded it in the previous round.
     """
 
     def __init__(self, group: distributed.ProcessGroup) -> None:
@@ -21,11 +22,13 @@ class RelayCache(ConvCache):
         self.group = group
 
     def fill(self, conv: CausalConv3d, frames: Tensor) -> None:
-        """As `ConvCache.fill`; t may differ between processes but is at least k-1.
+        """Like `ConvCache.fill`, but the previous chunk is on another process.
 
-        A shorter chunk is only the single one of a single frame, and its end is not used.
+        The number t of frames may differ between processes but is at least k-1. The only exception
+        is a video of a single frame: there is no next chunk, so its last frames are not used.
         """
-        # In memory order (`convolve.memory_format`), or else each pixel would be copied alone.
+        # The axes are in memory order (`convolve.memory_format`); otherwise each pixel would be
+        # copied separately.
         last = frames[:, :, -conv.room :].movedim(1, -1)  # (b, k-1, h, w, c)
         rank, size = self.group.rank(), self.group.size()
         sent_sizes, received_sizes = [0] * size, [0] * size
@@ -44,11 +47,12 @@ class RelayCache(ConvCache):
 def decode_together(
     first_stage: VideoAutoencoderInferenceWrapper, z: Tensor, *, group: distributed.ProcessGroup
 ) -> list[Tensor]:
-    """Return the chunks of `decode_streamed`, bit-identical, on the first process; [] on others.
+    """Return the decoded chunks on the first process of `group`, and [] on the other processes.
 
-    Every process of `group` calls this with the same latents. The processes decode consecutive
-    chunks at the same time: from the previous chunk, a convolution needs only its last input
-    frames, and only when the decoder has come to that convolution.
+    The chunks are bit-identical to the chunks of `decode_streamed`. Every process of `group` must
+    call this with the same latents. The processes decode consecutive chunks at the same time. This
+    is possible because a convolution needs only its last input frames from the previous chunk, and
+    needs them only when the decoder has reached this convolution.
 
     Args:
         first_stage: the autoencoder, with the same weights on all processes.
@@ -61,11 +65,11 @@ def decode_together(
     with RelayCache(group) as cache:
         for start in range(0, len(chunks), size):
             of_round = chunks[start : start + size]
-            # Past the end, a process decodes the last chunk again, because all processes must take
-            # part in the exchanges.
+            # In the last round, processes without a chunk decode the last chunk again, because all
+            # processes must take part in the exchanges.
             padded = of_round + of_round[-1:] * (size - len(of_round))
             own = first_stage.decoder(padded[rank], cache=cache)
-            # With an odd number of latent frames, the first one is the video's first frame alone.
+            # If the number of latent frames is odd, the first latent frame is only one video frame.
             factor = first_stage.encoder.time_factor
             latent_frames = [chunk.shape[2] for chunk in padded]
             num_frames = [factor * n - (factor - 1) * (n % 2) for n in latent_frames]
@@ -74,9 +78,9 @@ def decode_together(
 
 
 def _gather(own: Tensor, group: distributed.ProcessGroup, *, num_frames: list[int]) -> list[Tensor]:
-    """Return the chunks (b, c, t, h, w) of all processes on the first one; [] on the others.
+    """Return the chunks of all processes on the first process, and [] on the other processes.
 
-    `num_frames` holds the t of each process.
+    `own` is this process's chunk (b, c, t, h, w); `num_frames` holds the t of each process.
     """
     batch, channels, num_own, height, width = own.shape
     nothing = [0] * (group.size() - 1)

@@ -1,4 +1,4 @@
-"""Guidance in which each process evaluates one branch."""
+"""Classifier-free guidance in which each process evaluates one branch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sgm.modules.diffusionmodules.guiders import Guider
 
 
 class SplitGuider(Guider):
-    """A guider for a process that denoises one branch and receives the others from its group.
+    """A guider for a process that denoises one branch and receives the other branches.
 
-    For a sampler it is a guider with a single branch. `combine` returns the same on all processes.
+    The sampler sees a guider with a single branch. `combine` returns the same on all processes.
 
     Args:
         guider: the guider that defines the branches and how they are combined.
@@ -33,16 +33,16 @@ class SplitGuider(Guider):
         return {name: value.chunk(size)[rank] for name, value in batched.items()}
 
     def scale_at(self, timestep: int, num_steps: int) -> float:
-        """Return the scale of the guider."""
+        """Return the guidance scale of the wrapped guider."""
         return self.guider.scale_at(timestep, num_steps)
 
     def combine(self, denoised: Tensor, scale: float) -> Tensor:
-        """Combine the branches of all processes; `denoised` is this process's, (b, t, c, h, w)."""
+        """Combine the branches of all processes; `denoised` is own branch, (b, t, c, h, w)."""
         denoised = denoised.contiguous()
         branches = [torch.empty_like(denoised) for _ in range(self.group.size())]
         distributed.all_gather(branches, denoised, group=self.group)
         return self.guider.combine(torch.cat(branches), scale)
 
     def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
-        """Return the adjusted guider, split among the same processes."""
+        """Adjust the wrapped guider and return it, split among the same processes."""
         return SplitGuider(self.guider.adjusted(scale=scale, num_steps=num_steps), self.group)

@@ -1,4 +1,4 @@
-"""Processes that make a video together: how they divide the work, and what an error does."""
+"""Processes that make a video together: how they divide the work and handle errors."""
 
 from __future__ import annotations
 
@@ -14,34 +14,36 @@ from sgm.models.transformer import DiffusionTransformer
 from sgm.modules.diffusionmodules.sampling import Sampler
 from sgm.parallel.guidance import SplitGuider
 
-# While the first process decodes and writes a video, the others wait in the next one's first step.
+# While the first process writes a video, the other processes wait in the first step of the next
+# video.
 PATIENCE = timedelta(hours=12)
 
 
 class LostProcessError(UserError):
-    """Work that needs all processes failed in this one."""
+    """This process failed in work for which all processes are needed."""
 
 
 def share_sampling(network: DiffusionTransformer, sampler: Sampler) -> None:
-    """Split each step of `sampler` with `network` among all processes of the default group.
+    """Split each sampling step among all processes of the default group.
 
-    Every process must call this, and then the sampler, with the same arguments and noise. All get
-    the same result. If the number of processes is divisible by the number of branches of guidance,
-    each branch is computed by an equal part of the processes. Within a part, the processes split
-    the tokens.
+    `network` and `sampler` are changed in place. Every process must call this function, and later
+    the sampler, with the same arguments and noise; all processes get the same result. If the number
+    of processes is divisible by the number of guidance branches, the processes are divided into one
+    part per branch. The processes of a part split the tokens.
 
     Raises:
-        UserError: there are more processes in a part than attention heads.
+        UserError: a part has more processes than there are attention heads.
     """
     size = distributed.get_world_size()
     branches = sampler.guider.num_branches
     if size % branches:
         branches = 1
-    parts = torch.arange(size).view(branches, -1).tolist()  # neighbours split the tokens
+    parts = torch.arange(size).view(branches, -1).tolist()  # neighbouring ranks split the tokens
     if len(parts[0]) > network.num_heads:
         raise UserError(
-            f"parallel: video divides {network.num_heads} attention heads among the processes, "
-            f"which are too few for {size}; start {branches * network.num_heads} at most"
+            f"parallel: video splits {network.num_heads} attention heads among the processes, but "
+            f"that is too few heads for {size} processes; start at most "
+            f"{branches * network.num_heads}"
         )
     if branches > 1:
         pairs = list(zip(*parts, strict=True))
@@ -54,12 +56,13 @@ def share_sampling(network: DiffusionTransformer, sampler: Sampler) -> None:
 
 @contextmanager
 def in_step(*, together: bool) -> Iterator[None]:
-    """Context for work that all processes do at the same time, if they work `together`.
+    """Mark work that all processes do at the same time, and convert errors in this context.
 
-    A process that fails here must exit, so that torchrun ends the others, which wait for it.
+    A process that fails here must exit: torchrun then ends the other processes, which would
+    otherwise wait for this process. Without `together`, errors are raised unchanged.
 
     Raises:
-        LostProcessError: an error was raised within the context.
+        LostProcessError: an error was raised within the context, and `together` is true.
     """
     try:
         yield
@@ -68,5 +71,6 @@ def in_step(*, together: bool) -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LostProcessError(
-            f"process {distributed.get_rank()} stopped, and no video is made without it: {reason}"
+            f"process {distributed.get_rank()} failed, and the others cannot make videos without "
+            f"it: {reason}"
         ) from error

@@ -351,7 +351,7 @@ def test_lora_on_meta_waits_for_the_weights(small_config: Config, golden: Golden
     base = {n.replace(".original.", "."): w for n, w in weights.items() if ".matrix_" not in n}
     with torch.device("meta"):
         model = DiffusionTransformer(**small_config(num_layers=1, lora={"r": 4}))
-    with pytest.raises(RuntimeError, match="on meta"):
+    with pytest.raises(RuntimeError, match="have no values"):
         model.add_lora()
     base[TABLE] = model.mixins["pos_embed"].compute_table()
     model.load_state_dict(base, assign=True)

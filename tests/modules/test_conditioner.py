@@ -58,7 +58,7 @@ def test_embeddings_are_joined_along_their_width_each_from_its_own_entry(node):
 
 @pytest.mark.parametrize("with_embedders", [True, False])
 def test_no_embedder_at_all_is_refused(with_embedders):
-    with pytest.raises(UserError, match="emb_models is empty; it must name a text encoder"):
+    with pytest.raises(UserError, match="emb_models is empty; add a text encoder"):
         GeneralConditioner([], with_embedders=with_embedders)
 
 
@@ -94,7 +94,7 @@ def test_a_kept_embedding_is_dropped_as_a_fresh_one_is_without_any_embedder(node
 
 
 def test_without_embedders_there_are_no_texts(node):
-    with pytest.raises(RuntimeError, match="must have 'crossattn'"):
+    with pytest.raises(RuntimeError, match="batches need 'crossattn'"):
         GeneralConditioner([node()], with_embedders=False)({"txt": ["a"]})
 
 

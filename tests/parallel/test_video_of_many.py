@@ -80,7 +80,7 @@ def test_a_process_that_fails_ends_the_run(argv: list[str], tmp_path: Path) -> N
     command = [*argv, "--output-dir", str(tmp_path / "out")]
     assert run_ranks(fail_in_second_step, 2, command, log=tmp_path / "log") == [1, 1]
     said = (tmp_path / "log1").read_text()
-    assert "error: process 1 stopped, and no video is made without it: no memory is left" in said
+    assert "error: process 1 failed, and the others cannot make videos without it: no mem" in said
     assert "prompt 1" not in said
 
 
@@ -102,7 +102,7 @@ def leave_a_video(rank: int, argv: list[str]) -> int:
     steps = pipe.stream(PROMPTS[0])
     next(steps)
     steps.close()
-    with pytest.raises(LostProcessError, match="this process left a video"):
+    with pytest.raises(LostProcessError, match="this process abandoned a video"):
         pipe(PROMPTS[1])
     return 0
 

@@ -1,4 +1,4 @@
-"""The denoiser: estimates the clean latent from the network's output, for samplers and the loss."""
+"""The denoiser computes an estimate of the clean latent, for samplers and the loss."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from sgm.util import instantiate_from_config
 # What the network is conditioned on; "crossattn" holds the text embedding (b, n_text, d_text).
 Conditioning = dict[str, Tensor]
 # network(x (b, t, c, h, w), timesteps (b,) int64, conditioning) -> (k * b, t, c, h, w), any float
-# dtype. The conditioning has k * b samples, branch after branch of guidance; without guidance k is
-# 1. All branches get the same clips, so the network computes once what they share.
+# dtype. The conditioning has k * b samples for k guidance branches, concatenated branch by branch;
+# k is 1 without guidance. All branches get the same clips, so the network computes shared parts
+# only once.
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 class DiscreteDenoiser:
-    """Estimates the clean latent, with the noise level rounded to the nearest one of training.
+    """Estimates the clean latent; rounds the noise level to the nearest level of the training.
 
-    Rounding has an effect in sampling only: a schedule of few steps has other noise levels (see
-    `ZeroSNRDDPMDiscretization`) than the `num_idx` ones on which the network was trained.
+    Rounding has an effect only in sampling. A schedule with few steps has other noise levels than
+    the `num_idx` levels of the training (see `ZeroSNRDDPMDiscretization`).
 
     Args:
-        num_idx: number of noise levels in the table, 2..1000; 1000 for the released weights.
-        weighting_config, scaling_config, discretization_config: nodes of a configuration.
+        num_idx: number of noise levels in the training, 2..1000; 1000 for the released weights.
+        weighting_config, scaling_config, discretization_config: configuration nodes.
         quantize_c_noise: must be false, because the network gets the timestep itself.
 
     Raises:
@@ -51,7 +52,7 @@ class DiscreteDenoiser:
             )
         self.weighting = instantiate_from_config(weighting_config)
         self.scaling = instantiate_from_config(scaling_config)
-        # A plain attribute: a buffer of a module would be cast to half precision with the network.
+        # A plain attribute, because a buffer would be cast to half precision with the network.
         self._levels = instantiate_from_config(discretization_config)(num_idx).alphas_cumprod_sqrt
 
     def __call__(
@@ -68,13 +69,13 @@ class DiscreteDenoiser:
         Args:
             x: (b, t, c, h, w) noisy latent, float32; the network casts it to its own dtype.
             timesteps: (b,) int64, 0..999, passed to the network unchanged.
-            cond: tensors of k * b samples, branch after branch of guidance.
+            cond: conditioning of k * b samples for k guidance branches, branch by branch.
             alpha_cumprod_sqrt: (b,) float64, the noise level of `x`, on the device of `x`.
 
         Returns:
             (k * b, t, c, h, w) float32.
         """
-        # Moved once per run: copying host memory at every step would wait for the device.
+        # Moved only once, because copying from host memory at each step would wait for the device.
         self._levels = self._levels.to(alpha_cumprod_sqrt.device)
         distances = (rearrange(alpha_cumprod_sqrt, "b -> b 1") - self._levels).abs()  # (b, num_idx)
         nearest_level = self._levels[torch.argmin(distances, dim=1)]  # (b,)

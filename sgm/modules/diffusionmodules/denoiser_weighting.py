@@ -1,4 +1,4 @@
-"""Weighting of the error of an estimate at each noise level."""
+"""The weight of the squared error at each noise level."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from torch import Tensor
 
 
 class EpsWeighting:
-    """Weight that turns a squared error in the clean latent into one in the noise (DDPM's loss).
+    """Converts a squared error in the clean latent to a squared error in the noise (DDPM's loss).
 
-    Published configurations name it, so the denoiser holds one. `VideoDiffusionLoss` does not use
-    it: its own weight is 1 / (1 - a^2), which stays positive where there is no signal.
+    The denoiser has this weighting only because published configurations name it.
+    `VideoDiffusionLoss` uses the weight 1 / (1 - a^2) instead, which stays positive if there is no
+    signal.
     """
 
     def __call__(self, alpha_cumprod_sqrt: Tensor) -> Tensor:

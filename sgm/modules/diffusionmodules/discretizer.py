@@ -11,16 +11,17 @@ from torch import Tensor
 from sgm.util import check_number
 
 NUM_TIMESTEPS = 1000
-# First and last beta of latent diffusion, linear in the square root (Rombach et al. 2022, app. B).
+# First and last beta of latent diffusion. The square root of beta is linear between them (Rombach
+# et al. 2022, app. B).
 BETA_START = 0.00085
 BETA_END = 0.012
 
 
 class NoiseLevels(NamedTuple):
-    """Noise levels: those of a schedule, or random ones of n samples.
+    """The n noise levels of a schedule, or randomly drawn noise levels of n samples.
 
     Attributes:
-        timesteps: (n,) int64, 0..999; the network is conditioned on them.
+        timesteps: (n,) int64, 0..999; the network is conditioned on the timestep.
         alphas_cumprod_sqrt: (n,) float64, within [0, 1); 0 means no signal at all.
     """
 
@@ -29,15 +30,15 @@ class NoiseLevels(NamedTuple):
 
 
 class ZeroSNRDDPMDiscretization:
-    """DDPM noise levels, shifted towards noise, with a zero signal-to-noise ratio at the noisiest.
+    """DDPM noise levels, shifted towards noise and rescaled to zero terminal SNR.
 
-    The shift is that of resolution-dependent schedules (Esser et al. 2024, section 5.3.2), written
-    for the cumulative alpha. The zero terminal signal is from Lin et al. 2023, algorithm 1. As in
-    the sampler of the released weights, only the selected noise levels are rescaled, so the noise
-    levels of a 10-step run are not a subset of the 1000.
+    The shift is the one used for resolution-dependent schedules (Esser et al. 2024, section 5.3.2),
+    applied to the cumulative alpha. Zero terminal SNR follows Lin et al. 2023, algorithm 1. Like in
+    the sampler of the released weights, the levels of a run are selected first and rescaled
+    afterwards. So the noise levels of a 10-step run are not a subset of the 1000 noise levels.
 
     Args:
-        shift_scale: s of alpha <- alpha / (s + (1 - s) alpha), 0.001..1000; 1 means no shift.
+        shift_scale: s in alpha <- alpha / (s + (1 - s) alpha), 0.001..1000; 1 means no shift.
 
     Raises:
         UserError: `shift_scale` is out of range.
@@ -50,13 +51,13 @@ class ZeroSNRDDPMDiscretization:
         self._alphas_cumprod = alphas_cumprod / (shift_scale + (1.0 - shift_scale) * alphas_cumprod)
 
     def __call__(self, num_levels: int) -> NoiseLevels:
-        """Return the schedule of `num_levels` noise levels, evenly spaced in timestep from 999.
+        """Return a schedule of `num_levels` noise levels, cleanest first.
 
-        It begins with the cleanest noise level. The last one, the noisiest, has no signal.
+        The timesteps are evenly spaced and end at 999. The noisiest level has no signal.
 
         Raises:
-            UserError: `num_levels` is not in 2..1000. A single noise level cannot be both the
-                cleanest one and free of signal.
+            UserError: `num_levels` is not in 2..1000. One noise level is not enough, because the
+                cleanest level must have signal and the noisiest must not.
         """
         name = "number of noise levels (num_steps or num_idx)"
         check_number(name, num_levels, low=2, high=NUM_TIMESTEPS, whole=True)

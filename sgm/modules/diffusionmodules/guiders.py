@@ -14,15 +14,16 @@ from sgm.util import check_number
 
 
 class Guider:
-    """The interface of guidance. The methods of this base class do not guide.
+    """The interface of all guiders. This base class itself does not guide.
 
     A sampler calls `prepare` once. At every step it denoises its latents for all branches in one
     forward pass and passes the result to `combine`.
 
     Attributes:
-        num_branches: conditionings for which each sample is denoised.
-        scale: strength of the guidance; None for a guider without one.
-        num_steps: number of steps for which the scale is made; None if it does not depend on it.
+        num_branches: number of conditionings for which each sample is denoised.
+        scale: strength of the guidance; None for a guider without a scale.
+        num_steps: number of steps for which the scale is designed; None if the scale does not
+            depend on the number of steps.
     """
 
     num_branches = 1
@@ -30,11 +31,11 @@ class Guider:
     num_steps: int | None = None
 
     def prepare(self, cond: Conditioning, uncond: Conditioning | None) -> Conditioning:
-        """Return the conditioning of the forward pass, for `num_branches` times as many samples."""
+        """Return the conditioning of all branches, concatenated along the batch axis."""
         return cond
 
     def scale_at(self, timestep: int, num_steps: int) -> float:
-        """Return the guidance scale at `timestep` (0..999) of a run of `num_steps` steps."""
+        """Return the guidance scale at `timestep` (0..999) in a run with `num_steps` steps."""
         return 1.0
 
     def combine(self, denoised: Tensor, scale: float) -> Tensor:
@@ -42,9 +43,9 @@ class Guider:
         return denoised
 
     def adjusted(self, *, scale: float | None = None, num_steps: int | None = None) -> Guider:
-        """Return a copy with another scale, or for runs with another number of steps.
+        """Return a copy with another scale or another number of steps.
 
-        A number of steps has no effect on a guider that does not depend on it.
+        `num_steps` has no effect on a guider whose scale does not depend on the number of steps.
 
         Raises:
             UserError: `scale` is not a finite number, or the guider has no scale.
@@ -64,7 +65,7 @@ class Guider:
 
 
 class IdentityGuider(Guider):
-    """No guidance: only the conditional estimate is computed, which is half the work."""
+    """No guidance: only the conditional estimate is computed, which halves the work."""
 
 
 class VanillaCFG(Guider):
@@ -99,7 +100,7 @@ class VanillaCFG(Guider):
         return self.scale
 
     def combine(self, denoised: Tensor, scale: float) -> Tensor:
-        """Combine both estimates, (2b, t, c, h, w), unconditional first -> (b, t, c, h, w)."""
+        """Combine the estimates (2b, t, c, h, w), unconditional first, into (b, t, c, h, w)."""
         uncond, cond = denoised.chunk(2)
         return uncond + scale * (cond - uncond)
 
@@ -107,15 +108,15 @@ class VanillaCFG(Guider):
 class DynamicCFG(VanillaCFG):
     """Guidance with a scale that follows a raised cosine between 1 and 1 + scale.
 
-    The formula is that of the released weights' sampler. The argument of the cosine takes the
-    timestep (0..999) where one would expect the step index. So the scale is not monotone over a
+    The formula is copied from the sampler of the released weights. It uses the timestep (0..999)
+    where one would expect the step index. This has two effects: the scale is not monotone over a
     run but jumps between its bounds, and it depends on the number of steps of both the run and the
     guider.
 
     Args:
         scale: the height of the cosine; 0 means no guidance.
-        exp: the exponent, a whole number 1..100. Its base is negative at most timesteps, where a
-            fractional power is not a real number.
+        exp: the exponent, a whole number 1..100. A fraction is not allowed, because the base is
+            negative at most timesteps.
         num_steps: the guider's number of steps, usually the same as the sampler's.
 
     Raises:
@@ -134,8 +135,8 @@ class DynamicCFG(VanillaCFG):
     def scale_at(self, timestep: int, num_steps: int) -> float:
         """Return 1 + scale (1 - cos(pi ((num_steps - timestep) / self.num_steps)^exp)) / 2.
 
-        It is computed in double precision: the argument reaches 1e10 half turns, and float32 has
-        no digits left for their fraction.
+        Double precision is needed: the argument of the cosine reaches 1e10 pi, where float32
+        cannot represent fractions of a period.
         """
         progress = (num_steps - timestep) / self.num_steps
         return 1.0 + self.scale * (1.0 - math.cos(math.pi * progress**self.exp)) / 2.0

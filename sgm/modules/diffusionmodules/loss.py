@@ -16,13 +16,15 @@ from sgm.util import check_number, instantiate_from_config
 
 
 class VideoDiffusionLoss:
-    """Squared error of the denoised latent divided by 1 - a^2, which is the squared error in v.
+    """The squared error of the denoised latent, divided by 1 - a^2, where a is the noise level.
+
+    This is equal to the squared error in v.
 
     Args:
-        sigma_sampler_config: node of a configuration.
-        offset_noise_level: standard deviation of an additional noise with one value per sample and
-            channel, the same in all frames and pixels ("offset noise", N. Guttenberg 2023; with it
-            the model learns the mean brightness); 0 for the released weights.
+        sigma_sampler_config: configuration node of the noise level sampler.
+        offset_noise_level: standard deviation of additional noise that has one value per sample and
+            channel, shared by all frames and pixels. It helps the model learn the mean brightness
+            ("offset noise", N. Guttenberg 2023). 0 for the released weights.
 
     Raises:
         UserError: a value is out of range or a node is invalid.
@@ -48,8 +50,8 @@ class VideoDiffusionLoss:
 
         Args:
             x: (b, t, c, h, w) clean latents, scaled; cast to float32.
-            cond: tensors of b samples.
-            generator: for all random numbers; None means PyTorch's default generators.
+            cond: conditioning of b samples.
+            generator: source of all random numbers; None means PyTorch's default generators.
 
         Returns:
             (b,) float32, one mean per sample.
@@ -73,9 +75,9 @@ class VideoDiffusionLoss:
 
         Args:
             x: (b, t, c, h, w) clean latents, scaled, float32.
-            cond: tensors of b samples.
+            cond: conditioning of b samples.
             levels: noise levels of the b samples.
-            noise: standard normal, like `x`.
+            noise: standard normal noise with the shape of `x`.
 
         Returns:
             (b,) float32, one mean per sample.
@@ -89,7 +91,7 @@ class VideoDiffusionLoss:
         return reduce(error, "b t c h w -> b", "mean")
 
     def draw_noise(self, x: Tensor, *, generator: torch.Generator | None) -> Tensor:
-        """Return noise like `x`, with the offset noise; drawn on the generator's device."""
+        """Return noise for `x`, including the offset noise; drawn on the generator's device."""
         b, _, c, _, _ = x.shape
         device = x.device if generator is None else generator.device
         noise = torch.randn(x.shape, generator=generator, device=device)

@@ -1,4 +1,4 @@
-"""Samplers: from noise to a latent along a schedule of noise levels."""
+"""Samplers, which denoise a latent step by step along a schedule of noise levels."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from sgm.modules.diffusionmodules.discretizer import NoiseLevels
 from sgm.modules.diffusionmodules.guiders import Guider
 from sgm.util import instantiate_from_config, instantiate_part
 
-# noise(step_index) -> standard normal, like x
+# noise(step_index) -> standard normal noise with the shape of x
 NoiseSource = Callable[[int], Tensor]
 
 
 class SampledStep(NamedTuple):
-    """The state after one step of a run.
+    """The state after one sampling step.
 
     Attributes:
         step_index: 0..num_steps-1.
-        x: (b, t, c, h, w) float32, the latents after the step; after the last step the result.
-        denoised: the same shape, the estimate of the result at this step.
+        x: (b, t, c, h, w) float32, the latents after the step. After the last step they are the
+            result.
+        denoised: the estimate of the clean latents at this step, with the shape of `x`.
     """
 
     step_index: int
@@ -36,10 +37,10 @@ class SampledStep(NamedTuple):
 
 
 class StepCoefficients(NamedTuple):
-    """Factors c of one step: x <- c.x x + c.denoised D + c.previous D_1 + c.noise n.
+    """Coefficients c of one step: x <- c.x x + c.denoised D + c.previous D_1 + c.noise n.
 
-    D is the estimate of the clean latent at this step, D_1 the estimate at the previous step, and
-    n is new noise, which is not drawn if its coefficient is 0.
+    D is the estimate of the clean latent at this step, D_1 is the estimate at the previous step,
+    and n is new noise. No noise is drawn if its coefficient is 0.
     """
 
     x: float
@@ -53,21 +54,22 @@ _FINAL_STEP = StepCoefficients(x=0.0, denoised=1.0)
 
 
 class Sampler(ABC):
-    """The loop of a sampler. Each step is a linear update; subclasses give its coefficients.
+    """The sampling loop. Each step is a linear update; subclasses define its coefficients.
 
     Args:
-        num_steps: steps of a run, 2..1000.
-        discretization_config, guider_config: nodes of a configuration.
+        num_steps: number of sampling steps, 2..1000.
+        discretization_config: configuration node of the discretization, which makes the schedule.
+        guider_config: configuration node of the guider.
 
     Attributes:
-        schedule: the noise levels; a run goes through them backwards, noisiest first.
-        guider: the guidance.
+        schedule: the noise levels, cleanest first; sampling goes through them in reverse order.
+        guider: the guider.
 
     Raises:
         UserError: `num_steps` is out of range or a node is invalid.
     """
 
-    # In older files it turns on a printed progress bar; here the caller of `steps` reports.
+    # In older files, `verbose` prints a progress bar; here the caller of `steps` shows progress.
     IGNORED_PARAMS = frozenset({"verbose"})
 
     def __init__(
@@ -88,7 +90,7 @@ class Sampler(ABC):
     ) -> Sampler:
         """Return a copy with another number of steps or another guidance scale.
 
-        The guider of the copy gets the number of steps too.
+        The copy's guider gets the new number of steps too.
 
         Raises:
             UserError: a value is out of range, or the guider has no scale.
@@ -102,10 +104,10 @@ class Sampler(ABC):
 
     @abstractmethod
     def coefficients(self) -> list[StepCoefficients]:
-        """Return the coefficients of every step, in sampling order, in double precision."""
+        """Return the coefficients of each step, in sampling order, in double precision."""
 
     def noise_levels(self) -> list[float]:
-        """Return the square root of the cumulative alpha per step, in sampling order: 0 first."""
+        """Return the `alpha_cumprod_sqrt` of each step in sampling order, starting with 0."""
         return self.schedule.alphas_cumprod_sqrt.flip(0).tolist()
 
     def guidance_scales(self) -> list[float]:
@@ -126,14 +128,15 @@ class Sampler(ABC):
     ) -> Iterator[SampledStep]:
         """Sample latents, one step per iteration of the generator.
 
-        The loop never reads a value from the device, so that the host can run ahead of it.
+        The loop never reads a value from the device, so the host does not wait for the device.
 
         Args:
             network: called once per step, with the same conditioning object every time.
             denoiser: turns the output of the network into an estimate of the clean latent.
-            x: (b, t, c, h, w) standard normal; converted to float32.
-            cond: tensors of b samples.
-            uncond: the same for the unconditional branch; None only if the guider has none.
+            x: (b, t, c, h, w) standard normal noise; converted to float32.
+            cond: conditioning of b samples.
+            uncond: conditioning of the unconditional branch for the same samples; None is allowed
+                only if the guider has no unconditional branch.
             noise: called with the index of each step that adds noise, in ascending order.
 
         Yields:
@@ -141,7 +144,7 @@ class Sampler(ABC):
         """
         conditioning = self.guider.prepare(cond, uncond)
         x = x.to(torch.float32)
-        # Copied to the device once: row i serves all samples of step i.
+        # Copied to the device once. Row i holds the values of step i, one per sample.
         timesteps, levels = (
             values.flip(0).to(x.device)[:, None].expand(-1, len(x)) for values in self.schedule
         )
@@ -163,15 +166,16 @@ class Sampler(ABC):
 class VPSDEDPMPP2MSampler(Sampler):
     """SDE-DPM-Solver++(2M) (Lu et al. 2022, DPM-Solver++, section 5 and appendix).
 
-    It is of second order in the estimates and stochastic: every step but the last adds noise.
+    The solver is of second order, because it uses the estimates of two steps. It is stochastic:
+    every step except the last adds noise.
     """
 
     def coefficients(self) -> list[StepCoefficients]:
-        """Return coefficients of second order, except for the first two steps.
+        """Return second-order coefficients; the first two steps and the last are of first order.
 
-        The exceptions follow from the formulas without clamping. The first step starts from pure
-        noise, where the log-SNR is minus infinity. So its h is infinite: the coefficient of x is 0,
-        and the second step gives its estimate no weight.
+        The formulas handle the first two steps without clamping. The first step starts from pure
+        noise, where the log-SNR is minus infinity and h is therefore infinite. So its coefficient
+        of x is 0, and the second step gives no weight to the first step's estimate.
         """
         steps = []
         h_last: float | None = None
@@ -195,11 +199,12 @@ class VPSDEDPMPP2MSampler(Sampler):
 class VideoDDIMSampler(Sampler):
     """Deterministic DDIM (Song et al. 2020, eq. 12 with sigma = 0).
 
-    The noise implied by x and the estimate is kept, and mixed again at the next noise level.
+    x and the estimate imply a noise; the step combines this noise with the estimate at the next
+    noise level.
     """
 
     def coefficients(self) -> list[StepCoefficients]:
-        """Return the coefficients; the last step has a next noise level of 1: the estimate."""
+        """Return the coefficients of each step; the last step returns the estimate itself."""
         steps = []
         for level, level_next in pairwise(self.noise_levels()):
             kept = _noise_factor(level_next) / _noise_factor(level)
@@ -212,5 +217,5 @@ def _noise_factor(level: float) -> float:
 
 
 def _half_log_snr(level: float) -> float:
-    """Lambda of the DPM-Solver papers: log(sqrt(alpha) / sqrt(1 - alpha)); -inf without signal."""
+    """Return lambda of the DPM-Solver papers: log(level / sqrt(1 - level^2)); -inf at level 0."""
     return math.log(level / _noise_factor(level)) if level > 0.0 else -math.inf

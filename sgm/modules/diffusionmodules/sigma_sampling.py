@@ -15,14 +15,15 @@ from sgm.util import instantiate_from_config
 class DiscreteSampling:
     """Draws noise levels uniformly.
 
-    With `uniform_sampling`, each of R data-parallel ranks draws from its own R-th of the range.
-    Together they still draw uniformly, and every step covers the whole range, so that its loss and
-    gradient vary less. The part of a rank is fixed, so the data must be shuffled over the ranks.
+    With `uniform_sampling`, the range of noise levels is split evenly among the data-parallel
+    ranks, and each rank draws from its own part. All ranks together still draw uniformly, and every
+    step covers the whole range, so its loss and gradient vary less. Each rank keeps the same part
+    of the range, so the data must be shuffled across ranks.
 
     Args:
         num_idx: number of noise levels, 2..1000; 1000 for the released weights.
-        discretization_config: node of a configuration.
-        uniform_sampling: split the range over data-parallel ranks.
+        discretization_config: configuration node of the discretization.
+        uniform_sampling: split the range among data-parallel ranks.
 
     Raises:
         UserError: `num_idx` is out of range or the node is invalid.
@@ -46,6 +47,6 @@ class DiscreteSampling:
         # float64: float32 has too few values in [0, 1) to draw 1000 levels with equal probability.
         draws = torch.rand(batch_size, generator=generator, device=device, dtype=torch.float64)
         positions = ((rank + draws) * num_idx / num_ranks).long()
-        # rank + draw can be rounded up to rank + 1, which for the last rank is outside the table.
+        # rank + draw can round up to rank + 1. For the last rank, this is outside the schedule.
         positions = positions.clamp(max=num_idx - 1)
         return NoiseLevels(*(values.to(device)[positions] for values in self.schedule))

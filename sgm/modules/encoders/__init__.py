@@ -1,1 +1,1 @@
-"""Encoders of what a sample is conditioned on."""
+"""The text encoder and its tokenizer."""

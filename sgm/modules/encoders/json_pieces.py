@@ -1,4 +1,4 @@
-"""T5's ``tokenizer.json``, which newer transformers save instead of ``spiece.model``."""
+"""T5's ``tokenizer.json``, the file that newer transformers save instead of ``spiece.model``."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from tokenizers import Tokenizer, decoders
 
 from sgm.checkpoint.weight_file import damaged, read_json
 
-_SPLITTING = ("normalizer", "pre_tokenizer")  # beside the model; nothing cuts or pads a text
-# The types of their parts in T5's files of all releases of transformers, and the one pattern of
-# their `Replace`. A regular expression in a file from a stranger could take exponential time.
+# What is read besides the model. Truncation and padding are ignored.
+_SPLITTING = ("normalizer", "pre_tokenizer")
+# The only component types and the only `Replace` pattern in T5's files, in all releases of
+# transformers. Other patterns are refused, because a regular expression from an untrusted file
+# could take exponential time.
 _TYPES = {"Sequence", "Precompiled", "Strip", "Replace", "WhitespaceSplit", "Metaspace"}
 _PATTERN = " {2,}"
 _END, _PADDING = "</s>", "<pad>"
 
 
 class JsonPieces:
-    """The pieces of a ``tokenizer.json``, with the method names of sentencepiece's processor.
+    """Splits texts into pieces as ``tokenizer.json`` defines, with sentencepiece's method names.
 
-    The file is converted from the sentencepiece model, so both give the same ids, except for
-    characters that are not in the vocabulary: sentencepiece splits them into bytes, and here they
-    are unknown.
+    The file was converted from the sentencepiece model, so both give the same ids. The exception is
+    a character that is not in the vocabulary: sentencepiece splits it into bytes, but this class
+    returns the id for unknown pieces.
 
     Raises:
-        UserError: the file is not a tokenizer, or not T5's.
+        UserError: the file is not a tokenizer, or not T5's tokenizer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,11 +39,11 @@ class JsonPieces:
             raise damaged(path, "is not the tokenizer of a T5 encoder (a model of type Unigram)")
         try:
             self._tokenizer = Tokenizer.from_str(json.dumps(_without_special_tokens(content)))
-        except BaseException as error:  # the library has no class of its own
+        except BaseException as error:  # the library has no exception class of its own
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = " ".join(f"{type(error).__name__} {error}".split())
-            raise damaged(path, f"is not a tokenizer that can be read ({reason})") from None
+            raise damaged(path, f"cannot be read as a tokenizer ({reason})") from None
         self._tokenizer.decoder = decoders.Metaspace()
 
     def _special_id(self, name: str) -> int:
@@ -49,24 +51,24 @@ class JsonPieces:
         return -1 if found is None else found
 
     def eos_id(self) -> int:
-        """The id of the end token; -1 if the vocabulary has no end token."""
+        """Return the id of the end token; -1 if the vocabulary has no end token."""
         return self._special_id(_END)
 
     def pad_id(self) -> int:
-        """The id of the padding token; -1 if the vocabulary has no padding token."""
+        """Return the id of the padding token; -1 if the vocabulary has no padding token."""
         return self._special_id(_PADDING)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text's pieces, without an end token."""
+        """Return the ids of each text's pieces, without an end token."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some pieces."""
+        """Return the text for piece ids."""
         return self._tokenizer.decode(list(ids))
 
 
 def _is_t5s(content: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer has a Unigram model, and beside it the components of T5's only."""
+    """Return whether `content` has a Unigram model, and otherwise only components of T5's file."""
     model = content.get("model")
     text = json.dumps([content.get(key) for key in _SPLITTING])
     types, patterns = (re.findall(rf'"{key}": "(.*?)"', text) for key in ("type", "Regex"))
@@ -75,15 +77,18 @@ def _is_t5s(content: Mapping[str, Any]) -> bool:
 
 
 def _hidden(name: str) -> str:
-    """A name that keeps its id in the vocabulary, but that no text contains.
+    """Rename a vocabulary entry so that no text can match it; the entry keeps its id.
 
-    Normalised texts have no NUL.
+    The new name contains NUL, which never occurs in normalised texts.
     """
     return f"\0{name}"
 
 
 def _without_special_tokens(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What splits texts. "</s>" in a prompt means these letters, as in sentencepiece."""
+    """Return the parts of `content` that split texts, without special tokens.
+
+    Like sentencepiece, the result reads "</s>" in a prompt as plain letters.
+    """
     special = {token["content"] for token in content.get("added_tokens") or ()} | {_END, _PADDING}
     model = content["model"]
     vocabulary = [(_hidden(name) if name in special else name, n) for name, n in model["vocab"]]

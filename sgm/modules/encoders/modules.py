@@ -1,4 +1,4 @@
-"""The T5 text encoder and its tokenizer, read from Hugging Face's or diffusers' folders."""
+"""The T5 text encoder and its tokenizer, read from folders in Hugging Face or diffusers format."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ logger = logging.getLogger(__name__)
 class T5Tokenizer:
     """Sentencepiece with T5's conventions: an end token, then padding up to a fixed length.
 
-    The model file itself defines how text is normalised and split, so ids are those that the
-    text encoder was trained with, in every version of the libraries.
+    The model file itself defines how text is normalised and split. So every version of the
+    libraries gives the ids with which the text encoder was trained.
 
     Args:
-        model_file: ``spiece.model``, or a ``tokenizer.json`` that was made from it.
-        max_length: number of ids of every text.
+        model_file: ``spiece.model``, or a ``tokenizer.json`` that was converted from it.
+        max_length: number of ids for each text.
 
     Raises:
-        UserError: the file is not a tokenizer, or it has no end token or no padding.
+        UserError: the file is not a tokenizer, or has no end token or no padding token.
     """
 
     def __init__(self, model_file: Path, *, max_length: int) -> None:
@@ -38,10 +38,10 @@ class T5Tokenizer:
         self._eos_id = self._pieces.eos_id()
         self._pad_id = self._pieces.pad_id()
         if min(self._eos_id, self._pad_id) < 0:
-            raise damaged(model_file, "has no end token or no padding, so it is not T5's")
+            raise damaged(model_file, "has no end token or no padding token, so it is not T5's")
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Token ids (b, max_length), int64. A text that is cut still ends with the end token."""
+        """Return token ids (b, max_length), int64; truncated texts also end with the end token."""
         rows = []
         for ids in self._pieces.encode(list(texts)):
             row = [*ids[: self.max_length - 1], self._eos_id]
@@ -49,7 +49,7 @@ class T5Tokenizer:
         return torch.tensor(rows, dtype=torch.long)
 
     def overflow(self, text: str) -> str:
-        """The end of `text` that does not fit into `max_length` tokens; empty if all of it fits."""
+        """Return the end of `text` that exceeds `max_length` tokens; empty if the text fits."""
         (ids,) = self._pieces.encode([text])
         return self._pieces.decode(ids[self.max_length - 1 :])
 
@@ -64,24 +64,26 @@ def _read_pieces(path: Path) -> SentencePieceProcessor | JsonPieces:
 
 
 class FrozenT5Embedder(nn.Module):
-    """A T5 encoder: from texts to its last hidden state.
+    """A T5 encoder; embeds texts as its last hidden state.
+
+    Padding is not masked, because it was not masked in the training of the diffusion model.
 
     Args:
         model_dir: folder in Hugging Face's layout, with ``config.json``, ``spiece.model`` (or
-            ``tokenizer.json``) and weights as safetensors or .bin shards; or as in `find_t5`.
-        max_length: number of tokens that every text is padded or cut to.
-        dtype, device: of the weights. On the device "meta" only their headers are read and
-            compared with the folder's config; `load_weights` then reads the values.
-        streamed: the weights stay in their files, and those of a block are on `device` only while
-            it works. For inference.
-
-    Padding is not masked, as in the training of the diffusion model.
+            ``tokenizer.json``) and weights as safetensors or .bin shards. See `find_t5` for other
+            layouts.
+        max_length: number of tokens to which each text is padded or truncated.
+        dtype, device: dtype and device of the weights. On the device "meta" only the headers of
+            the weights are read and compared with ``config.json``; `load_weights` reads the values.
+        streamed: keep the weights in their files, and load the weights of a block to `device` only
+            while the block runs. For inference.
 
     Raises:
         UserError: the folder is not a T5 folder.
     """
 
-    # Keys of older files. The run chooses the device, and the conditioner what is trained.
+    # Keys of older files that have no effect: the weights are read from `model_dir`, and the
+    # conditioner decides what is trained.
     IGNORED_PARAMS = frozenset({"cache_dir", "freeze"})
 
     def __init__(
@@ -104,9 +106,9 @@ class FrozenT5Embedder(nn.Module):
             self.load_weights(device, streamed=streamed)
 
     def load_weights(self, device: str | torch.device, *, streamed: bool = False) -> None:
-        """Put the weights in place. Call it once, after building on the device "meta".
+        """Load the values of the weights. Call this once, after a build on the device "meta".
 
-        The arguments are those of the constructor.
+        The arguments have the same meaning as in the constructor.
         """
         weights, dtype = self._mapped, self._dtype
         fill_encoder(self.transformer, weights, dtype=dtype, device=device, streamed=streamed)
@@ -115,7 +117,7 @@ class FrozenT5Embedder(nn.Module):
         self.weights.release()
 
     def warn_if_cut(self, text: str) -> None:
-        """Log a warning that quotes the end of `text` if it is too long for the encoder."""
+        """Log a warning if `text` is too long for the encoder; quote the part that is cut off."""
         cut = self.tokenizer.overflow(text)
         if cut:
             logger.warning(
@@ -123,10 +125,10 @@ class FrozenT5Embedder(nn.Module):
             )
 
     def forward(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings (b, max_length, d_text) of b texts.
+        """Return the embeddings (b, max_length, d_text) of b texts.
 
-        Each text is embedded alone, so that an embedding is the same to the last bit in every
-        batch, and a cached embedding can replace it.
+        Each text is embedded separately. So its embedding is bit-identical in every batch, and can
+        be replaced by a cached embedding.
         """
         device = self._visited_device or self.transformer.device
         ids = self.tokenizer(texts).to(device)  # (b, max_length)

@@ -151,12 +151,12 @@ def test_embeddings_are_the_same_with_a_tokenizer_json(newer, embedder):
         ("hello", "not an object in JSON"),
         ("{}", "not the tokenizer of a T5 encoder"),
         ('{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "not the tokenizer of a T5"),
-        ('{"model": {"type": "Unigram"}}', r"can be read \(KeyError .vocab."),
+        ('{"model": {"type": "Unigram"}}', r"read as a tokenizer \(KeyError .vocab."),
         ('{"model": {"type": "Unigram", "unk_id": null, "vocab": [["a", 0]]}}', "no end token"),
         (
             '{"model": {"type": "Unigram", "unk_id": null, "vocab": [["a", 0]]}, "normalizer": '
             '{"type": "Precompiled", "precompiled_charsmap": "AAAA"}}',
-            "can be read .PanicException",
+            "read as a tokenizer .PanicException",
         ),
     ],
 )
