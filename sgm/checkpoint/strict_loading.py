@@ -18,8 +18,8 @@ def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
         wanted: name → tensor in the model, which may be on the meta device.
 
     Returns:
-        Kind of difference → names. "of another shape": each name with both shapes; "of whole
-        numbers": integer tensors that are floating-point in the model; "missing"; "unknown".
+        Kind of difference → names. "of another shape": each name with both shapes; "of integer
+        type": integer tensors that are floating-point in the model; "missing"; "unknown".
     """
     return {
         "of another shape": [
@@ -27,7 +27,7 @@ def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
             for name, tensor in wanted.items()
             if name in found and found[name].shape != tensor.shape
         ],
-        "of whole numbers": [
+        "of integer type": [
             f"{name} is {str(found[name].dtype)[6:]}"
             for name, tensor in wanted.items()
             if name in found and tensor.is_floating_point() > found[name].is_floating_point()
