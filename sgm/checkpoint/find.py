@@ -213,7 +213,7 @@ def is_whole(path: str | Path, option: str) -> UserError:
 
 
 def find_tokenizer(*folders: Path) -> Path | None:
-    """Return the first ``spiece.model`` in `folders`, else the first ``tokenizer.json``, or None."""
+    """Return the first ``spiece.model`` in `folders`, or the first ``tokenizer.json``, or None."""
     paths = (folder / name for name in TOKENIZER_FILES for folder in folders)
     return next((path for path in paths if path.is_file()), None)
 
