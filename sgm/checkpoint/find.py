@@ -139,7 +139,7 @@ def find_autoencoder(path: str | Path | Weights, *, option: str = AUTOENCODER_OP
 
 
 def _find(given: str | Path | Weights, kind: Kind, option: str) -> Weights:
-    """Find weights in a file, in a folder, in the subfolder named in ``latest`` or in diffusers'.
+    """Find weights: a file, in a folder, in the subfolder that ``latest`` names, or of diffusers.
 
     Args:
         given: the path; weights that were found before are returned unchanged.

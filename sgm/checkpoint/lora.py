@@ -123,7 +123,7 @@ def is_sat_lora(lora: Weights) -> bool:
 
 
 def _warn_of_other_base(record: LoraRecord, base: str, path: str | Path | Weights) -> None:
-    """Log a warning if the LoRA in `path` was trained on another model than `base`."""
+    """Log a warning if the base model in `record` is known and is not the fingerprint `base`."""
     if record.base not in (None, base):
         logger.warning(
             "%s was trained on other weights than these (%s, not %s), so it may have little effect",
@@ -280,7 +280,7 @@ def read_updates(
 
 
 def _changed_layers(updates: Iterable[LoraUpdate], base: str) -> frozenset[str]:
-    """Return the layers that LoRAs change. Warn of LoRAs that were not trained on model `base`."""
+    """Return the layers that LoRAs change; warn if a LoRA's base is not the fingerprint `base`."""
     for update in updates:
         _warn_of_other_base(update.record, base, update.path)
     return frozenset(_layer_of(name) for update in updates for name in update.matrices)

@@ -112,7 +112,7 @@ def agreed_alpha(stored: float | None, given: float | None, path: Path) -> float
     if None not in (stored, given) and stored != given:
         raise UserError(
             f"{path} was trained with lora_alpha={stored:g}, not {given:g}; leave the option out "
-            "and give a strength when the LoRA is merged"
+            "(to change the strength, set it where the LoRA is merged)"
         )
     return given if stored is None else stored
 

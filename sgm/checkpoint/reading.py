@@ -260,7 +260,7 @@ def tensors_of(state: object, path: Path) -> Mapping[str, Tensor]:
     for name, tensor in tensors.items():
         is_dense = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
         is_real = is_dense and not tensor.is_meta and not tensor.is_complex()
-        # A tensor with overlapping strides can be of any size in a tiny file and fill the memory.
+        # With overlapping strides a tiny file can hold a huge tensor, which would fill the memory.
         if (
             not is_real
             or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()

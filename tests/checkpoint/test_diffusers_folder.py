@@ -221,9 +221,9 @@ def swap_parts(pipe: Path) -> None:
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
 MISTAKES = {
-    "CogVideoX-5B": (configure(use_rotary_positional_embeddings=True), "as CogVideoX-5B"),
-    "CogVideoX1.5": (configure(patch_size_t=2), "patch_size_t=2, as CogVideoX1.5"),
-    "image to video": (configure(ofs_embed_dim=512), "as the image-to-video models"),
+    "CogVideoX-5B": (configure(use_rotary_positional_embeddings=True), "like CogVideoX-5B"),
+    "CogVideoX1.5": (configure(patch_size_t=2), "patch_size_t=2, like CogVideoX1.5"),
+    "image to video": (configure(ofs_embed_dim=512), "like the image-to-video models"),
     "another activation": (configure(activation_fn="geglu"), "activation_fn='geglu'"),
     "another class": (configure(_class_name="UNet2DModel"), "holds a diffusers 'UNet2DModel'"),
     "parts swapped": (swap_parts, "'AutoencoderKLCogVideoX', but the transformer"),

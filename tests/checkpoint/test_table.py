@@ -192,9 +192,9 @@ MISTAKES = {
     "unknown to SAT": (
         to_diffusers,
         {"a": [2], "b": [2], "c": [2], "d": [2]},
-        r"file: 4 tensor names do not belong to a CogVideoX-2B transformer in SAT format \(a, b, c, …\)",
+        r"file: 4 tensor names do not belong to a .*transformer in SAT format \(a, b, c, …\)",
     ),
-    "unknown to diffusers": (to_sat, {"time_embed.0.bias": [2]}, "1 names .* diffusers format"),
+    "unknown to diffusers": (to_sat, {"time_embed.0.bias": [2]}, "1 tensor .* diffusers format"),
     "does not divide": (
         to_diffusers,
         {"transformer.layers.0.attention.query_key_value.bias": [8]},

@@ -271,7 +271,7 @@ MISTAKES = {
     "no weights in the file": (lambda f: (f / "model.safetensors").write_bytes(b""), "is empty"),
     "a missing weight": (drop_weight, r"its config.json: keys 1 missing .*block.1.layer.1.*wi_0"),
     "more layers": (lambda f: edit_config(f, num_layers=3), r"block\.2\.layer"),
-    "a missing shard": (in_shards, "lacks the shard model-00002-of-00002.safetensors that"),
+    "a missing shard": (in_shards, "lacks the shard model-00002-of-00002.safetensors, which"),
     "an invalid size": (lambda f: edit_config(f, num_layers="x"), "cannot be loaded: "),
     "another width": (lambda f: edit_config(f, d_model=128), "of another shape"),
 }
