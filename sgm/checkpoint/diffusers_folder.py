@@ -1,9 +1,9 @@
-"""Folders in diffusers' layout: finding a part, and its tensors, each read on access.
+"""Finds and reads the transformer and the autoencoder in folders in diffusers' layout.
 
-PyTorch is imported only where tensors are read.
-
-A pipeline's folder has ``model_index.json`` and a folder for each part; a part's folder has
+A pipeline's folder has ``model_index.json`` and a folder for each part. A part's folder has
 ``config.json`` and its weights, in one file or in shards that an index lists.
+
+Finding a part does not import PyTorch; only reading its tensors does.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ PART_CLASSES: Mapping[DiffusersPart, str] = {
     "transformer": "CogVideoXTransformer3DModel",
     "vae": "AutoencoderKLCogVideoX",
 }
-_PIPELINES = "CogVideoX"  # the beginning of the names of the pipelines that share these parts
+_PIPELINES = "CogVideoX"  # all pipeline classes that use these parts start with this
 _WEIGHTS = "diffusion_pytorch_model"
 _VARIANTS = ("", ".fp32", ".fp16", ".bf16")  # in the order of preference
 
-# Settings that shapes do not show: key of config.json → its value in the 2B model, which is also
-# the value of a missing key, and the models that have another value.
+# Settings that cannot be seen from the tensor shapes: key of config.json → (its value in the 2B
+# model, also assumed if the key is missing; the models that have another value).
 _OTHER_CONTEXT = "the image-to-video models"
 _SETTINGS: Mapping[DiffusersPart, Mapping[str, tuple[Any, str]]] = {
     "transformer": {
@@ -56,7 +56,7 @@ _SETTINGS: Mapping[DiffusersPart, Mapping[str, tuple[Any, str]]] = {
     },
 }
 
-_LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
+_LONGEST_QUOTE = 60  # characters of a wrong value that a message quotes
 
 
 def _quoted(value: object) -> str:
@@ -64,10 +64,10 @@ def _quoted(value: object) -> str:
 
 
 def is_pipeline(folder: Path) -> bool:
-    """Whether `folder` is that of a diffusers pipeline.
+    """Return whether `folder` is the folder of a diffusers pipeline.
 
     Raises:
-        UserError: it is another model's pipeline, or its index is damaged.
+        UserError: it is the pipeline of another model, or its index is damaged.
     """
     index = folder / "model_index.json"
     if not os.path.isfile(index):
@@ -76,16 +76,16 @@ def is_pipeline(folder: Path) -> bool:
     if not (isinstance(pipeline, str) and pipeline.startswith(_PIPELINES)):
         raise UserError(
             f"{folder} is the diffusers folder of another pipeline ({_quoted(pipeline)}); it must "
-            "be that of a CogVideoXPipeline, CogVideoX-2B's"
+            "be a CogVideoXPipeline with CogVideoX-2B"
         )
     return True
 
 
 def find_in_pipeline(folder: Path, part: str) -> Path | None:
-    """The folder of a part in a diffusers pipeline's `folder`; None if that is not a pipeline.
+    """Return the folder of `part` in a pipeline's `folder`; None if `folder` is not a pipeline.
 
     Raises:
-        UserError: as in `is_pipeline`, or the part is missing.
+        UserError: see `is_pipeline`; also if the part is missing.
     """
     if not is_pipeline(folder):
         return None
@@ -95,15 +95,15 @@ def find_in_pipeline(folder: Path, part: str) -> Path | None:
 
 
 def find_diffusers_part(path: str | Path, part: DiffusersPart) -> Weights | None:
-    """The part, if `path` is a diffusers folder; otherwise None.
+    """Return the weights of `part` if `path` is a diffusers folder; otherwise None.
 
     Args:
-        path: a pipeline's folder, or the part's own.
-        part: the folder's name in a pipeline.
+        path: the folder of a pipeline or of the part itself.
+        part: the name of the part's folder in a pipeline.
 
     Raises:
-        UserError: it is another model's pipeline or part, the part or a file of it is missing, or
-            its JSON is damaged.
+        UserError: the pipeline or the part belongs to another model, the part or one of its files
+            is missing, or a JSON file is damaged.
     """
     folder = Path(os.path.expanduser(path))
     if found := find_in_pipeline(folder, part):
@@ -114,11 +114,11 @@ def find_diffusers_part(path: str | Path, part: DiffusersPart) -> Weights | None
 
 
 def find_part(folder: Path, part: DiffusersPart) -> Weights:
-    """The part whose own `folder` this is.
+    """Return the weights of `part` in its own `folder`.
 
     Args:
-        folder: the folder of ``config.json`` and the weights.
-        part: the folder's name in a pipeline.
+        folder: the folder that contains ``config.json`` and the weights.
+        part: the name of the part's folder in a pipeline.
 
     Raises:
         UserError: as in `find_diffusers_part`.
@@ -133,24 +133,27 @@ def find_part(folder: Path, part: DiffusersPart) -> Weights:
 
 
 def _check_config(config: Mapping[str, Any], folder: Path, part: DiffusersPart) -> None:
-    """Raise UserError for another class or model; names and shapes may not show the difference."""
+    """Raise UserError if the config is of another class or model.
+
+    Another model can have the same tensor names and shapes, so these are not enough to check.
+    """
     name = config.get("_class_name")
     if name != PART_CLASSES[part]:
         raise UserError(
             f"{folder} holds a diffusers {_quoted(name)}, but the {part} of CogVideoX-2B is a "
-            f"{PART_CLASSES[part]}; name its folder or the whole pipeline's"
+            f"{PART_CLASSES[part]}; give its folder or the folder of the whole pipeline"
         )
     for key, (expected, others) in _SETTINGS[part].items():
         value = config.get(key, expected)
         if value != expected:
             raise UserError(
                 f"{folder} is not the {part} of CogVideoX-2B: its config.json has {key}="
-                f"{_quoted(value)}, as {others}; only 2B ({key}={expected}) runs here"
+                f"{_quoted(value)}, like {others}; only 2B ({key}={expected}) is supported"
             )
 
 
 def _find_weights(folder: Path) -> Path:
-    """The index of a folder's shards, or its one file of weights."""
+    """Return the path of the shards' index in a folder, or of its single weight file."""
     for kind in ("safetensors", "bin"):
         for variant in _VARIANTS:
             for name in (
@@ -165,14 +168,14 @@ def _find_weights(folder: Path) -> Path:
 
 
 def find_shards(index: Path, folder: str) -> list[Path]:
-    """The shards that an index lists, in the order of their names.
+    """Return the paths of the shards that an index lists, sorted by name.
 
     Args:
-        index: the JSON file; the shards lie in the same folder.
-        folder: what messages call the folder.
+        index: the JSON file; the shards are in the same folder.
+        folder: the name of the folder in messages.
 
     Raises:
-        UserError: the index is damaged or names a file elsewhere, or a shard is missing.
+        UserError: the index is damaged, lists a file in another folder, or a shard is missing.
     """
     weight_map = read_json(index).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
@@ -180,20 +183,20 @@ def find_shards(index: Path, folder: str) -> list[Path]:
     names = sorted(set(map(str, weight_map.values())))
     for name in names:
         if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
-            raise damaged(index, f"names {_quoted(name)}, which is not a file of its own folder")
+            raise damaged(index, f"lists {_quoted(name)}, which is not a file in the same folder")
         if not os.path.isfile(index.with_name(name)):
             shard = name[:_LONGEST_QUOTE]
-            raise incomplete(folder, f"the shard {shard} that {index.name} names")
+            raise incomplete(folder, f"the shard {shard}, which {index.name} lists")
     return [index.with_name(name) for name in names]
 
 
 def read_diffusers_part(part: Weights) -> Mapping[str, Tensor]:
-    """The tensors of a part under diffusers' names, each read on access.
+    """Return the tensors of a part under diffusers' names; each is read on access.
 
-    The headers of the files are read and checked at once.
+    The headers of the files are read and checked immediately.
 
     Raises:
-        UserError: a file is damaged, or a LoRA is still beside the weights.
+        UserError: a file is damaged, or contains LoRA matrices next to the weights.
     """
     from sgm.checkpoint.tensors import LazyTensors, on_meta
 
@@ -202,8 +205,9 @@ def read_diffusers_part(part: Weights) -> Mapping[str, Tensor]:
     for name in makers:
         if ".base_layer." in name or ".lora_A." in name:
             raise UserError(
-                f"{part.path} still holds the LoRA beside the weights ({name[:_LONGEST_QUOTE]}); "
-                "call unload_lora_weights() after fuse_lora() and save again"
+                f"{part.path} still holds LoRA tensors next to the weights "
+                f"({name[:_LONGEST_QUOTE]}); call unload_lora_weights() after fuse_lora() and "
+                "save again"
             )
     meta = {name: tensor for tensors in files for name, tensor in on_meta(tensors).items()}
     return LazyTensors(dict(sorted(makers.items())), meta=meta)

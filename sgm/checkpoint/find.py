@@ -1,7 +1,8 @@
-"""Finding weights by their paths: of the transformer, a LoRA, the autoencoder and T5.
+"""Finds the weights of the transformer, a LoRA, the autoencoder and T5 by their paths.
 
-Only names and JSON files are read, without PyTorch. Each function returns one object, which the
-functions that check and load weights accept; given such an object, it returns the object itself.
+Only file names and JSON files are read, without PyTorch. Each ``find_…`` function takes a path and
+returns one object, which the functions that check and load weights accept. Given such an object
+instead of a path, a ``find_…`` function returns the object unchanged.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ _LORA_FILES = (
     "pytorch_lora_weights.bin",
     "adapter_model.bin",
 )
-_LARGEST_POINTER = 1024  # bytes, by the specification of git-lfs
-_LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
+_LARGEST_POINTER = 1024  # bytes; the limit in the specification of git-lfs
+_LONGEST_QUOTE = 60  # characters of a wrong text that a message quotes
 Kind = Literal["load", "lora", "autoencoder", "t5"]
-# Names of the files in a folder, in the order of preference, and parts of a diffusers folder.
+# The file names to look for in a folder, in order of preference; _PARTS: the diffusers part.
 _FILES: Mapping[Kind, Sequence[str]] = {
     "load": MODEL_FILES,
     "lora": (*_LORA_FILES, *MODEL_FILES),
@@ -49,44 +50,44 @@ _FILES: Mapping[Kind, Sequence[str]] = {
 }
 _PARTS: Mapping[Kind, DiffusersPart] = {"load": "transformer", "autoencoder": "vae"}
 _EXPECTED: Mapping[Kind, str] = {
-    "load": "the transformer's folder (with the file 'latest' in it), its .pt file or a diffusers "
-    "folder; README tells where to get the weights",
-    "lora": "a LoRA: the folder of a run (with the file 'latest' in it), of one of its "
-    "checkpoints, a file, or a LoRA of diffusers or peft: pytorch_lora_weights.safetensors or "
-    "adapter_model.safetensors, or its folder",
-    "autoencoder": "the autoencoder's weights: 3d-vae.pt itself, or a diffusers folder; README "
-    "tells where to get them",
-    "t5": "the T5 folder with config.json and T5's weights in it (for the 2B model a clone of "
-    "https://huggingface.co/google/t5-v1_1-xxl), or a diffusers pipeline's",
+    "load": "the transformer's folder (which contains the file 'latest'), its .pt file or a "
+    "diffusers folder; the README says where to get the weights",
+    "lora": "a LoRA: a training run's folder (which contains the file 'latest'), the folder of one "
+    "of its checkpoints, a file, or a LoRA from diffusers or peft "
+    "(pytorch_lora_weights.safetensors, adapter_model.safetensors or the folder of such a file)",
+    "autoencoder": "the autoencoder's weights: 3d-vae.pt itself, or a diffusers folder; the README "
+    "says where to get the weights",
+    "t5": "the T5 folder, which contains config.json and T5's weights (for the 2B model a clone of "
+    "https://huggingface.co/google/t5-v1_1-xxl), or the folder of a diffusers pipeline",
 }
 _NOUNS = {"load": "transformer", "lora": "LoRA", "autoencoder": "video autoencoder"}
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
-VARIANT = ".fp16"  # in the names of weight files; an index without it is preferred
-SHARD = "-of-"  # in the names of weight files that are shards
+VARIANT = ".fp16"  # in names of half-precision files; files without it are preferred
+SHARD = "-of-"  # in the file names of shards
 AUTOENCODER_OPTION = "model.first_stage_config.params.ckpt_path"
 
 
 def unexpected(what: str, kind: Kind, option: str) -> UserError:
-    """The error for a path at which there is something else than `kind`.
+    """Return the error for a path that does not contain the expected `kind` of weights.
 
     Args:
-        what: a clause that says what is there.
-        kind: what is looked for.
+        what: a clause that says what was found instead.
+        kind: the expected kind of weights.
         option: the option that gave the path.
     """
     return UserError(f"{option}: {what}; it must be {_EXPECTED[kind]}")
 
 
 def no_sat_format(found: Weights, kind: Kind) -> UserError:
-    """The error for a file whose names are not those of `kind` in SAT format."""
+    """Return the error for a file whose tensor names do not belong to `kind` in SAT format."""
     first = next(iter(found.file.tensors()))
-    what = f"{found.path} holds no {_NOUNS[kind]} of SAT format (first key: {first!r})"
+    what = f"{found.path} holds no {_NOUNS[kind]} in SAT format (first key: {first!r})"
     return unexpected(what, kind, found.option)
 
 
 @contextmanager
 def looking_up(given: str | Path, option: str) -> Iterator[None]:
-    """Around looking up a path: UserError if its name is too long, a folder is not readable …"""
+    """Turn errors of looking up a path (name too long, folder not readable, …) into UserError."""
     try:
         yield
     except OSError as error:
@@ -97,55 +98,56 @@ def looking_up(given: str | Path, option: str) -> Iterator[None]:
 
 
 def find_transformer(load: str | Path | Weights, *, option: str = "load") -> Weights:
-    """Find a transformer: a file, one in a folder with ``latest``, or a diffusers folder.
+    """Find the weights of a transformer.
 
     Args:
-        load: the path; a diffusers folder may be that of a pipeline or of its transformer.
+        load: a file, a folder with the file ``latest``, or the diffusers folder of a pipeline or of
+            its transformer.
         option: the option that gave the path, for messages.
 
     Raises:
-        UserError: no transformer is there, or a part of it is missing.
+        UserError: the path contains no transformer, or a part of it is missing.
     """
     return _find(load, "load", option)
 
 
 def find_lora(path: str | Path | Weights, *, option: str = "lora") -> Weights:
-    """Find the file of a LoRA: `path` itself, or a file in a folder of SAT, diffusers or peft.
+    """Find the file of a LoRA.
 
     Args:
-        path: the path.
-        option: the option that gave it, for messages.
+        path: the file itself, or its folder as SAT, diffusers or peft writes it.
+        option: the option that gave the path, for messages.
 
     Raises:
-        UserError: no LoRA is there.
+        UserError: the path contains no LoRA.
     """
     return _find(path, "lora", option)
 
 
 def find_autoencoder(path: str | Path | Weights, *, option: str = AUTOENCODER_OPTION) -> Weights:
-    """Find the autoencoder's file of SAT format, or diffusers' folder of it.
+    """Find the weights of the autoencoder, in SAT's or diffusers' format.
 
     Args:
-        path: a file, the folder of ``3d-vae.pt``, or a diffusers folder, of a pipeline or of its
-            autoencoder.
+        path: a file, the folder that contains ``3d-vae.pt``, or the diffusers folder of a pipeline
+            or of its autoencoder.
         option: the option that gave the path, for messages.
 
     Raises:
-        UserError: no autoencoder is there, or a part of it is missing.
+        UserError: the path contains no autoencoder, or a part of it is missing.
     """
     return _find(path, "autoencoder", option)
 
 
 def _find(given: str | Path | Weights, kind: Kind, option: str) -> Weights:
-    """Find a file, one in a folder or in the folder that ``latest`` names, or a diffusers folder.
+    """Find weights: a file, in a folder, in the subfolder that ``latest`` names, or of diffusers.
 
     Args:
-        given: the path, or weights that were found before, which are returned.
-        kind: what is looked for; not "t5".
+        given: the path; weights that were found before are returned unchanged.
+        kind: the kind of weights to look for; not "t5".
         option: the option that gave the path, for messages.
 
     Raises:
-        UserError: nothing of this kind is there; the message says what is expected.
+        UserError: no weights of this kind were found; the message says what is expected.
     """
     if isinstance(given, Weights):
         return given
@@ -167,62 +169,66 @@ def _find(given: str | Path | Weights, kind: Kind, option: str) -> Weights:
         elif kind == "load" and find_foreign_file(path):
             raise is_no_base(path, option)
         elif kind == "load" and (path / "transformer").is_dir():
-            what = f"{path} is the folder of a whole model; name {path / 'transformer'}"
+            what = f"{path} is the folder of a whole model; give {path / 'transformer'}"
             raise unexpected(what, kind, option)
     raise unexpected(f"{folder / _FILES[kind][0]} does not exist", kind, option)
 
 
 def _tagged_folder(path: Path, option: str) -> Path:
-    """The folder that the file ``latest`` in `path` names; `path` itself without such a file."""
+    """Return the subfolder named in the file ``latest`` in `path`; `path` if there is no such file.
+
+    Raises:
+        UserError: ``latest`` contains more than the name of a folder.
+    """
     if not (path / "latest").is_file():
         return path
     tag = (path / "latest").read_text(encoding="utf-8", errors="replace").strip()
     if any(mark in tag for mark in "/\n\0"):
         quoted = repr(tag[:_LONGEST_QUOTE])
-        reason = f"holds {quoted}, not just the name of a folder beside it"
+        reason = f"holds {quoted} instead of the name of a folder next to it"
         raise damaged(f"{option}: {path / 'latest'}", reason)
     return path / tag
 
 
 def is_no_base(path: Path, option: str) -> UserError:
-    """The error for a LoRA in the place of a whole model."""
+    """Return the error for a LoRA that was given instead of a whole model."""
     return UserError(
         f"{path} is a LoRA, not a whole model; {option} must name its base model, and --lora this "
-        "(to go on with its run: --resume)"
+        "LoRA (to continue its training run, use --resume)"
     )
 
 
 def find_foreign_file(folder: str | Path) -> Path | None:
-    """The file of a LoRA folder of diffusers or peft; None if `folder` is not such a folder."""
+    """Return the LoRA file in a folder of diffusers or peft; None if `folder` is not one."""
     folder = os.path.expanduser(folder)
-    if os.path.isfile(os.path.join(folder, "latest")):  # a run of this code
+    if os.path.isfile(os.path.join(folder, "latest")):  # a training run of this code
         return None
     paths = (os.path.join(folder, name) for name in _LORA_FILES)
     return next((Path(path) for path in paths if os.path.isfile(path)), None)
 
 
 def is_whole(path: str | Path, option: str) -> UserError:
-    """The error for a whole model in the place of a LoRA."""
+    """Return the error for a whole model that was given instead of a LoRA."""
     return unexpected(f"{path} is a whole model, not a LoRA", "lora", option)
 
 
 def find_tokenizer(*folders: Path) -> Path | None:
-    """The first ``spiece.model`` in `folders`, or else the first ``tokenizer.json``, or None."""
+    """Return the first ``spiece.model`` in `folders`, or the first ``tokenizer.json``, or None."""
     paths = (folder / name for name in TOKENIZER_FILES for folder in folders)
     return next((path for path in paths if path.is_file()), None)
 
 
 @dataclass(frozen=True, eq=False)
 class T5Files(Weights):
-    """The files of a text encoder: a folder with config.json and weights, and the tokenizer."""
+    """The files of a text encoder: a folder with config.json and weights, and a tokenizer file."""
 
     tokenizer: Path = field(kw_only=True)
 
     @property
     def indices(self) -> list[Path]:
-        """The index of the shards in a list; an empty list if the weights are not in shards.
+        """A list with the path of the shards' index; empty if the weights are not sharded.
 
-        An index that was left beside weights in a single file does not belong to them.
+        An index next to weights in a single file is ignored, because it belongs to other weights.
         """
         if not any(SHARD in file.path.name for file in self.files):
             return []
@@ -231,7 +237,7 @@ class T5Files(Weights):
 
 
 def _preferred(paths: Iterable[Path]) -> list[Path]:
-    """The paths in order; without those of a variant in half precision, if there are others."""
+    """Return the paths sorted; half-precision variants are left out if there are other files."""
     found = sorted(paths)
     return [path for path in found if VARIANT not in path.name] or found
 
@@ -240,13 +246,13 @@ def find_t5(model_dir: str | Path | T5Files, *, option: str = "model_dir") -> T5
     """Find the files of a text encoder.
 
     Args:
-        model_dir: a T5 folder of Hugging Face's, the folder ``text_encoder`` of a diffusers
-            pipeline, with ``tokenizer`` beside it, or the pipeline's.
+        model_dir: a T5 folder from Hugging Face, the folder of a diffusers pipeline, or its
+            subfolder ``text_encoder`` with ``tokenizer`` next to it.
         option: the option that gave the path, for messages.
 
     Raises:
         UserError: the folder, its config, its tokenizer or some of its weights are missing, a file
-            is recognisably not the right one, or the config is not T5's.
+            is clearly the wrong one (see `open_file`), or the config belongs to another model.
     """
     if isinstance(model_dir, T5Files):
         return model_dir
@@ -257,14 +263,14 @@ def find_t5(model_dir: str | Path | T5Files, *, option: str = "model_dir") -> T5
         here = f"the T5 folder {folder}"
         tokenizer = find_tokenizer(folder, folder.parent / "tokenizer")
         if tokenizer is None:
-            place = "(in diffusers' layout the folder tokenizer lies beside it)"
+            place = "(in diffusers' layout the folder tokenizer is next to it)"
             raise incomplete(here, f"{' or '.join(TOKENIZER_FILES)} {place}")
         weights = _preferred(folder.glob("*.safetensors"))
         weights = weights or _preferred(folder.glob("pytorch_model*.bin"))
         if not weights:
             names = "weights (*.safetensors or pytorch_model*.bin; tf_model.h5 is not used)"
             raise incomplete(here, names)
-        # A pointer of git-lfs is small. Large files are opened later, when they are read.
+        # Only small files can be git-lfs pointers. Large files are checked later, when read.
         small = [path for path in weights if path.stat().st_size <= _LARGEST_POINTER]
         for path in (tokenizer, *small):
             check_kind(path)
@@ -277,10 +283,10 @@ def find_t5(model_dir: str | Path | T5Files, *, option: str = "model_dir") -> T5
 
 
 def _t5_config(folder: Path, option: str) -> dict[str, Any]:
-    """The content of a T5 folder's ``config.json``.
+    """Return the content of a T5 folder's ``config.json``.
 
     Raises:
-        UserError: there is no such folder or file, or it is another model's.
+        UserError: the folder or the file is missing, or the config belongs to another model.
     """
     if not folder.is_dir():
         raise unexpected(f"{str(folder)!r} is not a folder", "t5", option)

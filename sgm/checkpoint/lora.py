@@ -1,7 +1,9 @@
-"""LoRA files of training runs: reading, checking, merging into a model, and training on.
+"""Reads and checks LoRA files, merges LoRAs into a model, and loads a LoRA to continue training.
 
-Such a file is ``{"module": {"model.diffusion_model.<layer>.matrix_A.0": …}, "lora": record}``.
-Source of the method: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
+The file of a training run is
+``{"module": {"model.diffusion_model.<layer>.matrix_A.0": …}, "lora": record}``.
+The method is described in Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models",
+section 4.1.
 """
 
 from __future__ import annotations
@@ -47,17 +49,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-_DEFAULT_ALPHA = 1.0  # of SAT's LoraMixin
+_DEFAULT_ALPHA = 1.0  # the default in SAT's LoraMixin
 _HINT = "name the base model that the LoRA was trained on, with its configuration"
 _WHOLE_MODEL = "time_embed.0.weight", "transformer_blocks.0.norm1.norm.weight"  # SAT, diffusers
 
 
 def lora_record(network: DiffusionTransformer, base: str | None) -> dict[str, Any]:
-    """The record of a network with LoRA, as plain values, for the key ``lora`` of its file.
+    """Return the record of a network's LoRA as plain values, to save under the key ``lora``.
 
     Args:
-        network: has a ``lora_config``.
-        base: `fingerprint` of the weights before training, as the engine's `base_fingerprint`.
+        network: a network with a ``lora_config``.
+        base: the `fingerprint` of the weights before training (the engine's `base_fingerprint`).
     """
     mixin = network.mixins["lora"]
     layer_range = [int(number) for number in mixin.layer_range]
@@ -67,19 +69,22 @@ def lora_record(network: DiffusionTransformer, base: str | None) -> dict[str, An
 def read_lora(
     path: str | Path | Weights, *, alpha: float | None = None, option: str = "lora"
 ) -> tuple[dict[str, Tensor], LoraRecord]:
-    """Read a LoRA: its matrices by their names in the network, mapped from disk, and its record.
+    """Read a LoRA.
 
     Args:
-        path: of SAT a run's folder (with ``latest``), the folder of an iteration, or a file; of
-            diffusers or peft the folder or the file (see `to_sat_lora`). Older files of SAT hold
-            the base model beside the matrices and have no record; its values then come from the
-            tensors where they show them.
-        alpha: lora_alpha if the file does not store it. Without it the record of a file of
-            diffusers or peft gets the rank, as in diffusers, and SAT's keeps None.
+        path: in SAT format: a training run's folder (with ``latest``), the folder of one of its
+            iterations, or a file; from diffusers or peft: the folder or the file (see
+            `to_sat_lora`). Older SAT files also contain the base model but no record; the rank
+            and the base's fingerprint are then derived from the tensors.
+        alpha: the lora_alpha to use if the file does not store one. If `alpha` is None too, it is
+            the rank for a LoRA from diffusers or peft (as diffusers does) and None for SAT format.
         option: the option that gave the path, for messages.
 
+    Returns:
+        The matrices under their names in the network, mapped from disk, and the record.
+
     Raises:
-        UserError: no such file, not a LoRA, a damaged record, or the file stores another alpha.
+        UserError: the file is missing, not a LoRA, has a damaged record or stores another alpha.
     """
     if alpha is not None and not abs(alpha) <= LARGEST_ALPHA:  # also true for nan
         raise UserError(f"lora_alpha={alpha} must be a number of at most {LARGEST_ALPHA:g}")
@@ -90,7 +95,7 @@ def read_lora(
 
 
 def _read_sat_lora(found: Weights, alpha: float | None) -> tuple[dict[str, Tensor], LoraRecord]:
-    """The matrices and the record in a file of SAT."""
+    """Return the matrices and the record in a file in SAT format."""
     base, matrices = sort_keys(found)
     if not matrices:
         if any(name.endswith(_WHOLE_MODEL) for name in base):
@@ -109,19 +114,19 @@ def _read_sat_lora(found: Weights, alpha: float | None) -> tuple[dict[str, Tenso
 
 
 def is_sat_lora(lora: Weights) -> bool:
-    """Whether a LoRA is of SAT format, and not of diffusers or peft.
+    """Return whether a LoRA is in SAT format (not in the format of diffusers or peft).
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     return any(map(is_lora_matrix, lora.file.tensors()))
 
 
 def _warn_of_other_base(record: LoraRecord, base: str, path: str | Path | Weights) -> None:
-    """Log a warning if the LoRA in `path` was trained on another model than `base`."""
+    """Log a warning if the base model in `record` is known and is not the fingerprint `base`."""
     if record.base not in (None, base):
         logger.warning(
-            "%s was trained on other weights than these (%s, not %s), so its effect may not show",
+            "%s was trained on other weights than these (%s, not %s), so it may have little effect",
             path,
             record.base,
             base,
@@ -139,10 +144,10 @@ def check_matrices(
     """Check that the matrices of a LoRA are complete and fit the base model's `weights`.
 
     Args:
-        matrices, record: as from `read_lora`.
-        weights: name as in the plain model → tensor, which may be on the meta device.
-        path: the LoRA's, for the message.
-        model: what the message calls the base model.
+        matrices, record: from `read_lora`.
+        weights: name in the model without LoRA → tensor, which may be on the meta device.
+        path: the path of the LoRA, for the message.
+        model: the name of the base model in the message.
 
     Raises:
         UserError: names or shapes differ.
@@ -152,24 +157,25 @@ def check_matrices(
 
 
 def _layers(record: LoraRecord, names: Iterable[str]) -> list[str]:
-    """Names of the layers that the LoRA changes."""
+    """Return the names of the layers that the LoRA changes."""
     if record.layer_range is not None:
         return lora_layers(record.layer_range)
     return sorted(set(map(_layer_of, names)))
 
 
 def _layer_of(matrix: str) -> str:
-    """The name of the layer that a matrix of this name belongs to."""
+    """Return the name of the layer that the LoRA matrix called `matrix` belongs to."""
     return matrix.rsplit(".matrix_", 1)[0]
 
 
 def check_whole_lora(matrices: Mapping[str, Tensor], record: LoraRecord, path: str | Path) -> None:
-    """Check a LoRA as `check_matrices` does, without the base model.
+    """Check that the matrices of a LoRA are complete and fit each other, without the base model.
 
-    Query, key, value and dense are expected to map width to width, which the first matrix A gives.
+    The query, key, value and dense layers are expected to be square (width, width); the width is
+    taken from the first matrix A.
 
     Raises:
-        UserError: matrices are missing, unknown or of another shape.
+        UserError: matrices are missing, unknown or have a wrong shape.
     """
     downs = [m for name, m in matrices.items() if ".matrix_A." in name and m.ndim == 2]
     width = downs[0].shape[1] if downs else 0
@@ -183,7 +189,7 @@ def check_whole_lora(matrices: Mapping[str, Tensor], record: LoraRecord, path: s
 
 
 def alpha_of(record: LoraRecord, path: str | Path | Weights) -> float:
-    """lora_alpha of the LoRA in `path`; if it is not stored, SAT's default, with a warning."""
+    """Return the lora_alpha in `record`; if it is None, warn about `path` and use SAT's default."""
     if record.lora_alpha is not None:
         return record.lora_alpha
     logger.warning("%s does not store its lora_alpha; %g is used", path, _DEFAULT_ALPHA)
@@ -193,14 +199,18 @@ def alpha_of(record: LoraRecord, path: str | Path | Weights) -> float:
 def check_trained_lora(
     network: DiffusionTransformer, path: str | Path | Weights
 ) -> tuple[dict[str, Tensor], LoraRecord]:
-    """Compare a LoRA with the network that trains on from it, which may be on the meta device.
+    """Check that a network can continue the training of a LoRA.
+
+    Args:
+        network: the network, which may be on the meta device.
+        path: as in `read_lora`.
 
     Returns:
         The same as `read_lora`.
 
     Raises:
-        UserError: the file is not a LoRA, or its rank, alpha or layers are not those of the
-            network's ``lora_config``, or the network has no ``lora_config``.
+        UserError: the file is not a LoRA, its rank, alpha or layers differ from the network's
+            ``lora_config``, or the network has no ``lora_config``.
     """
     matrices, record = read_lora(path)
     if network.lora_config:
@@ -219,12 +229,12 @@ def check_trained_lora(
 def load_lora(
     network: DiffusionTransformer, path: str | Path | Weights, *, base: str | None = None
 ) -> None:
-    """Fill the LoRA matrices of a network with a ``lora_config``, to train on.
+    """Load a LoRA into a network, to continue its training.
 
-    The LoRA layers are added if they are missing. DeepSpeed must not have wrapped the network yet.
+    LoRA layers are added if the network has none yet. DeepSpeed must not have wrapped the network.
 
     Args:
-        network: has a ``lora_config``.
+        network: a network with a ``lora_config``.
         path: as in `read_lora`.
         base: as in `merge_updates`; None computes it from the network.
 
@@ -239,7 +249,7 @@ def load_lora(
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """A LoRA to merge, from `path`. `factor`, that of B A, is scale · alpha / r."""
+    """A LoRA to merge, read from `path`. It adds `factor` · B A; `factor` is scale · alpha / r."""
 
     path: str | Path | Weights
     record: LoraRecord
@@ -250,15 +260,15 @@ class LoraUpdate:
 def read_updates(
     loras: Iterable[LoraChoice], weights: Mapping[str, Tensor], *, model: str = "the base model"
 ) -> list[LoraUpdate]:
-    """Read LoRAs and compare them with the weights that they change.
+    """Read LoRAs and check that they fit the weights that they change.
 
     Args:
         loras: the LoRAs with their strengths; paths as in `read_lora`.
-        weights: name as in the plain model → tensor, which may be on the meta device.
-        model: what messages call the base model.
+        weights: name in the model without LoRA → tensor, which may be on the meta device.
+        model: the name of the base model in messages.
 
     Raises:
-        UserError: one is not a LoRA, or a LoRA of another model.
+        UserError: a file is not a LoRA, or is a LoRA for another model.
     """
     updates = []
     for choice in loras:
@@ -270,16 +280,16 @@ def read_updates(
 
 
 def _changed_layers(updates: Iterable[LoraUpdate], base: str) -> frozenset[str]:
-    """The layers that LoRAs change. A LoRA of another model than `base` gives a warning."""
+    """Return the layers that LoRAs change; warn if a LoRA's base is not the fingerprint `base`."""
     for update in updates:
         _warn_of_other_base(update.record, base, update.path)
     return frozenset(_layer_of(name) for update in updates for name in update.matrices)
 
 
 def _updated(weight: Tensor, layer: str, updates: Iterable[LoraUpdate]) -> Tensor:
-    """The sum of a layer's weight (out, in) and the updates, in float32 on the weight's device.
+    """Return a layer's `weight` (out, in) plus the updates, in float32 on the weight's device.
 
-    If all updates are zero, it is the weight itself: adding 0 would turn -0 into 0.
+    If all updates are zero, `weight` itself is returned, because adding 0 would turn -0 into 0.
     """
     total = None
     for update in updates:
@@ -310,21 +320,23 @@ def merge_updates(
 ) -> None:
     """Add LoRAs to the weights of a network without LoRA layers: W + Σ scale · alpha / r · B A.
 
-    The sum is computed in float32 and rounded once to the weight's type. Matrices that are zero
-    leave every bit as it was.
+    The sum is computed in float32 and rounded once to the weight's dtype. A layer whose updates
+    are all zero keeps every bit.
 
     Args:
         network: the base model; its weights may be offloaded.
-        updates: from `read_updates`, which has compared them with the network.
-        base: `fingerprint` of the file that the weights came from. The network's own is another
-            one if the weights were rounded to bfloat16 since.
-        base_weights: the weights W, from `read_transformer`. They replace the LoRAs that are merged
-            in the network, so that it gets the bytes of a fresh start. None: the network's own.
-        device: computes the sums with `base_weights`; it must be that of a fresh start.
+        updates: from `read_updates`, which has checked that they fit the network.
+        base: the `fingerprint` of the file that the weights came from. The fingerprint of the
+            network itself differs if its weights were rounded to bfloat16.
+        base_weights: the weights W, from `read_transformer`. Starting from W removes the LoRAs
+            that are merged into the network now, and gives exactly the bytes of a network that was
+            loaded anew with `updates`. None: the network's own weights are W.
+        device: computes the sums with `base_weights`; must be the device on which a newly loaded
+            network would compute them.
     """
     weights = dict(network.named_parameters())
     changed = _changed_layers(updates, base)
-    network.merged_layers |= changed  # also where this is interrupted
+    network.merged_layers |= changed  # before the loop, which may be interrupted
     for layer in network.merged_layers:
         name = f"{layer}.weight"
         weight = own = weights[name]
@@ -341,16 +353,16 @@ def merged_tensors(
     where: str | Path,
     dtype: torch.dtype | None = None,
 ) -> Mapping[str, Tensor]:
-    """The tensors of a base model with LoRAs merged, each computed on access.
+    """Return the tensors of a base model with LoRAs merged; each is computed on access.
 
     Args:
-        base: name as in the plain model → tensor.
-        loras: as in `read_updates`; the sums are those of `merge_updates`.
+        base: name in the model without LoRA → tensor.
+        loras: as in `read_updates`; they are merged as in `merge_updates`.
         where: the file or folder of `base`, for messages.
-        dtype: of the results, rounded once; None keeps the type of each tensor.
+        dtype: the dtype of the results, which are rounded once; None keeps each tensor's dtype.
 
     Raises:
-        UserError: as in `read_updates`, at once; as in `in_dtype`, on access to a tensor.
+        UserError: as in `read_updates`, immediately; as in `in_dtype`, on access to a tensor.
     """
     shapes = on_meta(base)
     updates = read_updates(loras, shapes, model=str(where))

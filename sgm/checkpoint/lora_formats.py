@@ -1,9 +1,9 @@
-"""LoRAs of diffusers and peft: their files and settings, and their conversion to SAT's format.
+"""Reads LoRAs from diffusers and peft and converts them to SAT's format.
 
-diffusers writes ``pytorch_lora_weights.safetensors`` with the settings as JSON in its metadata,
-peft a folder with ``adapter_model.safetensors`` and ``adapter_config.json``. In both, the update of
-a layer is ``alpha / r · B A``, or with `use_rslora` ``alpha / √r · B A`` (Kalajdzievski, "A Rank
-Stabilization Scaling Factor for Fine-Tuning with LoRA").
+diffusers writes ``pytorch_lora_weights.safetensors`` with the settings as JSON in its metadata.
+peft writes a folder with ``adapter_model.safetensors`` and ``adapter_config.json``. Both add
+``alpha / r · B A`` to the weight of a layer, or ``alpha / √r · B A`` if `use_rslora` is set
+(Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA").
 """
 
 from __future__ import annotations
@@ -31,16 +31,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-METADATA_KEY = "lora_adapter_metadata"  # of the safetensors header, where diffusers puts settings
-BASE_KEY = "sat_base_fingerprint"  # beside it, of LoRAs that were trained here
+METADATA_KEY = "lora_adapter_metadata"  # diffusers' settings in the header's metadata
+BASE_KEY = "sat_base_fingerprint"  # also in the metadata; only in LoRAs trained by this code
 DIFFUSERS_PREFIX = "transformer."
-LARGEST_ALPHA = 1e9  # no sensible value comes near
-# The layers that SAT wraps, and the number of parts of their outputs: q, k and v have a pair of
-# matrices each.
+LARGEST_ALPHA = 1e9  # far above every sensible value
+# The layers that SAT adds LoRA to → their number of matrix pairs (one each for q, k and v).
 NUM_PAIRS = {"query_key_value": 3, "dense": 1}
 _PARTS = ("to_q", "to_k", "to_v", "to_out.0")  # the same layers in diffusers
 _CONFIG_FILE = "adapter_config.json"
-_LONGEST_QUOTE = 60  # characters of a setting that a message repeats
+_LONGEST_QUOTE = 60  # characters of a setting that a message quotes
 
 _MATRIX = re.compile(
     r"(base_model\.model\.)?(transformer\.)?"
@@ -55,13 +54,13 @@ _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 @validated(frozen=True, config=_STRICT)
 class LoraRecord:
-    """The settings of a LoRA that its matrices do not show.
+    """The settings of a LoRA, which are saved with its matrices.
 
     Args:
-        r: rank.
+        r: the rank.
         lora_alpha: the update is ``lora_alpha / r · B A``; None in a file without a record.
-        layer_range: numbers of the blocks that have matrices; None in a file without a record.
-        base: `fingerprint` of the model it was trained on; None if it is not known.
+        layer_range: indices of the blocks that have matrices; None in a file without a record.
+        base: the `fingerprint` of the model that the LoRA was trained on; None if unknown.
     """
 
     r: _Rank
@@ -72,7 +71,7 @@ class LoraRecord:
 
 @validated(frozen=True, config=_STRICT)
 class _AdapterSettings:
-    """Settings of diffusers and peft. The keys of patterns are names of layers, or their ends."""
+    """Settings of diffusers and peft. Pattern keys are names of layers, or the ends of names."""
 
     r: _Rank
     lora_alpha: _Alpha
@@ -87,15 +86,15 @@ Settings = TypeVar("Settings")
 def checked_settings(
     kind: Callable[..., Settings], values: Mapping[Any, Any], where: str
 ) -> Settings:
-    """The settings of a LoRA, of the class for its format.
+    """Return the settings of a LoRA after checking them.
 
     Args:
-        kind: the class.
-        values: name → value; names that the class does not have are left out.
-        where: what messages call the place of the settings.
+        kind: the class of the settings, which depends on the format.
+        values: name → value; names that the class does not have are ignored.
+        where: the name in messages for the source of the settings.
 
     Raises:
-        UserError: a value is missing or not valid.
+        UserError: a value is missing or invalid.
     """
     try:
         return kind(**{str(name): value for name, value in values.items()})
@@ -105,31 +104,31 @@ def checked_settings(
 
 
 def agreed_alpha(stored: float | None, given: float | None, path: Path) -> float | None:
-    """lora_alpha of the LoRA in `path`: the one that the file stores, or else the given one.
+    """Return the lora_alpha of the LoRA in `path`: `stored` in the file or, if None, `given`.
 
     Raises:
-        UserError: the file stores another one than the given.
+        UserError: `stored` and `given` differ.
     """
     if None not in (stored, given) and stored != given:
         raise UserError(
-            f"{path} was trained with lora_alpha={stored:g}, not {given:g}; leave the option out, "
-            "a strength is given when the LoRA is merged"
+            f"{path} was trained with lora_alpha={stored:g}, not {given:g}; leave the option out "
+            "(to change the strength, set it where the LoRA is merged)"
         )
     return given if stored is None else stored
 
 
-# Settings with which an update is not alpha / r · B A, or not only that.
+# Settings that change the update: with them it is not alpha / r · B A, or has further terms.
 _OTHER_UPDATES = (
     *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens"),
     *("arrow_config", "kasa_config", "monteclora_config", "layer_replication"),
 )
-# Ways to begin that change the base model's weights too, so the matrices alone are not the update.
+# Initializations that also change the base model's weights; the matrices are not the whole update.
 _OTHER_BEGINNINGS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """The two matrices of a layer, and the alpha with which its update is alpha / r · B A."""
+    """The two matrices of a layer, and the alpha of its update ``alpha / r · B A``."""
 
     down: Tensor  # A (r, in)
     up: Tensor  # B (out, r)
@@ -141,7 +140,7 @@ class _Pair:
 
 
 def lora_layers(layer_range: Iterable[int]) -> list[str]:
-    """Names of the layers that a LoRA of these blocks changes."""
+    """Return the names of the layers that a LoRA changes in the blocks `layer_range`."""
     blocks = [f"transformer.layers.{number}.attention" for number in layer_range]
     return [f"{block}.{part}" for block in blocks for part in NUM_PAIRS]
 
@@ -149,13 +148,13 @@ def lora_layers(layer_range: Iterable[int]) -> list[str]:
 def expected_matrices(
     layers: Iterable[str], weights: Mapping[str, Tensor], r: int
 ) -> dict[str, Tensor]:
-    """Name → meta tensor of the shape that each matrix must have, for layers of the network.
+    """Return the LoRA matrices that `layers` must have, as name → meta tensor.
 
     Args:
-        layers: their names; those that SAT does not wrap, or that are not in `weights`, get no
-            matrices.
-        weights: name as in the plain model → tensor, which may be on the meta device.
-        r: rank.
+        layers: names of layers. Layers to which SAT does not add LoRA, or that are missing in
+            `weights`, get no matrices.
+        weights: name in the model without LoRA → tensor, which may be on the meta device.
+        r: the rank.
     """
     expected = {}
     for layer in layers:
@@ -171,14 +170,14 @@ def expected_matrices(
 
 
 def lora_shapes(network: DiffusionTransformer) -> dict[str, Tensor]:
-    """Name → meta tensor of a network's LoRA matrices; its LoRA layers may not be added yet."""
+    """Return name → meta tensor of a network's LoRA matrices, even before LoRA layers are added."""
     mixin = network.mixins["lora"]
     weights = {n.replace(".original.", "."): weight for n, weight in network.named_parameters()}
     return expected_matrices(lora_layers(mixin.layer_range), weights, int(mixin.r))
 
 
 def names_with_lora(network: DiffusionTransformer) -> list[str]:
-    """Names of a network's weights after its LoRA layers, if it has any, are added."""
+    """Return the names that a network's weights have once its LoRA layers (if any) are added."""
     names = [name for name, _ in network.named_parameters()]
     if not network.lora_config:
         return names
@@ -191,26 +190,27 @@ def names_with_lora(network: DiffusionTransformer) -> list[str]:
 
 
 def is_foreign(names: Iterable[str]) -> bool:
-    """Whether weights of these names are a LoRA of diffusers, peft or another code than SAT."""
+    """Return whether tensor `names` belong to a LoRA that was not written by SAT."""
     return any("lora_" in name or ".lora." in name for name in names)
 
 
 def to_sat_lora(found: Weights, alpha: float | None) -> tuple[dict[str, Tensor], LoraRecord]:
-    """Convert a LoRA of diffusers or peft to SAT's format: all of q, k, v and dense, of one rank.
+    """Convert a LoRA of diffusers or peft to SAT's format.
 
-    Layers that were not trained get zeros, and smaller ranks are padded with zeros. Where the
-    strengths alpha / r differ, the difference is multiplied into B, in float32. All other values
-    are the same to the bit.
+    In SAT's format q, k, v and dense of each block have matrices, and all have the same rank.
+    Layers that were not trained get zeros, and smaller ranks are padded with zeros. If layers have
+    different strengths alpha / r, the difference is multiplied into B, in float32. All other
+    values keep every bit.
 
     Args:
         found: the file; peft's ``adapter_config.json`` is read from the same folder.
-        alpha: used if the file stores none. Without it the rank is used, as in diffusers.
+        alpha: the alpha to use if the file stores none; None: the rank, as in diffusers.
 
     Returns:
-        The matrices by their names in SAT, and the record.
+        The matrices under their names in SAT, and the record.
 
     Raises:
-        UserError: it is not a plain LoRA of CogVideoX's attention layers, or damaged, or the file
+        UserError: the file is damaged, is not a plain LoRA of CogVideoX's attention layers, or
             stores another alpha.
     """
     path, metadata = found.path, found.file.read().metadata
@@ -236,7 +236,11 @@ def to_sat_lora(found: Weights, alpha: float | None) -> tuple[dict[str, Tensor],
 
 
 def _named_matrices(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
-    """Layer, as the transformer of diffusers names it → its matrices under "A" and "B"."""
+    """Return layer (its name in diffusers' transformer) → its matrices under "A" and "B".
+
+    Raises:
+        UserError: the file contains other tensors.
+    """
     layers: dict[str, dict[str, Tensor]] = {}
     others = []
     for name, tensor in tensors.items():
@@ -248,27 +252,29 @@ def _named_matrices(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict
     if others:
         raise _not_plain(
             path,
-            f"holds {len(others)} tensors for which SAT's LoRA has no place ({first_of(others)}): "
-            f"it has one lora_A and one lora_B for each {', '.join(_PARTS)} of a block of "
-            "CogVideoX-2B",
+            f"holds {len(others)} tensors that do not fit SAT's LoRA ({first_of(others)}), which "
+            f"has one lora_A and one lora_B for {', '.join(_PARTS)} in each block of CogVideoX-2B",
         )
     return layers
 
 
 def _not_plain(where: str | Path, what: str) -> UserError:
-    """The error for an update that SAT's LoRA cannot hold."""
+    """Return the error for an update that cannot be stored in SAT's LoRA format."""
     return UserError(
         f"{where} {what}; if the LoRA is for CogVideoX-2B, merge it in diffusers "
-        "(load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained) and name that folder "
-        "in load"
+        "(load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained) and set load to the "
+        "saved folder"
     )
 
 
 def _read_settings(path: Path, metadata: Mapping[str, str]) -> _AdapterSettings | None:
-    """The settings in a file's own metadata, or in peft's file beside it; None if there are none.
+    """Read the settings from the file's metadata or from ``adapter_config.json`` next to it.
+
+    Returns:
+        The settings, or None if neither contains any.
 
     Raises:
-        UserError: they are damaged, or not those of a plain LoRA.
+        UserError: the settings are damaged or do not describe a plain LoRA.
     """
     config = path.with_name(_CONFIG_FILE)
     if stored := metadata.get(METADATA_KEY):
@@ -289,14 +295,17 @@ def _read_settings(path: Path, metadata: Mapping[str, str]) -> _AdapterSettings 
         raise _not_plain(where, f"has {named}, so it is not a plain LoRA")
     settings = checked_settings(_AdapterSettings, values, where)
     for key in (*(settings.rank_pattern or ()), *(settings.alpha_pattern or ())):
-        # In peft they are regular expressions, which in a stranger's file could take forever.
+        # In peft the keys are regular expressions; a malicious one could take forever to match.
         if not re.fullmatch(r"\^?[\w.]+", key):
             raise _not_plain(where, f"has the pattern {key!r}, which is not the name of a layer")
     return settings
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, layer: str, default: float) -> float:
-    """The value of the first key that is the layer's name or, without a leading ^, its end."""
+    """Return the value of the first key in `patterns` that matches the layer's name.
+
+    A key matches the full name or, if it has no leading ^, the end of the name after a dot.
+    """
     for key, value in (patterns or {}).items():
         name = key.removeprefix("^")
         if layer == name or (name == key and layer.endswith(f".{name}")):
@@ -311,16 +320,22 @@ def _paired(
     *,
     alpha: float | None,
 ) -> dict[str, _Pair]:
-    """Layer → its two matrices, compared with the settings; `alpha` is that of the file.
+    """Return layer → its two matrices, after checking their ranks against the settings.
+
+    Args:
+        layers: layer → its matrices under "A" and "B".
+        settings: the settings that are stored with the LoRA.
+        path: the file, for messages.
+        alpha: the alpha of layers without their own value; None: the rank of the layer.
 
     Raises:
-        UserError: a layer has one matrix only, or matrices of another rank.
+        UserError: a layer has only one matrix, or the rank of its matrices is wrong.
     """
     pairs = {}
     for layer, both in layers.items():
         down, up = both.get("A"), both.get("B")
         if down is None or up is None or down.ndim != 2 or up.ndim != 2:
-            raise damaged(path, f"has no two matrices for {layer}")
+            raise damaged(path, f"has no two matrices (lora_A and lora_B) for {layer}")
         rank = down.shape[0]
         expected: float = rank
         own: float = rank if alpha is None else alpha
@@ -331,15 +346,15 @@ def _paired(
         if not rank or up.shape[1] != rank or rank != expected:
             raise damaged(
                 path,
-                f"has matrices for {layer} of {list(down.shape)} and {list(up.shape)}, which is "
-                f"not rank {expected}",
+                f"has matrices for {layer} of {list(down.shape)} and {list(up.shape)}, which do "
+                f"not have rank {expected}",
             )
         pairs[layer] = _Pair(down, up, own)
     return pairs
 
 
 def _common_alpha(pairs: Iterable[_Pair], rank: int) -> float:
-    """The alpha that at the largest rank is right for the most layers; 0 if all have 0."""
+    """Return the alpha that, at the largest `rank`, is right for most layers; 0 if all have 0."""
     counts = Counter((pair.alpha, pair.rank) for pair in pairs if pair.alpha)
     if not counts:
         return 0.0
@@ -348,7 +363,7 @@ def _common_alpha(pairs: Iterable[_Pair], rank: int) -> float:
 
 
 def _padded(pair: _Pair, rank: int, alpha: float) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank) whose update with `alpha` is the pair's own."""
+    """Return A (rank, in) and B (out, rank) that give the pair's update with rank and `alpha`."""
     down, up = pair.down, pair.up
     if alpha and not math.isclose(pair.alpha * rank, alpha * pair.rank, rel_tol=1e-12):
         up = up.float() * (pair.alpha / pair.rank / (alpha / rank))

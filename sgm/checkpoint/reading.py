@@ -1,4 +1,4 @@
-"""Safe reading of weight files: no code in them is run, and tensors are mapped, not copied."""
+"""Reads weight files safely: no code in a file is run, and tensors are mapped, not copied."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from sgm.checkpoint.tensors import LazyTensors
 from sgm.checkpoint.weight_file import Contents, OpenFile, damaged, open_file
 from sgm.errors import UserError, first_of
 
-# Python objects that training writes beside the tensors. None of them is needed here, so an inert
-# stand-in replaces each while the file is read; a file with any other object is not read.
+# Python objects that training saves next to the tensors. They are not needed here, so each is
+# replaced by an inert stand-in while the file is read. A file with any other object is refused.
 HARMLESS_GLOBALS = (
     "_codecs.encode",
     "argparse.Namespace",
-    # Types and plain values of Python; never "builtins." as a whole, which holds eval and exec.
+    # Types and plain values; never all of "builtins.", because it contains eval and exec.
     "builtins.dict",
     "builtins.float",
     "builtins.int",
@@ -49,14 +49,15 @@ HARMLESS_GLOBALS = (
 )
 
 
-# The keys under which files of SAT format keep their tensors: transformers, and autoencoders.
+# Files in SAT format keep a transformer's tensors under the first key, an autoencoder's under the
+# second.
 _WRAPPERS = ("module", "state_dict")
-_MARK_BYTES = 9  # of a file, which show its format
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # not quantised
+_MARK_BYTES = 9  # read from the start of a file to recognize its format
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # not quantized
 
 
 class _Inert:
-    """A stand-in for an object in a checkpoint: it accepts any construction and does nothing."""
+    """A stand-in for an object in a checkpoint: it accepts any arguments and does nothing."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -65,7 +66,7 @@ class _Inert:
         pass
 
 
-# PyTorch fills items only into its own few containers, subclasses excluded.
+# Stand-ins for containers: PyTorch's unpickler adds items only to exact dicts, lists and the like.
 _CONTAINERS: dict[str, Callable[..., object]] = {
     "collections.defaultdict": lambda *_: {},
     "collections.deque": lambda *_: [],
@@ -79,7 +80,7 @@ def _is_harmless(name: str) -> bool:
 
 
 def _format_of(path: Path, head: bytes) -> Literal["zip", "safetensors", "pickle"]:
-    """The format of a weight file, by its content; by its name only where that does not show it."""
+    """Return the format of a weight file: by its content or, if that is unclear, by its name."""
     if head[:2] == b"PK":
         return "zip"
     return "safetensors" if head[8:9] == b"{" or path.suffix == ".safetensors" else "pickle"
@@ -87,30 +88,30 @@ def _format_of(path: Path, head: bytes) -> Literal["zip", "safetensors", "pickle
 
 @contextmanager
 def _whole_safetensors(path: Path) -> Iterator[None]:
-    """Around reading a safetensors file: UserError if it is damaged or cut off."""
+    """Turn errors of reading a damaged or truncated safetensors file into UserError."""
     try:
         yield
     except (
         *(SafetensorError, OSError, struct.error),
-        *(RuntimeError, TypeError, ValueError, KeyError),  # of sizes that no tensor can have
+        *(RuntimeError, TypeError, ValueError, KeyError),  # raised for impossible sizes
     ) as error:
         raise damaged(path, f"is not a whole safetensors file ({error})") from None
 
 
 def _place(file: BinaryIO) -> str:
-    """A path of an open file: another file may have been put at its own path by now."""
+    """Return a path to an open file, valid even if another file now has its original path."""
     return f"/proc/self/fd/{file.fileno()}"
 
 
 def _read_safetensors(file: BinaryIO, path: Path, *, lazily: bool) -> Contents:
-    """The contents of a safetensors file; arguments and errors as in `read_weights`."""
+    """Return the contents of a safetensors file. Arguments and errors are as in `read_weights`."""
     with _whole_safetensors(path), safe_open(_place(file), framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         in_file_order, metadata = opened.offset_keys(), opened.metadata() or {}
     kept = OpenFile(file)
     if not lazily:
         return Contents(tensors, metadata, kept)
-    # The tensors fill the rest of the file behind the header; safetensors has checked that.
+    # The tensors fill the file after the header without gaps; safetensors has checked this.
     position = os.fstat(kept.descriptor).st_size - sum(t.nbytes for t in tensors.values())
     positions = {}
     for name in in_file_order:
@@ -119,8 +120,8 @@ def _read_safetensors(file: BinaryIO, path: Path, *, lazily: bool) -> Contents:
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise UserError(
-                f"{path}: {name} is stored as {str(tensor.dtype)[6:]}; quantised weights are not "
-                "read, take the original ones (float32, float16 or bfloat16)"
+                f"{path}: {name} is stored as {str(tensor.dtype)[6:]}; quantized weights are not "
+                "supported, use the original weights (float32, float16 or bfloat16)"
             )
         shapes[name] = tensor.to("meta")
         makers[name] = partial(_read_tensor, kept, positions[name], shapes[name], path)
@@ -130,7 +131,13 @@ def _read_safetensors(file: BinaryIO, path: Path, *, lazily: bool) -> Contents:
 
 
 def _read_tensor(file: OpenFile, start: int, like: Tensor, path: Path) -> Tensor:
-    """The tensor that begins at `start`, in memory of its own.
+    """Read a tensor into its own memory.
+
+    Args:
+        file: the open file.
+        start: the position of the tensor in the file, in bytes.
+        like: a meta tensor with the shape and dtype of the tensor.
+        path: the file, for messages.
 
     Raises:
         UserError: the file has become shorter.
@@ -147,7 +154,7 @@ def _read_tensor(file: OpenFile, start: int, like: Tensor, path: Path) -> Tensor
 
 
 def _check_zip(file: BinaryIO, path: Path) -> None:
-    """Raise UserError for a truncated file and for a zip that torch.save did not write."""
+    """Raise UserError if a zip file is truncated or was not written by torch.save."""
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
@@ -161,33 +168,37 @@ def _check_zip(file: BinaryIO, path: Path) -> None:
 
 
 def _stand_ins(file: BinaryIO, path: Path) -> list[tuple[Callable[..., object], str]]:
-    """The stand-in of each object that a zip of torch.save holds beside tensors, and its name."""
+    """Return (stand-in, name) of each non-tensor object in a zip file of torch.save.
+
+    Raises:
+        UserError: the file is truncated, not from torch.save, or contains unknown objects.
+    """
     _check_zip(file, path)
     file.seek(0)
     names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     unknown = [name for name in names if not _is_harmless(name)]
     if unknown:
         raise UserError(
-            f"{path} carries pickled code ({unknown[0]}), which weights do not need, so it was not "
-            "loaded; ask its author for a .safetensors file"
+            f"{path} carries pickled code ({unknown[0]}) and was not loaded, because weights need "
+            "no code; ask the author for a .safetensors file"
         )
     return [(_CONTAINERS.get(name) or type("Inert", (_Inert,), {}), name) for name in names]
 
 
 def _read_torch(file: BinaryIO, path: Path, *, is_zip: bool) -> object:
-    """The object in a file of torch.save, without running code from the file."""
+    """Return the object in a file of torch.save, without running code from the file."""
     try:
         inert = _stand_ins(file, path) if is_zip else []
         with torch.serialization.safe_globals([*inert]), warnings.catch_warnings():
-            # Files of other pickle protocols either load or raise below.
+            # Files with other pickle protocols either load or raise an error that is caught below.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            # By this path, since PyTorch decides by the name .safetensors, not by the content.
+            # Not the file's own path, because PyTorch treats a file as safetensors by its name.
             return torch.load(_place(file), map_location="cpu", mmap=is_zip, weights_only=True)
     except UserError:
         raise
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} is not a weight file of PyTorch, or carries pickled code; it was not loaded"
+            f"{path} was not loaded: it is not a weight file of PyTorch, or carries pickled code"
         ) from None
     except Exception as error:  # a damaged pickle can make the reader raise anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -195,24 +206,25 @@ def _read_torch(file: BinaryIO, path: Path, *, is_zip: bool) -> object:
 
 
 def read_weights(path: Path, *, lazily: bool = False) -> Contents:
-    """The contents of a ``.safetensors`` or ``torch.save`` file. It reads every weight file.
+    """Read a ``.safetensors`` or ``torch.save`` file. All weight files are read by this function.
 
-    The content decides about the format, not the file's name. Tensors are mapped from disk, so
-    they take memory only as they are used. No code from the file is run: inert stand-ins replace
-    the Python objects beside the tensors.
+    The format is recognized by the content, not by the file's name. Tensors are mapped from disk
+    and take memory only when they are used. No code from the file is run: Python objects other
+    than tensors are replaced by inert stand-ins.
 
     Args:
         path: the file.
-        lazily: read each tensor of a safetensors file into memory of its own on access, so that
-            tensors that were dropped take no memory.
+        lazily: read each tensor of a safetensors file into its own memory on access; this memory
+            is freed with the tensor.
 
     Returns:
-        As state a mapping of tensors for safetensors; for torch.save the object that was saved.
+        The contents. `state` is the name → tensor mapping of a safetensors file, or the object
+        that torch.save saved.
 
     Raises:
-        UserError: the file is missing, empty, truncated, not a weight file, or carries code.
+        UserError: the file is missing, empty, truncated, not a weight file, or contains code.
     """
-    # A configuration may be read while PyTorch builds its parts on the device "meta".
+    # The device is set because the caller may be building a model on the device "meta".
     with open_file(path) as file, torch.device("cpu"):
         kind = _format_of(path, file.read(_MARK_BYTES))
         if kind == "safetensors":
@@ -221,17 +233,19 @@ def read_weights(path: Path, *, lazily: bool = False) -> Contents:
 
 
 def read_checkpoint(path: str | Path) -> object:
-    """The state of `read_weights`, with the same errors."""
+    """Return only the `state` that `read_weights` reads. Errors are as in `read_weights`."""
     return read_weights(Path(path)).state
 
 
 def tensors_of(state: object, path: Path) -> Mapping[str, Tensor]:
-    """The name → tensor mapping in a file's `state`, which files of SAT format keep under a key.
+    """Return the name → tensor mapping in a file's `state`.
+
+    In SAT format the mapping is the value of the key ``module`` or ``state_dict``.
 
     Raises:
-        UserError: there is no such dict, or a tensor in it is not dense and real.
+        UserError: `state` contains no such mapping, or a tensor in it is not dense and real.
     """
-    if isinstance(state, LazyTensors):  # its header has shown what its tensors are
+    if isinstance(state, LazyTensors):  # checked when the header was read
         return state
     if isinstance(state, dict):
         wrapped = (state.get(key) for key in _WRAPPERS)
@@ -246,13 +260,13 @@ def tensors_of(state: object, path: Path) -> Mapping[str, Tensor]:
     for name, tensor in tensors.items():
         is_dense = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
         is_real = is_dense and not tensor.is_meta and not tensor.is_complex()
-        # A repeated part can stand for any size in a file of a few bytes, and fill the memory.
+        # With overlapping strides a tiny file can hold a huge tensor, which would fill the memory.
         if (
             not is_real
             or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
         ):
             raise damaged(
                 f"{path}: {name!r}",
-                "is not a dense tensor of real numbers that are all in the file",
+                "is not a dense tensor of real numbers, or its values are not all in the file",
             )
     return tensors

@@ -1,4 +1,4 @@
-"""Comparison of a file's weights with a model's: the same names, the same shapes."""
+"""Checks that the weights in a file have the names and shapes that a model expects."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from sgm.errors import UserError, first_of
 
 
 def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Find the differences between the weights of a file and those of a model.
+    """Find the differences between the weights of a file and the weights of a model.
 
     Args:
-        found: name → tensor of the file.
-        wanted: name → tensor of the model, which may be on the meta device.
+        found: name → tensor in the file.
+        wanted: name → tensor in the model, which may be on the meta device.
 
     Returns:
-        Kind of difference → names: "of another shape", each with both shapes; "of whole numbers",
-        for weights that are floating-point numbers in the model; "missing" and "unknown".
+        Kind of difference → names. "of another shape": each name with both shapes; "of integer
+        type": integer tensors that are floating-point in the model; "missing"; "unknown".
     """
     return {
         "of another shape": [
@@ -27,7 +27,7 @@ def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
             for name, tensor in wanted.items()
             if name in found and found[name].shape != tensor.shape
         ],
-        "of whole numbers": [
+        "of integer type": [
             f"{name} is {str(found[name].dtype)[6:]}"
             for name, tensor in wanted.items()
             if name in found and tensor.is_floating_point() > found[name].is_floating_point()
@@ -45,18 +45,18 @@ def check_fit(
     hint: str,
     model: str = "the model of the configuration",
 ) -> None:
-    """Check that the weights of a file are those of a model. The order and precision may differ.
+    """Check that a file has exactly the weights of a model. Order and precision may differ.
 
     Args:
-        found: name → tensor of the file.
-        wanted: name → tensor of the model, which may be on the meta device.
-        path: of the file, for the message.
-        hint: end of the message: what to do or to check.
-        model: what the message calls the model.
+        found: name → tensor in the file.
+        wanted: name → tensor in the model, which may be on the meta device.
+        path: the path of the file, for the message.
+        hint: the end of the message: what to do or to check.
+        model: the name of the model in the message.
 
     Raises:
-        UserError: they are not; the message has the number and the first names of each kind of
-            difference.
+        UserError: names, shapes or types differ; for each kind of `differences` the message gives
+            the number of names and the first of them.
     """
     clauses = [
         f"{len(names)} {kind} ({first_of(names)})"

@@ -1,7 +1,8 @@
-"""The table of names and layouts between SAT's and diffusers' checkpoints, for both directions.
+"""Converts tensor names and layouts between SAT's and diffusers' checkpoints, in both directions.
 
-A row pairs the name of a tensor in SAT with the tensors of diffusers that hold its rows. Numbers
-of layers, levels and blocks are placeholders: they come from the weights, and so do shapes.
+Both directions use one table. A row maps the name of a tensor in SAT to the tensors in diffusers
+that contain its slices. The indices of layers, levels and blocks are placeholders; their numbers
+and all shapes are taken from the weights.
 """
 
 from __future__ import annotations
@@ -22,21 +23,23 @@ from sgm.errors import UserError, first_of
 
 Part = Literal["transformer", "vae", "lora"]
 
-# A placeholder such as ``{i}`` stands for a number, those in `_PATTERNS` for other texts. ``{~l}``
-# is the number l counted from the other end.
+# A placeholder such as ``{i}`` matches a number; placeholders in `_PATTERNS` match other texts.
+# ``{~l}`` is the number l, counted from the other end.
 _PLACEHOLDER = re.compile(r"\{(~?)(\w+)\}")
 _PATTERNS = {"rest": ".+", "kind": "weight|bias", "side": "encoder|decoder", "ab": "[AB]"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A pair of names with placeholders.
+    """A row of the table: the name of a SAT tensor and the diffusers tensors with its slices.
+
+    The SAT tensor is cut along its first axis into equal slices. The number of slices is the total
+    over all names in `diffusers`.
 
     Args:
-        sat: name in SAT.
-        diffusers: name in diffusers → numbers of the slices that the tensor consists of, in its
-            order. SAT's tensor is cut along its first axis into as many equal slices as all names
-            of the row have together.
+        sat: the name in SAT, with placeholders.
+        diffusers: name in diffusers, with placeholders → indices of the slices that are
+            concatenated, in this order, to the diffusers tensor.
     """
 
     sat: str
@@ -51,7 +54,7 @@ _LAYER = "transformer.layers.{i}"
 _BLOCK = "transformer_blocks.{i}"
 _ADALN = "mixins.adaln_layer"
 
-# The position table: both sides compute it if it is missing, so it is not converted.
+# The position table is not converted, because SAT and diffusers compute it if it is missing.
 POSITION_TABLE = "mixins.pos_embed.pos_embedding"
 _COMPUTED = (POSITION_TABLE, "patch_embed.pos_embedding")
 
@@ -60,7 +63,8 @@ TRANSFORMER = (
         f"{_LAYER}.attention.query_key_value.{{kind}}",
         {f"{_BLOCK}.attn1.to_{name}.{{kind}}": (i,) for i, name in enumerate("qkv")},
     ),
-    # Shift, scale and gate, in SAT of video's attention and MLP, then of text's attention and MLP.
+    # SAT's slices are (shift, scale, gate) of: 0 the video's attention, 1 the video's MLP, 2 the
+    # text's attention, 3 the text's MLP.
     Row(
         f"{_ADALN}.adaLN_modulations.{{i}}.1.{{kind}}",
         {f"{_BLOCK}.norm1.linear.{{kind}}": (0, 2), f"{_BLOCK}.norm2.linear.{{kind}}": (1, 3)},
@@ -101,7 +105,7 @@ LORA = _one_to_one(
     }
 )
 
-# SAT counts the decoder's levels from the finest, diffusers from the coarsest, which comes first.
+# SAT numbers the decoder's levels from the finest, diffusers from the coarsest, which runs first.
 _LEVELS = {
     "encoder.down.{l}.downsample": "encoder.down_blocks.{l}.downsamplers.0",
     "decoder.up.{l}.upsample": "decoder.up_blocks.{~l}.upsamplers.0",
@@ -125,7 +129,7 @@ _ROWS: Mapping[Part, tuple[Row, ...]] = {"transformer": TRANSFORMER, "vae": VAE,
 
 @cache
 def _pattern(template: str) -> re.Pattern[str]:
-    """The pattern of the names of a template; a name belongs to the first row that matches."""
+    """Return the regular expression for names that match `template`."""
     parts, end = [], 0
     for placeholder in _PLACEHOLDER.finditer(template):
         parts.append(re.escape(template[end : placeholder.start()]))
@@ -135,7 +139,10 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def _translated(template: str, other: str, match: re.Match[str], num_levels: int) -> str:
-    """The name of `other` for a name that matched `template`."""
+    """Fill the placeholders of the template `other` with what `match` captured for `template`.
+
+    `num_levels` is needed for levels that the two templates count from opposite ends.
+    """
 
     def fill(placeholder: re.Match[str]) -> str:
         value = match[placeholder[2]]
@@ -146,7 +153,7 @@ def _translated(template: str, other: str, match: re.Match[str], num_levels: int
 
 
 def _num_levels(names: Mapping[str, Tensor]) -> int:
-    """Levels of the autoencoder's decoder; 0 if there is no decoder."""
+    """Return the number of levels in the autoencoder's decoder; 0 if there is no decoder."""
     found = (re.match(r"decoder\.up(?:_blocks)?\.([0-9]{1,4})\.", name) for name in names)
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
@@ -154,10 +161,12 @@ def _num_levels(names: Mapping[str, Tensor]) -> int:
 def _matches(
     tensors: Mapping[str, Tensor], part: Part, where: str | Path, *, in_sat: bool
 ) -> Iterator[tuple[str, Row, str, re.Match[str]]]:
-    """Each name that is converted, its row, the template in it that matched, and the match.
+    """Yield (name, row, template, match) for each tensor to convert.
+
+    `row` is the first row with a `template` that matches the name. `match` is that match.
 
     Raises:
-        UserError: at the end, if no row has some of the names.
+        UserError: at the end, if some names match no row.
     """
     templates = [(r, t) for r in _ROWS[part] for t in ((r.sat,) if in_sat else r.diffusers)]
     unknown = []
@@ -170,18 +179,22 @@ def _matches(
             unknown.append(name)
     if unknown:
         raise UserError(
-            f"{where}: {len(unknown)} names are not those of a CogVideoX-2B {part} in "
+            f"{where}: {len(unknown)} tensor names do not belong to a CogVideoX-2B {part} in "
             f"{'SAT' if in_sat else 'diffusers'} format "
             f"({first_of(unknown)}); is it the {part} of another model?"
         )
 
 
 def _slices(tensor: Tensor, count: int, name: str, where: str | Path) -> tuple[Tensor, ...]:
-    """`tensor` in `count` equal pieces along its first axis."""
+    """Split `tensor` into `count` equal pieces along its first axis.
+
+    Raises:
+        UserError: the axis is not divisible by `count`.
+    """
     if count == 1:
         return (tensor,)
     if tensor.ndim == 0 or tensor.shape[0] % count:
-        what = f"has {name} of {list(tensor.shape)}, which does not divide into {count} equal parts"
+        what = f"has {name} of {list(tensor.shape)}, which cannot be split into {count} equal parts"
         raise damaged(where, what)
     return tensor.chunk(count)
 
@@ -189,7 +202,7 @@ def _slices(tensor: Tensor, count: int, name: str, where: str | Path) -> tuple[T
 def _taken(
     tensors: Mapping[str, Tensor], name: str, row: Row, slices: Sequence[int], where: str | Path
 ) -> Tensor:
-    """The tensor of diffusers that consists of these slices of the SAT tensor `name`."""
+    """Return the diffusers tensor that consists of `slices` of the SAT tensor `name`."""
     pieces = _slices(tensors[name], sum(map(len, row.diffusers.values())), name, where)
     return pieces[slices[0]] if len(slices) == 1 else torch.cat([pieces[i] for i in slices])
 
@@ -197,7 +210,14 @@ def _taken(
 def _united(
     tensors: Mapping[str, Tensor], row: Row, names: Mapping[str, str], where: str | Path
 ) -> Tensor:
-    """The SAT tensor of a row, from the tensors of diffusers that `names` gives per template."""
+    """Return the SAT tensor of a row, made from diffusers tensors.
+
+    Args:
+        tensors: name in diffusers → tensor.
+        row: the row of the table.
+        names: template in `row.diffusers` → name of the tensor that matches the template.
+        where: the file, for messages.
+    """
     pieces: dict[int, Tensor] = {}
     for template, slices in row.diffusers.items():
         name = names[template]
@@ -207,7 +227,7 @@ def _united(
         return first
     if first.ndim == 0 or any(piece.shape != first.shape for piece in pieces.values()):
         shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in names.values())
-        raise damaged(where, f"has {shapes}, whose shapes do not go together")
+        raise damaged(where, f"has {shapes}, whose shapes do not match")
     return torch.cat([pieces[i] for i in range(len(pieces))])
 
 
@@ -217,7 +237,7 @@ def _made(
     sources: Mapping[str, tuple[Any, ...]],
     where: str | Path,
 ) -> LazyTensors:
-    """Name → ``make(tensors, *source, where)``, and the same on the meta device."""
+    """Return a lazy mapping name → ``make(tensors, *source, where)``, for each of `sources`."""
     shapes = on_meta(tensors)
     return LazyTensors(
         {name: partial(make, tensors, *source, where) for name, source in sources.items()},
@@ -231,19 +251,20 @@ def to_diffusers(
     """Convert the tensors of a SAT checkpoint to diffusers' names and layout.
 
     Args:
-        tensors: names as in the plain model, without ``model.diffusion_model.``. Any dtype and
-            device is possible; meta tensors give meta tensors. Values stay the same to the bit.
-        part: the part of the model that has these tensors.
+        tensors: name → tensor. Names have no prefix ``model.diffusion_model.``. Any dtype and
+            device is possible; meta tensors give meta tensors.
+        part: the part of the model that the tensors belong to.
         where: the file, for messages.
 
     Returns:
-        Tensors that are views or are made on access. The position table is left out.
+        The converted tensors, which are views or made on access; all values keep every bit. The
+        position table is left out.
 
     Raises:
-        UserError: SAT has no such name, or a shape does not divide.
+        UserError: a name is unknown in SAT, or a tensor cannot be split into equal slices.
     """
     num_levels = _num_levels(tensors)
-    sources: dict[str, tuple[str, Row, Sequence[int]]] = {}  # of a name in diffusers
+    sources: dict[str, tuple[str, Row, Sequence[int]]] = {}  # keys: names in diffusers
     for name, row, template, match in _matches(tensors, part, where, in_sat=True):
         for other, slices in row.diffusers.items():
             translated = _translated(template, other, match, num_levels)
@@ -254,14 +275,14 @@ def to_diffusers(
 def to_sat(tensors: Mapping[str, Tensor], part: Part, *, where: str | Path) -> Mapping[str, Tensor]:
     """Convert the tensors of a diffusers checkpoint to SAT's names and layout.
 
-    The inverse of `to_diffusers`, with the same arguments.
+    This is the inverse of `to_diffusers` and has the same arguments.
 
     Raises:
-        UserError: diffusers has no such name, a name of the same row is missing, or the shapes of
-            the parts of a tensor do not go together.
+        UserError: a name is unknown in diffusers, another tensor that is part of the same SAT
+            tensor is missing, or the shapes of the parts do not match.
     """
     num_levels = _num_levels(tensors)
-    sources: dict[str, tuple[Row, dict[str, str]]] = {}  # of a name in SAT: template → name
+    sources: dict[str, tuple[Row, dict[str, str]]] = {}  # name in SAT → (row, template → name)
     for name, row, template, match in _matches(tensors, part, where, in_sat=False):
         translated = _translated(template, row.sat, match, num_levels)
         sources.setdefault(translated, (row, {}))[1][template] = name
@@ -269,7 +290,5 @@ def to_sat(tensors: Mapping[str, Tensor], part: Part, *, where: str | Path) -> M
         missing = [template for template in row.diffusers if template not in names]
         if missing:
             present = next(iter(names.values()))
-            raise damaged(
-                where, f"has {present}, but nothing under {missing[0]} for the same layer"
-            )
+            raise damaged(where, f"has {present}, but no {missing[0]} for the same layer")
     return _made(_united, tensors, sources, where)

@@ -1,4 +1,4 @@
-"""Lazy mappings of tensors, and tensors in another precision."""
+"""Mappings that make tensors on access, and conversion of tensors to another precision."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sgm.errors import UserError
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Name → tensor, each made on access, so that few are in memory at once.
+    """A mapping name → tensor. It makes each tensor on access, so few are in memory at once.
 
     Args:
         makers: name → function that makes the tensor.
-        meta: the same names with tensors on the meta device.
+        meta: name → the same tensor on the meta device.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class LazyTensors(Mapping[str, Tensor]):
         return self._makers[name]()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._makers  # Mapping's own would make the tensor
+        return name in self._makers  # Mapping.__contains__ would make the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)
@@ -40,32 +40,32 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def on_meta(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The same names with tensors on the meta device: shapes and dtypes, without reading values."""
+    """Return the tensors on the meta device: their shapes and dtypes, without reading values."""
     if isinstance(tensors, LazyTensors):
         return tensors.meta
     return {name: tensor.to("meta") for name, tensor in tensors.items()}
 
 
 def chosen(tensors: Mapping[str, Tensor], names: Iterable[str]) -> LazyTensors:
-    """The tensors of these names, each still made on access if it is lazy."""
+    """Return only the tensors called `names`; lazy tensors are still made on access."""
     makers = {name: partial(tensors.__getitem__, name) for name in names}
     meta = on_meta(tensors)
     return LazyTensors(makers, meta={name: meta[name] for name in makers})
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype, *, name: str, where: str | Path) -> Tensor:
-    """A tensor in another precision; a tensor of whole numbers stays as it is.
+    """Return `tensor` converted to `dtype`; an integer tensor is returned unchanged.
 
     Raises:
-        UserError: it has values beyond the range of `dtype`.
+        UserError: the tensor has values beyond the range of `dtype`.
     """
     if not tensor.is_floating_point() or tensor.dtype is dtype:
         return tensor
     result = tensor.to(dtype)
     if not result.isfinite().all() and tensor.isfinite().all():
         raise UserError(
-            f"{where}: {name} holds values beyond the range of {str(dtype)[6:]}; take bfloat16 "
-            "or leave the precision as it is"
+            f"{where}: {name} has values beyond the range of {str(dtype)[6:]}; use bfloat16 "
+            "or keep the original precision"
         )
     return result
 
@@ -73,10 +73,10 @@ def rounded(tensor: Tensor, dtype: torch.dtype, *, name: str, where: str | Path)
 def in_dtype(
     tensors: Mapping[str, Tensor], dtype: torch.dtype | None, *, where: str | Path
 ) -> Mapping[str, Tensor]:
-    """The tensors in another precision, rounded on access; None keeps the type of each tensor.
+    """Return the tensors in `dtype`, converted on access; None keeps the dtype of each tensor.
 
     Raises:
-        UserError: on access to a tensor with values beyond the range of `dtype`.
+        UserError: on access to a tensor that has values beyond the range of `dtype`.
     """
     if dtype is None:
         return tensors

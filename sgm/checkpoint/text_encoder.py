@@ -1,4 +1,4 @@
-"""The weights of the T5 text encoder: building, checking and filling it."""
+"""Builds the T5 text encoder, checks its weights and loads them."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ _WIDE = ".wo.weight"
 
 
 def _build_encoder(files: T5Files) -> T5EncoderModel:
-    """Build the encoder of a T5 folder on the meta device, without values."""
-    # Imported here, since it takes seconds and only this function needs it.
+    """Build the encoder that a T5 folder describes, on the meta device (without values)."""
+    # Imported here because the import takes seconds and only this function needs it.
     from transformers import T5Config, T5EncoderModel
 
     try:
         with torch.device("meta"):
             return T5EncoderModel(T5Config.from_dict(dict(files.config)))
-    except Exception as error:  # transformers and what it checks values with raise many kinds
+    except Exception as error:  # transformers and its validators raise errors of many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         folder = f"the T5 folder {files.path}"
         raise damaged(folder, f"cannot be loaded: {reason.rstrip('.')}") from None
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The type of a weight in an encoder of type `dtype`."""
-    # As in transformers: the range of float16 is too small for the sums of this layer.
+    """Return the dtype of the weight `name` in an encoder of type `dtype`."""
+    # Like transformers: in float16 the sums of this layer would overflow.
     return torch.float32 if dtype is torch.float16 and name.endswith(_WIDE) else dtype
 
 
 def check_t5(files: T5Files, *, dtype: torch.dtype) -> tuple[T5EncoderModel, dict[str, Tensor]]:
-    """Compare the weights of a text encoder with its config.json. Only headers are read.
+    """Check the weights of a text encoder against its config.json. Only file headers are read.
 
     Args:
         files: from `find_t5`.
-        dtype: of the encoder.
+        dtype: the dtype of the encoder.
 
     Returns:
-        The encoder on the meta device, in type `dtype`, and the weights for `fill_encoder`.
+        The encoder on the meta device, in `dtype`, and the weights for `fill_encoder`.
 
     Raises:
         UserError: weights are missing or damaged, or transformers cannot build the encoder.
@@ -59,13 +59,13 @@ def check_t5(files: T5Files, *, dtype: torch.dtype) -> tuple[T5EncoderModel, dic
     for file in files.files:
         found |= file.tensors()
     for name, other in (_TABLE_NAMES, _TABLE_NAMES[::-1]):
-        if name in found:  # files have one name of the table, or both
+        if name in found:  # files have the table under one or both of its names
             found[other] = found[name]
-    found = {name: tensor for name, tensor in found.items() if name in wanted}  # no decoder
+    found = {name: tensor for name, tensor in found.items() if name in wanted}  # drops the decoder
     here, hint = f"the T5 folder {files.path}", "download or copy it again"
     check_fit(found, wanted, path=here, model="its config.json", hint=hint)
     _assign(encoder, {n: weight.to(_dtype_of(n, dtype)) for n, weight in wanted.items()})
-    return encoder.eval(), found  # without dropout
+    return encoder.eval(), found  # eval() turns dropout off
 
 
 def fill_encoder(
@@ -76,15 +76,15 @@ def fill_encoder(
     device: str | torch.device,
     streamed: bool,
 ) -> None:
-    """Fill a text encoder with its weights, each moved from disk straight to `device` and `dtype`.
+    """Load the weights into a text encoder, each from disk directly to `device` and `dtype`.
 
-    `from_pretrained` of transformers would first read all of them into the host's memory.
+    `from_pretrained` of transformers would first read all weights into host memory.
 
     Args:
         encoder, found: from `check_t5`.
-        dtype, device: of the weights.
-        streamed: the weights stay mapped and in the files' type, so that host memory holds no copy
-            of them. Each is moved to `device` and `dtype` every time its block works.
+        dtype, device: the dtype and device of the loaded weights.
+        streamed: keep the weights mapped, in the dtype of the files, without a copy in host memory.
+            Each weight is moved to `device` and `dtype` every time its block runs.
     """
     if streamed:
         _assign(encoder, found)
@@ -99,4 +99,4 @@ def fill_encoder(
 
 def _assign(encoder: T5EncoderModel, weights: dict[str, Tensor]) -> None:
     encoder.load_state_dict(weights, assign=True)
-    encoder.set_input_embeddings(encoder.shared)  # one table under both of its names
+    encoder.set_input_embeddings(encoder.shared)  # both names share one table

@@ -1,4 +1,4 @@
-"""The weights of the diffusion transformer: reading a file, checking it and filling a model."""
+"""Reads the weights of the diffusion transformer, checks them and loads them into a network."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODEL_PREFIX = "model.diffusion_model."
-# The names of other parts in a checkpoint of the whole engine begin so.
+# The prefixes of other parts' names in a checkpoint of the whole engine.
 OTHER_PARTS = ("conditioner.", "first_stage_model.", "loss.", "loss_fn.", "denoiser.", "model_ema.")
 _HINT = "use the configuration that belongs to these weights"
 
 
 def is_lora_matrix(name: str) -> bool:
-    """Whether a weight of this name is a LoRA matrix."""
+    """Return whether the weight called `name` is a LoRA matrix."""
     return ".matrix_A." in name or ".matrix_B." in name
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Identity of a model's weights: 16 hexadecimal digits, the same for float32 and float16.
+    """Return 16 hexadecimal digits that identify a model by its weights.
 
-    It is the digest of the vectors (biases, scales of norms), rounded to float16. So only a small
-    part of a mapped file is read, and the result is the same if LoRA wraps a layer. A copy that is
-    rounded to bfloat16 counts as another model.
+    The fingerprint is a digest of all vectors (biases, scales of norms), rounded to float16.
+    Therefore only a small part of a mapped file is read, and float32 and float16 weights have the
+    same fingerprint, with or without LoRA layers. A copy in bfloat16 has another fingerprint.
 
     Args:
         tensors: name → tensor of the transformer, with or without the checkpoint's prefix.
@@ -59,16 +59,16 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def sort_keys(found: Weights) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Sort the transformer's tensors in a file of SAT format into (base weights, LoRA matrices).
+    """Split the transformer's tensors in a SAT file into (base weights, LoRA matrices).
 
-    The names are those of the plain model: without prefix, and without ``original``, which LoRA
-    puts before the weights of the layers that it wraps.
+    The returned names are the names in the model without LoRA. They have no prefix and no
+    ``original``, which SAT inserts into the weight names of layers with LoRA.
     """
     tensors = found.file.tensors()
     prefix = MODEL_PREFIX if any(name.startswith(MODEL_PREFIX) for name in tensors) else ""
     rest = [name for name in tensors if not name.startswith((prefix, *OTHER_PARTS))]
     if rest:
-        logger.warning("%s: %d unknown keys are not used: %s …", found.path, len(rest), rest[0])
+        logger.warning("%s: %d unknown keys are ignored: %s …", found.path, len(rest), rest[0])
     own = {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
@@ -80,7 +80,7 @@ def sort_keys(found: Weights) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def fill_lora(network: DiffusionTransformer, lora: Mapping[str, Tensor]) -> None:
-    """Copy matrices, checked by `check_lora`, into a network whose LoRA layers are added."""
+    """Copy matrices that `check_lora` has checked into a network that has its LoRA layers."""
     weights = dict(network.named_parameters())
     with torch.no_grad():
         for name, matrix in lora.items():
@@ -90,12 +90,12 @@ def fill_lora(network: DiffusionTransformer, lora: Mapping[str, Tensor]) -> None
 def check_lora(
     network: DiffusionTransformer, lora: Mapping[str, Tensor], path: str | Path | Weights
 ) -> None:
-    """Compare the LoRA matrices of the file `path` with a network.
+    """Check that LoRA matrices from the file `path` fit a network.
 
-    The network's LoRA layers may not be added yet.
+    The network need not have its LoRA layers yet.
 
     Raises:
-        UserError: the matrices are of other layers or another rank than its ``lora_config``, or it
+        UserError: the layers or the rank differ from the network's ``lora_config``, or the network
             has no ``lora_config``.
     """
     if network.lora_config:
@@ -104,14 +104,15 @@ def check_lora(
     name, matrix = next(iter(lora.items()))
     raise UserError(
         f"{path} holds LoRA matrices of rank {min(matrix.shape)} ({name} …), but the "
-        "configuration has no lora_config; add it under model with that r"
+        "configuration has no lora_config; add it under model, with this rank as r"
     )
 
 
 class TransformerTensors(NamedTuple):
-    """The tensors in a file or folder of a transformer, under the names of the plain model.
+    """The tensors of a transformer, under their names in the model without LoRA.
 
-    `base` is mapped from disk or made on access; `lora` are LoRA matrices.
+    `path` is the file or folder. The tensors in `base` are mapped from disk or made on access.
+    `lora` contains the LoRA matrices in the file.
     """
 
     path: Path
@@ -120,13 +121,14 @@ class TransformerTensors(NamedTuple):
 
 
 def read_transformer(load: str | Path | Weights, *, option: str = "load") -> TransformerTensors:
-    """Find and read the tensors of a transformer, of SAT or diffusers.
+    """Find and read the tensors of a transformer, in SAT's or diffusers' format.
 
     Args:
         load, option: as in `find_transformer`.
 
     Raises:
-        UserError: no such file, not weights, not CogVideoX-2B, or a LoRA without its base.
+        UserError: the file is missing, is not a weight file, is not CogVideoX-2B, or contains only
+            a LoRA.
     """
     found = find_transformer(load, option=option)
     if found.is_folder:
@@ -143,13 +145,17 @@ def read_transformer(load: str | Path | Weights, *, option: str = "load") -> Tra
 def check_transformer(
     network: DiffusionTransformer, load: str | Path | Weights
 ) -> TransformerTensors:
-    """Compare a transformer's weights with a network on the meta device. No values are read.
+    """Check that a transformer's weights fit a network on the meta device, without reading values.
+
+    Args:
+        network: the network.
+        load: as in `find_transformer`.
 
     Returns:
         The weights, for `load_transformer`.
 
     Raises:
-        UserError: as in `read_transformer`, or the weights are of another model.
+        UserError: as in `read_transformer`; also if the weights belong to another model.
     """
     found = read_transformer(load)
     wanted = network.state_dict()
@@ -160,7 +166,7 @@ def check_transformer(
     if found.lora:
         check_lora(network, found.lora, found.path)
     elif network.lora_config:
-        logger.debug("%s holds no LoRA matrices: LoRA starts from zero", found.path)
+        logger.debug("%s has no LoRA matrices; the LoRA starts from zero", found.path)
     return found
 
 
@@ -171,18 +177,18 @@ def load_transformer(
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> str:
-    """Fill a transformer that was built on the meta device with weights of SAT or diffusers.
+    """Load the weights of a transformer that was built on the meta device.
 
-    Tensors go from the mapped file straight to `device` and `dtype`, one by one, so that host
-    memory never holds a second copy. LoRA layers are added afterwards if they are configured.
+    Tensors go one by one from the mapped file directly to `device` and `dtype`, so host memory
+    never holds a second copy. LoRA layers are added afterwards if they are configured.
 
     Args:
         network: the transformer.
         load: as in `find_transformer`, or the result of `check_transformer`.
-        dtype, device: of the network's weights.
+        dtype, device: the dtype and device of the loaded weights.
 
     Returns:
-        The `fingerprint` of the file's weights before they are rounded to `dtype`.
+        The `fingerprint` of the weights in the file, before rounding to `dtype`.
 
     Raises:
         UserError: as in `check_transformer`.

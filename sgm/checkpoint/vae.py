@@ -13,12 +13,12 @@ from sgm.checkpoint.table import to_sat
 from sgm.checkpoint.tensors import chosen
 from sgm.checkpoint.weight_file import Weights
 
-# The autoencoder's names in a checkpoint of the whole engine begin so.
+# The prefix of the autoencoder's names in a checkpoint of the whole engine.
 ENGINE_PREFIX = "first_stage_model."
 
 
 def holds_autoencoder(weights: Weights) -> bool:
-    """Whether weights of a transformer are a checkpoint of the whole engine."""
+    """Return whether `weights`, given for the transformer, are a checkpoint of the whole engine."""
     if weights.is_folder:
         return False
     return any(name.startswith(ENGINE_PREFIX) for name in weights.file.tensors())
@@ -30,15 +30,16 @@ def load_vae_state(
     *,
     option: str = AUTOENCODER_OPTION,
 ) -> Mapping[str, Tensor]:
-    """Name → tensor of the autoencoder under SAT's names, mapped from disk or read on access.
+    """Return the autoencoder's tensors under SAT's names, mapped from disk or read on access.
 
     Args:
-        path, option: as in `find_autoencoder`; a file may be a checkpoint of the whole engine too.
-        ignore_keys: beginnings of names (or one of them as a text) that are left out, such as the
-            discriminator's.
+        path, option: as in `find_autoencoder`; the file may also be a checkpoint of the whole
+            engine.
+        ignore_keys: prefix or prefixes; tensors whose names start with one are left out, such as
+            the discriminator's.
 
     Raises:
-        UserError: the file cannot be read (see `read_weights`) or holds no autoencoder.
+        UserError: the file cannot be read (see `read_weights`) or contains no autoencoder.
     """
     found = find_autoencoder(path, option=option)
     if found.is_folder:

@@ -1,4 +1,4 @@
-"""Weight files: found by their paths without PyTorch, and read once, when they are needed."""
+"""Weight files. Finding them does not need PyTorch; each file is read once, on its first use."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from sgm.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_HEAD_BYTES = 512  # of a file, which show what kind of file it is
-_LARGEST_JSON = 1 << 26  # bytes; the index of a large model has some 100 kB
-# How files begin that stand in the place of the right one, and what messages say of them.
+_HEAD_BYTES = 512  # read from the start of a file to recognize its kind
+_LARGEST_JSON = 1 << 26  # bytes; the index of a large model has about 100 kB
+# The first bytes of files that are often saved in place of the right file → text of the error.
 _OTHER_HEADS = {
     (b"<!doctype", b"<html", b"<?xml", b"<head"): "is a web page, not the file itself: the "
     "download link answered with HTML; download it again",
-    (b"version https://git-lfs",): "is a pointer of git-lfs, not the file itself; run 'git lfs "
-    "pull' there",
+    (b"version https://git-lfs",): "is a git-lfs pointer, not the file itself; run 'git lfs "
+    "pull' in its folder",
 }
 
 
 def damaged(path: str | Path, reason: str) -> UserError:
-    """The error for a file that is incomplete, damaged or a file of another kind.
+    """Return the error for a file that is incomplete, damaged or of another kind.
 
     Args:
-        path: the file, or what messages call it.
+        path: the file, or its name in messages.
         reason: a clause that follows the path, such as "is cut off".
     """
     return UserError(f"{path} {reason}; download or copy it again")
 
 
 def incomplete(folder: str | Path, what: str) -> UserError:
-    """The error for a folder that was not copied completely.
+    """Return the error for a folder that was not copied completely.
 
     Args:
-        folder: the folder, or what messages call it.
+        folder: the folder, or its name in messages.
         what: the missing file, folder or contents.
     """
     return UserError(f"{folder} lacks {what}; copy it there from the original")
@@ -50,8 +50,8 @@ def incomplete(folder: str | Path, what: str) -> UserError:
 class Contents(NamedTuple):
     """The contents of a weight file.
 
-    `state` is the saved object; its tensors are mapped from disk, or read on access. `metadata` is
-    that of a safetensors header; `file` is the file itself.
+    `state` is the saved object; its tensors are mapped from disk or read on access. `metadata` is
+    the metadata in the header of a safetensors file. `file` is the open file.
     """
 
     state: Any
@@ -68,39 +68,41 @@ class OpenFile:
 
 
 class WeightFile:
-    """A file of weights. The first `read` reads it; it then stays mapped until `release`.
+    """A weight file. The first `read` maps the file, which stays mapped until `release`.
 
     Attributes:
-        kept: `release` has no effect; a file that was read is read again only if it has changed.
+        kept: if true, `release` has no effect, and `read` reads the file again if it has changed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.kept = False
         self._contents: Contents | None = None
-        self._state: FileState | None = None  # when it was read
+        self._state: FileState | None = None  # of the file when it was read
 
     def read(self, *, lazily: bool = False) -> Contents:
-        """The contents of the file; arguments and errors as in `read_weights`."""
-        # A change in place would show in the mapped tensors, or end the process.
+        """Return the contents of the file. Arguments and errors are as in `read_weights`."""
+        # If a file is changed in place, its mapped tensors change too, or the process crashes.
         if self._contents is None or (self.kept and not self.is_as_read):
-            from sgm.checkpoint import reading  # it imports PyTorch
+            from sgm.checkpoint import reading  # not at the top, because it imports PyTorch
 
             self._state = state_of(self.path)
             self._contents = reading.read_weights(self.path, lazily=lazily)
         return self._contents
 
     def tensors(self, *, lazily: bool = False) -> Mapping[str, Tensor]:
-        """The name → tensor mapping in the file; see `tensors_of`."""
+        """Return the name → tensor mapping in the file; see `tensors_of`."""
         from sgm.checkpoint import reading
 
         return reading.tensors_of(self.read(lazily=lazily).state, self.path)
 
     def open(self) -> BinaryIO:
-        """The file from its start, unbuffered; after `read` the very file that is mapped.
+        """Open the file at its start, unbuffered.
+
+        After `read` this is the mapped file, even if another file has replaced it at its path.
 
         Raises:
-            OSError: it cannot be opened.
+            OSError: the file cannot be opened.
         """
         if self._contents is None:
             return self.path.open("rb", buffering=0)
@@ -110,26 +112,26 @@ class WeightFile:
 
     @property
     def is_as_read(self) -> bool:
-        """Whether the file has not changed since it was read; true if it was not read."""
+        """Whether the file is unchanged since it was read; true if it has not been read."""
         return self._state in (None, state_of(self.path))
 
     def release(self) -> None:
-        """Drop the mapping of the file. Memory is freed once no tensor of it is used."""
+        """Unmap the file. Its memory is freed as soon as none of its tensors is in use."""
         if not self.kept:
             self._contents = None
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Weights that were found: files that belong together.
+    """The files of one set of weights, as the functions in `sgm.checkpoint.find` return them.
 
     Args:
         given: the path as the user gave it.
-        option: the option that gave it, for messages.
-        path: of the one file of SAT format or of a LoRA, or of the folder.
-        files: those that hold tensors.
-        beside: other files that the tensors depend on.
-        config: the content of a folder's ``config.json``; empty for a file.
+        option: the option that gave the path, for messages.
+        path: the file (in SAT format, or of a LoRA) or the folder.
+        files: the files that contain tensors.
+        beside: other files that belong to the weights, such as the index of the shards.
+        config: the content of the folder's ``config.json``; empty if `path` is a file.
     """
 
     given: str | Path
@@ -141,14 +143,14 @@ class Weights:
 
     @classmethod
     def of_file(cls, given: str | Path, path: Path, option: str) -> Weights:
-        """Weights in one file."""
+        """Return weights that consist of one file."""
         return cls(given, option, path, (WeightFile(path),))
 
     def __str__(self) -> str:
         return str(self.given)
 
     def __repr__(self) -> str:
-        return repr(str(self.given))  # in messages it stands for the path
+        return repr(str(self.given))  # shown in messages
 
     @property
     def is_folder(self) -> bool:
@@ -157,40 +159,40 @@ class Weights:
 
     @property
     def file(self) -> WeightFile:
-        """The file of weights that are one file."""
+        """The weight file, for weights that consist of one file."""
         (file,) = self.files
         return file
 
     @property
     def sources(self) -> list[Path]:
-        """All files that the tensors depend on, in a fixed order."""
+        """All files that belong to the weights, in a fixed order."""
         return [*self.beside, *(file.path for file in self.files)]
 
     def state(self) -> list[FileState | None]:
-        """The state of each source, which changes when the file is written again."""
+        """Return the state of each file in `sources`; it changes when the file is written again."""
         return [state_of(path) for path in self.sources]
 
     def is_unchanged(self, since: list[FileState | None]) -> bool:
-        """Whether no file was written again since this `state`, or since it was read."""
+        """Return whether no file has changed since `since` (from `state`) or since it was read."""
         return self.state() == since and all(file.is_as_read for file in self.files)
 
     def keep(self) -> None:
-        """Keep the files mapped from now on, so that no later use reads them again."""
+        """Keep the files mapped from now on; later uses do not read them again."""
         for file in self.files:
             file.kept = True
 
     def release(self) -> None:
-        """Drop the mappings of the files; the next use of tensors reads them again."""
+        """Unmap the files; the next use of their tensors reads them again."""
         for file in self.files:
             file.release()
 
 
-# Of a file: its device, inode, size in bytes and time of the last change in nanoseconds.
+# The device, inode, size in bytes and modification time in nanoseconds of a file.
 FileState = tuple[int, int, int, int]
 
 
 def state_of(path: Path) -> FileState | None:
-    """The state of a file, which changes when the file is written again; None if it is missing."""
+    """Return the state of a file, which changes with every write; None if the file is missing."""
     try:
         found = os.stat(path)
     except OSError:
@@ -200,11 +202,11 @@ def state_of(path: Path) -> FileState | None:
 
 @contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading from its start; it is closed at the end of the context.
+    """Open a file for reading; it is closed at the end of the context.
 
     Raises:
-        UserError: it is missing, cannot be read, or is recognisably not the right file: it is
-            empty, an HTML page or a pointer of git-lfs.
+        UserError: the file is missing or unreadable, or it is clearly not the right file: it is
+            empty, an HTML page or a git-lfs pointer.
     """
     try:
         if not path.is_file():
@@ -225,7 +227,7 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_kind(path: Path) -> None:
-    """Check that a file can be read and is not recognisably another one, as in `open_file`.
+    """Check that a file can be read and is not clearly the wrong file; see `open_file`.
 
     Raises:
         UserError: as in `open_file`.
@@ -235,10 +237,10 @@ def check_kind(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
-        UserError: the file is missing or damaged, or does not hold an object.
+        UserError: the file is missing, damaged or larger than 64 MiB, or is not a JSON object.
     """
     with open_file(path) as file:
         text = file.read(_LARGEST_JSON + 1)
@@ -246,19 +248,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def json_object(text: str | bytes, where: str | Path) -> dict[str, Any]:
-    """The object in a text of JSON.
+    """Return the object in a JSON text.
 
     Args:
-        text: the JSON, in UTF-8 if it is bytes.
-        where: the file, or what messages call the place of the text.
+        text: the JSON text; bytes must be UTF-8.
+        where: the file, or another name in messages for the source of the text.
 
     Raises:
-        UserError: the text is damaged, or does not hold an object.
+        UserError: the text is damaged or is not a JSON object.
     """
     try:
         found = json.loads(text)
-    except (ValueError, RecursionError):  # also of bytes that are not UTF-8
+    except (ValueError, RecursionError):  # ValueError also if bytes are not UTF-8
         found = None
     if not isinstance(found, dict):
-        raise damaged(where, "is damaged: it is not an object in JSON")
+        raise damaged(where, "is damaged: it is not a JSON object")
     return found

@@ -221,9 +221,9 @@ def swap_parts(pipe: Path) -> None:
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
 MISTAKES = {
-    "CogVideoX-5B": (configure(use_rotary_positional_embeddings=True), "as CogVideoX-5B"),
-    "CogVideoX1.5": (configure(patch_size_t=2), "patch_size_t=2, as CogVideoX1.5"),
-    "image to video": (configure(ofs_embed_dim=512), "as the image-to-video models"),
+    "CogVideoX-5B": (configure(use_rotary_positional_embeddings=True), "like CogVideoX-5B"),
+    "CogVideoX1.5": (configure(patch_size_t=2), "patch_size_t=2, like CogVideoX1.5"),
+    "image to video": (configure(ofs_embed_dim=512), "like the image-to-video models"),
     "another activation": (configure(activation_fn="geglu"), "activation_fn='geglu'"),
     "another class": (configure(_class_name="UNet2DModel"), "holds a diffusers 'UNet2DModel'"),
     "parts swapped": (swap_parts, "'AutoencoderKLCogVideoX', but the transformer"),
@@ -235,23 +235,23 @@ MISTAKES = {
     "no JSON for an index": (write("model_index.json", "{"), "model_index.json is damaged"),
     "config of no JSON": (write("transformer/config.json", "{]"), "config.json is damaged"),
     "config of deep JSON": (write("transformer/config.json", "[" * 9999), "config.json is damaged"),
-    "config of a list": (write("transformer/config.json", "[]"), "not an object in JSON"),
+    "config of a list": (write("transformer/config.json", "[]"), "not a JSON object"),
     "a page for config": (write("transformer/config.json", "<html>"), "is a web page"),
     "no config": (lambda p: (p / "transformer" / "config.json").unlink(), "no such file"),
     "no part": (lambda p: shutil.rmtree(p / "transformer"), "lacks the folder transformer"),
     "no shard": (lambda p: (p / "transformer" / SHARD).unlink(), f"lacks the shard {SHARD}"),
-    "a pointer": (write(f"transformer/{SHARD}", POINTER), "a pointer of git-lfs"),
+    "a pointer": (write(f"transformer/{SHARD}", POINTER), "a git-lfs pointer"),
     "a shard cut off": (write(f"transformer/{SHARD}", "12345678{"), "not a whole safetensors"),
     "index of no JSON": (write(f"transformer/{INDEX}", "weights"), "is damaged: it is not"),
     "index of nothing": (write(f"transformer/{INDEX}", "{}"), "it has no weight_map"),
-    "a file elsewhere": (point_to("../vae/config.json"), "names '../vae/config.json', which"),
-    "a file of the root": (point_to("/etc/passwd"), "names '/etc/passwd', which"),
-    "the folder itself": (point_to(".."), "which is not a file of its own folder"),
-    "no file's name": (point_to(3), "lacks the shard 3 "),
+    "a file elsewhere": (point_to("../vae/config.json"), "lists '../vae/config.json', which"),
+    "a file of the root": (point_to("/etc/passwd"), "lists '/etc/passwd', which"),
+    "the folder itself": (point_to(".."), "which is not a file in the same folder"),
+    "no file's name": (point_to(3), "lacks the shard 3, which"),
     "no weights": (lambda p: (p / "transformer" / INDEX).unlink(), "lacks weights"),
     "quantised weights": (
         edit_shard(lambda t: t.update({"proj_out.bias": t["proj_out.bias"].to(torch.int8)})),
-        "proj_out.bias is stored as int8; quantised",
+        "proj_out.bias is stored as int8; quantized",
     ),
     "a shape": (
         edit_shard(lambda t: t.update({"proj_out.bias": torch.ones(3)})),
@@ -299,14 +299,14 @@ def test_a_wrong_folder_of_an_autoencoder_is_one_sentence(pipe, kind):
 
 def test_a_file_of_diffusers_names_asks_for_its_folder(root, pipe):
     with pytest.raises(
-        UserError, match="holds no transformer of SAT format .*; it must be .* a diffusers folder"
+        UserError, match="holds no transformer in SAT format .*; it must be .* a diffusers folder"
     ):
         read_transformer(root / "one file" / f"{STEM}.safetensors")
     tensors = {"encoder.mid_block.resnets.0.conv1.conv.weight": torch.ones(1)}
     save_file(tensors, pipe / "vae.safetensors")
     with pytest.raises(
         UserError,
-        match="ckpt_path: .* holds no video autoencoder of SAT format .* or a diffusers folder",
+        match="ckpt_path: .* holds no video autoencoder in SAT format .* or a diffusers folder",
     ):
         load_vae_state(pipe / "vae.safetensors")
 

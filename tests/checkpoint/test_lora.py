@@ -279,8 +279,8 @@ def edit_of(kind, state, build):
 
 SPOILT = [
     ("whole model", "is a whole model, not a LoRA; it must be a LoRA"),
-    ("no matrices", "holds no LoRA of SAT format"),
-    ("other format", "no place .unet.lora_A.weight.*CogVideoX-2B"),
+    ("no matrices", "holds no LoRA in SAT format"),
+    ("other format", "do not fit .*unet.lora_A.weight.*CogVideoX-2B"),
     ("no tensors", "holds no tensors"),
     (
         "a matrix less",

@@ -175,11 +175,11 @@ def write(path, names=(), *, rank=2, settings=None, raw=None):
 
 BLOCK = "transformer.transformer_blocks.0"
 REFUSED_NAMES = {
-    f"{BLOCK}.ff.net.0.proj": r"no place \(.*ff.net.0.proj.*\): .* fuse_lora, unload_lora_w",
-    f"{BLOCK}.norm1.linear": "no place .*norm1.linear",
-    "transformer.proj_out": "no place .*proj_out",
-    "text_encoder.encoder.block.0.layer.0.SelfAttention.q": "no place .*text_encoder",
-    "unet.down_blocks.0.attn1.to_q": "no place .*unet.down_blocks.* is for CogVideoX-2B",
+    f"{BLOCK}.ff.net.0.proj": r"do not fit .*ff.net.0.proj.* fuse_lora, unload_lora_w",
+    f"{BLOCK}.norm1.linear": "do not fit .*norm1.linear",
+    "transformer.proj_out": "do not fit .*proj_out",
+    "text_encoder.encoder.block.0.layer.0.SelfAttention.q": "do not fit .*text_encoder",
+    "unet.down_blocks.0.attn1.to_q": "do not fit .*unet.down_blocks.* is for CogVideoX-2B",
 }
 
 
@@ -200,11 +200,11 @@ def test_a_layer_under_two_prefixes_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        (f"{BLOCK}.attn1.to_q.lora_magnitude_vector", "no place .*lora_magnitude_vector"),
-        (f"{BLOCK}.attn1.to_q.dora_scale", "no place .*dora_scale"),
-        (f"{BLOCK}.attn1.to_q.lora_B.bias", "no place .*lora_B.bias"),
-        ("lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight", "no place .*lora_down"),
-        (f"{BLOCK}.attn1.to_k.lora_A.weight", "no two matrices for .*to_k; download"),
+        (f"{BLOCK}.attn1.to_q.lora_magnitude_vector", "do not fit .*lora_magnitude_vector"),
+        (f"{BLOCK}.attn1.to_q.dora_scale", "do not fit .*dora_scale"),
+        (f"{BLOCK}.attn1.to_q.lora_B.bias", "do not fit .*lora_B.bias"),
+        ("lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight", "do not fit .*lora_down"),
+        (f"{BLOCK}.attn1.to_k.lora_A.weight", "no two matrices .* for .*to_k; download"),
     ],
 )
 def test_other_tensors_are_named(tmp_path, name, words):
@@ -226,7 +226,7 @@ SOUND = {"r": 2, "lora_alpha": 2}
         ),
         ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights='pissa_niter_4'"),
         ({"peft_type": "LOHA"}, "has peft_type='LOHA'"),
-        ({"r": 3}, r"of \[2, 8\] and \[8, 2\], which is not rank 3; download or copy it"),
+        ({"r": 3}, r"of \[2, 8\] and \[8, 2\], which do not have rank 3; download or copy it"),
         ({"r": "2"}, "has r='2'; download or copy it"),
         ({"r": None}, "has r=None; download or copy it"),
         ({"lora_alpha": None}, "has lora_alpha=None; download or copy it"),
@@ -246,7 +246,7 @@ def test_unusual_and_damaged_settings_are_one_sentence(tmp_path, settings, words
 
 @pytest.mark.parametrize(
     ("raw", "words"),
-    [("{", "not an object"), ("[" * 10**5, "not an object"), ("[1]", "not an object")],
+    [("{", "not a JSON object"), ("[" * 10**5, "not a JSON object"), ("[1]", "not a JSON object")],
 )
 def test_damaged_metadata_is_one_sentence(tmp_path, raw, words):
     with pytest.raises(UserError, match=f"the metadata of .*{words}"):
@@ -256,7 +256,7 @@ def test_damaged_metadata_is_one_sentence(tmp_path, raw, words):
 def test_damaged_settings_of_peft_are_one_sentence(tmp_path):
     write(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="adapter_config.json is damaged: it is not an object"):
+    with pytest.raises(UserError, match="adapter_config.json is damaged: it is not a JSON object"):
         read_lora(tmp_path)
 
 
@@ -272,7 +272,7 @@ def test_a_lora_in_the_place_of_a_model_is_told_where_it_belongs(tmp_path, prefi
 @pytest.mark.parametrize("save", [{}, {"max_shard_size": "100KB"}], ids=["one", "shards"])
 def test_a_folder_that_was_saved_before_its_lora_was_unloaded_is_called_that(ours, tmp_path, save):
     train(ours).save_pretrained(tmp_path, **save)
-    with pytest.raises(UserError, match=r"still holds the LoRA .*unload_lora_weights\(\)"):
+    with pytest.raises(UserError, match=r"still holds LoRA tensors .*unload_lora_weights\(\)"):
         read_transformer(tmp_path)
 
 

@@ -225,9 +225,7 @@ def test_a_small_file_cannot_ask_for_a_large_memory(tmp_path):
     path = tmp_path / "weights.pt"
     torch.save({"module": {"a": torch.zeros(1).expand(10**13)}}, path)
     assert path.stat().st_size < 10_000
-    with pytest.raises(
-        UserError, match="'a' is not a dense tensor of real numbers that are all in the file"
-    ):
+    with pytest.raises(UserError, match="'a' is not a dense tensor of real numbers, or its values"):
         tensors_of(read_checkpoint(path), path)
     shared = torch.arange(6.0)  # views, as of tied weights, are read
     torch.save({"module": {"a": shared.view(2, 3).T, "b": shared[1:3]}}, path)

@@ -44,5 +44,5 @@ def test_exactly_three_are_named_without_dots():
 
 def test_whole_numbers_are_not_weights():
     found = tensors("a") | {"b": torch.empty(2, dtype=torch.int8, device="meta")}
-    assert "keys 1 of whole numbers (b is int8);" in error_of(found, tensors("a", "b"))
+    assert "keys 1 of integer type (b is int8);" in error_of(found, tensors("a", "b"))
     check_fit(found, found, path="weights.pt", hint="")  # where the model has them too

@@ -192,28 +192,28 @@ MISTAKES = {
     "unknown to SAT": (
         to_diffusers,
         {"a": [2], "b": [2], "c": [2], "d": [2]},
-        r"file: 4 names are not those of a CogVideoX-2B transformer in SAT format \(a, b, c, …\)",
+        r"file: 4 tensor names do not belong to a .*transformer in SAT format \(a, b, c, …\)",
     ),
-    "unknown to diffusers": (to_sat, {"time_embed.0.bias": [2]}, "1 names .* diffusers format"),
+    "unknown to diffusers": (to_sat, {"time_embed.0.bias": [2]}, "1 tensor .* diffusers format"),
     "does not divide": (
         to_diffusers,
         {"transformer.layers.0.attention.query_key_value.bias": [8]},
-        r"of \[8\], which does not divide into 3",
+        r"of \[8\], which cannot be split into 3",
     ),
     "a part is absent": (
         to_sat,
         {f"{BLOCK}.to_q.bias": [2], f"{BLOCK}.to_v.bias": [2]},
-        r"has transformer_blocks.0.attn1.to_q.bias, but nothing under .*to_k",
+        r"has transformer_blocks.0.attn1.to_q.bias, but no .*to_k",
     ),
     "parts of different sizes": (
         to_sat,
         {f"{BLOCK}.to_q.bias": [2], f"{BLOCK}.to_k.bias": [1], f"{BLOCK}.to_v.bias": [3]},
-        r"to_q.bias \[2\], .*to_k.bias \[1\], .* do not go together",
+        r"to_q.bias \[2\], .*to_k.bias \[1\], .* do not match",
     ),
     "parts without an axis": (
         to_sat,
         {f"{BLOCK}.to_q.bias": [], f"{BLOCK}.to_k.bias": [], f"{BLOCK}.to_v.bias": []},
-        "do not go together",
+        "do not match",
     ),
 }
 

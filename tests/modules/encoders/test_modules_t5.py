@@ -148,7 +148,7 @@ def test_embeddings_are_the_same_with_a_tokenizer_json(newer, embedder):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("hello", "not an object in JSON"),
+        ("hello", "not a JSON object"),
         ("{}", "not the tokenizer of a T5 encoder"),
         ('{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "not the tokenizer of a T5"),
         ('{"model": {"type": "Unigram"}}', r"read as a tokenizer \(KeyError .vocab."),
@@ -239,7 +239,7 @@ def test_a_list_of_shards_beside_weights_in_one_file_is_not_theirs(broken):
 MISTAKES = {
     "no folder": (shutil.rmtree, "is not a folder"),
     "no config": (lambda f: (f / "config.json").unlink(), "lacks config.json"),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), "not an object in JSON"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "not a JSON object"),
     "another model": (lambda f: edit_config(f, model_type="umt5"), "holds 'umt5', not a T5"),
     "no tokenizer": (
         lambda f: (f / "spiece.model").unlink(),
@@ -247,7 +247,7 @@ MISTAKES = {
     ),
     "tokenizer pointer": (
         lambda f: (f / "spiece.model").write_text(POINTER),
-        "spiece.model is a pointer of git-lfs",
+        "spiece.model is a git-lfs pointer",
     ),
     "tokenizer of something else": (
         lambda f: (f / "spiece.model").write_text("hello"),
@@ -257,9 +257,9 @@ MISTAKES = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "lacks weights"),
     "weights pointer": (
         lambda f: (f / "model.safetensors").write_text(POINTER),
-        "model.safetensors is a pointer of git-lfs",
+        "model.safetensors is a git-lfs pointer",
     ),
-    "bin pointer": (lambda f: as_bin(f, POINTER.encode()), "bin is a pointer of git-lfs"),
+    "bin pointer": (lambda f: as_bin(f, POINTER.encode()), "bin is a git-lfs pointer"),
     "bin of something else": (
         lambda f: as_bin(f, b"hello, no pickle"),
         "cannot be read as weights",
@@ -271,7 +271,7 @@ MISTAKES = {
     "no weights in the file": (lambda f: (f / "model.safetensors").write_bytes(b""), "is empty"),
     "a missing weight": (drop_weight, r"its config.json: keys 1 missing .*block.1.layer.1.*wi_0"),
     "more layers": (lambda f: edit_config(f, num_layers=3), r"block\.2\.layer"),
-    "a missing shard": (in_shards, "lacks the shard model-00002-of-00002.safetensors that"),
+    "a missing shard": (in_shards, "lacks the shard model-00002-of-00002.safetensors, which"),
     "an invalid size": (lambda f: edit_config(f, num_layers="x"), "cannot be loaded: "),
     "another width": (lambda f: edit_config(f, d_model=128), "of another shape"),
 }
@@ -288,7 +288,7 @@ def test_a_broken_folder_is_refused_in_one_sentence(broken, kind):
 
 def test_pointers_of_git_lfs_are_named_when_the_files_are_found(broken):
     (broken / "model.safetensors").write_text(POINTER)
-    with pytest.raises(UserError, match="model.safetensors is a pointer of git-lfs"):
+    with pytest.raises(UserError, match="model.safetensors is a git-lfs pointer"):
         find_t5(broken)
 
 

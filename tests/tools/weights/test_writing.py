@@ -118,7 +118,7 @@ def test_precision_changes_when_asked_and_overflow_is_named():
     found = in_dtype(tensors, torch.bfloat16, where="file")
     assert found["w"].dtype is torch.bfloat16 and found["n"].dtype is torch.int64
     assert in_dtype(tensors, None, where="file") is tensors
-    with pytest.raises(UserError, match="file: w holds values beyond the range of float16"):
+    with pytest.raises(UserError, match="file: w has values beyond the range of float16"):
         in_dtype(tensors, torch.float16, where="file")["w"]
 
 
