@@ -3,7 +3,7 @@
     python -m tools.document_options
 
 The keys come from the option models in sgm/config.py and from the constructors of the classes that
-configurations name. The meanings come from the docstrings of these models and classes.
+configurations name. The meanings come from the descriptions of the options and from docstrings.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
 _HEAD = """# Configuration
 
-<!-- Written by `python -m tools.document_options`: edit the docstrings instead of this file. -->
+<!-- Written by `python -m tools.document_options`: edit the texts in the code, not this file. -->
 
 `--base` takes one or more YAML files and merges them in order: later files override earlier ones,
 and flags override all files. A file has four sections: `args`, `model`, `data` and `deepspeed`. A
@@ -112,7 +112,7 @@ def meanings(cls: type) -> dict[str, str]:
 
 
 def parameter_rows(cls: type) -> Iterator[tuple[str, str, str, str]]:
-    """Yield the key, type, default and meaning of each param of a class that a YAML file may set."""
+    """Yield the key, type, default and meaning of each param of `cls` that a YAML file may set."""
     texts = meanings(cls)
     for parameter in inspect.signature(cls).parameters.values():
         if parameter.name in SET_BY_CODE:

@@ -88,7 +88,10 @@ class Environment:
         return {file.stem: file.read_text("utf-8") for file in self.folder.glob("*.stamp")}
 
     def has(self, requirements: Path) -> bool:
-        """Return whether the current `requirements` are installed for the running Python version."""
+        """Return whether the present `requirements` are installed for the running Python version.
+
+        False if the file has changed since its installation.
+        """
         is_installed = self._stamps().get(requirements.name) == stamp(requirements)
         return is_installed and os.access(self.python, os.X_OK)
 
@@ -128,7 +131,7 @@ class Environment:
         _run(
             *(*pip, *quiet, "-r", requirements),
             failure=f"pip failed to install {requirements.name} (see above); if it cannot reach a "
-            "package index, check the network or set PIP_INDEX_URL to a mirror, then run this again",
+            "package index, connect to the network or set PIP_INDEX_URL to a mirror; then try again",
         )
         for file in _with_included(requirements):
             (self.folder / f"{file.name}.stamp").write_text(stamp(file), encoding="utf-8")

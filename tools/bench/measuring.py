@@ -153,7 +153,7 @@ class Workload:
         return Measured(seconds, peak, spread=(max(times) - min(times)) / 2 / seconds)
 
     def measure_step(self, call: Callable[[], object]) -> Measured:
-        """Measure a step of a loop, with more calls on a GPU until it settles at its power limit."""
+        """Measure a step of a loop. A GPU needs more calls, since it settles at its power limit."""
         on_gpu = self.device.type == "cuda"
         return self.measure(call, warmup=5, steps=10) if on_gpu else self.measure(call)
 
@@ -190,7 +190,7 @@ class Workload:
         )
 
     def step_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the latents (1, t, c, h, w), texts (2, n, d) and timestep (1,) of a guided step."""
+        """Return latents (1, t, c, h, w), texts (2, n, d) and timestep (1,) for a guided step."""
         texts = torch.randn(2, *self.text_shape(), device=self.device)
         return self.latents(), texts, torch.tensor([500], device=self.device)
 
