@@ -183,7 +183,7 @@ def write_prompts(prompts: Iterable[str], path: Path) -> None:
         if partial.stat().st_size == 0:
             partial.unlink()
             raise
-        raise UserError(f"{error} (the prompts finished before are in {partial})") from None
+        raise UserError(f"{error} (finished prompts are kept in {partial})") from None
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -131,7 +131,7 @@ class Environment:
         _run(
             *(*pip, *quiet, "-r", requirements),
             failure=f"pip failed to install {requirements.name} (see above); if it cannot reach a "
-            "package index, connect to the network or set PIP_INDEX_URL to a mirror; then try again",
+            "package index, connect to the network or set PIP_INDEX_URL to a mirror, and try again",
         )
         for file in _with_included(requirements):
             (self.folder / f"{file.name}.stamp").write_text(stamp(file), encoding="utf-8")
