@@ -96,8 +96,8 @@ check_number() {
         fail "$1=$2 is invalid; it must be a whole number of at least $3" 2
 }
 
-# meeting_place: sets ${meeting[@]}, the rendezvous arguments of torchrun. The processes meet on this
-# machine, or at MASTER_ADDR if NNODES machines run the same command.
+# meeting_place: sets ${meeting[@]}, the rendezvous arguments of torchrun. The processes meet on
+# this machine, or at MASTER_ADDR if NNODES machines run the same command.
 meeting_place() {
     local nodes=${NNODES:-1}
     check_number NNODES "$nodes" 1
@@ -115,8 +115,8 @@ meeting_place() {
     meeting+=(--master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 }
 
-# run_script SCRIPT: runs SCRIPT with ${configs[@]} and ${flags[@]}, in one process, or with torchrun
-# in NPROC processes on each of NNODES machines.
+# run_script SCRIPT: runs SCRIPT with ${configs[@]} and ${flags[@]}, in one process, or with
+# torchrun in NPROC processes on each of NNODES machines.
 run_script() {
     local processes=${NPROC:-} threads meeting
     [ -n "$processes" ] || processes=$(default_processes "$1")

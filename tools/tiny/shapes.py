@@ -112,8 +112,8 @@ def parse_caption(caption: str) -> ShapeSpec:
         said = [word for word in words if word in allowed]
         if len(said) > 1 or (not said and field not in _OPTIONAL):
             raise ValueError(
-                f"caption {caption!r} names {field} {len(said)} times; it must contain exactly one of "
-                f"{', '.join(allowed)}"
+                f"caption {caption!r} names {field} {len(said)} times; it must contain exactly "
+                f"one of {', '.join(allowed)}"
             )
         found[field] = said[0] if said else None
     return ShapeSpec(**found)
