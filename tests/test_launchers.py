@@ -240,7 +240,10 @@ def test_several_machines_meet_at_the_master(copy):
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        *(({"NPROC": number}, f"NPROC={number}: ") for number in ("0", "two", "-1", "1.5", "08")),
+        *(
+            ({"NPROC": number}, f"NPROC={number} is invalid; ")
+            for number in ("0", "two", "-1", "1.5", "08")
+        ),
         ({"NNODES": "1:2"}, "NNODES=1:2 is invalid; it must be a whole number of at"),
         ({"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2, but MASTER_ADDR is not set"),
         ({"NNODES": "2", "MASTER_ADDR": "h"}, "NNODES=2, but NODE_RANK is not set"),
@@ -250,7 +253,7 @@ def test_several_machines_meet_at_the_master(copy):
         ),
         (
             {"NNODES": "2", "MASTER_ADDR": "h", "NODE_RANK": "0", "MASTER_PORT": "x"},
-            "MASTER_PORT=x: it must be",
+            "MASTER_PORT=x is invalid; it must be",
         ),
     ],
 )
