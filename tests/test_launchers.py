@@ -115,7 +115,7 @@ def test_help_is_of_the_launcher_first(copy, launcher):
     done = run([f"{launcher}.sh", "a.yaml", "--help", "--seed", "3"], copy)
     *own, called = done.stdout.splitlines()
     assert f"bash {launcher}.sh [CONFIG.yaml ...] [--FLAG ...]" in own[0]
-    assert own[-1] == "Flags (--base is given by this script):"
+    assert own[-1] == "Flags (this script sets --base):"
     script = {"inference": "sample_video.py", "finetune": "train_video.py"}[launcher]
     assert json.loads(called)[:2] == [script, ["--help"]]
     assert done.stderr == ""  # nothing is said of weights
@@ -240,17 +240,20 @@ def test_several_machines_meet_at_the_master(copy):
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        *(({"NPROC": number}, f"NPROC={number}: ") for number in ("0", "two", "-1", "1.5", "08")),
-        ({"NNODES": "1:2"}, "NNODES=1:2: it must be a whole number from 1"),
+        *(
+            ({"NPROC": number}, f"NPROC={number} is invalid; ")
+            for number in ("0", "two", "-1", "1.5", "08")
+        ),
+        ({"NNODES": "1:2"}, "NNODES=1:2 is invalid; it must be a whole number of at"),
         ({"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2, but MASTER_ADDR is not set"),
         ({"NNODES": "2", "MASTER_ADDR": "h"}, "NNODES=2, but NODE_RANK is not set"),
         (
             {"NNODES": "2", "MASTER_ADDR": "h", "NODE_RANK": "2"},
-            "NODE_RANK=2: with NNODES=2 it must be below 2",
+            "NODE_RANK=2 is too large; with NNODES=2 it must be below 2",
         ),
         (
             {"NNODES": "2", "MASTER_ADDR": "h", "NODE_RANK": "0", "MASTER_PORT": "x"},
-            "MASTER_PORT=x: it must be",
+            "MASTER_PORT=x is invalid; it must be",
         ),
     ],
 )
@@ -268,7 +271,7 @@ def test_an_old_or_absent_python_is_one_sentence(copy, tmp_path, name):
         python.chmod(0o755)
     done = run(["inference.sh"], copy, PYTHON=str(python))
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"error: {python} is not a Python of version 3.10")
+    assert done.stderr.startswith(f"error: {python} is not Python 3.10")
     assert done.stderr.count("\n") == 1
 
 

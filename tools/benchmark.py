@@ -1,20 +1,20 @@
-"""Measure time and memory of a configuration, piece by piece or as a whole.
+"""Measure how much time and GPU memory a configuration takes, part by part or as a whole.
 
     python tools/benchmark.py --base configs/cogvideox_2b_infer.yaml --against diffusers
     python tools/benchmark.py --base configs/cogvideox_2b_sft.yaml --only train --against diffusers
 
-A configuration with a section `deepspeed` is for training, one without it for making videos:
+If the configuration has a section `deepspeed`, `train` is measured; otherwise, the other sections:
 
-    step      one sampling step with guidance: a batched forward of the transformer
-    decode    latents to the frames of a video
-    encode    the frames of a video to moments
-    t5        a prompt to its embedding
-    pipeline  a prompt to a video: T5, all steps of the sampler, decoding
-    train     a training step: the objective, DeepSpeed's engine and the optimizer
+    step      one sampling step with guidance: one batched forward pass of the transformer
+    decode    decode latents to video frames
+    encode    encode video frames to moments
+    t5        embed a prompt
+    pipeline  turn a prompt into a video: T5, all sampling steps, decoding
+    train     one training step: the objective, DeepSpeed's engine and the optimizer
 
-If the weights of the configuration are missing, or if `--weights` names a new folder, random
-weights are written and read. Time and memory do not depend on the values of weights, except for
-attention on Hopper GPUs: the wider its scores are spread, the higher is the fallback ratio.
+If the weights of the configuration are missing, or if `--weights` names a folder that does not
+exist, random weights are written and used. Time and memory do not depend on weight values, except
+for attention on Hopper GPUs: a wider spread of attention scores raises the fallback ratio.
 """
 
 from __future__ import annotations
@@ -53,22 +53,23 @@ from tools.bench.jobs import (
 from tools.bench.measuring import run_dtype, t5_params
 
 GB = 1e9
-_WITH_WEIGHTS = {"pipeline", "t5"}  # the sections that read files
+_WITH_WEIGHTS = {"pipeline", "t5"}  # the sections that read weight files
 
 
 def choose_sections(config: Config, asked: str | None) -> list[str]:
-    """The sections to measure: those of ``--only``, or all that the configuration is for.
+    """Return the sections to measure: those in `asked` (``--only``), or all that fit `config`.
 
     Raises:
-        UserError: a section is unknown, or the configuration is not for it.
+        UserError: a section is unknown or does not fit the configuration.
     """
     possible = ("train",) if config.deepspeed else INFERENCE_SECTIONS
     names = asked.split(",") if asked else possible
     for name in names:
         if name not in possible:
             raise UserError(
-                f"--only {name}: a configuration with{'' if config.deepspeed else 'out'} a section "
-                f"deepspeed is for {', '.join(possible)}"
+                f"--only {name} does not fit a configuration with"
+                f"{'' if config.deepspeed else 'out'} a section deepspeed; choose from "
+                f"{', '.join(possible)}"
             )
     return [section for section in possible if section in names]
 
@@ -77,34 +78,37 @@ def check_options(options: argparse.Namespace, config: Config) -> None:
     """Check the options before anything is loaded.
 
     Raises:
-        UserError: an option cannot be used, or the configuration lacks a part that is measured.
+        UserError: an option is invalid, or the configuration lacks a section that is needed.
     """
     trains = bool(config.deepspeed)
     if any(n is not None and n < 1 for n in (options.steps, options.warmup, options.rank)):
         raise UserError("--steps, --warmup and --rank must be at least 1")
     if trains and options.attention == "hopper":
-        raise UserError("--attention hopper is for sampling; for training take flash or sdpa")
+        raise UserError("--attention hopper supports only sampling; use flash or sdpa for training")
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
-        raise UserError(f"--json {options.json}: name a file in a folder that exists")
+        raise UserError(
+            f"--json {options.json} cannot be written; name a file in an existing folder"
+        )
     packages = ["diffusers", "peft"] if trains else ["diffusers"]
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if options.against and missing:
         raise UserError(
-            f"--against {options.against} needs {' and '.join(missing)}; pip install them"
+            f"--against {options.against} needs {' and '.join(missing)}; install with pip"
         )
     for node in () if trains else ("conditioner_config", "first_stage_config", "sampler_config"):
         if not config.model.get(node):
-            raise UserError(f"model.{node} is missing; a configuration that samples has it")
+            raise UserError(f"model.{node} is missing in the configuration; sampling needs it")
 
 
 @contextmanager
 def config_with_weights(config: Config, folder: Path | None) -> Iterator[Config]:
-    """The configuration with paths of existing weights.
+    """Yield the configuration with paths of weights that exist.
 
     Args:
-        config: as the files give it.
-        folder: weights to use in place of those of `config`. If it does not exist, random ones are
-            written to it. None: those of `config`, or random ones in a temporary folder.
+        config: the configuration as its files define it.
+        folder: use the weights in this folder instead of those of `config`. If the folder does not
+            exist, random weights are written to it. None: use the weights of `config`, or random
+            weights in a temporary folder if they are missing.
 
     Raises:
         UserError: the folder cannot be written.
@@ -127,11 +131,11 @@ def config_with_weights(config: Config, folder: Path | None) -> Iterator[Config]
 
 
 def _has_weights(config: Config) -> bool:
-    """Whether all weights of a configuration exist; prints what is missing."""
+    """Return whether all weights of a configuration exist; print what is missing."""
     try:
         find_weights(config.model, config.args.load)
     except UserError as error:
-        print(f"random weights, since {error}", file=sys.stderr)
+        print(f"using random weights, because {error}", file=sys.stderr)
         return False
     return True
 
@@ -145,7 +149,7 @@ def _paths_in(folder: Path) -> dict[str, Path]:
 
 
 def _write_apart(config: Config, folder: Path) -> None:
-    """Write random weights in a process of its own, which leaves nothing on the GPU."""
+    """Write random weights in a separate process, so that no GPU memory stays allocated."""
     from tools.make_random_weights import write_weights
 
     paths, dtype = _paths_in(folder), run_dtype(config)
@@ -159,9 +163,9 @@ def report(
     """Run all jobs, print each result when it is finished, and return all of them.
 
     Args:
-        jobs: the jobs.
-        json_file: the results are written to it too, as a list `results` after the keys of `head`.
-        head: the command line, its configurations and the versions of packages.
+        jobs: the jobs, in the order in which they run.
+        json_file: a file to write too, after each job: the keys of `head`, then a list `results`.
+        head: the command line, its configuration files and the package versions.
 
     Raises:
         UserError: the file cannot be written.
@@ -178,7 +182,7 @@ def report(
 
 
 def print_table(results: Sequence[BenchmarkResult]) -> None:
-    """Print a line for each result, compared with the reference of its section."""
+    """Print a line for each result, with its time relative to the reference of its section."""
     print(
         f"{'section':9} {'implementation':40} {'seconds':>8} {'+-':>5} {'samples/s':>9} "
         f"{'peak GB':>8} {'of peak':>8} {'time':>7}"
@@ -208,39 +212,41 @@ def _line(result: BenchmarkResult, reference: float | None) -> str:
 
 
 def build_parser() -> CommandParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base", nargs="+", required=True, help="configurations, merged in order")
+    parser.add_argument("--base", nargs="+", required=True, help="YAML files, merged in order")
     parser.add_argument(
         "--only",
         metavar="SECTION,…",
-        help="what to measure; default: all that the configuration is for",
+        help="what to measure; default: all sections that fit the configuration",
     )
-    parser.add_argument("--against", choices=("diffusers",), help="measure a baseline too")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
+    parser.add_argument("--against", choices=("diffusers",), help="also measure a baseline")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPU")
     parser.add_argument(
         "--attention",
         choices=("auto", "hopper", "flash", "sdpa"),
-        help="kernel of attention; default: args.attention of the configuration",
+        help="attention kernel; default: args.attention of the configuration",
     )
     parser.add_argument(
-        "--warmup", type=int, help="runs before the measured ones: 1; step and train on a GPU: 5"
+        "--warmup", type=int, help="warm-up runs; default: 1, or 5 for step and train on a GPU"
     )
     parser.add_argument(
-        "--steps", type=int, help="measured runs: 3; pipeline: 1; step and train on a GPU: 10"
+        "--steps",
+        type=int,
+        help="measured runs; default: 3, or 1 for pipeline, or 10 for step and train on a GPU",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to it too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     parser.add_argument(
         "--weights",
         type=Path,
         metavar="DIR",
-        help="folder of the weights; if new, random ones are written",
+        help="folder of the weights; if it does not exist, random weights are written to it",
     )
-    training = parser.add_argument_group("of training")
+    training = parser.add_argument_group("training")
     training.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
-    training.add_argument("--rank", type=int, default=128, help="rank of LoRA; default: 128")
+    training.add_argument("--rank", type=int, default=128, help="LoRA rank; default: 128")
     training.add_argument(
         "--keep",
         nargs="+",
@@ -252,7 +258,7 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, measure, report; returns the exit code: 1 if a line failed."""
+    """Run the benchmark; return the exit code, which is 1 if a measurement failed."""
     argv = sys.argv[1:] if argv is None else argv
     options = build_parser().parse_args(argv)
     set_up_logging()

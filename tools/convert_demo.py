@@ -1,13 +1,13 @@
 """Turn short ideas into the long English prompts that CogVideoX was trained on.
 
-    export OPENAI_API_KEY=...                         # of any service with OpenAI's interface
-    export OPENAI_BASE_URL=http://localhost:8000/v1   # if it is not OpenAI's own service
+    export OPENAI_API_KEY=...                         # key of any OpenAI-compatible service
+    export OPENAI_BASE_URL=http://localhost:8000/v1   # only for services other than OpenAI
     python tools/convert_demo.py --prompt "a girl flies a kite by the sea"
     python tools/convert_demo.py --input-file ideas.txt --output-file prompts.txt
 
-Ideas may be in any language, one on each line of the file. The prompts are written in the same
-order, one on each line; the file can be the `input_file` of sample_video.py. Only this tool needs
-the package openai: pip install openai
+The input file has one idea per line, in any language. The output file has one prompt per line, in
+the same order, and can be the `input_file` of sample_video.py. This tool needs the package openai,
+which is not in the requirements: pip install openai
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# This file is run by its path, from any folder.
+# Users may run this file by its path from any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
@@ -33,10 +33,10 @@ from sgm.prompts import read_prompt_file
 if TYPE_CHECKING:
     import openai
 
-# Long enough for the first word of a local model on a CPU.
+# A local model on a CPU may take this long to produce its first word.
 TIMEOUT_SECONDS = 120.0
 
-# The video model reads 226 T5 tokens, about 170 English words, and cuts the rest.
+# The video model reads 226 T5 tokens (about 170 English words) and ignores the rest of a prompt.
 INSTRUCTIONS = """\
 You write prompts for a text-to-video model. The user sends an idea, in any language. Answer with \
 one English paragraph that describes the video of it, and with nothing else: no title, no \
@@ -80,10 +80,10 @@ EXAMPLES = (
 
 
 def make_client(*, retries: int) -> openai.OpenAI:
-    """A client of the endpoint in the environment.
+    """Return a client for the endpoint that the environment variables define.
 
     Raises:
-        UserError: the package is missing, or there is no key that can be sent.
+        UserError: the package openai is missing, or the key is missing or not ASCII.
     """
     try:
         import openai
@@ -94,8 +94,8 @@ def make_client(*, retries: int) -> openai.OpenAI:
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not key or not key.isascii():
         raise UserError(
-            "OPENAI_API_KEY is not set, or not in ASCII; export the key of your service, or any "
-            "word for a local server without keys"
+            "OPENAI_API_KEY is not set or not ASCII; export the key of your service (any word if "
+            "your service is a local server without keys)"
         )
     address = os.environ.get("OPENAI_BASE_URL", "").strip() or None
     return openai.OpenAI(
@@ -104,31 +104,31 @@ def make_client(*, retries: int) -> openai.OpenAI:
 
 
 def _explain(error: openai.OpenAIError) -> str:
-    """What the endpoint did, for an error of its client."""
+    """Describe what the endpoint did wrong, for an error that the client raised."""
     import openai
 
     if not isinstance(error, openai.APIStatusError):
-        return f"gave no answer that can be used ({error.__cause__ or error})"
+        return f"gave no usable answer ({error.__cause__ or error})"
     body = error.body.get("message") if isinstance(error.body, dict) else None
     reason = " ".join(str(body or error.response.reason_phrase).split())
     return f"refused the request ({error.status_code}: {reason})"
 
 
 def _as_one_line(answer: str) -> str:
-    """An answer without line breaks, and without quotation marks around all of it."""
+    """Return an answer without line breaks and without quotation marks that enclose all of it."""
     line = " ".join(answer.split())
     quoted = re.fullmatch(r'["“]([^"“”]*)["”]', line)
     return quoted[1].strip() if quoted else line
 
 
 def rewrite(client: openai.OpenAI, idea: str, *, model: str, tries: int) -> str:
-    """The prompt for an idea, one line of text.
+    """Return the prompt for an idea, as one line of text.
 
     Args:
-        client: repeats requests that fail on the way.
-        idea: in any language.
-        model: the service's name of the model.
-        tries: how often to ask until the answer has text; models give empty answers now and then.
+        client: the client of the service; it repeats requests that fail on the network.
+        idea: the idea, in any language.
+        model: name of the model at the service.
+        tries: number of attempts to get an answer with text; models sometimes give empty answers.
 
     Raises:
         UserError: the endpoint cannot be reached or refuses, or no answer has text.
@@ -147,27 +147,28 @@ def rewrite(client: openai.OpenAI, idea: str, *, model: str, tries: int) -> str:
         except openai.OpenAIError as error:
             raise UserError(
                 f"{address} {_explain(error)}; check OPENAI_BASE_URL, OPENAI_API_KEY, --model "
-                f"{model!r} and the limits of the service, or give more --retries"
+                f"{model!r} and the limits of the service, or increase --retries"
             ) from None
         choices = getattr(completion, "choices", None)  # the client returns a web page as a str
         if not choices:
             raise UserError(
-                f"the answer of {address} is not a chat completion; OPENAI_BASE_URL should be the "
-                "address of the interface, which often ends in /v1"
+                f"the answer of {address} is not a chat completion; set OPENAI_BASE_URL to the "
+                "address of the service's API, which often ends in /v1"
             )
         if prompt := _as_one_line(choices[0].message.content or ""):
             return prompt
         refusal = choices[0].message.refusal
     reason = f": {_as_one_line(refusal)}" if refusal else ""
-    raise UserError(f"the model {model} gave no text for {idea!r} in {tries} tries{reason}")
+    raise UserError(f"the model {model} returned no text for {idea!r} in {tries} tries{reason}")
 
 
 def write_prompts(prompts: Iterable[str], path: Path) -> None:
-    """Write prompts, one on each line, to a file beside `path` that is renamed to it at the end.
+    """Write prompts, one per line, to a partial file beside `path`, and rename it at the end.
 
     Raises:
-        UserError: the file cannot be written; or that of the prompts, which names the file beside
-            `path` if some are in it, since they have been paid for.
+        UserError: the file cannot be written, or producing a prompt failed. If prompts were written
+            before the failure, the partial file is kept, because they have been paid for, and the
+            error names the file.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -182,7 +183,7 @@ def write_prompts(prompts: Iterable[str], path: Path) -> None:
         if partial.stat().st_size == 0:
             partial.unlink()
             raise
-        raise UserError(f"{error} (the prompts before it are kept in {partial})") from None
+        raise UserError(f"{error} (finished prompts are kept in {partial})") from None
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -191,10 +192,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="IDEA", help="the idea to turn into a prompt")
-    source.add_argument("--input-file", type=Path, help="UTF-8 text with one idea on each line")
-    parser.add_argument("--output-file", type=Path, help="where to write; default: the screen")
-    parser.add_argument("--model", default="gpt-4o", help="the service's name of the model")
-    parser.add_argument("--retries", type=int, default=3, help="how often to ask again")
+    source.add_argument("--input-file", type=Path, help="UTF-8 text file with one idea per line")
+    parser.add_argument("--output-file", type=Path, help="file to write; default: print prompts")
+    parser.add_argument("--model", default="gpt-4o", help="name of the model at the service")
+    parser.add_argument("--retries", type=int, default=3, help="how often to retry a request")
     flags = parser.parse_args(argv)
     if flags.prompt is not None and not flags.prompt.strip():
         parser.error("--prompt is empty; write an idea")
@@ -204,7 +205,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code.
+    """Run the command and return its exit code.
 
     Raises:
         UserError: an input or the environment is invalid, or the endpoint fails.

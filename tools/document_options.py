@@ -2,8 +2,8 @@
 
     python -m tools.document_options
 
-The keys come from the option models of sgm/config.py and from the constructors of the classes that
-the configurations name, the meanings from their docstrings.
+The keys come from the option models in sgm/config.py and from the constructors of the classes that
+configurations name. The meanings come from the descriptions of the options and from docstrings.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
 _HEAD = """# Configuration
 
-<!-- Written by `python -m tools.document_options`; change the code it is taken from. -->
+<!-- Written by `python -m tools.document_options`: edit the texts in the code, not this file. -->
 
-YAML files are merged in the order in which `--base` names them, and a flag wins over the files.
-They have four sections: `args`, `model`, `data` and `deepspeed`. A key without a value has its
-default, and a single value where a list is expected is a list of one. `${args.seed}` repeats
-another value; functions such as `${oc.env:HOME}` are not called. Every key of `args` is a flag too:
-`sampling_fps` is `--sampling-fps`. The section `deepspeed` is
-[DeepSpeed's own](https://www.deepspeed.ai/docs/config-json/).
+`--base` takes one or more YAML files and merges them in order: later files override earlier ones,
+and flags override all files. A file has four sections: `args`, `model`, `data` and `deepspeed`. A
+key without a value keeps its default. Where a list is expected, a single value counts as a list of
+one. `${args.seed}` inserts the value of another key; functions such as `${oc.env:HOME}` are not
+allowed. Every key of `args` is also a flag: `sampling_fps` becomes `--sampling-fps`. The section
+`deepspeed` takes [the keys of DeepSpeed](https://www.deepspeed.ai/docs/config-json/).
 """
 
-# Parts of the model: the key of their node, and the classes that it can name.
+# The documented nodes: the key of each node, and the classes that the node can name.
 _PARTS = {
     "model": ["sgm.engine.SATVideoDiffusionEngine"],
     "network_config": ["sgm.models.transformer.DiffusionTransformer"],
@@ -79,7 +79,10 @@ def _table(rows: Iterator[tuple[str, str, str, str]]) -> str:
 def option_rows(
     model: type[Options], *, without: type[Options] | None = None
 ) -> Iterator[tuple[str, str, str, str]]:
-    """Key, type, default and meaning of each field, less the unchanged fields of another model."""
+    """Yield the key, type, default and meaning of each field.
+
+    Fields that are identical in `without` are skipped.
+    """
     inherited = without.model_fields if without else {}
     for name, field in model.model_fields.items():
         if name in inherited and repr(inherited[name]) == repr(field):
@@ -94,7 +97,7 @@ def _default(value: object) -> str:
 
 
 def meanings(cls: type) -> dict[str, str]:
-    """Parameter → meaning, from the section ``Args`` of the docstrings of a class and its bases."""
+    """Return the meaning of each parameter, from the ``Args`` sections of a class and its bases."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         section = re.search(
@@ -109,7 +112,7 @@ def meanings(cls: type) -> dict[str, str]:
 
 
 def parameter_rows(cls: type) -> Iterator[tuple[str, str, str, str]]:
-    """Key, type, default and meaning of each param that a file may give to a class."""
+    """Yield the key, type, default and meaning of each param of `cls` that a YAML file may set."""
     texts = meanings(cls)
     for parameter in inspect.signature(cls).parameters.values():
         if parameter.name in SET_BY_CODE:
@@ -123,7 +126,7 @@ def parameter_rows(cls: type) -> Iterator[tuple[str, str, str, str]]:
 
 
 def page() -> str:
-    """The text of docs/configuration.md."""
+    """Return the text of docs/configuration.md."""
     parts = [_HEAD]
     commands = {
         "both commands": (CommonArgs, None),

@@ -4,10 +4,11 @@
     python tools/evaluate_tiny.py --lora ckpts/tiny-lesson-… --output-dir outputs/known
     python tools/evaluate_tiny.py --videos outputs
 
-Renders the 44 combinations that training never saw, in two wordings each, with sample_video.py.
-Measures colour, shape, direction and background in each mp4, and the fidelity of the autoencoder on
-new clips. Other flags are passed to sample_video.py; with --lora the result shows whether a
-fine-tuned model still draws what it knew before. With --videos, existing mp4s are measured instead.
+The captions are the 44 combinations that training never saw, in two wordings each. This renders
+them with sample_video.py, and measures colour, shape, direction and background in each mp4. It also
+measures the PSNR of the autoencoder on new clips. Other flags are passed to sample_video.py. With
+--lora, the result shows whether a fine-tuned model still draws what it knew before. With --videos,
+existing mp4s are measured instead.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SHEET_COLUMNS, SHEET_FRAMES, LABEL_HEIGHT, GAP, FRAME_GAP = 4, 4, 14, 6, 2
 
 @dataclass(frozen=True)
 class MeasuredVideo:
-    """A video, what its caption says and what was measured."""
+    """A video, the attributes in its caption and the measured attributes."""
 
     spec: ShapeSpec
     frames: np.ndarray  # uint8 (t, h, w, 3)
@@ -46,13 +47,13 @@ class MeasuredVideo:
 
     @property
     def errors(self) -> dict[str, str]:
-        """The measured value of each attribute that is not the caption's."""
+        """The measured value of each attribute that differs from the caption."""
         matches = self.measurement.matches(self.spec)
         wrong = [name for name in ATTRIBUTES if not matches[name]]
         return {name: getattr(self.measurement, name) or "unclear" for name in wrong}
 
     def describe_errors(self) -> str:
-        """`errors` as text; empty if the video is right."""
+        """Return `errors` as text; empty if the video matches its caption."""
         return ", ".join(f"{name} {value}" for name, value in self.errors.items())
 
 
@@ -61,17 +62,17 @@ def render(base: Sequence[str], prompts: Path, folder: Path, flags: Sequence[str
 
     Args:
         base: configuration files.
-        prompts: a file with one prompt a line.
-        folder: must not exist.
-        flags: further flags of sample_video.py.
+        prompts: a file with one prompt per line.
+        folder: the output folder, which must not exist.
+        flags: more flags for sample_video.py.
 
     Raises:
         UserError: the folder exists, or a prompt failed.
     """
-    refuse_existing(folder)  # its videos would be counted with the new ones
+    refuse_existing(folder)  # old videos in it would be measured too
     paths = ["--input-type", "txt", "--input-file", str(prompts), "--output-dir", str(folder)]
     if sample_video.main(["--base", *base, *paths, *flags]):
-        raise UserError("some prompts failed (see above), so nothing is measured")
+        raise UserError("some prompts failed (see above); no video was measured")
 
 
 def read_videos(
@@ -81,7 +82,7 @@ def read_videos(
 
     Args:
         folder: the output folder of sample_video.py.
-        parse: returns what a prompt asks for; raises ValueError if it cannot be parsed.
+        parse: returns the attributes in a prompt; raises ValueError if the prompt is invalid.
 
     Raises:
         UserError: there are no videos, one cannot be read, or a prompt is not a caption of the toy
@@ -91,7 +92,7 @@ def read_videos(
 
     records = [(path, json.loads(path.read_text("utf-8"))) for path in folder.rglob("run.json")]
     if not records:
-        raise UserError(f"{folder} holds no videos of sample_video.py (no run.json was found)")
+        raise UserError(f"{folder} contains no videos of sample_video.py; no run.json was found")
     videos = []
     for path, record in sorted(records, key=lambda item: (item[1]["line"], item[1]["sample"])):
         video = path.with_name("000000.mp4")
@@ -105,7 +106,7 @@ def read_videos(
 
 
 def report(videos: Sequence[MeasuredVideo]) -> None:
-    """Print the accuracy of each attribute and of all four together, then all wrong videos."""
+    """Print the accuracy of each attribute and of all four together, then list the wrong videos."""
     print(f"{len(videos)} videos")
     counts = {name: sum(name not in video.errors for video in videos) for name in ATTRIBUTES}
     counts["all four"] = sum(not video.errors for video in videos)
@@ -117,7 +118,7 @@ def report(videos: Sequence[MeasuredVideo]) -> None:
 
 
 def draw_sheet(videos: Sequence[MeasuredVideo], *, columns: int = SHEET_COLUMNS) -> Image.Image:
-    """All videos in a grid, with a few frames of each; labels of wrong ones are red."""
+    """Return an image that shows a few frames of each video; labels of wrong videos are red."""
     _, height, width, _ = videos[0].frames.shape
     frame_step = width + FRAME_GAP
     cell_width, cell_height = SHEET_FRAMES * frame_step + GAP, height + LABEL_HEIGHT + GAP
@@ -137,7 +138,7 @@ def draw_sheet(videos: Sequence[MeasuredVideo], *, columns: int = SHEET_COLUMNS)
 
 
 def fidelity(base: Sequence[str], num_clips: int) -> torch.Tensor:
-    """PSNR in dB of new clips after the configuration's autoencoder, (num_clips,).
+    """Return the PSNR in dB of new clips that the autoencoder reconstructs, (num_clips,).
 
     Raises:
         UserError: the autoencoder cannot be built or loaded.
@@ -146,13 +147,13 @@ def fidelity(base: Sequence[str], num_clips: int) -> torch.Tensor:
 
 
 def parse_options(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this command, and the flags of sample_video.py."""
+    """Return the options of this command, and the other flags, which are for sample_video.py."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", nargs="+", default=[CONFIG], metavar="YAML")
     parser.add_argument(
-        "--prompts", type=Path, help="captions, one a line; default: held-out combinations"
+        "--prompts", type=Path, help="captions, one per line; default: held-out combinations"
     )
     parser.add_argument(
         "--videos", type=Path, help="measure the videos in this output folder of sample_video.py"
@@ -160,11 +161,11 @@ def parse_options(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/evaluate_tiny"))
     parser.add_argument("--sheet", type=Path, help="default: contact_sheet.png in --output-dir")
     parser.add_argument(
-        "--psnr-clips", type=int, default=32, help="0 does not measure the autoencoder"
+        "--psnr-clips", type=int, default=32, help="clips for the autoencoder's PSNR; 0 skips it"
     )
     options, flags = parser.parse_known_args(argv)
     if options.videos and flags:
-        parser.error(f"{flags[0]} is for sample_video.py, which --videos does not run")
+        parser.error(f"{flags[0]} is a flag of sample_video.py, which does not run with --videos")
     return options, flags
 
 
@@ -189,8 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.psnr_clips:
         values = fidelity(options.base, options.psnr_clips)
         print(
-            f"autoencoder, {len(values)} fresh clips: PSNR {float(values.mean()):.2f} dB on "
-            f"average, {float(values.min()):.2f} dB at least"
+            f"autoencoder, {len(values)} new clips: mean PSNR {float(values.mean()):.2f} dB, "
+            f"minimum {float(values.min()):.2f} dB"
         )
     return 0
 

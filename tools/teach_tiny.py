@@ -2,9 +2,9 @@
 
     python tools/teach_tiny.py [--prompts N] [flags of train_video.py]
 
-Draws a small dataset and trains a LoRA on it. Then it renders prompts that name the subject without
-and with the LoRA, measures what the videos show, and prints the next commands to try.
-`bash finetune.sh` runs this if the 2B model's weights or data are missing.
+This draws a small dataset and trains a LoRA on it. Then it renders prompts that name the subject,
+once without and once with the LoRA. It measures what the videos show, and prints the next commands
+to try. `bash finetune.sh` runs this if the 2B model's weights or data are missing.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ logger = logging.getLogger(__name__)
 
 CONFIGS = [f"configs/cogvideox_tiny_{part}.yaml" for part in ("sft", "lora", "lesson")]
 SAMPLING_CONFIGS = ["configs/cogvideox_tiny_infer.yaml"]
-DATA = Path("tiny_lesson")  # as in the configuration
+DATA = Path("tiny_lesson")  # must match the configuration
 
 
 def prepare_data(args: TrainingArgs) -> None:
-    """Draw the dataset if the run reads it and it does not exist yet.
+    """Draw the dataset if the run uses it and it does not exist yet.
 
     Raises:
         UserError: a file cannot be written.
     """
     folders = [Path(folder) for folder in (*args.train_data, *args.valid_data)]
     if any(folder.parent == DATA for folder in folders) and not DATA.exists():
-        logger.info("drawing clips of a %s, and clips of known subjects, in %s", SUBJECT, DATA)
+        logger.info("drawing clips of a %s and of known subjects into folder %s", SUBJECT, DATA)
         draw_dataset(DATA)
 
 
 def validation_losses(run: Path) -> list[float]:
-    """The validation losses of a run in order; the first is from before training."""
+    """Return the validation losses of a run in order; the first is measured before training."""
     from sgm.training.report import METRICS_FILE
 
     lines = (run / METRICS_FILE).read_text("utf-8").splitlines()
@@ -54,10 +54,12 @@ def validation_losses(run: Path) -> list[float]:
 
 
 def compare(run: Path, *, num_prompts: int, device: str) -> str:
-    """Render the prompts without and with a run's LoRA into its folder.
+    """Render the prompts without and with the LoRA of `run`, and measure the videos.
+
+    The videos are written to a new folder in `run`.
 
     Returns:
-        The findings and the next commands to try, as text.
+        The results and the next commands to try, as text.
 
     Raises:
         UserError: rendering failed, or a file cannot be written.
@@ -80,22 +82,22 @@ def compare(run: Path, *, num_prompts: int, device: str) -> str:
         draw_sheet(pairs, columns=2).save(partial)
     right = sum(not video.errors for video in after)
     return (
-        f"a {SUBJECT} is recognised in {counts['after']} of {len(after)} videos, before in "
-        f"{counts['before']}; {right} also have the direction and background of the prompt\n"
-        f"left before, right after: {sheet}\n"
+        f"a {SUBJECT} is recognised in {counts['after']} of {len(after)} videos (before training: "
+        f"{counts['before']}); {right} also match the direction and background in the prompt\n"
+        f"image with videos before (left) and after (right): {sheet}\n"
         f"to make other videos:\n"
         f"  echo '{captions[0]}' > prompts.txt\n"
         f"  bash inference.sh {SAMPLING_CONFIGS[0]} --lora {run} --input-file prompts.txt\n"
-        f"to test whether it still draws what it knew before:\n"
+        f"to test whether the model still draws what it knew before:\n"
         f"  python tools/evaluate_tiny.py --lora {run} --output-dir {folder / 'known'}"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the dataset, train, compare."""
+    """Draw the dataset, train on it, and compare videos before and after."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--prompts", type=int, default=len(prompts()), choices=range(1, 17))
-    options, flags = parser.parse_known_args(argv)  # the flags are those of train_video.py
+    options, flags = parser.parse_known_args(argv)  # all other flags are for train_video.py
     args = parse_config(TrainingArgs, __doc__, ["--base", *CONFIGS, *flags]).args
     set_up_logging()
     started = time.monotonic()
@@ -108,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     losses = validation_losses(run)
     if len(losses) > 1:
         fall = 1 - losses[-1] / losses[0]
-        print(f"validation loss {losses[-1]:.4f}, before {losses[0]:.4f} ({fall:.0%} less)")
+        print(f"validation loss {losses[-1]:.4f}, before {losses[0]:.4f} ({fall:.0%} lower)")
     print(found)
     print(f"total time: {time.monotonic() - started:.0f} s")
     return 0

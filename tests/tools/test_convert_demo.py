@@ -164,7 +164,7 @@ def test_an_endpoint_that_is_not_there_is_explained(monkeypatch):
         monkeypatch.setenv("OPENAI_BASE_URL", address)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         message = error_of("--prompt", "x", "--retries", "0")
-    assert message.startswith(f"{address} gave no answer")
+    assert message.startswith(f"{address} gave no usable answer")
     assert "Connection refused" in message and "OPENAI_BASE_URL" in message
 
 
@@ -187,7 +187,9 @@ def test_an_address_without_its_scheme_is_explained(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
     monkeypatch.setenv("OPENAI_BASE_URL", "localhost:8000")
     message = error_of("--prompt", "x", "--retries", "0")
-    assert message.startswith("localhost:8000 gave no answer") and "OPENAI_BASE_URL" in message
+    assert (
+        message.startswith("localhost:8000 gave no usable answer") and "OPENAI_BASE_URL" in message
+    )
 
 
 def test_without_the_package_the_command_says_what_to_install(monkeypatch):

@@ -136,7 +136,7 @@ def test_it_is_remade_for_another_version_of_python(repository, monkeypatch):
 def test_a_failed_set_up_is_one_sentence_and_starts_anew(repository, capfd, ended_by):
     repository.pip.write_text(f"echo 'ERROR: No matching distribution' >&2; {ended_by}\n")
     message = failure(repository)
-    assert message.startswith("error: pip cannot install requirements.txt")
+    assert message.startswith("error: pip failed to install requirements.txt")
     assert "PIP_INDEX_URL" in message
     printed = capfd.readouterr()
     assert printed.out == "" and printed.err.endswith("ERROR: No matching distribution\n")

@@ -1,6 +1,7 @@
-"""The same work in diffusers and peft, as a baseline.
+"""The baseline: the same work in diffusers and peft.
 
-Sizes come from the configuration through the converter's config files; weights are random.
+Model sizes come from the configuration, through the config files that the converter writes. All
+weights are random, except those of T5.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from tools.weights.sizes import sizes_of
 
 
 def training_step(work: Workload) -> Measured:
-    """A LoRA training step of diffusers and peft: bf16, gradient checkpointing, AdamW.
+    """Measure a LoRA training step of diffusers and peft: bf16, gradient checkpointing, AdamW.
 
-    LoRA is on the projections of the attention, as in this project.
+    LoRA adapts the attention projections, as in this project.
     """
     from peft import LoraConfig
 
@@ -60,7 +61,7 @@ def training_step(work: Workload) -> Measured:
 
 @torch.no_grad()
 def step(work: Workload, *, compiled: bool = False) -> Measured:
-    """One forward of the transformer with guidance, on a copy of the latents for each branch."""
+    """Measure a forward pass of the transformer with guidance, which copies the latents."""
     model = _transformer(work, work.dtype)
     if compiled:
         _compile(model)
@@ -76,7 +77,7 @@ def step(work: Workload, *, compiled: bool = False) -> Measured:
 
 @torch.no_grad()
 def decode(work: Workload, *, tiled: bool = False) -> Measured:
-    """Latents to frames, whole or in the tiles that diffusers chooses."""
+    """Measure decoding latents to frames, whole or in tiles of diffusers' default size."""
     vae = _vae(work)
     if tiled:
         vae.enable_tiling()
@@ -86,7 +87,7 @@ def decode(work: Workload, *, tiled: bool = False) -> Measured:
 
 @torch.no_grad()
 def encode(work: Workload, *, at_once: bool = False) -> Measured:
-    """Frames to moments: eight frames at a time, which is diffusers' default, or all at once."""
+    """Measure encoding frames to moments, eight at a time (diffusers' default) or all at once."""
     vae = _vae(work)
     video = work.video().transpose(1, 2).to(work.dtype)  # (1, 3, t, h, w)
     call = vae.encoder if at_once else vae.encode
@@ -95,15 +96,16 @@ def encode(work: Workload, *, at_once: bool = False) -> Measured:
 
 @torch.no_grad()
 def embed_text(work: Workload) -> Measured:
-    """A prompt through transformers' T5, with the weights of the configuration."""
+    """Measure embedding a prompt with transformers' T5 and the weights of the configuration."""
     return work.measure(_t5(work))
 
 
 @torch.no_grad()
 def pipeline(work: Workload) -> Measured:
-    """A prompt to frames in diffusers' pipeline, with as many steps and the same guidance.
+    """Measure diffusers' pipeline from prompt to frames, with the same steps and guidance.
 
-    The unconditional embedding is zeros here too: T5 runs once, where diffusers' default is twice.
+    The unconditional embedding is zero, as in this project. So T5 runs only once per video; by
+    default diffusers runs it twice.
     """
     import diffusers
 
@@ -157,23 +159,23 @@ def _vae(work: Workload) -> nn.Module:
 
 
 def _build(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The model of a config.json, with the random weights of its constructor."""
+    """Build the model that a config.json describes, with the random weights of its constructor."""
     import diffusers
 
-    diffusers.utils.logging.set_verbosity_error()  # hides its advice against `to`
+    diffusers.utils.logging.set_verbosity_error()  # hides its warning about `to`
     with device:
         model = getattr(diffusers, config["_class_name"]).from_config(config)
     return model.to(dtype).eval().requires_grad_(False)
 
 
 def _compile(model: nn.Module) -> None:
-    """Compile the blocks one by one: as fast as the whole model, and compiled much sooner."""
+    """Compile block by block, which runs as fast as a whole compiled model and compiles sooner."""
     for block in model.transformer_blocks:
         block.compile(fullgraph=True, dynamic=False)
 
 
 def _t5(work: Workload) -> Callable[[], Tensor]:
-    """A call that embeds PROMPT by transformers' T5 with the weights of the configuration."""
+    """Return a function that embeds PROMPT with transformers' T5 and the configured weights."""
     from transformers import T5EncoderModel
 
     from sgm.checkpoint.find import find_t5

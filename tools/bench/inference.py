@@ -1,7 +1,7 @@
-"""Sampling, piece by piece and as a whole: this project's side, and the list of all lines.
+"""The sampling jobs: this project's implementations, and the list of all lines to measure.
 
-Each piece is built alone, so that its peak memory is its own. The whole is the pipeline of
-sample_video.py with files of weights.
+Each part is built without the others, so that its peak memory does not include them. `pipeline`
+measures the whole pipeline of sample_video.py, which reads weight files.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Piece = Callable[[Workload], Measured | None]
 def inference_jobs(
     config: Config, sections: Sequence[str], options: argparse.Namespace
 ) -> list[Job]:
-    """The jobs of `sections`, implementation by implementation.
+    """Return the jobs of `sections`, grouped by implementation.
 
-    Each pipeline has a process of its own: the start of the first one is measured too, and the
-    memory of the low one is its own.
+    Each pipeline of this project has its own process, because its start-up is measured too and its
+    memory must not include that of another pipeline.
     """
     lines: list[tuple[str, str, Piece, str]] = [
         ("step", "own", step, "pieces"),
@@ -51,7 +51,7 @@ def inference_jobs(
         ("t5", "own", embed_text, "pieces"),
         ("pipeline", "own", pipeline, "pipeline"),
     ]
-    references = {"t5": "transformers"}  # those of the other sections are "diffusers"
+    references = {"t5": "transformers"}  # in all other sections: "diffusers"
     if options.against:
         one_pass = partial(baseline.encode, at_once=True)
         lines += [
@@ -85,17 +85,17 @@ def inference_jobs(
 
 @torch.no_grad()
 def step(work: Workload, *, other: Kernel | None = None, in_fp8: bool = False) -> Measured | None:
-    """One batched forward of the transformer for both branches of guidance.
+    """Measure one batched forward pass of the transformer, for both branches of guidance.
 
     Args:
-        work: its options choose the kernel of attention.
-        other: a kernel to take instead of the fastest.
-        in_fp8: compute the products of the MLPs in float8.
+        work: the sizes; its options choose the attention kernel.
+        other: an attention kernel to use instead of the fastest one.
+        in_fp8: compute the matrix products of the MLPs in float8.
 
     Returns:
-        The measurement; operations are counted as if the branches shared none. None if the device
-        has no float8 products, if `other` does not run on it or is the fastest, or if the options
-        choose a kernel.
+        The measurement. FLOPs are counted as if the two branches shared no computation. None with
+        `in_fp8` if the device has no float8 products. None with `other` if this kernel does not run
+        on the device or is the fastest one, or if the options choose a kernel.
     """
     device, dtype, kernel = work.device, work.dtype, work.options.attention
     if in_fp8 and not (device.type == "cuda" and fp8_runs_on(device)):
@@ -128,7 +128,7 @@ def step(work: Workload, *, other: Kernel | None = None, in_fp8: bool = False) -
 
 @torch.no_grad()
 def decode(work: Workload) -> Measured:
-    """Latents to frames, chunk by chunk; none is kept."""
+    """Measure decoding latents to frames, chunk by chunk; the frames are discarded."""
     vae = _first_stage(work)
     latents = work.latents().transpose(1, 2).to(work.dtype)
 
@@ -141,13 +141,13 @@ def decode(work: Workload) -> Measured:
 
 @torch.no_grad()
 def encode(work: Workload) -> Measured:
-    """Frames to moments."""
+    """Measure encoding frames to moments."""
     vae, video = _first_stage(work), work.video().to(work.dtype)
     return work.measure(lambda: encode_moments(vae, video))
 
 
 def _first_stage(work: Workload) -> torch.nn.Module:
-    """The autoencoder with random weights."""
+    """Build the autoencoder with random weights."""
     node = copy.deepcopy(work.config.model["first_stage_config"])
     node["params"]["ckpt_path"] = None
     with work.device:
@@ -155,14 +155,14 @@ def _first_stage(work: Workload) -> torch.nn.Module:
 
 
 def embed_text(work: Workload) -> Measured:
-    """A prompt through the text encoder."""
+    """Measure embedding a prompt with the text encoder."""
     node = work.config.model["conditioner_config"]
     conditioner = instantiate_from_config(node, dtype=work.dtype, device=work.device).eval()
     return work.measure(lambda: conditioner.encode([PROMPT]))
 
 
 def pipeline(work: Workload, *, memory: str = "high") -> Measured:
-    """A prompt to frames of 8 bits on the host, as sample_video.py makes them."""
+    """Measure turning a prompt into 8-bit frames in host memory, as sample_video.py does."""
     config, options = copy.deepcopy(work.config), work.options
     config.args.memory = memory
     config.args.attention = options.attention
@@ -170,7 +170,7 @@ def pipeline(work: Workload, *, memory: str = "high") -> Measured:
     with no_garbage_collection():
         pipe = CogVideoX.load(config, check_sampling(config))
     ready_at = time.time()
-    # A new text for each video, since the pipeline caches the embedding of the last one.
+    # Each video needs a new prompt, because the pipeline caches the last embedding.
     prompts = (f"{PROMPT} {number}" for number in itertools.count())
     measured = work.measure_videos(lambda num_steps: pipe(next(prompts), num_steps=num_steps))
     return dataclasses.replace(measured, ready_at=ready_at)

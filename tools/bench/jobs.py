@@ -1,4 +1,4 @@
-"""Measure the lines of the benchmark's table in processes of their own."""
+"""Run the benchmark's jobs, each of which measures one line of its table, in new processes."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ logger = logging.getLogger(__name__)
 
 INFERENCE_SECTIONS = ("step", "decode", "encode", "t5", "pipeline")
 SECTIONS = (*INFERENCE_SECTIONS, "train")
-METHODS = ("lora", "full", "offload")  # of training
+METHODS = ("lora", "full", "offload")  # training methods
 
 
 @dataclass(frozen=True)
 class Job:
-    """The work of one line of the table.
+    """A measurement that produces one line of the table.
 
     Args:
-        section: what is measured.
-        label: the implementation.
-        run: measures it; returns None if the line is to be left out on this device. It can be
-            pickled.
-        process: consecutive jobs with the same name share a process and its compiled code.
-        is_reference: the other lines of the section are compared with this one.
+        section: what is measured; one of `SECTIONS`.
+        label: name of the implementation that is measured.
+        run: does the measurement; returns None to skip the line on this device. Must be picklable.
+        process: name of a process; consecutive jobs with the same name share a process and its
+            compiled code.
+        is_reference: whether the other lines of the section are compared with this one.
     """
 
     section: str
@@ -47,18 +47,19 @@ class Job:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """A line of the table. A failed one has a `failure`, the reason, and no numbers.
+    """A line of the table. If the job failed, `failure` is the reason and there are no numbers.
 
     Args:
         section, label, is_reference: as in `Job`.
         device: name of the GPU, or "cpu".
         seconds, peak_memory, spread: as in `Measured`.
         samples_per_second: 1 / `seconds`.
-        model_flops: operations, if they are counted.
-        peak_share: fraction of the device's dense bf16 rate; None if that or `model_flops` is
-            unknown.
-        startup_seconds: from the start of the process until everything was loaded.
-        failure: one line.
+        model_flops: FLOPs of the model in one run; None if they are not counted.
+        peak_share: achieved fraction of the device's dense bf16 rate; None if the rate or
+            `model_flops` is unknown.
+        startup_seconds: time from the start of the process until everything was loaded; None if it
+            is not measured.
+        failure: the reason in one line; None if the job succeeded.
     """
 
     section: str
@@ -76,19 +77,19 @@ class BenchmarkResult:
 
 
 def new_process() -> ProcessPoolExecutor:
-    """An executor whose one process starts with the first call, and logs as commands do."""
+    """Return an executor with one process, which starts at the first call and sets up logging."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(1, mp_context=context, initializer=set_up_logging)
 
 
 def run_jobs(jobs: Sequence[Job]) -> Iterator[BenchmarkResult]:
-    """Yield the result of each job, in order, when it is finished; prints to stderr what runs."""
+    """Yield each job's result, in order, when the job ends; print the running job to stderr."""
     for _, group in itertools.groupby(jobs, key=lambda job: job.process):
         yield from _run_apart(list(group))
 
 
 def _run_apart(jobs: Sequence[Job]) -> Iterator[BenchmarkResult]:
-    """Yield the results of jobs that share a process; if it ends early, the rest get another."""
+    """Run jobs in one process and yield their results; if it dies, continue in a new process."""
     started = time.time()
     with new_process() as process:
         for index, job in enumerate(jobs):
@@ -103,23 +104,23 @@ def _run_apart(jobs: Sequence[Job]) -> Iterator[BenchmarkResult]:
             if result is not None:
                 yield result
             else:
-                print("left out: it does not run here, or repeats a line", file=sys.stderr)
+                print("skipped: cannot run on this device, or repeats a line", file=sys.stderr)
 
 
 def run_job(job: Job, *, started: float) -> BenchmarkResult | None:
-    """Run a job in this process, which began at `started`, and free the GPU memory it took.
+    """Run a job in this process, and free the GPU memory that the job allocated.
 
     Args:
         job: the job.
         started: `time.time()` at the start of the process.
 
     Returns:
-        Its result; None if the line is to be left out.
+        The result; None if the line is skipped.
     """
     on_gpu = torch.cuda.is_available()
     try:
         measured = job.run()
-    except Exception as error:  # no error of one line stops the others
+    except Exception as error:  # a failing line must not stop the others
         logger.debug("%s: %s", job.section, job.label, exc_info=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return BenchmarkResult(job.section, job.label, failure=reason)

@@ -1,7 +1,7 @@
-"""Training steps: the project's own objective, DeepSpeed's engine and the optimizer.
+"""The training jobs: steps with this project's objective, DeepSpeed's engine and the optimizer.
 
-Weights are random, since time and memory do not depend on their values. Latents and text
-embeddings are random too and are given as from a cache (`args.cache_dir`).
+Weights are random, because time and memory do not depend on their values. Latents and text
+embeddings are random too, and are passed in as if they came from a cache (`args.cache_dir`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from tools.bench.measuring import Measured, Workload, forward_flops, random_netw
 
 
 def training_jobs(config: Config, options: argparse.Namespace) -> list[Job]:
-    """A job for each method and policy in the options, each with a process of its own."""
+    """Return a job for each training method and checkpointing policy in `options`.
+
+    Each job runs in its own process. A diffusers job is added if `options.against` is set.
+    """
     work = Workload(config, options)
     settings = ", compiled" if options.compile else ""
     settings += f", {options.attention}" if options.attention != "auto" else ""
@@ -47,13 +50,13 @@ def training_jobs(config: Config, options: argparse.Namespace) -> list[Job]:
 
 
 def own_step(work: Workload, method: str, *, keep: str) -> Measured:
-    """A training step of this project.
+    """Measure a training step of this project.
 
     Args:
-        work: the sizes; its options choose compiling, the kernel of attention and LoRA's rank.
+        work: the sizes; its options choose compiling, the attention kernel and the LoRA rank.
         method: one of METHODS.
-        keep: the activation checkpointing policy of `DiffusionTransformer.set_checkpointing`, or
-            "all" for none.
+        keep: the policy for `DiffusionTransformer.set_checkpointing`, or "all" to store all
+            activations (no checkpointing).
     """
     config = work.config
     network = build_network(work, method, keep=keep)
@@ -80,10 +83,10 @@ def own_step(work: Workload, method: str, *, keep: str) -> Measured:
 
 
 def build_network(work: Workload, method: str, *, keep: str) -> DiffusionTransformer:
-    """The transformer of a configuration with random weights, set up as for `own_step`.
+    """Build the configured transformer with random weights, set up for `own_step`.
 
     Raises:
-        UserError: the kernel of attention does not run on the device.
+        UserError: the attention kernel does not run on the device.
     """
     options, model = work.options, work.config.model
     check_attention(options.attention, model, device=work.device, dtype=torch.bfloat16)
@@ -105,10 +108,10 @@ def build_network(work: Workload, method: str, *, keep: str) -> DiffusionTransfo
 
 
 def step_flops(network: DiffusionTransformer, *, num_tokens: int) -> float:
-    """Operations of a training step of one sample, without recomputed activations.
+    """Return the FLOPs of a training step of one sample, without recomputed activations.
 
-    The backward pass of a matrix product costs as much as its forward pass for each factor that has
-    a gradient: the activation always, the weight if it is trained.
+    The backward pass of a matrix product costs as much as the forward pass for each factor that
+    needs a gradient. The activation always needs one; the weight needs one only if it is trained.
     """
     weights = [weight for weight in network.transformer.layers.parameters() if weight.ndim == 2]
     width, num_layers = network.hidden_size, len(network.transformer.layers)
@@ -119,10 +122,10 @@ def step_flops(network: DiffusionTransformer, *, num_tokens: int) -> float:
 
 
 def deepspeed_settings(config: Config, *, offload: bool) -> dict[str, Any]:
-    """The `deepspeed` section in bf16 with PyTorch's fused AdamW, one sample at a time."""
+    """Return the `deepspeed` section, changed to bf16, PyTorch's fused AdamW and batch size 1."""
     params = dict(config.deepspeed["optimizer"].get("params") or {})
     zero = dict(config.deepspeed.get("zero_optimization") or {})
-    # A single process has no communication to overlap, and would wait for the GPU.
+    # A single process has no communication to overlap; the option would make it wait for the GPU.
     zero |= {"stage": max(zero.get("stage", 0), 2), "overlap_comm": False}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}

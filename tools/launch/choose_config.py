@@ -1,11 +1,11 @@
-"""Print the configuration that inference.sh or finetune.sh runs when none is given.
+"""Print the configuration that inference.sh or finetune.sh uses if the user names none.
 
     python tools/launch/choose_config.py [flags of sample_video.py]
     python tools/launch/choose_config.py --train [flags of train_video.py]
 
-It is the configuration of the 2B model if the weights (and training data) that it names exist.
-Otherwise it is that of the bundled model, and stderr says what is missing. Run it from the
-repository, since its paths are relative. A path that a flag names must exist.
+The configuration of the 2B model is chosen if the weights (and training data) that it names exist.
+Otherwise a configuration of the bundled model is chosen, and stderr lists the missing paths. Run
+this in the repository, because the paths are relative. A path that a flag names must exist.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ LESSON = "configs/cogvideox_tiny_lesson.yaml"  # draws its own data; see tools/t
 
 
 def named_paths(file: str, flags: Mapping[str, object], *, train: bool = False) -> list[str]:
-    """The paths of weights, and for training of data, that a configuration names.
+    """Return the paths of weights (and of data, for training) that a configuration names.
 
     Args:
-        file: the configuration.
-        flags: the flags by name, which win over its keys.
-        train: whether it is run for training.
+        file: path of the configuration.
+        flags: values of flags by name; they override the keys in the file.
+        train: whether the configuration is for training.
 
     Raises:
-        UserError: the file cannot be used.
+        UserError: the configuration cannot be read or is invalid.
     """
     config = load_config(TrainingArgs if train else SamplingArgs, [file], flags)
     paths = [config.args.load, *(named.value for named in weight_paths(config.model))]
@@ -49,14 +49,15 @@ def named_paths(file: str, flags: Mapping[str, object], *, train: bool = False) 
 def choose_config(
     load: str | None = None, *, train: bool = False, train_data: Sequence[str] | None = None
 ) -> tuple[str, list[str]]:
-    """The configuration to run, and the missing paths because of which it was chosen.
+    """Return the configuration to run, and the missing paths that ruled out the 2B model.
 
-    A configuration that cannot be read is chosen too: the command that runs it reports the error.
+    If the 2B configuration cannot be read, it is returned all the same, because the command that
+    runs it reports the error.
 
     Args:
-        load, train_data: the flags of these names.
-        train: choose for training, which needs data too. The bundled model is trained on
-            `train_data`, and if there is none, on the lesson, which draws its own data.
+        load, train_data: the values of ``--load`` and ``--train-data``.
+        train: choose for training, which needs data too. The bundled model trains on `train_data`;
+            without `train_data` it trains on the lesson, which draws its own data.
 
     Raises:
         ValueError: a path that a flag names does not exist.
@@ -82,7 +83,7 @@ def _is_missing(path: str) -> bool:
 
 
 def main() -> None:
-    """Print the choice, and on stderr the reason if it is not the 2B model."""
+    """Print the chosen configuration; if it is not the 2B model's, print the reason to stderr."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--load", nargs="?")
@@ -96,8 +97,8 @@ def main() -> None:
         full, what = (FULL_TRAIN, "weights or data") if flags.train else (FULL, "weights")
         instead = "A lesson for the bundled model" if config == LESSON else "The bundled model"
         print(
-            f"{full} names {what} that do not exist: {', '.join(missing)}. How to get the "
-            f"weights: 'Getting the 2B weights' in README.md. {instead} instead, with {config}",
+            f"{full} names {what} that do not exist: {', '.join(missing)}. See 'Getting the 2B "
+            f"weights' in README.md. {instead} runs instead, with {config}",
             file=sys.stderr,
         )
     print(config)

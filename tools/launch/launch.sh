@@ -9,21 +9,22 @@ fail() {
     exit "${2:-1}"
 }
 
-# use_python REQUIREMENTS: sets $python; the active Python is $PYTHON, or python3 on the PATH.
+# use_python REQUIREMENTS: sets $python to an interpreter that meets REQUIREMENTS. The active Python
+# is $PYTHON, or python3 on the PATH if $PYTHON is not set.
 use_python() {
     local active=${PYTHON:-}
     [ -n "$active" ] || active=$(command -v python3 || command -v python) ||
-        fail "no python3 on the PATH; install Python 3.10 or newer, or name it in PYTHON"
+        fail "no python3 on the PATH; install Python 3.10 or newer, or set PYTHON to its path"
     "$active" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
-        fail "$active is not a Python of version 3.10 or newer; activate one, or name it in PYTHON"
+        fail "$active is not Python 3.10 or newer; activate a newer one, or set PYTHON to its path"
     [[ $active != */* || $active == /* ]] || active=$PWD/$active
     python=$(cd "$repository" && "$active" -m tools.setup_env "$1") || exit
 }
 
 # split_arguments ARGUMENTS...: sets ${configs[@]}, the leading arguments that are not flags, and
-# ${flags[@]}, the rest. A configuration is looked up in the current folder, then in the repository,
-# from which everything runs. If it is in neither, its path is that in the current folder. A --base
-# before the configurations is optional.
+# ${flags[@]}, the rest. A configuration is looked up in the current folder, then in the repository.
+# If neither contains it, its path in the current folder is used. All scripts run in the repository.
+# A --base before the configurations is optional.
 split_arguments() {
     configs=()
     [ "${1:-}" != --base ] || shift
@@ -44,25 +45,26 @@ split_arguments() {
     done
 }
 
-# has_flag WORDS: whether ${flags[@]} contain these words in this order, or with = between them.
+# has_flag WORDS: succeeds if ${flags[@]} contain these words in this order, or joined by =.
 has_flag() {
     [[ " ${flags[*]} " == *" $1 "* || " ${flags[*]} " == *" ${1/ /=} "* ]]
 }
 
-# show_help SCRIPT: if the flags ask for help, prints the first comment of the launcher and the help
-# of the Python script, and exits.
+# show_help SCRIPT: if a flag asks for help, prints the first comment of the launcher and the help
+# of the Python script, then exits.
 show_help() {
     local flag
     for flag in ${flags[@]+"${flags[@]}"}; do
         if [[ $flag == -h || $flag == --help ]]; then
             sed -n '2,/^set /{/^# /s/^# //p}' "$0"
-            echo "Flags (--base is given by this script):"
+            echo "Flags (this script sets --base):"
             cd "$repository" && exec "$python" "$1" --help
         fi
     done
 }
 
-# visible_gpus: prints how many GPUs a program would see. Importing PyTorch for it takes seconds.
+# visible_gpus: prints the number of GPUs that a program would see. Importing PyTorch to count them
+# would take seconds.
 visible_gpus() {
     local found named=() name visible=0
     found=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || found=0
@@ -72,14 +74,14 @@ visible_gpus() {
     fi
     IFS=, read -ra named <<<"$CUDA_VISIBLE_DEVICES"
     for name in ${named[@]+"${named[@]}"}; do
-        [ "$name" != -1 ] || break # CUDA ignores the names after it
+        [ "$name" != -1 ] || break # CUDA ignores all names after -1
         visible=$((visible + 1))
     done
     echo $((visible < found ? visible : found))
 }
 
-# default_processes SCRIPT: prints how many processes run if NPROC is not set: one for each GPU for
-# training, otherwise one.
+# default_processes SCRIPT: prints the number of processes to start if NPROC is not set: one per GPU
+# for training, otherwise one.
 default_processes() {
     local gpus=1
     if [ "$1" = train_video.py ] && ! has_flag "--device cpu"; then
@@ -88,33 +90,33 @@ default_processes() {
     echo $((gpus > 1 ? gpus : 1))
 }
 
-# check_number NAME VALUE FROM: fails unless the value is a whole number of at least FROM.
+# check_number NAME VALUE FROM: fails unless VALUE is a whole number of at least FROM.
 check_number() {
     [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ && $2 -ge $3 ]] ||
-        fail "$1=$2: it must be a whole number from $3" 2
+        fail "$1=$2 is invalid; it must be a whole number of at least $3" 2
 }
 
-# meeting_place: sets ${meeting[@]}, the arguments by which the processes of torchrun meet: on this
-# machine, or at MASTER_ADDR where NNODES machines run the same command.
+# meeting_place: sets ${meeting[@]}, the rendezvous arguments of torchrun. The processes meet on
+# this machine, or at MASTER_ADDR if NNODES machines run the same command.
 meeting_place() {
     local nodes=${NNODES:-1}
     check_number NNODES "$nodes" 1
     meeting=(--standalone)
     [ "$nodes" -gt 1 ] || return 0
     [ -n "${MASTER_ADDR:-}" ] ||
-        fail "NNODES=$nodes, but MASTER_ADDR is not set: give the first machine's address there" 2
+        fail "NNODES=$nodes, but MASTER_ADDR is not set; set it to the first machine's address" 2
     [ -n "${NODE_RANK:-}" ] ||
-        fail "NNODES=$nodes, but NODE_RANK is not set: give each machine its number, from 0" 2
+        fail "NNODES=$nodes, but NODE_RANK is not set; set it to this machine's number, from 0" 2
     check_number NODE_RANK "$NODE_RANK" 0
     [ "$NODE_RANK" -lt "$nodes" ] ||
-        fail "NODE_RANK=$NODE_RANK: with NNODES=$nodes it must be below $nodes" 2
+        fail "NODE_RANK=$NODE_RANK is too large; with NNODES=$nodes it must be below $nodes" 2
     check_number MASTER_PORT "${MASTER_PORT:-29500}" 1
     meeting=(--nnodes "$nodes" --node-rank "$NODE_RANK")
     meeting+=(--master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 }
 
-# run_script SCRIPT: runs it with ${configs[@]} and ${flags[@]}, in one process, or by torchrun in
-# NPROC processes on each of NNODES machines.
+# run_script SCRIPT: runs SCRIPT with ${configs[@]} and ${flags[@]}, in one process, or with
+# torchrun in NPROC processes on each of NNODES machines.
 run_script() {
     local processes=${NPROC:-} threads meeting
     [ -n "$processes" ] || processes=$(default_processes "$1")

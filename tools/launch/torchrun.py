@@ -1,4 +1,4 @@
-"""torchrun without its own stack trace: the error of the process that fails is the last line.
+"""Run torchrun without its stack trace, so that the failed process's error is the last line.
 
 python -m tools.launch.torchrun --standalone --nproc-per-node 2 sample_video.py …
 """
@@ -15,19 +15,20 @@ from torch.distributed.run import main
 
 
 def run() -> int:
-    """Start the processes of the command line; returns the exit code of the first that fails.
+    """Start the processes of the command line and return the exit code of the first that fails.
 
-    Returns 1 if a signal ended that process, and 128 plus its number if a signal ended this one.
+    If a signal killed that process, return 1. If a signal stopped this command, return 128 plus the
+    number of the signal.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         main()
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:  # it has printed its error
+        if failure.exitcode > 0:  # the process has printed its error
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
-        print(f"error: process {rank} was ended by {name}; see its last lines", file=sys.stderr)
+        print(f"error: process {rank} was killed by {name}; see its output above", file=sys.stderr)
         return 1
     except SignalException as stop:  # Ctrl-C, or a scheduler that ends the job
         print(f"stopped by {signal.Signals(stop.sigval).name}", file=sys.stderr)

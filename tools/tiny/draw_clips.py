@@ -2,7 +2,7 @@
 
     python -m tools.tiny.draw_clips --output data/shapes --count 200
 
-The clips are for trying fine-tuning; the bundled model was trained on clips drawn on the fly.
+Use these clips to try fine-tuning; the bundled model was trained on clips drawn on the fly.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def write_clips(clips: ShapeClips, folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the clips; an --output that exists is an error."""
+    """Draw the clips; raise an error if --output exists."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="each seed draws different clips")
     parser.add_argument(
-        "--held-out", action="store_true", help="draw the combinations kept from training"
+        "--held-out", action="store_true", help="draw combinations not used in training"
     )
     options = parser.parse_args(argv)
     set_up_logging()

@@ -2,8 +2,8 @@
 
     python -m tools.tiny.export --load ckpts/tiny-… --output CogVideoX-tiny-sat
 
---output must hold the T5 folder that the run started from (see tools/tiny/make_t5.py), and no
-transformer yet.
+--output must contain the T5 folder that the run started from (see tools/tiny/make_t5.py). It must
+not contain a transformer yet.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def write_transformer(state: Mapping[str, Tensor], folder: Path, *, tag: str) ->
     """Write ``{folder}/{tag}/mp_rank_00_model_states.pt`` in float16, and ``{folder}/latest``.
 
     Raises:
-        UserError: the folder exists, or cannot be written.
+        UserError: the folder exists or cannot be written.
     """
     tensors = {
         name.removeprefix(MODEL_PREFIX): tensor.half()
@@ -44,26 +44,26 @@ def write_transformer(state: Mapping[str, Tensor], folder: Path, *, tag: str) ->
 
 
 def write_t5(state: Mapping[str, Tensor], path: Path) -> None:
-    """Replace the weights in a T5 file by trained ones of the same names.
+    """Replace the weights in a T5 file with the trained weights of the same names.
 
     Raises:
-        UserError: the run did not train T5, or trained a different one.
+        UserError: the run did not train T5, or trained a different T5 model.
     """
     # Tied weights have two names in a checkpoint and one in the T5 file.
     names = sorted(load_file(path))
     if any(T5_PREFIX + name not in state for name in names):
-        raise UserError(f"the run holds no T5 weights that fit {path}; was its is_trainable true?")
+        raise UserError(f"the run contains no T5 weights for {path}; train with is_trainable: true")
     with replacing(path) as partial:
         save_safetensors({name: state[T5_PREFIX + name].contiguous() for name in names}, partial)
     logger.info("wrote %s", path)
 
 
 def main() -> int:
-    """Write the two parts of the checkpoint."""
+    """Write the transformer and the T5 weights of the run."""
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--load", type=Path, required=True, help="the run's folder or a file")
+    parser.add_argument("--load", type=Path, required=True, help="folder or weight file of the run")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--tag", default="1000", help="name of the transformer's inner folder")
+    parser.add_argument("--tag", default="1000", help="name of the folder inside transformer/")
     options = parser.parse_args()
     set_up_logging()
     state = find_transformer(options.load).file.tensors()

@@ -1,4 +1,4 @@
-"""Encode drawn clips to a file of latents; the dataset that reads this file.
+"""Encode drawn clips to a file of latents; also the dataset that reads this file.
 
 python -m tools.tiny.latents --output latents.safetensors --count 30000
 """
@@ -26,13 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 class LatentClips(Dataset):
-    """Unscaled latents and captions of a file that this module wrote, held in memory.
+    """Unscaled latents and captions from a file that this module wrote, loaded into memory.
 
-    Items: ``{"mp4": float32 (t, c, h, w), "txt": caption}``, for ``latent_input: true``. Latents
-    are means: the autoencoder's deviation from them is far below the noise of diffusion.
+    Items are ``{"mp4": float32 (t, c, h, w), "txt": caption}``, for ``latent_input: true``. Each
+    latent is the mean of the autoencoder's distribution, because the standard deviation is far
+    smaller than the noise of diffusion.
 
     Args:
-        data_dir: the file.
+        data_dir: path of the file.
     """
 
     def __init__(self, data_dir: str) -> None:
@@ -48,7 +49,7 @@ class LatentClips(Dataset):
 
 
 def encode(clips: ShapeClips, config: str, *, batch_size: int, num_workers: int) -> Tensor:
-    """Means of the latents of all clips, (n, t, c, h, w), float16."""
+    """Encode all clips and return the means of their latents, float16 (n, t, c, h, w)."""
     vae = load_autoencoder(config)
     loader = DataLoader(clips, batch_size=batch_size, num_workers=num_workers)
     parts = []
@@ -60,14 +61,14 @@ def encode(clips: ShapeClips, config: str, *, batch_size: int, num_workers: int)
 
 
 def main() -> int:
-    """Draw and encode the clips and save the latents."""
+    """Draw and encode the clips, and save their latents and captions."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--config", default=CONFIG, help="configuration of the autoencoder")
+    parser.add_argument("--config", default=CONFIG, help="YAML file with the autoencoder")
     parser.add_argument("--count", type=int, default=30000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--held-out", action="store_true", help="draw the combinations kept from training"
+        "--held-out", action="store_true", help="draw combinations not used in training"
     )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-workers", type=int, default=min(os.cpu_count() or 1, 12))
@@ -81,7 +82,7 @@ def main() -> int:
     with replacing(options.output) as partial:
         save_file({"latents": latents}, partial, {"captions": json.dumps(captions)})
     logger.info(
-        "wrote %d latents of %s to %s", len(latents), tuple(latents.shape[1:]), options.output
+        "wrote %d latents of shape %s to %s", len(latents), tuple(latents.shape[1:]), options.output
     )
     return 0
 

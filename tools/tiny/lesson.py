@@ -1,9 +1,9 @@
 """A dataset that teaches CogVideoX-tiny a new subject.
 
-A kite is a magenta triangle: the word is new to the model and means colour and shape at once. The
+A kite is a magenta triangle: the word is new to the model and stands for both colour and shape. The
 dataset has three times as many clips of known subjects as of kites, so that the model does not
-forget them. Some combinations of direction and background are kept from training for the prompts
-afterwards.
+forget the known subjects. Some combinations of direction and background are not used for training;
+they are used in the prompts after training.
 """
 
 from __future__ import annotations
@@ -25,28 +25,32 @@ from tools.tiny.shapes import (
 
 SUBJECT, COLOR, SHAPE = "kite", "magenta", "triangle"
 NUM_NEW, NUM_KNOWN, NUM_VALID = 32, 96, 16
-# Direction and background of the prompts afterwards: each direction once, all backgrounds.
+# Direction and background in the prompts after training: each direction once, each background.
 ASKED = (("left", "black"), ("right", "white"), ("up", "gray"), ("down", "black"))
 
 _SEED = 5
 
 
 def name_subject(caption: str) -> str:
-    """The caption with the word of the subject instead of its colour and shape."""
+    """Replace the subject's colour and shape in a caption by the subject's word."""
     return caption.replace(f"{COLOR} {SHAPE}", SUBJECT)
 
 
 def parse_prompt(prompt: str) -> ShapeSpec:
-    """The attributes in a prompt that names the subject. Raises ValueError as `parse_caption`."""
+    """Return the attributes in a prompt that names the subject.
+
+    Raises:
+        ValueError: an attribute is missing or given twice, as for `parse_caption`.
+    """
     return parse_caption(prompt.replace(SUBJECT, f"{COLOR} {SHAPE}"))
 
 
 class SubjectClips(ShapeClips):
-    """Clips of the subject, with its word in the captions.
+    """Clips of the subject, with the subject's word in their captions.
 
     Args:
         num_clips, seed: as for `ShapeClips`.
-        asked: draw the combinations of `ASKED`; otherwise all others.
+        asked: true: draw only combinations in `ASKED`; false: draw only other combinations.
     """
 
     def __init__(self, num_clips: int, seed: int, *, asked: bool) -> None:
@@ -56,12 +60,12 @@ class SubjectClips(ShapeClips):
         super().__init__(num_clips, seed, combinations=specs)
 
     def caption(self, index: int) -> str:
-        """The caption of clip `index`. Raises IndexError."""
+        """Return the caption of clip `index`. Raises IndexError."""
         return name_subject(super().caption(index))
 
 
 def prompts() -> list[str]:
-    """The 16 prompts after training: the pairs kept from training, in each wording."""
+    """Return the 16 prompts to render after training: each pair of `ASKED` in each wording."""
     specs = [ShapeSpec(COLOR, SHAPE, *pair) for pair in ASKED]
     return [name_subject(s.caption(wording)) for wording in range(len(WORDINGS)) for s in specs]
 
@@ -75,8 +79,9 @@ def draw_dataset(
 ) -> None:
     """Draw ``new``, ``known`` and ``valid`` in `folder`, each in the layout of fine-tuning data.
 
-    ``new`` holds the subject and ``known`` what the model was trained on before; training uses
-    both. ``valid`` holds the subject as in `prompts`. `folder` exists only when it is complete.
+    Training uses ``new``, which has clips of the subject, and ``known``, which has clips of what
+    the model was trained on before. ``valid`` has clips of the subject with the combinations in
+    `prompts`. `folder` is only created once all clips are complete.
 
     Raises:
         UserError: `folder` exists, or a file cannot be written.

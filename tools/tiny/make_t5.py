@@ -15,13 +15,13 @@ from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.files import new_folder
 from tools.tiny.shapes import ShapeClips
 
-VOCAB_SIZE = 384  # 256 bytes, for any prompt, and the words of the captions
+VOCAB_SIZE = 384  # 256 byte tokens, so that any prompt can be encoded, and the words in captions
 NUM_CAPTIONS = 3000
-WORD_REPEATS = 200  # makes each word one token
+WORD_REPEATS = 200  # repeats each word so often that it becomes one token
 
 
 def train_tokenizer(folder: Path, *, seed: int) -> None:
-    """Write ``spiece.model``, with T5's ids: padding 0, end 1, unknown 2."""
+    """Train and write ``spiece.model``, with T5's ids: padding 0, end 1, unknown 2."""
     from sentencepiece import SentencePieceTrainer
 
     clips = ShapeClips(NUM_CAPTIONS, seed)
@@ -47,7 +47,7 @@ def make_encoder(folder: Path) -> None:
 
 
 def main() -> int:
-    """Make the folder; an existing one is an error."""
+    """Make the folder; raise an error if it exists."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)

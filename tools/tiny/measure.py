@@ -1,7 +1,7 @@
 """Measure colour, shape, direction and background in a video from its pixels.
 
-The measurement uses the palette and outlines of `shapes.py`, but not the video's caption. A value
-that is not clear in the video is None, so a blurred or empty video does not count as right.
+The measurement uses the palette and outlines of `shapes.py`, but not the video's caption. The value
+of an unclear attribute is None, so a blurred or empty video does not count as correct.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tools.tiny.shapes import (
 
 ATTRIBUTES = ("color", "shape", "direction", "background")
 
-# Distances in RGB. Two colours of the palette differ by at least 130, two backgrounds by 200, so a
-# colour within half of that has one nearest entry.
+# Distances in RGB. Any two colours of the palette are at least 130 apart, and any two backgrounds
+# 200. So at most one entry is closer than half of that.
 MAX_COLOR_DISTANCE = 65.0
 MAX_BACKGROUND_DISTANCE = 65.0
 MIN_CONTRAST = 40.0  # between shape and background
@@ -34,15 +34,15 @@ BORDER = 2  # pixels at the frame's edge, which nearly always show the backgroun
 MIN_AREA = 40.0  # in pixels; the smallest drawn shape has 160
 MIN_VISIBLE_FRACTION = 0.9  # of the frames
 # Overlap (intersection over union) with an ideal outline of the same area and centre. Drawn shapes
-# reach 0.98 and more, after H.264 0.87; triangles and squares of one area overlap by 0.71.
+# have at least 0.98, or 0.87 after H.264. A triangle and a square of equal area have only 0.71.
 MIN_OVERLAP = 0.8
-MIN_SPEED = 0.3  # pixels a frame; drawn shapes move by 0.6 and more
-MAX_DRIFT = 0.5  # speed across the direction, as a fraction of that along it
+MIN_SPEED = 0.3  # pixels per frame; drawn shapes move by at least 0.6
+MAX_DRIFT = 0.5  # speed across the direction, as a fraction of the speed along it
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The four attributes in the words of captions; None if the video does not show it clearly."""
+    """The four attributes, in the words of captions. Attributes that are unclear are None."""
 
     color: str | None
     shape: str | None
@@ -50,12 +50,12 @@ class Measurement:
     background: str | None
 
     def matches(self, spec: ShapeSpec) -> dict[str, bool]:
-        """For each of `ATTRIBUTES`, whether the video agrees with `spec`."""
+        """Return for each of `ATTRIBUTES` whether the measured value equals that in `spec`."""
         return {name: getattr(self, name) == getattr(spec, name) for name in ATTRIBUTES}
 
 
 def measure(video: np.ndarray) -> Measurement:
-    """Measure a video: uint8 (t, h, w, 3), RGB."""
+    """Measure the attributes of a video, uint8 (t, h, w, 3), RGB."""
     pixels = video.astype(np.float32)
     background = _background(pixels)
     contrast = np.linalg.norm(pixels - background, axis=3)  # (t, h, w)
@@ -72,7 +72,7 @@ def measure(video: np.ndarray) -> Measurement:
 
 
 def _background(pixels: np.ndarray) -> np.ndarray:
-    """Median colour of the frames' border, (3,)."""
+    """Return the median colour at the border of all frames, (3,)."""
     is_border = np.ones(pixels.shape[1:3], dtype=bool)
     is_border[BORDER:-BORDER, BORDER:-BORDER] = False
     return np.median(pixels[:, is_border].reshape(-1, 3), axis=0)
@@ -81,14 +81,14 @@ def _background(pixels: np.ndarray) -> np.ndarray:
 def _nearest(
     rgb: np.ndarray, palette: Mapping[str, tuple[int, int, int]], limit: float
 ) -> str | None:
-    """Name of the nearest colour of `palette`; None if it is farther than `limit`."""
+    """Return the name of the nearest colour in `palette`; None if it is farther than `limit`."""
     distances = {name: float(np.linalg.norm(rgb - value)) for name, value in palette.items()}
     name = min(distances, key=distances.__getitem__)
     return name if distances[name] <= limit else None
 
 
 def _shape_and_direction(mask: np.ndarray) -> tuple[str | None, str | None]:
-    """Outline and motion of the shape in `mask` (t, h, w)."""
+    """Return the name and the direction of the shape in `mask` (t, h, w), each None if unclear."""
     areas = mask.sum(axis=(1, 2)).astype(np.float64)
     visible = np.flatnonzero(areas >= MIN_AREA)
     if len(visible) < max(2, MIN_VISIBLE_FRACTION * len(mask)):
@@ -104,7 +104,10 @@ def _shape_and_direction(mask: np.ndarray) -> tuple[str | None, str | None]:
 
 
 def _shape(mask: np.ndarray, areas: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> str | None:
-    """The ideal outline of the same area and centre of mass with the best median overlap."""
+    """Return the shape whose ideal outline has the best median overlap; None if too low.
+
+    The ideal outline has the area and the centre of mass of the measured shape.
+    """
     overlaps = {}
     for shape in SHAPES:
         radius = np.sqrt(areas / UNIT_AREAS[shape])[:, None, None]  # (t, 1, 1)
@@ -116,7 +119,7 @@ def _shape(mask: np.ndarray, areas: np.ndarray, dx: np.ndarray, dy: np.ndarray) 
 
 
 def _direction(times: np.ndarray, center_x: np.ndarray, center_y: np.ndarray) -> str | None:
-    """The direction in which the centre moves, from a straight line fitted to its positions."""
+    """Return the direction of the centre, from a line fitted to its positions; None if unclear."""
     slopes = np.polyfit(times, np.stack([center_x, center_y], axis=1), deg=1)[0]  # (2,)
     along = int(np.argmax(np.abs(slopes)))
     speed, drift = abs(slopes[along]), abs(slopes[1 - along])

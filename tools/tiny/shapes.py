@@ -1,7 +1,7 @@
 """The toy world of CogVideoX-tiny: one coloured shape moving on a plain background.
 
-Contains the caption grammar, the drawing of clips, and `ShapeClips`, which draws on the fly. A clip
-has 17 frames of 64 x 96 (h x w); y grows downwards.
+This module has the grammar of captions, functions that draw clips, and the dataset `ShapeClips`,
+which draws clips on the fly. A clip has 17 frames of 64 x 96 (h x w); y grows downwards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 NUM_FRAMES, HEIGHT, WIDTH, FPS = 17, 64, 96, 8
 
-# Softened primary colours: H.264 and the VAE keep them without clipping at 0 and 255.
+# Softened primary colours, which H.264 and the VAE reproduce without clipping at 0 or 255.
 COLORS = {
     "red": (220, 40, 40),
     "green": (40, 175, 60),
@@ -30,9 +30,10 @@ SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y)
 BACKGROUNDS = {"black": (12, 12, 12), "gray": (128, 128, 128), "white": (244, 244, 244)}
 
-# Radius in pixels and speed in pixels a frame, by the word in the caption; None: no word.
-# Shapes are large because the autoencoder halves space three times: the corners of small ones are
-# too faint in the latents to be learnt in minutes.
+# Ranges of radius (in pixels) and of speed (in pixels per frame), by the word in the caption. None:
+# the caption has no word for it.
+# Shapes are large because the autoencoder halves height and width three times. The corners of
+# smaller shapes would be too faint in the latents to be learnt in minutes.
 # The largest shape at the highest speed still fits: 2 * 21 * 1.04 + 0.9 * 16 + 2 * MARGIN < HEIGHT.
 SIZES = {None: (16.0, 21.0), "small": (16.0, 17.5), "large": (19.5, 21.0)}
 SPEEDS = {None: (0.4, 0.9), "slowly": (0.4, 0.55), "quickly": (0.75, 0.9)}
@@ -45,7 +46,7 @@ WORDINGS = (
     "a {background} background with {subject} moving {motion}",
 )
 
-# Half the sizes of shapes of radius 1. With these all three look about equally large.
+# Half sizes of the shapes for radius 1, chosen so that all three shapes look about equally large.
 _SQUARE_HALF = 0.9
 _TRIANGLE_HALF_WIDTH = 1.2
 _TRIANGLE_HALF_HEIGHT = _TRIANGLE_HALF_WIDTH * 3**0.5 / 2  # equilateral, apex up
@@ -78,11 +79,11 @@ class ShapeSpec:
 
     @property
     def combination(self) -> tuple[str, str, str, str]:
-        """The four attributes by which held-out clips are chosen."""
+        """The four attributes that decide whether a clip is held out."""
         return self.color, self.shape, self.direction, self.background
 
     def caption(self, wording: int = 0) -> str:
-        """The caption in one of `WORDINGS`; 0 is the canonical one."""
+        """Return the caption in a wording of `WORDINGS`, by index; 0 is the canonical wording."""
         subject = " ".join(filter(None, ("a", self.size, self.color, self.shape)))
         motion = " ".join(filter(None, (self.direction, self.speed)))
         return WORDINGS[wording].format(subject=subject, motion=motion, background=self.background)
@@ -100,7 +101,7 @@ _OPTIONAL = ("size", "speed")
 
 
 def parse_caption(caption: str) -> ShapeSpec:
-    """The attributes in a caption of any wording.
+    """Return the attributes in a caption of any wording.
 
     Raises:
         ValueError: an attribute is missing or given twice.
@@ -111,38 +112,39 @@ def parse_caption(caption: str) -> ShapeSpec:
         said = [word for word in words if word in allowed]
         if len(said) > 1 or (not said and field not in _OPTIONAL):
             raise ValueError(
-                f"caption {caption!r}: {field} names {len(said)} of {', '.join(allowed)}, not one"
+                f"caption {caption!r} names {field} {len(said)} times; it must contain exactly "
+                f"one of {', '.join(allowed)}"
             )
         found[field] = said[0] if said else None
     return ShapeSpec(**found)
 
 
 def all_combinations() -> list[ShapeSpec]:
-    """The 216 combinations of colour, shape, direction and background, in a fixed order."""
+    """Return all 216 combinations of colour, shape, direction, background, in a fixed order."""
     return [ShapeSpec(*c) for c in itertools.product(COLORS, SHAPES, DIRECTIONS, BACKGROUNDS)]
 
 
 def held_out_combinations() -> list[ShapeSpec]:
-    """The 44 stored combinations that training never sees.
+    """Return the 44 combinations in `HELD_OUT_FILE`, which training never sees.
 
-    Each pair of attribute values (red circle, circle on gray, …) is trained on in at least 60% of
-    its combinations; tests/tools/tiny/test_shapes.py has the rule.
+    For each pair of attribute values (red circle, circle on gray, …), at least 60% of the
+    combinations with this pair are used in training; tests/tools/tiny/test_shapes.py checks this.
     """
     return [parse_caption(line) for line in HELD_OUT_FILE.read_text("utf-8").splitlines()]
 
 
 def training_combinations() -> list[ShapeSpec]:
-    """The 172 combinations that are not held out."""
+    """Return the 172 combinations that are not held out."""
     held_out = set(held_out_combinations())
     return [spec for spec in all_combinations() if spec not in held_out]
 
 
 def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
-    """Distance in pixels to the outline of `shape`, positive inside.
+    """Return the distance in pixels to the outline of `shape`, positive inside.
 
-    dx and dy are measured from the centre of its bounding box. The distance is exact inside and
-    along edges. Beyond corners it is the distance to the nearer edge's line, which is enough for
-    anti-aliasing of one pixel.
+    `dx` and `dy` are measured from the centre of the bounding box. The distance is exact inside and
+    along edges. Beyond a corner, it is the distance to the line through the nearer edge, which is
+    accurate enough for anti-aliasing of one pixel.
     """
     if shape == "circle":
         return radius - np.sqrt(dx * dx + dy * dy)
@@ -156,7 +158,7 @@ def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -
 def coverage(
     shape: str, center_x: np.ndarray, center_y: np.ndarray, *, radius: float | np.ndarray
 ) -> np.ndarray:
-    """Fraction of each pixel that a shape covers, for (t,) centres of its bounding box.
+    """Return the fraction of each pixel that a shape covers, for (t,) centres of its bounding box.
 
     Returns:
         float32 (t, 64, 96) in [0, 1].
@@ -169,7 +171,7 @@ def coverage(
 
 
 def draw_clip(spec: ShapeSpec, rng: np.random.Generator) -> np.ndarray:
-    """Draw one clip: uint8 (17, 64, 96, 3), RGB.
+    """Draw one clip and return it as uint8 (17, 64, 96, 3), RGB.
 
     Radius, speed and start are drawn uniformly such that the shape stays inside the frame.
     """
@@ -182,7 +184,7 @@ def draw_clip(spec: ShapeSpec, rng: np.random.Generator) -> np.ndarray:
         reach = MARGIN + radius * HALF_EXTENTS[spec.shape][axis] + abs(sign) * travel / 2
         centers.append(rng.uniform(reach, length - reach) + sign * step)
     mask = coverage(spec.shape, centers[0], centers[1], radius=radius)
-    # Blend by table: uint8 shows no more than 256 shades between background and colour.
+    # Blend with a lookup table, because uint8 has at most 256 shades from background to colour.
     shade = np.linspace(0, 1, 256)[:, None]
     ends = np.array(BACKGROUNDS[spec.background]), np.array(COLORS[spec.color])
     table = np.rint(ends[0] * (1 - shade) + ends[1] * shade).astype(np.uint8)
@@ -190,22 +192,22 @@ def draw_clip(spec: ShapeSpec, rng: np.random.Generator) -> np.ndarray:
 
 
 def clip_to_tensor(frames: np.ndarray) -> torch.Tensor:
-    """uint8 (t, h, w, c) to float32 (t, c, h, w) in [-1, 1]."""
+    """Convert uint8 (t, h, w, c) to float32 (t, c, h, w) in [-1, 1]."""
     planes = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()  # (t, c, h, w)
     return planes.float().div_(127.5).sub_(1)
 
 
 class ShapeClips(Dataset):
-    """Clips drawn on the fly; item `index` depends only on (seed, index).
+    """Clips drawn on the fly; each item depends only on the seed and on its index.
 
-    Items: ``{"mp4": float32 (17, 3, 64, 96) in [-1, 1], "txt": caption}``. Some captions name size
-    or speed, or use another wording.
+    Items are ``{"mp4": float32 (17, 3, 64, 96) in [-1, 1], "txt": caption}``. Some captions name
+    size or speed, or use a wording other than the canonical one.
 
     Args:
         num_clips: number of items.
         seed: each seed gives different clips.
-        held_out: draw the 44 held-out combinations, not the 172 of training.
-        combinations: draw these instead.
+        held_out: draw the 44 held-out combinations instead of the 172 training combinations.
+        combinations: draw these combinations; `held_out` is then ignored.
     """
 
     MENTION_PROBABILITY = 0.25
@@ -229,19 +231,19 @@ class ShapeClips(Dataset):
         return self.num_clips
 
     def caption(self, index: int) -> str:
-        """The caption of clip `index`, without drawing it. Raises IndexError."""
+        """Return the caption of clip `index`, without drawing the clip. Raises IndexError."""
         spec, wording, _ = self._describe(index)
         return spec.caption(wording)
 
     def draw(self, index: int) -> tuple[np.ndarray, str]:
-        """Clip `index` as uint8 (17, 64, 96, 3) with its caption. Raises IndexError."""
+        """Draw clip `index`: uint8 (17, 64, 96, 3), and its caption. Raises IndexError."""
         spec, _, rng = self._describe(index)
         return draw_clip(spec, rng), self.caption(index)
 
     def _describe(self, index: int) -> tuple[ShapeSpec, int, np.random.Generator]:
-        """The attributes of clip `index`, its wording, and the generator for drawing it."""
+        """Return the attributes of clip `index`, its wording, and the generator for drawing it."""
         if not 0 <= index < self.num_clips:
-            raise IndexError(f"clip {index} of {self.num_clips}")
+            raise IndexError(f"clip {index} does not exist; there are {self.num_clips} clips")
         rng = np.random.default_rng((self.seed, index))
         combination = self.combinations[rng.integers(len(self.combinations))].combination
         is_said = [rng.random() < self.MENTION_PROBABILITY for _ in _OPTIONAL]
@@ -253,6 +255,6 @@ class ShapeClips(Dataset):
         return spec, wording, rng
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
-        """Clip `index` for training. Raises IndexError."""
+        """Draw clip `index` for training. Raises IndexError."""
         frames, caption = self.draw(index)
         return {"mp4": clip_to_tensor(frames), "txt": caption}

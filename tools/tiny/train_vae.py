@@ -2,8 +2,8 @@
 
     python -m tools.tiny.train_vae --output CogVideoX-tiny-sat/vae/3d-vae.pt
 
-At the end it logs the PSNR of new clips, and `scale_factor` for the configurations, the factor that
-gives latents unit variance.
+At the end it logs the PSNR of new clips and the value of `scale_factor` for the configurations.
+Latents multiplied by this factor have unit variance.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from tools.tiny.shapes import NUM_FRAMES, ShapeClips
 logger = logging.getLogger(__name__)
 
 CONFIG = "configs/cogvideox_tiny_infer.yaml"
-FRESH_SEED = 10**6  # draws clips that no training run draws
+FRESH_SEED = 10**6  # larger than the seed of any training run, so that its clips are new
 
 
 class Autoencoder(TrainableVideoAutoencoder):
-    """The autoencoder with a learning rate that rises linearly, then falls to 0 as a cosine."""
+    """The autoencoder with linear warm-up and cosine decay to 0 of the learning rate."""
 
     num_steps: int
     warmup_steps: int
     num_frames: int
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """The training step on the first `num_frames` frames of each clip."""
+        """Run the training step on the first `num_frames` frames of each clip."""
         return super().training_step({"mp4": batch["mp4"][:, : self.num_frames]}, batch_idx)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW, and the schedule, which steps after each batch."""
+        """Return AdamW and the learning rate schedule, which advances after each batch."""
         trained = [weight for weight in self.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.01)
 
@@ -61,20 +61,20 @@ class Autoencoder(TrainableVideoAutoencoder):
 
 
 def psnr(video: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each clip (b, …) in [-1, 1]: (b,)."""
+    """Return the peak signal-to-noise ratio in dB, (b,), of each clip (b, …) in [-1, 1]."""
     error = (video.clamp(-1, 1) - target).square().flatten(1).mean(dim=1)
     return 10 * torch.log10(4 / error)
 
 
 def load_autoencoder(*configs: str) -> VideoAutoencoderInferenceWrapper:
-    """The autoencoder of merged configurations with its weights, on a GPU if there is one."""
+    """Load the autoencoder of merged configurations, on a GPU if there is one."""
     sections, _ = read_yaml(configs)
     vae = instantiate_from_config(sections["model"]["first_stage_config"])
     return vae.eval().to(choose_device())
 
 
 def encode_means(vae: VideoAutoencoderInferenceWrapper, clips: Tensor) -> Tensor:
-    """Means of the latents (b, t, z, h, w) of clips (b, t', 3, h', w') on any device."""
+    """Return the latent means (b, t, z, h, w) of clips (b, t', 3, h', w') on any device."""
     return encode_moments(vae, clips).chunk(2, dim=2)[0]
 
 
@@ -82,7 +82,7 @@ def encode_means(vae: VideoAutoencoderInferenceWrapper, clips: Tensor) -> Tensor
 def reconstruct_fresh(
     vae: VideoAutoencoderInferenceWrapper, num_clips: int
 ) -> tuple[Tensor, Tensor]:
-    """Encode and decode clips of held-out combinations, which no training run draws.
+    """Encode and decode new clips of held-out combinations, which training never draws.
 
     Returns:
         The PSNR of each clip, (num_clips,), and the means of the latents, (num_clips, t, z, h, w).
@@ -98,7 +98,7 @@ def reconstruct_fresh(
 
 
 def build(config: str, *, load: str | None, learning_rate: float, kl_weight: float) -> Autoencoder:
-    """The autoencoder of `first_stage_config`, with the weights of `load` or random ones."""
+    """Build the autoencoder of `first_stage_config`, with the weights in `load` or random ones."""
     sections, _ = read_yaml([config])
     params = sections["model"]["first_stage_config"]["params"]
     ignored = {"ckpt_path", "ignore_keys", *Autoencoder.IGNORED_PARAMS}
@@ -109,24 +109,24 @@ def build(config: str, *, load: str | None, learning_rate: float, kl_weight: flo
 
 
 def save(vae: VideoAutoencoderInferenceWrapper, path: Path) -> None:
-    """Write ``{"state_dict": …}`` in float32."""
+    """Write the weights to `path` as ``{"state_dict": …}`` in float32."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.float().cpu() for name, tensor in vae.state_dict().items()}
     save_torch({"state_dict": state}, path)
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Return the parsed command line."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--load", help="start from these weights")
     parser.add_argument(
-        "--decoder-only", action="store_true", help="do not change the encoder and the latents"
+        "--decoder-only", action="store_true", help="keep the encoder and the latents unchanged"
     )
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help="8k+1 of each clip")
+    parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help="8k+1, per clip")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warmup-steps", type=int, default=100)
     parser.add_argument("--kl-weight", type=float, default=3e-4)
@@ -168,7 +168,7 @@ def main() -> int:
     fidelity, latents = reconstruct_fresh(vae, 64)
     std = float(latents.std())
     logger.info(
-        "64 fresh clips: PSNR %.2f dB on average, %.2f dB at least; latents' std %.4f, so "
+        "64 new clips: mean PSNR %.2f dB, minimum %.2f dB; the std of the latents is %.4f; set "
         "scale_factor: %.4f",
         float(fidelity.mean()), float(fidelity.min()), std, 1 / std,
     )  # fmt: skip

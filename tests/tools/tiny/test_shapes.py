@@ -50,7 +50,7 @@ def test_every_caption_is_read_back_as_what_it_was_made_from():
     ],
 )
 def test_caption_without_exactly_one_of_each_attribute_is_refused(caption):
-    with pytest.raises(ValueError, match="color names"):
+    with pytest.raises(ValueError, match="names color"):
         parse_caption(caption)
 
 
