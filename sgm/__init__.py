@@ -19,7 +19,7 @@ leave_out_unused_parts()
 
 
 def __getattr__(name: str) -> type[CogVideoX] | type[Step] | type[Video]:
-    """Import `CogVideoX`, `Step` or `Video` when it is first used, because this takes seconds.
+    """Import `CogVideoX`, `Step` or `Video` only on first use, because the import takes seconds.
 
     Python calls this function for names that the module does not have (PEP 562).
     """

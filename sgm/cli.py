@@ -57,8 +57,8 @@ def _is_of_this_rank(record: logging.LogRecord) -> bool:
 def set_up_logging(level: int = logging.INFO) -> None:
     """Log messages of at least `level` to stderr, as plain lines.
 
-    For libraries, only warnings and errors are logged. Ranks above 0 log only errors, and warnings
-    that rank 0 does not log.
+    For libraries, only warnings and errors are logged. Ranks above 0 log all errors, and those
+    warnings that rank 0 does not log.
 
     Call this before importing SAT, DeepSpeed or transformers, because they log during import.
     """

@@ -134,7 +134,7 @@ def choose_memory(
     """
     if device.type != "cuda":
         if args.memory == "low":
-            logger.info("memory: high, because a CPU has no second memory to offload to")
+            logger.info("using memory: high, because a CPU has no other memory to offload to")
         return "high"
     if args.memory != "auto":
         logger.info("memory: %s, as set by the option memory", args.memory)

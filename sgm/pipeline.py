@@ -249,7 +249,7 @@ class CogVideoX:
             if num_steps is not None or guidance_scale is not None:
                 sampler = sampler.adjusted(num_steps=num_steps, guidance_scale=guidance_scale)
         if not isinstance(prompt, str):
-            raise UserError(f"CogVideoX: prompt: {prompt!r} must be a text")
+            raise UserError(f"CogVideoX: prompt: {prompt!r} must be a string")
         given: dict[str, Any] = {"negative_prompt": negative_prompt, "seed": _plain_integer(seed)}
         if num_frames is not None:
             frames = num_latent_frames(_plain_integer(num_frames), self._model)
@@ -342,8 +342,8 @@ class CogVideoX:
         """
         if not self._busy.acquire(blocking=False):
             raise UserError(
-                "this pipeline is making a video; wait until it is finished, or leave the loop "
-                "over its steps"
+                "this pipeline is making a video; wait until that video is finished, or break out "
+                "of the loop over its steps"
             )
         try:
             if needs_open:

@@ -192,7 +192,7 @@ def latent_shape(args: SamplingArgs, model: Mapping[str, Any]) -> tuple[int, int
 
 
 def _t5_nodes(model: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield the index in `emb_models` and the node of each T5 embedder of a `model` section."""
+    """For each T5 embedder of a `model` section, yield its index in `emb_models` and its node."""
     nodes = _at(model, "conditioner_config", "params", "emb_models")
     is_list = isinstance(nodes, Sequence) and not isinstance(nodes, str)
     for index, node in enumerate(nodes if is_list else ()):

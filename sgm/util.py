@@ -87,7 +87,7 @@ def get_class(target: str) -> type:
     path = TARGET_ALIASES.get(target, target)
     if not _is_allowed(path):
         raise UserError(
-            f"target {target!r} is outside {', '.join(_allowed_prefixes)} and therefore not built; "
+            f"target {target!r} is not built, since it is outside {', '.join(_allowed_prefixes)}; "
             f"if you trust this configuration, add --allow-target {path.split('.')[0]}"
         )
     module_name, _, class_name = path.rpartition(".")

@@ -257,7 +257,7 @@ def test_loras_are_set_from_any_folder_and_after_an_interruption(
         ({"negative_prompt": 3}, "CogVideoX: negative_prompt: 3 must be a string"),
         ({"index": -1}, "index: -1 must be a whole number from 0"),
         ({"index": (1, 2, 3)}, "index: .* must be a whole number from 0"),
-        ({"prompt": None}, "prompt: None must be a text"),
+        ({"prompt": None}, "prompt: None must be a string"),
         ({"path": "video.gif"}, "path: 'video.gif' must be the path of an mp4"),
         ({"path": "/dev/null/video.mp4"}, "path: '/dev/null/video.mp4' cannot be written"),
     ],

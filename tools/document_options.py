@@ -81,7 +81,7 @@ def option_rows(
 ) -> Iterator[tuple[str, str, str, str]]:
     """Yield the key, type, default and meaning of each field.
 
-    Fields that are identical in `without` are skipped.
+    Fields that the model `without` defines in the same way are skipped.
     """
     inherited = without.model_fields if without else {}
     for name, field in model.model_fields.items():

@@ -177,7 +177,7 @@ class Weights:
         return self.state() == since and all(file.is_as_read for file in self.files)
 
     def keep(self) -> None:
-        """Keep the files mapped from now on; later uses do not read them again."""
+        """From now on, keep the files mapped, so that later uses do not read them again."""
         for file in self.files:
             file.kept = True
 

@@ -72,7 +72,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _label_path(clip: Path, folder: Path) -> Path:
-    """Return a clip's caption file, in ``labels`` instead of the innermost ``videos`` of its path.
+    """Return a clip's caption file: its path with the innermost ``videos`` replaced by ``labels``.
 
     Folders above `folder` are not considered.
     """

@@ -37,7 +37,7 @@ class SplitGuider(Guider):
         return self.guider.scale_at(timestep, num_steps)
 
     def combine(self, denoised: Tensor, scale: float) -> Tensor:
-        """Combine the branches of all processes; `denoised` is own branch, (b, t, c, h, w)."""
+        """Combine the branches of all processes; `denoised` is this process's, (b, t, c, h, w)."""
         denoised = denoised.contiguous()
         branches = [torch.empty_like(denoised) for _ in range(self.group.size())]
         distributed.all_gather(branches, denoised, group=self.group)

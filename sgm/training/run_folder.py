@@ -210,7 +210,7 @@ def _set_aside(folder: Path) -> None:
 
 
 def set_aside_later(checkpoint: Path) -> None:
-    """Rename iterations later than `checkpoint`, where the run is resumed, to ``N.old``.
+    """Rename each iteration N after `checkpoint` to ``N.old``; the run resumes at `checkpoint`.
 
     The resumed run will save these iterations again. The next `publish` deletes the renamed ones.
     """

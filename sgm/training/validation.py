@@ -142,7 +142,7 @@ class Validation:
     def _draw(
         self, engine: SATVideoDiffusionEngine, latents: Tensor, quarter: int, *, first: int
     ) -> tuple[NoiseLevels, Tensor]:
-        """Draw noise levels (b,) in a quarter and noise (b, t, c, h, w), on the latents' device.
+        """Draw noise levels (b,) from a quarter of their range, and noise (b, t, c, h, w).
 
         `first` is the index of the batch's first sample in the dataset.
         """

@@ -67,10 +67,10 @@ def test_wrong_weights_are_refused_before_anything_is_written(
 def test_a_shipped_configuration_that_fits_is_named(small, capsys, monkeypatch):
     tiny = {"transformer_ckpt_path": ROOT / "CogVideoX-tiny-sat" / "transformer", "base": None}
     config = ROOT / "configs" / "cogvideox_tiny_infer.yaml"
-    refused(capsys, small.convert(**tiny, vae_ckpt_path=None), f"--base ({config} fits)")
+    refused(capsys, small.convert(**tiny, vae_ckpt_path=None), f"--base ({config} matches)")
     monkeypatch.chdir(ROOT)
     vae = {"vae_ckpt_path": ROOT / "CogVideoX-tiny-sat" / "vae", "transformer_ckpt_path": None}
-    refused(capsys, small.convert(**vae), f"({config} fits)")
+    refused(capsys, small.convert(**vae), f"({config} matches)")
     refused(capsys, small.convert(base="no.yaml"), f"no.yaml: no such file in {ROOT};")
 
 

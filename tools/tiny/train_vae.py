@@ -37,7 +37,7 @@ FRESH_SEED = 10**6  # larger than the seed of any training run, so that its clip
 
 
 class Autoencoder(TrainableVideoAutoencoder):
-    """The autoencoder with linear warm-up and cosine decay to 0 of the learning rate."""
+    """The autoencoder, trained with a linear warm-up and a cosine decay of the learning rate."""
 
     num_steps: int
     warmup_steps: int

@@ -55,7 +55,7 @@ class DiffusersConverter:
             autoencoder is always written in float32.
         scaling_factor: the factor that scales latents; None uses the configuration's factor.
         snr_shift_scale: the shift of the noise levels; None uses the configuration's shift.
-        sizes: sizes that the transformer must have, as `expected` in `check_sizes`.
+        sizes: sizes that the transformer must have, like the argument `expected` of `check_sizes`.
 
     Raises:
         UserError: a part is missing, damaged, of another model, or does not fit the others.
@@ -187,7 +187,7 @@ class DiffusersConverter:
             config = fitting_config(metas, part)
             if config is None:
                 raise
-            raise UserError(f"{error} ({quote(str(ROOT / config))} fits)") from None
+            raise UserError(f"{error} ({quote(str(ROOT / config))} matches)") from None
         return sizes
 
     def write(self, folder: Path, *, link_text_encoder: bool) -> None:

@@ -30,7 +30,7 @@ class DiscreteDenoiser:
     Args:
         num_idx: number of noise levels in the training, 2..1000; 1000 for the released weights.
         weighting_config, scaling_config, discretization_config: configuration nodes.
-        quantize_c_noise: must be false, because the network gets the timestep itself.
+        quantize_c_noise: must be false, because the network is given the timestep.
 
     Raises:
         UserError: a value is out of range or a node is invalid.
@@ -48,7 +48,7 @@ class DiscreteDenoiser:
         if quantize_c_noise:
             raise UserError(
                 "DiscreteDenoiser: quantize_c_noise=true is not supported, because the network "
-                "gets the timestep itself; set it to false in the configuration"
+                "is given the timestep; set it to false in the configuration"
             )
         self.weighting = instantiate_from_config(weighting_config)
         self.scaling = instantiate_from_config(scaling_config)

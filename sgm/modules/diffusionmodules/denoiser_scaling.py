@@ -9,7 +9,7 @@ class VideoScaling:
     """Scaling for v-prediction (Salimans & Ho 2022, appendix D).
 
     The network predicts v = a noise - sqrt(1 - a^2) x_0, where a is the noise level. The network's
-    input is not scaled (c_in = 1), and the network gets the timestep itself.
+    input is not scaled (c_in = 1), and the network is given the timestep.
     """
 
     def __call__(self, alpha_cumprod_sqrt: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,7 +107,7 @@ class Sampler(ABC):
         """Return the coefficients of each step, in sampling order, in double precision."""
 
     def noise_levels(self) -> list[float]:
-        """Return the `alpha_cumprod_sqrt` of each step in sampling order, starting with 0."""
+        """Return the `alpha_cumprod_sqrt` of each step, in sampling order; the first is 0."""
         return self.schedule.alphas_cumprod_sqrt.flip(0).tolist()
 
     def guidance_scales(self) -> list[float]:

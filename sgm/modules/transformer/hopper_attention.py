@@ -277,9 +277,9 @@ def _careful_kernel(
     value_stride,
     scale,
 ):
-    """Compute broken parts (ROWS queries each) again with the true row maximum, as the fallback.
+    """Fallback: recompute the broken parts (ROWS queries each) with the true row maximum.
 
-    There are `total_parts` parts, `num_parts` per head. Each program checks about equally many.
+    There are `total_parts` parts, `num_parts` per head. Each program checks about the same number.
     """
     every = tl.num_programs(0)
     if tl.program_id(0) == 0:

@@ -149,8 +149,8 @@ def activated(linear: nn.Module, x: Tensor, *, activation: Callable[[Tensor], Te
     """Return ``activation(linear(x))`` for a GELU (tanh approximation), (b, n, d) → (b, n, 4d).
 
     On a GPU, the matrix product applies the GELU to its float32 sums before it rounds them. This
-    saves a pass over the largest tensor of a block. If the weights are trained, this would cost
-    more than it saves, because the backward pass needs the values before the GELU.
+    saves a pass over the largest tensor of a block. It is not done for weights that are trained,
+    because the backward pass needs the values before the GELU.
     """
     weight = linear.weight
     is_constant = not (torch.is_grad_enabled() and weight.requires_grad)
