@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from pydantic import BeforeValidator, InstanceOf, field_validator, model_validat
 from yaml import YAMLError
 
 from sgm.errors import UserError, check_known
+from sgm.files import exists
 from sgm.options import Options, checked, option
 from sgm.util import is_finite_number
 
@@ -49,12 +51,12 @@ def lora_from_text(text: str) -> LoraChoice:
         UserError: the scale is not a finite number.
     """
     path, colon, number = text.rpartition(":")
-    if not colon or not path or os.path.exists(os.path.expanduser(text)):
+    if not colon or not path or exists(text):
         return LoraChoice(text)
     try:
         scale = float(number)
     except ValueError:
-        if os.path.exists(os.path.expanduser(path)):
+        if exists(path):
             raise UserError(
                 f"{text}: {colon + number!r} is not a number; write the strength after the colon, "
                 "as in PATH:0.8"
@@ -108,6 +110,8 @@ _REFERENCE = re.compile(r"\$\{[^${}:]*\}")  # to another value, such as ${args.s
 # What the loader raises: ValueError for text that is not UTF-8 or for an invalid number,
 # RecursionError for a list within itself.
 _YAML_ERRORS = (YAMLError, ValueError, RecursionError)
+
+_MAX_NAME_BYTES = 230  # Linux allows 255; a run's time and number come after the name
 
 SECTIONS = ("args", "model", "data", "deepspeed")
 
@@ -227,8 +231,11 @@ class TrainingArgs(CommonArgs):
     @field_validator("experiment_name")
     @classmethod
     def _check_experiment_name(cls, name: str) -> str:
-        if "/" in name or not name:
-            raise ValueError(f"{name!r} must be the name of a folder in `save`, without a slash")
+        if not name or "/" in name or "\0" in name or len(os.fsencode(name)) > _MAX_NAME_BYTES:
+            raise ValueError(
+                f"{name!r:.100} must be the name of a folder in `save`, without a slash and of at "
+                f"most {_MAX_NAME_BYTES} bytes"
+            )
         return name
 
 
@@ -296,7 +303,7 @@ def read_yaml(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     merged: Any = OmegaConf.create({})
     sources: dict[str, str] = {}
     for name in files:
-        if not Path(name).is_file():
+        if not os.path.isfile(name):
             place = "" if Path(name).is_absolute() else f" in {Path.cwd()}"
             raise UserError(f"configuration {name}: no such file{place}; check its path")
         try:
@@ -338,17 +345,19 @@ def check_given(
     Raises:
         UserError: a key is unknown, or a value has another type or range.
     """
-    plain = {key: _as_in_yaml(value) for key, value in given.items() if key not in IGNORED_ARGS}
+    plain = {key: as_in_yaml(value) for key, value in given.items() if key not in IGNORED_ARGS}
     plain = {key: value for key, value in plain.items() if value is not None}
     args = checked(args_class, plain, place=lambda key: f"{where}: {key}" if key else where)
     return {key: getattr(args, key) for key in plain}
 
 
-def _as_in_yaml(value: object) -> object:
-    """A value of Python code as YAML would give it: paths as texts, tuples as lists."""
+def as_in_yaml(value: Any) -> Any:  # noqa: ANN401 (values of all types)
+    """A value of Python code as YAML would give it: paths as texts, NumPy's integers as int …"""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    return [_as_in_yaml(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return [as_in_yaml(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def load_config(

@@ -308,7 +308,7 @@ class SATVideoDiffusionEngine(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device on which the network computes; offloaded weights wait on the CPU."""
+        """The device on which the network computes; its weights may be offloaded to the CPU."""
         return self._offloaded_from or next(self.model.parameters()).device
 
     @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sgm.errors import UserError
+from sgm.files import expanded
 
 MAX_NAME_CHARACTERS = 120
 # Linux allows 255 bytes for a name. The line's number and an underscore come before the prompt.
@@ -39,11 +40,11 @@ def read_prompt_file(path: str | Path) -> list[Prompt]:
     """
     text, problem = "", "it holds no prompt"
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = expanded(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         problem = f"it is not UTF-8 at byte {error.start}"
-    except OSError as error:
-        problem = str(error.strerror)
+    except (OSError, ValueError) as error:  # ValueError: NUL in its name
+        problem = getattr(error, "strerror", None) or str(error)
     prompts = [Prompt(i, line.strip()) for i, line in enumerate(text.split("\n")) if line.strip()]
     if not prompts:
         raise UserError(

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from sgm.errors import UserError
-from sgm.files import make_output_folder, replacing
+from sgm.files import expanded, make_output_folder, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +36,10 @@ def mp4_path(path: str | Path) -> Path:
     Raises:
         UserError: it is not the name of an mp4, or its folder cannot be written to.
     """
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
     problem = "must be the name of an mp4, such as video.mp4"
-    if text.lower().endswith(".mp4") and "\0" not in text:
-        place = Path(os.path.abspath(os.path.expanduser(text)))
+    if isinstance(text, str) and text.lower().endswith(".mp4") and "\0" not in text:
+        place = Path(os.path.abspath(expanded(text)))
         above = next(folder for folder in place.parents if os.path.lexists(folder))
         if os.path.isdir(above) and os.access(above, os.W_OK) and not os.path.isdir(place):
             return place
@@ -52,7 +52,7 @@ def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: float) -> None:
 
     Args:
         chunks: the frames in order, all of one size.
-        path: the mp4.
+        path: the mp4. Its folder is created if missing.
         fps: frames per second.
 
     Raises:
@@ -62,6 +62,7 @@ def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: float) -> None:
     from imageio_ffmpeg import count_frames_and_secs
 
     num_frames = 0
+    make_output_folder(path.parent)
     with replacing(path) as partial:
         get_writer: Any = imageio.v2.get_writer  # its types are not those of its documentation
         with get_writer(
@@ -85,6 +86,17 @@ def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: float) -> None:
             written = 0
         if written != num_frames:
             raise OSError(None, None)
+
+
+def prepare_sheet(path: Path, *, option: str) -> None:
+    """Check that a contact sheet can be written to the path that `option` gave; make its folder.
+
+    Raises:
+        UserError: it is not the name of a picture, or its folder cannot be written to.
+    """
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise UserError(f"{option}: {str(path)!r} must end with .png or .jpg")
+    make_output_folder(path.parent)
 
 
 def write_contact_sheet(frames: np.ndarray, path: Path, *, above: Path | None = None) -> None:
@@ -130,7 +142,6 @@ def collect_frames(chunks: Iterable[np.ndarray], path: Path | None, *, fps: floa
     """
     written, kept = itertools.tee(chunks)
     if path is not None:
-        make_output_folder(path.parent)
         write_mp4(written, path, fps=fps)
     frames = list(kept)
     return np.concatenate(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)

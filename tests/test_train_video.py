@@ -178,7 +178,7 @@ WRONG = {
     "deepspeed.zero_optimization.elastic_checkpoint": [True],
     "deepspeed.bf16": [True],
     "deepspeed.gradient_clipping": ["a", True, -1, math.nan],
-    "args.experiment_name": ["a/b", ""],
+    "args.experiment_name": ["a/b", "", "a\0b", "a" * 300],
     "args.bf16": [True],
     "args.warmup": [-0.1, 1.1, math.nan],
     "args.ema_decay": [1.0, math.nan],

@@ -20,6 +20,7 @@ from sgm.checkpoint.diffusers_folder import (
     find_shards,
 )
 from sgm.checkpoint.weight_file import (
+    LONGEST_QUOTE,
     WeightFile,
     Weights,
     check_kind,
@@ -28,6 +29,7 @@ from sgm.checkpoint.weight_file import (
     read_json,
 )
 from sgm.errors import UserError, first_of
+from sgm.files import expanded
 
 MODEL_FILES = ("mp_rank_00_model_states.pt", "mp_rank_00_model_states.safetensors")
 SAT_FILE = "3d-vae.pt"  # the autoencoder, as published
@@ -39,7 +41,6 @@ _LORA_FILES = (
     "adapter_model.bin",
 )
 _LARGEST_POINTER = 1024  # bytes, by the specification of git-lfs
-_LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
 Kind = Literal["load", "lora", "autoencoder", "t5"]
 # Names of the files in a folder, in the order of preference, and parts of a diffusers folder.
 _FILES: Mapping[Kind, Sequence[str]] = {
@@ -50,12 +51,12 @@ _FILES: Mapping[Kind, Sequence[str]] = {
 _PARTS: Mapping[Kind, DiffusersPart] = {"load": "transformer", "autoencoder": "vae"}
 _EXPECTED: Mapping[Kind, str] = {
     "load": "the transformer's folder (with the file 'latest' in it), its .pt file or a diffusers "
-    "folder; README tells where to get the weights",
+    "folder; README says where to get the weights",
     "lora": "a LoRA: the folder of a run (with the file 'latest' in it), of one of its "
     "checkpoints, a file, or a LoRA of diffusers or peft: pytorch_lora_weights.safetensors or "
     "adapter_model.safetensors, or its folder",
     "autoencoder": "the autoencoder's weights: 3d-vae.pt itself, or a diffusers folder; README "
-    "tells where to get them",
+    "says where to get them",
     "t5": "the T5 folder with config.json and T5's weights in it (for the 2B model a clone of "
     "https://huggingface.co/google/t5-v1_1-xxl), or a diffusers pipeline's",
 }
@@ -91,7 +92,7 @@ def looking_up(given: str | Path, option: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{option}: {str(given)[:_LONGEST_QUOTE]!r} cannot be looked up ({error.strerror}); "
+            f"{option}: {str(given)[:LONGEST_QUOTE]!r} cannot be looked up ({error.strerror}); "
             "check the path and its permissions"
         ) from None
 
@@ -150,7 +151,7 @@ def _find(given: str | Path | Weights, kind: Kind, option: str) -> Weights:
     if isinstance(given, Weights):
         return given
     with looking_up(given, option):
-        path = Path(os.path.expanduser(given))
+        path = expanded(given)
         if path.is_file():
             return Weights.of_file(given, path, option)
         if not path.is_dir():
@@ -178,7 +179,7 @@ def _tagged_folder(path: Path, option: str) -> Path:
         return path
     tag = (path / "latest").read_text(encoding="utf-8", errors="replace").strip()
     if any(mark in tag for mark in "/\n\0"):
-        quoted = repr(tag[:_LONGEST_QUOTE])
+        quoted = repr(tag[:LONGEST_QUOTE])
         reason = f"holds {quoted}, not just the name of a folder beside it"
         raise damaged(f"{option}: {path / 'latest'}", reason)
     return path / tag
@@ -194,7 +195,7 @@ def is_no_base(path: Path, option: str) -> UserError:
 
 def find_foreign_file(folder: str | Path) -> Path | None:
     """The file of a LoRA folder of diffusers or peft; None if `folder` is not such a folder."""
-    folder = os.path.expanduser(folder)
+    folder = expanded(folder)
     if os.path.isfile(os.path.join(folder, "latest")):  # a run of this code
         return None
     paths = (os.path.join(folder, name) for name in _LORA_FILES)
@@ -251,7 +252,7 @@ def find_t5(model_dir: str | Path | T5Files, *, option: str = "model_dir") -> T5
     if isinstance(model_dir, T5Files):
         return model_dir
     with looking_up(model_dir, option):
-        folder = Path(os.path.expanduser(model_dir))
+        folder = expanded(model_dir)
         folder = find_in_pipeline(folder, "text_encoder") or folder
         config = _t5_config(folder, option)
         here = f"the T5 folder {folder}"
@@ -292,6 +293,6 @@ def _t5_config(folder: Path, option: str) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     kind = config.get("model_type", config.get("_class_name"))
     if kind != "t5":
-        quoted = repr(str(kind)[:_LONGEST_QUOTE])
+        quoted = repr(str(kind)[:LONGEST_QUOTE])
         raise unexpected(f"{folder} holds {quoted}, not a T5 encoder", "t5", option)
     return config

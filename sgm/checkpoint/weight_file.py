@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HEAD_BYTES = 512  # of a file, which show what kind of file it is
+LONGEST_QUOTE = 60  # characters of a wrong text that a message repeats
 _LARGEST_JSON = 1 << 26  # bytes; the index of a large model has some 100 kB
 # How files begin that stand in the place of the right one, and what messages say of them.
 _OTHER_HEADS = {
