@@ -26,9 +26,10 @@ from sgm.data.decoding import OWN_CHILD
 from sgm.data.frames import ClipError, FrameSettings, check_value, no_clip_left
 from sgm.data.survey import report, survey_folder, write_sheet
 from sgm.distributed import Rank
-from sgm.files import make_output_folder
+from sgm.files import expanded
 from sgm.training.preflight import VIDEO_DATASET
 from sgm.util import check_params
+from sgm.video import prepare_sheet
 
 logger = logging.getLogger(__name__)
 
@@ -177,11 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     set_up_logging()
     settings = settings_from_config(load_config(TrainingArgs, options.base, {}).data)
-    folder = options.folder.expanduser()
+    folder = expanded(options.folder)
     sheet = options.contact_sheet or Path("outputs", f"{folder.resolve().name}-clips.png")
-    is_picture = sheet.suffix.lower() in (".png", ".jpg", ".jpeg")
-    check_value("--contact-sheet", str(sheet), "end with .png or .jpg", valid=is_picture)
-    make_output_folder(sheet.parent)
+    prepare_sheet(sheet, option="--contact-sheet")
     survey = survey_folder(folder, settings)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:

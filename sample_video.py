@@ -14,7 +14,7 @@ from sgm.cli import no_garbage_collection, run_and_exit, set_up_logging
 from sgm.config import Config, SamplingArgs
 from sgm.distributed import Rank, Ranks
 from sgm.errors import UserError
-from sgm.files import installed_versions, make_output_folder
+from sgm.files import expanded, installed_versions, make_output_folder
 from sgm.preflight import check_sampling
 from sgm.prompts import Prompt, read_prompt_file, read_typed_prompts
 
@@ -62,7 +62,7 @@ def make_videos(pipe: CogVideoX, config: Config, prompt: Prompt, *, progress: Pr
     from sgm.video import write_contact_sheet
 
     for sample in range(config.args.batch_size):
-        folder = Path(config.args.output_dir, prompt.folder_name, str(sample))
+        folder = expanded(config.args.output_dir) / prompt.folder_name / str(sample)
         path = folder / "000000.mp4"
         # Samples are not batched, because a sample must not depend on the number of samples.
         index = (prompt.line, sample)
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sgm.pipeline import CogVideoX
         from sgm.sat_runtime import leave_process_groups_at_exit
 
-        make_output_folder(args.output_dir)
+        make_output_folder(expanded(args.output_dir))
         pipe = CogVideoX.load(config, weights)
     logger.info("model ready on %s after %.1f s", pipe.engine.device, time.perf_counter() - started)
     with Ranks() as ranks:

@@ -116,11 +116,12 @@ def build_dataset(config: Config, folders: Sequence[str], **extra: object) -> Co
     """
     from torch.utils.data import ConcatDataset
 
+    from sgm.files import expanded
     from sgm.util import instantiate_from_config
 
     if config.data.get("target") != VIDEO_DATASET:
         extra = {}
-    paths = [str(Path(name).expanduser()) for name in folders]
+    paths = [str(expanded(name)) for name in folders]
     return ConcatDataset(
         [instantiate_from_config(config.data, data_dir=path, **extra) for path in paths]
     )
@@ -250,7 +251,7 @@ def train(config: Config, device: torch.device, weights: RunWeights) -> None:
 
     from sgm.data.loader import checked_batches
     from sgm.distributed import is_main
-    from sgm.files import make_output_folder
+    from sgm.files import expanded, make_output_folder
     from sgm.training import run_folder
     from sgm.training.checkpoint import trains_lora
     from sgm.training.deepspeed_engine import start_deepspeed
@@ -265,7 +266,7 @@ def train(config: Config, device: torch.device, weights: RunWeights) -> None:
         logger.info("resuming from %s", checkpoint)
         run_folder.compare_with_last_start(config, checkpoint.parent)
     else:  # if the folder cannot be written to, fail before reading any weights or data
-        make_output_folder(Path(args.save).expanduser())
+        make_output_folder(expanded(args.save))
     engine, load_weights = build_engine(config, weights, checkpoint=checkpoint)
     data = load_data(config, device, weights)
     load_weights(device)

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from pydantic import BeforeValidator, InstanceOf, field_validator, model_validat
 from yaml import YAMLError
 
 from sgm.errors import UserError, check_known
+from sgm.files import exists
 from sgm.options import Options, checked, option
 from sgm.util import is_finite_number
 
@@ -50,12 +52,12 @@ def lora_from_text(text: str) -> LoraChoice:
         UserError: the scale is not a finite number.
     """
     path, colon, number = text.rpartition(":")
-    if not colon or not path or os.path.exists(os.path.expanduser(text)):
+    if not colon or not path or exists(text):
         return LoraChoice(text)
     try:
         scale = float(number)
     except ValueError:
-        if os.path.exists(os.path.expanduser(path)):
+        if exists(path):
             raise UserError(
                 f"{text}: {colon + number!r} is not a number; write the strength after the colon, "
                 "for example PATH:0.8"
@@ -109,6 +111,8 @@ _REFERENCE = re.compile(r"\$\{[^${}:]*\}")  # a reference to another value, such
 # Errors that the YAML loader raises: ValueError if the text is not UTF-8 or a number is invalid,
 # RecursionError if a list contains itself.
 _YAML_ERRORS = (YAMLError, ValueError, RecursionError)
+
+_MAX_NAME_BYTES = 230  # Linux allows 255; a run's time and number come after the name
 
 SECTIONS = ("args", "model", "data", "deepspeed")
 
@@ -245,8 +249,11 @@ class TrainingArgs(CommonArgs):
     @field_validator("experiment_name")
     @classmethod
     def _check_experiment_name(cls, name: str) -> str:
-        if "/" in name or not name:
-            raise ValueError(f"{name!r} must be a folder name: not empty and without a slash")
+        if not name or "/" in name or "\0" in name or len(os.fsencode(name)) > _MAX_NAME_BYTES:
+            raise ValueError(
+                f"{name!r:.100} must be a folder name: not empty, without a slash and of at most "
+                f"{_MAX_NAME_BYTES} bytes"
+            )
         return name
 
 
@@ -315,7 +322,7 @@ def read_yaml(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     merged: Any = OmegaConf.create({})
     sources: dict[str, str] = {}
     for name in files:
-        if not Path(name).is_file():
+        if not os.path.isfile(name):
             place = "" if Path(name).is_absolute() else f" in {Path.cwd()}"
             raise UserError(f"configuration {name}: no such file{place}; check its path")
         try:
@@ -360,17 +367,19 @@ def check_given(
     Raises:
         UserError: a key is unknown, or a value has the wrong type or range.
     """
-    plain = {key: _as_in_yaml(value) for key, value in given.items() if key not in IGNORED_ARGS}
+    plain = {key: as_in_yaml(value) for key, value in given.items() if key not in IGNORED_ARGS}
     plain = {key: value for key, value in plain.items() if value is not None}
     args = checked(args_class, plain, place=lambda key: f"{where}: {key}" if key else where)
     return {key: getattr(args, key) for key in plain}
 
 
-def _as_in_yaml(value: object) -> object:
-    """Convert a Python value to the types that YAML gives: paths to strings, tuples to lists."""
+def as_in_yaml(value: Any) -> Any:  # noqa: ANN401 (values of all types)
+    """Convert a Python value to the types that YAML gives: paths to strings, tuples to lists …"""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    return [_as_in_yaml(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return [as_in_yaml(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def load_config(

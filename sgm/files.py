@@ -18,6 +18,16 @@ _LOW_DISK_BYTES = 1 << 20
 _NOT_FULL = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with the home directory for ``~``; an unknown user's ``~name`` is left as it is."""
+    return Path(os.path.expanduser(path))
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is something at the expanded path; False for a name that is not possible."""
+    return os.path.exists(expanded(path))
+
+
 @contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to.
@@ -56,7 +66,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         UserError: `path` exists, or writing failed with an OSError; the message gives the reason.
     """
-    path = Path(os.path.expanduser(path))
+    path = expanded(path)
     refuse_existing(path)
     target = Path(os.path.abspath(path))  # because "." and ".." are not names
     hidden = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")

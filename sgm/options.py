@@ -82,7 +82,7 @@ def explain(error: ValidationError, model: type[BaseModel], *, place: Callable[[
         return f"{where}: {reason}" if where else reason
     if field is None or not issubclass(owner, Options | Section):
         return f"{where}: {value!r:.100}: {first['msg']}"
-    expected = describe(field)
+    expected = describe(field, element=isinstance(first["loc"][-1], int))
     if kind == "finite_number":
         expected = expected.replace("a number", "a finite number")
     return f"{where}: {value!r:.100} must be {expected}"
@@ -125,15 +125,20 @@ def value_type(annotation: object) -> tuple[object, tuple[str, ...], bool]:
     return annotation, (), False
 
 
-def describe(field: FieldInfo) -> str:
-    """Return what the value of a field must be, such as ``a whole number of at least 1``."""
+def describe(field: FieldInfo, *, element: bool = False) -> str:
+    """Return what the value of a field must be, such as ``a whole number of at least 1``.
+
+    Args:
+        field: the field.
+        element: whether to describe an element of the field's list instead.
+    """
     kind, choices, is_list = value_type(field.annotation)
     if choices:
         return " or ".join(map(repr, choices))
     limits: dict[str, Any] = {}
     for limit in field.metadata:
         limits |= {name: getattr(limit, name) for name in _LIMITS if hasattr(limit, name)}
-    if is_list:
+    if is_list and not element:
         return f"a list of {_KINDS.get(kind, 'a value').removeprefix('a ')}s"
     name = _KINDS.get(kind, "a section with keys")
     if "min_length" in limits:

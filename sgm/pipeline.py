@@ -11,18 +11,18 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain
-from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from sgm.config import Config, SamplingArgs, check_given, load_config
+from sgm.config import Config, SamplingArgs, as_in_yaml, check_given, load_config
 from sgm.distributed import Rank
 from sgm.engine import SATVideoDiffusionEngine
 from sgm.errors import UserError
+from sgm.files import expanded
 from sgm.loading import choose_device, compile_network, load_engine, warn_of_settings
 from sgm.modules.diffusionmodules.sampling import SampledStep, Sampler
 from sgm.modules.transformer.step_cache import cached_steps
@@ -33,7 +33,6 @@ from sgm.util import allow_targets
 from sgm.video import collect_frames, mp4_path, to_uint8, write_mp4
 
 Conditioning = dict[str, Tensor]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +52,7 @@ class Video:
     decoding_seconds: float
 
     def save(self, path: str | Path) -> None:
-        """Write the video to `path`, an mp4 file (H.264).
+        """Write the video to `path`, an mp4 file (H.264), whose folder is created if missing.
 
         Raises:
             UserError: the file cannot be written.
@@ -142,8 +141,7 @@ class CogVideoX:
         Raises:
             UserError: a value, a file or the weights cannot be used.
         """
-        plain = {name: _plain_integer(value) for name, value in args.items()}
-        given = check_given(SamplingArgs, plain, where="from_config")
+        given = check_given(SamplingArgs, args, where="from_config")
         names = [str(file) for file in files]
         config = load_config(SamplingArgs, names, given, allow_target=allow_target)
         return cls.load(config, check_sampling(config))
@@ -250,14 +248,14 @@ class CogVideoX:
                 sampler = sampler.adjusted(num_steps=num_steps, guidance_scale=guidance_scale)
         if not isinstance(prompt, str):
             raise UserError(f"CogVideoX: prompt: {prompt!r} must be a string")
-        given: dict[str, Any] = {"negative_prompt": negative_prompt, "seed": _plain_integer(seed)}
+        given: dict[str, Any] = {"negative_prompt": negative_prompt, "seed": seed}
         if num_frames is not None:
-            frames = num_latent_frames(_plain_integer(num_frames), self._model)
+            frames = num_latent_frames(as_in_yaml(num_frames), self._model)
             given["sampling_num_frames"] = frames
         given = check_given(SamplingArgs, given, where="CogVideoX")
         args = self.args.model_copy(update=given)
         pair = index if isinstance(index, tuple) else (index, 0)
-        line_and_sample = tuple(map(_plain_integer, pair))
+        line_and_sample = tuple(map(as_in_yaml, pair))
         if len(pair) != 2 or not all(type(n) is int and n >= 0 for n in line_and_sample):
             raise UserError(
                 f"index: {index!r} must be a whole number from 0, or a pair of whole numbers: the "
@@ -266,7 +264,7 @@ class CogVideoX:
         if path is not None:
             # In a group the path is checked later: only the first process would fail here, and
             # the other processes would wait for it.
-            path = mp4_path(path) if self.group is None else Path(path).absolute()
+            path = mp4_path(path) if self.group is None else expanded(path).absolute()
         generator = sample_generator(args.seed, *line_and_sample)
         run = self._run(prompt, args, generator, sampler=sampler, path=path, decode=decode)
         self._running = weakref.ref(run)
@@ -425,10 +423,3 @@ class CogVideoX:
         unscaled = (latents[0] / self.engine.scale_factor).float().cpu()
         colours = unscaled.movedim(1, -1) @ self._rgb[:-1] + self._rgb[-1]  # (t, h, w, 3)
         return to_uint8(colours.movedim(-1, 1))
-
-
-def _plain_integer(value: T) -> T | int:
-    """Convert an integer of any type, such as NumPy's, to int; return other values unchanged."""
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
-    return value

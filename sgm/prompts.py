@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sgm.errors import UserError
+from sgm.files import expanded
 
 MAX_NAME_CHARACTERS = 120
 # Linux allows 255 bytes for a file name. The line number and an underscore precede the prompt.
@@ -41,11 +42,11 @@ def read_prompt_file(path: str | Path) -> list[Prompt]:
     """
     text, problem = "", "it contains no prompt"
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = expanded(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         problem = f"byte {error.start} is not valid UTF-8"
-    except OSError as error:
-        problem = str(error.strerror)
+    except (OSError, ValueError) as error:  # ValueError: NUL in its name
+        problem = getattr(error, "strerror", None) or str(error)
     prompts = [Prompt(i, line.strip()) for i, line in enumerate(text.split("\n")) if line.strip()]
     if not prompts:
         raise UserError(

@@ -220,7 +220,7 @@ def check_number(
     high: float = math.inf,
     whole: bool = False,
 ) -> None:
-    """Check that a value of a configuration is a finite number in [`low`, `high`].
+    """Check that a value is a finite number in [`low`, `high`].
 
     Args:
         name: the user's name of the value, for the message, e.g. ``DynamicCFG: exp``.
@@ -232,10 +232,10 @@ def check_number(
         UserError: `value` is not a number (a bool does not count as one), not finite or out of
             range.
     """
-    kind = "a whole number" if whole else "a number"
+    kind = "a whole number" if whole else "a finite number"
     if is_finite_number(value) and low <= value <= high and (not whole or value % 1 == 0):
         return
     bounds = f" from {low:g} to {high:g}"
     if math.isinf(high):
         bounds = "" if math.isinf(low) else f" of at least {low:g}"
-    raise UserError(f"{name}={value!r}: give {kind}{bounds} in the configuration")
+    raise UserError(f"{name}={value!r} must be {kind}{bounds}")

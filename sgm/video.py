@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from sgm.errors import UserError
-from sgm.files import make_output_folder, replacing
+from sgm.files import expanded, make_output_folder, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +36,10 @@ def mp4_path(path: str | Path) -> Path:
     Raises:
         UserError: the path does not end in .mp4, or its folder cannot be written to.
     """
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
     problem = "must be the path of an mp4, such as video.mp4"
-    if text.lower().endswith(".mp4") and "\0" not in text:
-        place = Path(os.path.abspath(os.path.expanduser(text)))
+    if isinstance(text, str) and text.lower().endswith(".mp4") and "\0" not in text:
+        place = Path(os.path.abspath(expanded(text)))
         above = next(folder for folder in place.parents if os.path.lexists(folder))
         if os.path.isdir(above) and os.access(above, os.W_OK) and not os.path.isdir(place):
             return place
@@ -52,7 +52,7 @@ def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: float) -> None:
 
     Args:
         chunks: the frames in order, in arrays (t, h, w, 3). All frames have the same size.
-        path: the mp4 to write.
+        path: the mp4 to write. Its folder is created if missing.
         fps: frames per second.
 
     Raises:
@@ -62,6 +62,7 @@ def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: float) -> None:
     from imageio_ffmpeg import count_frames_and_secs
 
     num_frames = 0
+    make_output_folder(path.parent)
     with replacing(path) as partial:
         get_writer: Any = imageio.v2.get_writer  # its annotations differ from its documentation
         with get_writer(
@@ -86,6 +87,17 @@ def write_mp4(chunks: Iterable[np.ndarray], path: Path, *, fps: float) -> None:
             written = 0
         if written != num_frames:
             raise OSError(None, None)
+
+
+def prepare_sheet(path: Path, *, option: str) -> None:
+    """Check that a contact sheet can be written to the path that `option` gave; make its folder.
+
+    Raises:
+        UserError: it is not the name of a picture, or its folder cannot be written to.
+    """
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise UserError(f"{option}: {str(path)!r} must end with .png or .jpg")
+    make_output_folder(path.parent)
 
 
 def write_contact_sheet(frames: np.ndarray, path: Path, *, above: Path | None = None) -> None:
@@ -134,7 +146,6 @@ def collect_frames(chunks: Iterable[np.ndarray], path: Path | None, *, fps: floa
     """
     written, kept = itertools.tee(chunks)
     if path is not None:
-        make_output_folder(path.parent)
         write_mp4(written, path, fps=fps)
     frames = list(kept)
     return np.concatenate(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)

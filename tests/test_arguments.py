@@ -89,7 +89,7 @@ def test_a_single_value_is_a_list_of_one(parse):
         ("args: {batch_size: true}", "batch_size: True must be a whole number"),
         ("args: {fp16: 1}", "fp16: 1 must be true or false"),
         ("args: {input_type: csv}", "'csv' must be 'txt' or 'cli'"),
-        ("args: {sampling_image_size: [a, b]}", "sampling_image_size: 'a'"),
+        ("args: {sampling_image_size: [a, b]}", "size: 'a' must be a whole number$"),
         ("args: {a: [}", "not valid YAML"),
         ("- args", "found a list, but expected keys"),
         ("args: 3", "args must contain keys"),
@@ -150,9 +150,10 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
         parse_config(SamplingArgs, "test", ["--base", str(tmp_path / "config.yaml")])
 
 
-def test_a_missing_file_is_named():
-    with pytest.raises(UserError, match="absent.yaml: no such file"):
-        parse_config(SamplingArgs, "test", ["--base", "absent.yaml"])
+@pytest.mark.parametrize("name", ["absent.yaml", "a" * 300, "a\0b"])
+def test_a_missing_file_is_named(name):
+    with pytest.raises(UserError, match=f"{name}: no such file"):
+        parse_config(SamplingArgs, "test", ["--base", name])
 
 
 @pytest.mark.parametrize(

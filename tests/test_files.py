@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from sgm.errors import UserError
-from sgm.files import make_output_folder, new_folder, replacing, save_torch
+from sgm.files import exists, expanded, make_output_folder, new_folder, replacing, save_torch
+
+
+def test_a_home_is_expanded_and_that_of_an_unknown_user_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expanded("~/a") == tmp_path / "a"
+    assert str(expanded("~nouser/a")) == "~nouser/a"
+    assert exists("~") and not any(map(exists, ("~/a", "~nouser/a", "a" * 300, "a\0b")))
 
 
 def test_an_error_that_is_not_the_disks_passes_and_leaves_no_file(tmp_path):

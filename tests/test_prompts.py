@@ -8,10 +8,11 @@ from sgm.errors import UserError
 from sgm.prompts import Prompt, read_prompt_file, read_typed_prompts
 
 
-def test_blank_lines_are_skipped_and_counted(tmp_path):
+def test_blank_lines_are_skipped_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa cat\r\n\n  a dög \n".encode())
-    assert read_prompt_file(path) == [Prompt(0, "a cat"), Prompt(2, "a dög")]
+    assert read_prompt_file("~/prompts.txt") == [Prompt(0, "a cat"), Prompt(2, "a dög")]
 
 
 def test_typed_prompts_end_with_the_input(monkeypatch):
@@ -46,6 +47,8 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         read_prompt_file(tmp_path / "absent.txt")
     with pytest.raises(UserError, match="Is a directory"):
         read_prompt_file(tmp_path)
+    with pytest.raises(UserError, match="null byte"):
+        read_prompt_file("a\0b")
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,12 @@ def test_every_prompt_and_sample_has_its_video_sheet_and_record(sampled):
             assert files == ["000000.mp4", "contact_sheet.png", "run.json"]
 
 
+def test_the_output_folder_may_be_in_the_home(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sample(base, tmp_path, "--output-dir", "~/videos", prompts=PROMPTS[:1]) == 0
+    assert (tmp_path / "videos" / "0_a red circle" / "0" / "000000.mp4").is_file()
+
+
 def test_the_video_has_the_format_asked_for(sampled):
     path = sampled / "0_a red circle" / "0" / "000000.mp4"
     meta = iio.immeta(path, plugin="FFMPEG")

@@ -152,9 +152,12 @@ def test_data_without_usable_clips_is_an_error_that_says_the_layout(tmp_path):
         train_video.check(config)
 
 
-def test_absent_data_says_how_to_draw_some():
-    config = parse_config(TrainingArgs, "", ["--base", CONFIG, "--train-data", "none"])
-    with pytest.raises(UserError, match="none does not exist.*draw_clips --output none --count 64"):
+@pytest.mark.parametrize("name", ["none", "~nouser/none", "none" * 75])
+def test_absent_data_says_how_to_draw_some(name):
+    config = parse_config(TrainingArgs, "", ["--base", CONFIG, "--train-data", name])
+    with pytest.raises(
+        UserError, match="none does not exist.*draw_clips --output .*none --count 64"
+    ):
         train_video.check(config)
 
 
@@ -178,7 +181,7 @@ WRONG = {
     "deepspeed.zero_optimization.elastic_checkpoint": [True],
     "deepspeed.bf16": [True],
     "deepspeed.gradient_clipping": ["a", True, -1, math.nan],
-    "args.experiment_name": ["a/b", ""],
+    "args.experiment_name": ["a/b", "", "a\0b", "a" * 300],
     "args.bf16": [True],
     "args.warmup": [-0.1, 1.1, math.nan],
     "args.ema_decay": [1.0, math.nan],

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sgm.cli import CommandParser, add_option, add_precision, run_and_exit, set_up_logging
-from sgm.files import new_folder, refuse_existing
+from sgm.files import expanded, new_folder, refuse_existing
 
 # PyTorch and the modules that need it are imported after the command line is checked.
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_precision(parser)
     options = parser.parse_args(argv)
     set_up_logging()
-    output = Path(options.output_path).expanduser()
+    output = expanded(options.output_path)
     refuse_existing(output)
     import torch
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tools.weights.to_sat import T5_FOLDER, SatConverter
 
     dtype = options.dtype and getattr(torch, options.dtype)
-    converter = SatConverter(options.input_path.expanduser(), dtype=dtype)
+    converter = SatConverter(expanded(options.input_path), dtype=dtype)
     with new_folder(output) as folder:
         converter.write(folder, link_text_encoder=options.link_text_encoder)
     print(f"wrote {output}; set in a configuration:")

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sgm.cli import CommandParser, add_option, add_precision, run_and_exit, set_up_logging
 from sgm.config import lora_from_text
-from sgm.files import new_folder, refuse_existing
+from sgm.files import expanded, new_folder, refuse_existing
 from tools.launch.choose_config import BUNDLED
 from tools.weights.sources import OPTIONS, ROOT, choose_sources
 
@@ -62,7 +62,7 @@ def build_parser() -> CommandParser:
     add_path("transformer_ckpt_path", metavar="PATH", help=note)
     add_path("vae_ckpt_path", metavar="PATH", help="the autoencoder, such as 3d-vae.pt")
     add_path("text_encoder_path", metavar="DIR", help="the T5 folder")
-    add("output_path", metavar="DIR", help="the new folder")
+    add_path("output_path", metavar="DIR", help="the new folder")
     note = "configuration files for settings that the weights do not contain"
     parser.add_argument("--base", nargs="+", metavar="YAML", help=note)
     loras = {"nargs": "+", "default": [], "type": lora_from_text, "metavar": "PATH[:SCALE]"}
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = {part: path for part, path in paths.items() if path is not None}
     config, sources = choose_sources(given, options.base)
     kind = "tiny" if config.files == [str(ROOT / BUNDLED)] else "2b"
-    output = Path(options.output_path or f"CogVideoX-{kind}-diffusers").expanduser()
+    output = expanded(options.output_path or f"CogVideoX-{kind}-diffusers")
     refuse_existing(output)
     import torch
 

@@ -30,6 +30,7 @@ import sample_video
 from sgm.cli import run_and_exit
 from sgm.errors import UserError
 from sgm.files import make_output_folder, refuse_existing, replacing
+from sgm.video import prepare_sheet
 from tools.tiny.measure import ATTRIBUTES, Measurement, measure
 from tools.tiny.shapes import ShapeSpec, held_out_combinations, parse_caption
 from tools.tiny.train_vae import CONFIG, load_autoencoder, reconstruct_fresh
@@ -174,6 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, flags = parse_options(argv)
     folder = options.videos
     output = make_output_folder(options.output_dir)
+    sheet = options.sheet or output / "contact_sheet.png"
+    prepare_sheet(sheet, option="--sheet")
     if folder is None:
         folder, prompts = output / "videos", options.prompts
         if prompts is None:
@@ -183,7 +186,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         render(options.base, prompts, folder, flags)
     videos = read_videos(folder)
     report(videos)
-    sheet = options.sheet or output / "contact_sheet.png"
     with replacing(sheet) as partial:
         draw_sheet(videos).save(partial)
     print(f"contact sheet: {sheet}")

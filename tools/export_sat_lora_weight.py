@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sgm.cli import CommandParser, add_option, run_and_exit, set_up_logging
-from sgm.files import make_output_folder, new_folder, refuse_existing, replacing
+from sgm.files import expanded, make_output_folder, new_folder, refuse_existing, replacing
 
 if TYPE_CHECKING:
     from sgm.checkpoint.lora import LoraRecord
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_option(parser, "lora_alpha", type=float, metavar="X", help=note)
     args = parser.parse_args(argv)
     set_up_logging()
-    folder = Path(os.path.expanduser(args.lora_save_directory))
+    folder = expanded(args.lora_save_directory)
     file = export_lora(args.sat_pt_path, folder, alpha=args.lora_alpha)
     print(f"wrote {file}; in diffusers: pipe.load_lora_weights({str(file.parent)!r})")
     return 0

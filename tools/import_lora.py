@@ -18,7 +18,7 @@ from shlex import quote
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sgm.cli import CommandParser, add_option, run_and_exit, set_up_logging
-from sgm.files import new_folder, refuse_existing
+from sgm.files import expanded, new_folder, refuse_existing
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def import_lora(path: str, folder: str, *, alpha: float | None, load: str | None
     from sgm.checkpoint.transformer import fingerprint, read_transformer
     from tools.weights.writing import save_sat_transformer
 
-    refuse_existing(Path(folder).expanduser())
+    refuse_existing(expanded(folder))
     lora = find_lora(path, option="--lora_path")
     matrices, record = read_lora(lora, alpha=alpha, option="--lora_path")
     check_whole_lora(matrices, record, path)

@@ -29,7 +29,7 @@ from sgm.checkpoint.transformer import POSITION_TABLE
 from sgm.cli import CommandParser, run_and_exit, set_up_logging
 from sgm.config import Config, SamplingArgs
 from sgm.errors import UserError
-from sgm.files import make_output_folder, new_folder, refuse_existing, save_torch
+from sgm.files import expanded, make_output_folder, new_folder, refuse_existing, save_torch
 from sgm.preflight import check_model_section, weight_paths
 from sgm.util import build_on_meta
 from tools.bench.measuring import choose_device, fill_random
@@ -136,12 +136,12 @@ def paths_of(config: Config) -> dict[str, Path]:
     if not load:
         raise UserError("args.load is not set; set it to the path to write the weights to")
     vae, *texts = weight_paths(config.model)
-    paths = [Path(named.path()).expanduser() for named in (vae, *texts)]
+    paths = [expanded(named.path()) for named in (vae, *texts)]
     if len(texts) != 1:
         raise UserError(
             f"model.conditioner_config has {len(texts)} T5 embedders; it must have exactly one"
         )
-    return {"load": Path(load).expanduser(), "vae": paths[0], "t5": paths[1]}
+    return {"load": expanded(load), "vae": paths[0], "t5": paths[1]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

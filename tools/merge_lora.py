@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sgm.cli import CommandParser, add_option, add_precision, run_and_exit, set_up_logging
 from sgm.config import lora_from_text
-from sgm.files import new_folder, refuse_existing
+from sgm.files import expanded, new_folder, refuse_existing
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_precision(parser)
     args = parser.parse_args(argv)
     set_up_logging()
-    refuse_existing(Path(args.output_path).expanduser())
+    refuse_existing(expanded(args.output_path))
     import torch
 
     from sgm.checkpoint.lora import merged_tensors

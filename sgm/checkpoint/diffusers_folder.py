@@ -14,8 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sgm.checkpoint.weight_file import WeightFile, Weights, damaged, incomplete, read_json
+from sgm.checkpoint.weight_file import (
+    LONGEST_QUOTE,
+    WeightFile,
+    Weights,
+    damaged,
+    incomplete,
+    read_json,
+)
 from sgm.errors import UserError
+from sgm.files import expanded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,11 +64,9 @@ _SETTINGS: Mapping[DiffusersPart, Mapping[str, tuple[Any, str]]] = {
     },
 }
 
-_LONGEST_QUOTE = 60  # characters of a wrong value that a message quotes
-
 
 def _quoted(value: object) -> str:
-    return repr(value)[:_LONGEST_QUOTE]
+    return repr(value)[:LONGEST_QUOTE]
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -105,7 +111,7 @@ def find_diffusers_part(path: str | Path, part: DiffusersPart) -> Weights | None
         UserError: the pipeline or the part belongs to another model, the part or one of its files
             is missing, or a JSON file is damaged.
     """
-    folder = Path(os.path.expanduser(path))
+    folder = expanded(path)
     if found := find_in_pipeline(folder, part):
         return find_part(found, part)
     if not os.path.isfile(folder / "config.json"):
@@ -185,7 +191,7 @@ def find_shards(index: Path, folder: str) -> list[Path]:
         if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
             raise damaged(index, f"lists {_quoted(name)}, which is not a file in the same folder")
         if not os.path.isfile(index.with_name(name)):
-            shard = name[:_LONGEST_QUOTE]
+            shard = name[:LONGEST_QUOTE]
             raise incomplete(folder, f"the shard {shard}, which {index.name} lists")
     return [index.with_name(name) for name in names]
 
@@ -206,7 +212,7 @@ def read_diffusers_part(part: Weights) -> Mapping[str, Tensor]:
         if ".base_layer." in name or ".lora_A." in name:
             raise UserError(
                 f"{part.path} still holds LoRA tensors next to the weights "
-                f"({name[:_LONGEST_QUOTE]}); call unload_lora_weights() after fuse_lora() and "
+                f"({name[:LONGEST_QUOTE]}); call unload_lora_weights() after fuse_lora() and "
                 "save again"
             )
     meta = {name: tensor for tensors in files for name, tensor in on_meta(tensors).items()}

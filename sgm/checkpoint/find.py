@@ -21,6 +21,7 @@ from sgm.checkpoint.diffusers_folder import (
     find_shards,
 )
 from sgm.checkpoint.weight_file import (
+    LONGEST_QUOTE,
     WeightFile,
     Weights,
     check_kind,
@@ -29,6 +30,7 @@ from sgm.checkpoint.weight_file import (
     read_json,
 )
 from sgm.errors import UserError, first_of
+from sgm.files import expanded
 
 MODEL_FILES = ("mp_rank_00_model_states.pt", "mp_rank_00_model_states.safetensors")
 SAT_FILE = "3d-vae.pt"  # the autoencoder, as published
@@ -40,7 +42,6 @@ _LORA_FILES = (
     "adapter_model.bin",
 )
 _LARGEST_POINTER = 1024  # bytes; the limit in the specification of git-lfs
-_LONGEST_QUOTE = 60  # characters of a wrong text that a message quotes
 Kind = Literal["load", "lora", "autoencoder", "t5"]
 # The file names to look for in a folder, in order of preference; _PARTS: the diffusers part.
 _FILES: Mapping[Kind, Sequence[str]] = {
@@ -92,7 +93,7 @@ def looking_up(given: str | Path, option: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{option}: {str(given)[:_LONGEST_QUOTE]!r} cannot be looked up ({error.strerror}); "
+            f"{option}: {str(given)[:LONGEST_QUOTE]!r} cannot be looked up ({error.strerror}); "
             "check the path and its permissions"
         ) from None
 
@@ -152,7 +153,7 @@ def _find(given: str | Path | Weights, kind: Kind, option: str) -> Weights:
     if isinstance(given, Weights):
         return given
     with looking_up(given, option):
-        path = Path(os.path.expanduser(given))
+        path = expanded(given)
         if path.is_file():
             return Weights.of_file(given, path, option)
         if not path.is_dir():
@@ -184,7 +185,7 @@ def _tagged_folder(path: Path, option: str) -> Path:
         return path
     tag = (path / "latest").read_text(encoding="utf-8", errors="replace").strip()
     if any(mark in tag for mark in "/\n\0"):
-        quoted = repr(tag[:_LONGEST_QUOTE])
+        quoted = repr(tag[:LONGEST_QUOTE])
         reason = f"holds {quoted} instead of the name of a folder next to it"
         raise damaged(f"{option}: {path / 'latest'}", reason)
     return path / tag
@@ -200,7 +201,7 @@ def is_no_base(path: Path, option: str) -> UserError:
 
 def find_foreign_file(folder: str | Path) -> Path | None:
     """Return the LoRA file in a folder of diffusers or peft; None if `folder` is not one."""
-    folder = os.path.expanduser(folder)
+    folder = expanded(folder)
     if os.path.isfile(os.path.join(folder, "latest")):  # a training run of this code
         return None
     paths = (os.path.join(folder, name) for name in _LORA_FILES)
@@ -257,7 +258,7 @@ def find_t5(model_dir: str | Path | T5Files, *, option: str = "model_dir") -> T5
     if isinstance(model_dir, T5Files):
         return model_dir
     with looking_up(model_dir, option):
-        folder = Path(os.path.expanduser(model_dir))
+        folder = expanded(model_dir)
         folder = find_in_pipeline(folder, "text_encoder") or folder
         config = _t5_config(folder, option)
         here = f"the T5 folder {folder}"
@@ -298,6 +299,6 @@ def _t5_config(folder: Path, option: str) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     kind = config.get("model_type", config.get("_class_name"))
     if kind != "t5":
-        quoted = repr(str(kind)[:_LONGEST_QUOTE])
+        quoted = repr(str(kind)[:LONGEST_QUOTE])
         raise unexpected(f"{folder} holds {quoted}, not a T5 encoder", "t5", option)
     return config

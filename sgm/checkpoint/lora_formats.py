@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
 from sgm.checkpoint.table import to_sat
-from sgm.checkpoint.weight_file import Weights, damaged, json_object, read_json
+from sgm.checkpoint.weight_file import LONGEST_QUOTE, Weights, damaged, json_object, read_json
 from sgm.errors import UserError, first_of
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ LARGEST_ALPHA = 1e9  # far above every sensible value
 NUM_PAIRS = {"query_key_value": 3, "dense": 1}
 _PARTS = ("to_q", "to_k", "to_v", "to_out.0")  # the same layers in diffusers
 _CONFIG_FILE = "adapter_config.json"
-_LONGEST_QUOTE = 60  # characters of a setting that a message quotes
 
 _MATRIX = re.compile(
     r"(base_model\.model\.)?(transformer\.)?"
@@ -291,7 +290,7 @@ def _read_settings(path: Path, metadata: Mapping[str, str]) -> _AdapterSettings 
     if str(values.get("init_lora_weights")).lower().startswith(_OTHER_BEGINNINGS):
         others.append("init_lora_weights")
     if others:
-        named = ", ".join(f"{name}={str(values[name])[:_LONGEST_QUOTE]!r}" for name in others)
+        named = ", ".join(f"{name}={str(values[name])[:LONGEST_QUOTE]!r}" for name in others)
         raise _not_plain(where, f"has {named}, so it is not a plain LoRA")
     settings = checked_settings(_AdapterSettings, values, where)
     for key in (*(settings.rank_pattern or ()), *(settings.alpha_pattern or ())):

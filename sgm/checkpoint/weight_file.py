@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HEAD_BYTES = 512  # read from the start of a file to recognize its kind
+LONGEST_QUOTE = 60  # characters of a wrong value that a message quotes
 _LARGEST_JSON = 1 << 26  # bytes; the index of a large model has about 100 kB
 # The first bytes of files that are often saved in place of the right file → text of the error.
 _OTHER_HEADS = {

@@ -41,7 +41,7 @@ from sgm.data.frames import ClipError, no_clip_left
 from sgm.data.loader import checked_batches
 from sgm.distributed import Ranks
 from sgm.errors import UserError
-from sgm.files import make_output_folder, replacing
+from sgm.files import expanded, make_output_folder, replacing
 from sgm.models.autoencoder import build_first_stage, encode_moments
 from sgm.progress import Progress
 from sgm.util import instantiate_from_config
@@ -276,7 +276,7 @@ def prepare_cache(
         UserError: a dataset has no clips, the configuration or a file is invalid, the folder cannot
             be written to, or an output is not finite.
     """
-    folder = Path(cache_dir).expanduser()
+    folder = expanded(cache_dir)
     latents = Store(folder / "latents", "moments")
     embeddings = Store(folder / "embeddings", "crossattn")
     parts = [part for dataset in datasets for part in _parts(dataset)]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from sgm.config import TrainingArgs
 from sgm.errors import UserError
+from sgm.files import exists
 from sgm.preflight import SPATIAL_FACTOR, check_model_section
 
 VIDEO_DATASET = "data_video.SFTDataset"
@@ -23,7 +23,7 @@ def check_data_paths(args: TrainingArgs) -> None:
         raise UserError("args.train_data is empty; set it to at least one data folder")
     for key in ("train_data", "valid_data"):
         for name in getattr(args, key):
-            if not Path(name).expanduser().exists():
+            if not exists(name):
                 raise UserError(
                     f"args.{key}: {name} does not exist; check the path (to create clips for the "
                     f"bundled model: python -m tools.tiny.draw_clips --output {name} --count 64)"

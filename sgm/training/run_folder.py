@@ -31,7 +31,7 @@ from sgm.checkpoint.find import looking_up
 from sgm.config import Config, TrainingArgs, read_yaml
 from sgm.distributed import is_main
 from sgm.errors import UserError, first_of
-from sgm.files import make_output_folder, replacing
+from sgm.files import expanded, make_output_folder, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def start_run(args: TrainingArgs) -> Path:
     Raises:
         UserError: the folder cannot be created, or another machine does not see it.
     """
-    save = Path(args.save).expanduser()
+    save = expanded(args.save)
     names = [""]
     if is_main():  # the name contains the time, and clocks differ between machines
         make_output_folder(save)
@@ -67,12 +67,11 @@ def start_run(args: TrainingArgs) -> Path:
 def _make_folder(save: Path, name: str) -> str:
     """Create the folder `name` in `save`, with a number appended if needed; return its name."""
     own = name
-    with looking_up(name, "experiment_name"):  # the name may be too long
-        for number in itertools.count(2):
-            with suppress(FileExistsError):  # by a run started in the same minute
-                (save / own).mkdir()
-                break
-            own = f"{name}_{number}"
+    for number in itertools.count(2):
+        with suppress(FileExistsError):  # by a run started in the same minute
+            (save / own).mkdir()
+            break
+        own = f"{name}_{number}"
     return own
 
 
@@ -116,7 +115,7 @@ def find_checkpoint(args: TrainingArgs) -> Path:
     """
     given = str(args.resume)
     with looking_up(given, "resume"):
-        folder = _newest_run(args) if given == "latest" else Path(given).expanduser()
+        folder = _newest_run(args) if given == "latest" else expanded(given)
         latest = folder / "latest"
         name = latest.read_text("utf-8", errors="replace").strip() if latest.is_file() else ""
         if name:
@@ -134,7 +133,7 @@ def find_checkpoint(args: TrainingArgs) -> Path:
 
 def _newest_run(args: TrainingArgs) -> Path:
     """Return the run of this experiment that saved last; raise UserError if none has saved."""
-    save = Path(args.save).expanduser()
+    save = expanded(args.save)
     # The pattern includes the time because the runs of experiment "a-b" are not runs of "a".
     name = re.compile(re.escape(args.experiment_name) + r"(-\d\d){4}(_\d+)?")
     runs = [path.parent for path in save.glob("*/latest") if name.fullmatch(path.parent.name)]

@@ -172,9 +172,10 @@ def test_a_t5_that_sampling_would_refuse_is_not_converted(small, t5_folder, tmp_
     nothing_new(small.folder, "small.yaml", "transformer", "vae.pt")
 
 
-def test_an_empty_path_is_a_mistake(small, capsys):
+@pytest.mark.parametrize("option", ["transformer_ckpt_path", "output_path"])
+def test_an_empty_path_is_a_mistake(small, capsys, option):
     with pytest.raises(SystemExit) as end:
-        small.convert(transformer_ckpt_path="")
+        small.convert(**{option: ""})
     assert end.value.code == 2 and "invalid path value: ''" in capsys.readouterr().err
 
 

@@ -71,6 +71,12 @@ def test_rendering_goes_through_sample_video_with_its_flags(tmp_path, monkeypatc
     assert len(calls) == 1
 
 
+def test_a_sheet_that_is_not_a_picture_is_refused_before_rendering(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_tiny, "render", lambda *_: pytest.fail("too late"))
+    with pytest.raises(UserError, match="--sheet: 'sheet' must end with .png or .jpg"):
+        evaluate_tiny.main(["--output-dir", str(tmp_path), "--sheet", "sheet"])
+
+
 def test_failed_rendering_is_not_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_tiny.sample_video, "main", lambda argv: 1)
     with pytest.raises(UserError, match="prompts failed"):

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sgm.config import SamplingArgs, TrainingArgs, load_config
 from sgm.errors import UserError
+from sgm.files import exists
 from sgm.preflight import weight_paths
 
 FULL = "configs/cogvideox_2b_infer.yaml"
@@ -64,7 +65,7 @@ def choose_config(
     """
     for flag, given in (("--load", [load]), ("--train-data", train_data or [])):
         for path in given:
-            if path and _is_missing(path):
+            if path and not exists(path):
                 raise ValueError(f"{flag} {path} does not exist; check the path")
     full, bundled = FULL, BUNDLED
     if train:
@@ -74,12 +75,8 @@ def choose_config(
         paths = named_paths(full, {k: v for k, v in flags.items() if v}, train=train)
     except UserError:
         return full, []
-    missing = [path for path in paths if _is_missing(path)]
+    missing = [path for path in paths if not exists(path)]
     return (bundled if missing else full), missing
-
-
-def _is_missing(path: str) -> bool:
-    return not Path(path).expanduser().exists()
 
 
 def main() -> None:

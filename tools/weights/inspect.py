@@ -6,7 +6,6 @@ code from a file is run.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -44,6 +43,7 @@ from sgm.checkpoint.transformer import (
 from sgm.checkpoint.vae import ENGINE_PREFIX, holds_autoencoder, load_vae_state
 from sgm.checkpoint.weight_file import read_json
 from sgm.errors import UserError, first_of
+from sgm.files import expanded
 from sgm.modules.encoders.modules import T5Tokenizer
 from tools.launch.choose_config import FULL
 from tools.weights.sizes import (
@@ -93,7 +93,7 @@ def inspect(path: str | Path) -> list[Finding]:
         UserError: `path` does not exist, is damaged, or does not contain weights; the message says
             what `path` is.
     """
-    place = Path(os.path.expanduser(path))
+    place = expanded(path)
     try:
         if place.is_dir():
             return _inspect_folder(place)

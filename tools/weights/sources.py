@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from arguments import parse_config
 from sgm.checkpoint.find import find_transformer
 from sgm.config import Config, SamplingArgs
 from sgm.errors import UserError
+from sgm.files import exists
 from sgm.preflight import weight_paths
 from tools.launch.choose_config import BUNDLED, FULL
 
@@ -58,7 +58,7 @@ def choose_sources(
         return read_config(*(base or (own,))), given
     config = read_config(*(base or (ROOT / FULL,)))
     sources = _paths_in(config)
-    missing = ", ".join(path for path in sources.values() if not _exists(path))
+    missing = ", ".join(path for path in sources.values() if not exists(path))
     if missing and base:
         raise UserError(f"{' + '.join(base)}: {missing} do not exist; check the paths")
     if missing:
@@ -78,13 +78,9 @@ def _paths_in(config: Config) -> dict[str, str]:
     values = (config.args.load, vae, next(filter(None, texts), None))
     found = {part: str(value) for part, value in zip(OPTIONS, values, strict=True) if value}
     for part, path in found.items():
-        if not _exists(path) and (ROOT / path).exists():
+        if not exists(path) and (ROOT / path).exists():
             found[part] = str(ROOT / path)
     return found
-
-
-def _exists(path: str) -> bool:
-    return os.path.exists(os.path.expanduser(path))
 
 
 def _config_of_run(given: Mapping[str, str]) -> Path | None:

@@ -98,7 +98,7 @@ class FrozenT5Embedder(nn.Module):
         super().__init__()
         self.weights = find_t5(model_dir)
         self._dtype = dtype
-        self._visited_device: torch.device | None = None
+        self._streamed_to: torch.device | None = None
         self.tokenizer = T5Tokenizer(self.weights.tokenizer, max_length=max_length)
         self.transformer, self._mapped = check_t5(self.weights, dtype=dtype)
         self.width = self.transformer.config.d_model
@@ -112,7 +112,7 @@ class FrozenT5Embedder(nn.Module):
         """
         weights, dtype = self._mapped, self._dtype
         fill_encoder(self.transformer, weights, dtype=dtype, device=device, streamed=streamed)
-        self._visited_device = torch.device(device) if streamed else None
+        self._streamed_to = torch.device(device) if streamed else None
         self._mapped = {}
         self.weights.release()
 
@@ -130,7 +130,7 @@ class FrozenT5Embedder(nn.Module):
         Each text is embedded separately. So its embedding is bit-identical in every batch, and can
         be replaced by a cached embedding.
         """
-        device = self._visited_device or self.transformer.device
+        device = self._streamed_to or self.transformer.device
         ids = self.tokenizer(texts).to(device)  # (b, max_length)
         parts = [self.transformer(input_ids=row).last_hidden_state for row in ids.split(1)]
         return torch.cat(parts)
