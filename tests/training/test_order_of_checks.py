@@ -43,7 +43,7 @@ MISTAKES = {
     ),
     "a trained text encoder": (
         {f"{T5}[0].is_trainable": True},
-        "the text encoder must not be trained",
+        "FrozenT5Embedder, .*is_trainable: false",
     ),
     "another text encoder": ({f"{T5}[0].params.model_dir": str(BUNDLED / "vae")}, "T5 folder"),
 }
