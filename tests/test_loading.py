@@ -104,4 +104,4 @@ def test_on_a_cpu_it_is_always_high_and_says_so_if_low_was_asked_for(small_model
     caplog.set_level(logging.INFO)
     assert {chosen(mode, small_model, "cpu") for mode in ("auto", "high", "low")} == {"high"}
     (message,) = caplog.messages
-    assert message.startswith("memory: high, because a CPU")
+    assert message.startswith("using memory: high, because a CPU")

@@ -144,7 +144,7 @@ def test_slow_settings_and_another_number_of_steps_give_warnings(
     monkeypatch.setattr("sgm.loading.LARGE_MODEL", 0)
     assert sample(base, tmp_path, "--parallel", "video", "--tile-decode", prompts=PROMPTS[:1]) == 0
     printed = capfd.readouterr().err
-    assert "a step of this model takes many minutes" in printed
+    assert "this model takes many minutes per step" in printed
     assert "num_steps is 30 in guider_config but 2 in the sampler, so the guidance" in printed
 
 
@@ -231,7 +231,7 @@ def write(path, content):
 MISTAKES = {
     "missing prompt file": (lambda p: ["--input-file", str(p / "no.txt")], "No such file"),
     "empty prompt file": (lambda p: ["--input-file", write(p / "e", b"\n")], "contains no prompt"),
-    "not UTF-8": (lambda p: ["--input-file", write(p / "b", b"caf\xe9")], "not UTF-8"),
+    "not UTF-8": (lambda p: ["--input-file", write(p / "b", b"caf\xe9")], "not valid UTF-8"),
     "unwritable folder": (lambda p: ["--output-dir", "/proc/out"], "cannot be written to"),
     "folder is a file": (lambda p: ["--output-dir", write(p / "f", b"x")], "cannot be written to"),
     "missing weights": (lambda p: ["--load", str(p / "none")], "does not exist"),

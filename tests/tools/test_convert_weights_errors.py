@@ -84,7 +84,7 @@ def test_all_paths_that_do_not_exist_are_named(small, capsys):
 
 def test_the_folder_of_a_whole_model_is_not_that_of_its_transformer(small, capsys):
     code = small.convert(transformer_ckpt_path=small.folder)
-    refused(capsys, code, "--transformer_ckpt_path", f"name {small.transformer}")
+    refused(capsys, code, "--transformer_ckpt_path", f"give {small.transformer}")
 
 
 @pytest.fixture

@@ -337,7 +337,7 @@ def wrong(tmp_path):
         ("merge run --lora run", "is a LoRA, not a whole model; --load must name its base"),
         ("bring_in run --load run", "is a LoRA, not a whole model; --load must name its base"),
         ("bring_in none", "--lora_path: .*none does not exist"),
-        ("bring_in none", "pytorch_lora_weights.safetensors or adapter_model.safetensors"),
+        ("bring_in none", "pytorch_lora_weights.safetensors, adapter_model.safetensors"),
         ("merge base --lora run:abc", "':abc' is not a number"),
         ("merge base --lora run:inf", "scale inf of .*run must be a finite number"),
     ],

@@ -82,7 +82,7 @@ def check_attention(
     if choice == "auto" or _runs(choice, torch.empty(0, dtype=dtype, device=device), width):
         return
     raise UserError(
-        f"attention: {choice} does not run here: it needs {_NEEDS[choice]}; leave the option out "
+        f"attention: {choice} does not run here: it needs {_NEEDS[choice]}; leave attention out "
         "to use the fastest available kernel"
     )
 

@@ -321,5 +321,5 @@ def test_impossible_numbers_of_steps_are_refused_when_built(
     make_node: Callable[..., dict],
     make_sampler: Callable[..., Any],
 ) -> None:
-    with pytest.raises(UserError, match=f"num_steps.*={num_steps}: .*from 2 to 1000"):
+    with pytest.raises(UserError, match=f"num_steps.*={num_steps} must be .*from 2 to 1000"):
         make_sampler(sampler_name, num_steps, make_node("guiders.IdentityGuider"))
