@@ -65,14 +65,10 @@ class DecodingProcess:
     def read(self, path: Path, settings: FrameSettings, *, facts: ClipFacts, first: int) -> Tensor:
         """Decode the frames of an item, resampled to `settings.fps`: uint8 (t, h, w, 3).
 
-        Args:
-            path: the clip.
-            settings: the settings that were given to `probe`.
-            facts: the result of `probe`.
-            first: index of the item's first frame among the clip's frames at `settings.fps`.
+        The arguments are those of `sgm.data.clips.read_window`.
 
         Raises:
-            ClipError: the frames cannot be decoded, or the clip has changed since `probe`.
+            ClipError: as in `sgm.data.clips.read_window`.
             UserError: clips cannot be decoded on this machine.
         """
         frames = cast("np.ndarray", self._request("read", path, settings, facts, first))
