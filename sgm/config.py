@@ -195,7 +195,7 @@ class SamplingArgs(CommonArgs):
 class TrainingArgs(CommonArgs):
     """Options of train_video.py."""
 
-    # Narrower than torch.manual_seed accepts, because ranks and epochs are added to the seed.
+    # Signed 64-bit integers. torch.manual_seed accepts all of them.
     seed: int = option(42, "seed of all random numbers", ge=-(2**63), le=2**63 - 1)
     experiment_name: str = option("finetune", "start of the run folder's name; the time follows")
     resume: str | None = option(None, "run to continue: 'latest', or a run or checkpoint folder")

@@ -54,7 +54,7 @@ def choose_device(args: CommonArgs, rank: Rank) -> torch.device:
         return torch.device("cpu")
     if rank.local_index >= num_gpus:
         raise UserError(
-            f"this host has only {num_gpus} GPUs, so there is none for process "
+            f"this host has only {num_gpus} GPUs, so no GPU is left for process "
             f"{rank.local_index + 1}; lower NPROC or use --device cpu"
             if num_gpus
             else "device: cuda, but PyTorch sees no GPU; use --device cpu or check nvidia-smi"

@@ -24,10 +24,10 @@ _HEAD = """# Configuration
 <!-- Written by `python -m tools.document_options`: edit the texts in the code, not this file. -->
 
 `--base` takes one or more YAML files and merges them in order: later files override earlier ones,
-and flags override all files. A file has four sections: `args`, `model`, `data` and `deepspeed`. A
-key without a value keeps its default. Where a list is expected, a single value counts as a list of
-one. `${args.seed}` inserts the value of another key; functions such as `${oc.env:HOME}` are not
-allowed. Every key of `args` is also a flag: `sampling_fps` becomes `--sampling-fps`. The section
+and flags override all files. A file has four sections: `args`, `model`, `data` and `deepspeed`.
+`${args.seed}` inserts the value of another key; functions such as `${oc.env:HOME}` are not allowed.
+In `args`, a key without a value keeps its default, and a single value is accepted where a list is
+expected. Every key of `args` is also a flag: `sampling_fps` becomes `--sampling-fps`. The section
 `deepspeed` takes [the keys of DeepSpeed](https://www.deepspeed.ai/docs/config-json/).
 """
 

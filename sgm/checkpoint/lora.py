@@ -76,8 +76,8 @@ def read_lora(
             iterations, or a file; from diffusers or peft: the folder or the file (see
             `to_sat_lora`). Older SAT files also contain the base model but no record; the rank
             and the base's fingerprint are then derived from the tensors.
-        alpha: the lora_alpha to use if the file does not store one. If `alpha` is None too, it is
-            the rank for a LoRA from diffusers or peft (as diffusers does) and None for SAT format.
+        alpha: the lora_alpha to use if the file does not store one. Without `alpha`, the record of
+            a LoRA from diffusers or peft gets the rank, as in diffusers. A SAT record gets None.
         option: the option that gave the path, for messages.
 
     Returns:
@@ -189,7 +189,7 @@ def check_whole_lora(matrices: Mapping[str, Tensor], record: LoraRecord, path: s
 
 
 def alpha_of(record: LoraRecord, path: str | Path | Weights) -> float:
-    """Return the lora_alpha in `record`; if it is None, warn about `path` and use SAT's default."""
+    """Return the lora_alpha of `record`. Without one, log a warning and return SAT's default."""
     if record.lora_alpha is not None:
         return record.lora_alpha
     logger.warning("%s does not store its lora_alpha; %g is used", path, _DEFAULT_ALPHA)

@@ -190,7 +190,7 @@ def clip_digests(
 
 
 def _look_up(clip: Path, known: Mapping[str, Any]) -> tuple[str | None, list[int] | None]:
-    """Return a clip's digest and state. The state is None if the digest must not be stored.
+    """Return a clip's digest and its state. No state means that the digest must not be stored.
 
     A digest is not stored if `known` has it already or if the clip was changed very recently. Both
     results are None if the clip cannot be read.

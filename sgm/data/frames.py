@@ -24,7 +24,7 @@ class ClipError(Exception):
 
 
 def no_clip_left(clips: str) -> UserError:
-    """Return the error for a set of clips none of which can be decoded.
+    """Return the error for a set of clips that all fail to decode.
 
     `clips` describes the set in the message, for example ``3 clips``.
     """

@@ -60,8 +60,8 @@ class Validation:
     of `prompts` per line.
 
     Args:
-        dataset: the validation data, of which the first `eval_iters` batches of `eval_batch_size`
-            are used. None: no loss is computed.
+        dataset: the validation data. The first `eval_iters` batches of `eval_batch_size` are used.
+            Without a dataset, no loss is computed.
         config: its `args`; its `model` section, because videos have the largest size that the
             network accepts; its `data` section, for the frame rate of the videos.
         folder: the run's folder.

@@ -1,4 +1,4 @@
-"""Run the benchmark's jobs, each of which measures one line of its table, in new processes."""
+"""Run the benchmark's jobs in new processes. Each job measures one line of the table."""
 
 from __future__ import annotations
 

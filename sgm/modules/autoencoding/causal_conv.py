@@ -49,7 +49,7 @@ class ConvCache:
 def fill_room(frames: Tensor, head: Tensor | None, *, room: int) -> None:
     """Write `head` (b, c, room, h, w) into the first `room` of `frames`.
 
-    If it is None, write copies of the frame that follows them.
+    Without `head`, fill them with copies of the next frame.
     """
     frames[:, :, :room] = frames[:, :, room : room + 1] if head is None else head
 
